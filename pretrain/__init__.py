@@ -1,0 +1,1 @@
+"""Evenkeel: pretraining on DeepSpeed with the variance of every weight under control."""

@@ -1,0 +1,292 @@
+"""Checkpoints that are complete or do not exist.
+
+Layout of `<run>/checkpoints/step_00000500/`: DeepSpeed's own shards, one `rng_rank_N.pt` per rank, whatever the
+trainer adds (see train.py), `trainer.json`, and `manifest.json` with the size and checksum of every file, written
+last. The folder is written under a temporary name and renamed when it is whole; `checkpoints/latest` names the newest
+afterwards. The file system is shared by all ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pretrain.config import CheckpointSection
+from pretrain.distributed import Ranks, all_gather_object, on_every_rank
+from pretrain.errors import UserError
+from pretrain.files import checksum, sync_folder, write_json, write_text
+
+_COMPLETE = re.compile(r"step_(\d{8,})")
+_SHARDS = "deepspeed"
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What the trainer itself must remember; everything else is a function of it, the configuration and the weights.
+
+    step: optimizer steps done. samples: samples of the run's order consumed by all ranks. The rest identifies the
+    run, so that a checkpoint of another one is refused.
+    """
+
+    step: int
+    samples: int
+    world_size: int
+    zero_stage: int
+    model: dict[str, Any]
+    data_fingerprint: str
+    tokenizer_fingerprint: str
+    seed: int
+    seq_len: int
+    global_batch_size: int
+
+
+_WHY_EQUAL = {
+    "world_size": "elastic resume is not supported yet: start the same number of ranks",
+    "zero_stage": "DeepSpeed's shards of one stage cannot be loaded by another: name the same stage",
+    "model": "it is a checkpoint of another architecture",
+    "data_fingerprint": "its sample order belongs to other token shards",
+    "tokenizer_fingerprint": "it was trained with another tokenizer",
+    "seed": "its sample order belongs to another seed",
+    "seq_len": "its sample order belongs to another sequence length",
+    "global_batch_size": "its sample order belongs to another batch size",
+}
+
+
+class Checkpoints:
+    """Saves, finds, verifies, loads and retires the checkpoints of one run. Every method is collective."""
+
+    def __init__(self, folder: Path, config: CheckpointSection, ranks: Ranks, say: Callable[[str], None]) -> None:
+        self.folder, self.config, self.ranks, self.say = folder, config, ranks, say
+
+    def save(self, engine, state: TrainerState, add_files: Callable[[Path], None]) -> Path:
+        """Write the checkpoint of `state`; `add_files` runs on rank 0 and adds the trainer's own files.
+
+        Raises UserError on every rank when there is no room. Older checkpoints are never touched before the new one
+        is complete.
+        """
+        final = self.folder / f"step_{state.step:08d}"
+        aside = self.folder / f".{final.name}.incomplete"
+        on_every_rank(lambda: self._prepare(aside, engine))
+        try:
+            engine.save_checkpoint(str(aside), tag=_SHARDS, save_latest=False)
+            torch.save(_random_states(), aside / f"rng_rank_{self.ranks.rank}.pt")
+            if self.ranks.is_first:
+                add_files(aside)
+                write_json(aside / "trainer.json", asdict(state))
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"rank {self.ranks.rank} could not write the checkpoint of step {state.step} to {self.folder}: {error}. "
+                "The older checkpoints are intact; free space or fix the folder and start the same command again."
+            ) from error
+        _barrier()
+        entries = self._describe_files(aside)
+        if self.ranks.is_first:
+            write_json(aside / "manifest.json", {"schema_version": 1, "files": entries})
+            self._publish(aside, final)
+        _barrier()
+        return final
+
+    def find(self) -> Path | None:
+        """The checkpoint to start from under the run's `resume` rule, verified; None to start from scratch.
+
+        `auto` falls back to an older checkpoint when the newest is damaged, and says so; when all are damaged, or
+        the one that was named is, UserError.
+        """
+        if self.config.resume == "never":
+            return None
+        if self.config.resume != "auto":
+            chosen = resolve(Path(self.config.resume))
+            self._verify(chosen)
+            return chosen
+        found = on_every_rank(lambda: complete_checkpoints(self.folder))
+        damage: list[str] = []
+        for path in reversed(found):
+            try:
+                self._verify(path)
+            except UserError as error:
+                damage.append(str(error))
+                self.say(f"skipping a damaged checkpoint: {error}")
+            else:
+                return path
+        if damage:
+            raise UserError(
+                f"no checkpoint in {self.folder} is whole: {' '.join(damage)} "
+                "Start from scratch with --set checkpoint.resume=never and another --set name=..."
+            )
+        return None
+
+    def load(self, path: Path, engine, expected: TrainerState) -> TrainerState:
+        """Load weights, optimizer and random states; returns the stored state.
+
+        Raises UserError naming the first difference where the checkpoint belongs to another run than `expected`
+        (whose step and samples are not compared).
+        """
+        state = on_every_rank(lambda: _read_matching_state(path, expected))
+        loaded, _ = engine.load_checkpoint(str(path), tag=_SHARDS)
+        if loaded is None:
+            raise UserError(f"DeepSpeed found no checkpoint in {path}.")
+        _restore_random_states(torch.load(path / f"rng_rank_{self.ranks.rank}.pt", weights_only=False))
+        return state
+
+    def _prepare(self, aside: Path, engine) -> None:
+        """An empty folder for the new checkpoint, and room for it."""
+        try:
+            if self.ranks.is_first:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+            free = shutil.disk_usage(self.folder.parent).free
+        except OSError as error:
+            raise UserError(f"cannot write checkpoints to {self.folder}: {error.strerror}.") from error
+        if free < (needed := _bytes_to_save(engine)):
+            raise UserError(
+                f"the checkpoint needs {needed / 1e9:.2f} GB but {self.folder} has {free / 1e9:.2f} GB free. "
+                "The older checkpoints are intact; free space and start the same command again."
+            )
+
+    def _describe_files(self, folder: Path) -> dict[str, dict[str, Any]]:
+        """Size and checksum of every file, flushed to disk; the ranks share the reading."""
+        mine = {
+            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "xxh3_128": checksum(path, sync=True)}
+            for path in self._my_share(sorted(path for path in folder.rglob("*") if path.is_file()))
+        }
+        entries: dict[str, dict[str, Any]] = {}
+        for part in all_gather_object(mine):
+            entries.update(part)
+        return dict(sorted(entries.items()))
+
+    def _publish(self, aside: Path, final: Path) -> None:
+        for folder in [aside, *(path for path in aside.rglob("*") if path.is_dir())]:
+            sync_folder(folder)
+        if final.exists():
+            _retire(final)
+        os.rename(aside, final)
+        sync_folder(self.folder)
+        write_text(self.folder / "latest", final.name + "\n")
+        self._retire_old()
+
+    def _retire_old(self) -> None:
+        """Delete all but the newest `keep_last` and the multiples of `keep_every_steps`."""
+        for path in complete_checkpoints(self.folder)[: -self.config.keep_last]:
+            every = self.config.keep_every_steps
+            if not (every and _step_of(path) % every == 0):
+                _retire(path)
+
+    def _verify(self, path: Path) -> None:
+        """Compare every file with the manifest; the ranks share the reading. UserError on every rank if one differs."""
+
+        def check() -> None:
+            files = _read_json(path / "manifest.json")["files"]
+            for name in self._my_share(sorted(files)):
+                file, entry = path / name, files[name]
+                size = file.stat().st_size if file.is_file() else None
+                if size != entry["bytes"]:
+                    found = "is missing" if size is None else f"has {size} bytes instead of {entry['bytes']}"
+                    raise UserError(f"{file} {found}.")
+                if checksum(file) != entry["xxh3_128"]:
+                    raise UserError(f"{file} does not match its checksum: its content has changed since it was saved.")
+
+        on_every_rank(check)
+
+    def _my_share(self, items: list) -> list:
+        return items[self.ranks.rank :: self.ranks.world_size]
+
+
+def resolve(path: Path) -> Path:
+    """The checkpoint folder that `path` means: itself, or the one that a `latest` file names.
+
+    Raises UserError if there is none.
+    """
+    if path.name == "latest" and path.is_file():
+        path = path.parent / path.read_text().strip()
+    if not (path / "manifest.json").is_file():
+        raise UserError(
+            f"{path} is not a complete checkpoint: it has no manifest.json. "
+            "Name a folder such as runs/NAME/checkpoints/step_00000500, or runs/NAME/checkpoints/latest."
+        )
+    return path
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in `folder`, oldest first."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in found if _COMPLETE.fullmatch(path.name)), key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
+def _retire(path: Path) -> None:
+    """Delete a checkpoint such that no half-deleted one carries a valid name."""
+    doomed = path.with_name(f".{path.name}.deleting")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+
+
+def _read_state(path: Path) -> TrainerState:
+    fields = _read_json(path / "trainer.json")
+    try:
+        return TrainerState(**fields)
+    except TypeError as error:
+        raise UserError(f"{path / 'trainer.json'} was written by another version of the trainer: {error}.") from error
+
+
+def _read_matching_state(path: Path, expected: TrainerState) -> TrainerState:
+    state = _read_state(path)
+    for key, reason in _WHY_EQUAL.items():
+        stored, wanted = getattr(state, key), getattr(expected, key)
+        if stored != wanted:
+            raise UserError(f"cannot resume from {path}: {_difference(key, stored, wanted)}; {reason}.")
+    return state
+
+
+def _difference(key: str, stored: Any, wanted: Any) -> str:
+    if isinstance(stored, dict):
+        fields = [name for name in {**stored, **wanted} if stored.get(name) != wanted.get(name)]
+        stored, wanted = ({name: values.get(name) for name in fields} for values in (stored, wanted))
+    return f"it has {key} {stored}, this run {wanted}"
+
+
+def _bytes_to_save(engine) -> int:
+    """Master, two Adam moments and the working copy of every parameter, with a little room to spare."""
+    count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
+    return int(count * 16 * 1.02) + (1 << 20)
+
+
+def _random_states() -> dict[str, Any]:
+    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _restore_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,355 @@
+"""The typed run configuration: one YAML file plus `--set a.b=c`; every error names the key, its line and the nearest key.
+
+Sections are frozen pydantic models that refuse unknown keys. The schema is the reference: each section's docstring
+says what its keys mean. `docs/configuration.md` shows a whole file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import typing
+from functools import reduce
+from math import ceil
+from operator import or_
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_serializer, model_validator
+from transformers import AutoConfig, PreTrainedConfig
+
+from pretrain.errors import UserError
+from pretrain.methods import REGISTRY
+
+FAMILIES = ("llama", "gpt2")
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelSection(Section):
+    """The model: its family, and Hugging Face config fields of that family under their own names.
+
+    vocab_size defaults to the tokenizer's, max_position_embeddings to data.seq_len.
+    """
+
+    family: str
+
+    @property
+    def hf_fields(self) -> dict[str, Any]:
+        """The fields that the run file set, for the family's Hugging Face configuration class."""
+        return {key: value for key, value in self if key in self.model_fields_set and key != "family"}
+
+    @model_serializer
+    def _only_what_was_set(self) -> dict[str, Any]:
+        return {"family": self.family, **self.hf_fields}
+
+
+def _family_section(family: str) -> type[ModelSection]:
+    """A `ModelSection` whose keys are the fields of the family's Hugging Face configuration."""
+    hf_class = type(AutoConfig.for_model(family))
+    own = {field.name for field in dataclasses.fields(hf_class)} - {
+        field.name for field in dataclasses.fields(PreTrainedConfig)
+    }
+    names = own | set(hf_class.attribute_map) | {"tie_word_embeddings", "bos_token_id", "eos_token_id"}
+    fields: dict[str, Any] = {name: (Any, None) for name in sorted(names)}
+    return create_model(f"{family}_model", __base__=ModelSection, family=(Literal[family], family), **fields)
+
+
+class DataSection(Section):
+    """Where the tokens come from and how they form batches.
+
+    train, val: shard folders (val may be null: no evaluation). seq_len: tokens per sequence. global_batch_size:
+    sequences per optimizer step. micro_batch_size: sequences per rank and forward pass. verify: `full` compares every
+    shard's checksum at start, `size` only its length.
+    """
+
+    train: str
+    val: str | None = None
+    seq_len: int = Field(gt=0)
+    global_batch_size: int = Field(gt=0)
+    micro_batch_size: int = Field(gt=0)
+    verify: Literal["full", "size"] = "full"
+
+
+class ScheduleSection(Section):
+    """The learning rate over the run: see `pretrain.optim.learning_rate`."""
+
+    name: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    decay_ratio: float = Field(0.2, gt=0, le=1)
+
+
+class OptimSection(Section):
+    """The optimizer. weight_decay acts on matrices only; grad_clip null turns clipping off."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    grad_clip: float | None = Field(1.0, gt=0)
+    schedule: ScheduleSection = ScheduleSection()
+
+
+class ParallelSection(Section):
+    """Ways to cut one model other than ZeRO. Only 1 is supported so far."""
+
+    tensor: Literal[1] = 1
+    sequence: Literal[1] = 1
+
+
+class CheckpointSection(Section):
+    """When to save, what to keep, where to start.
+
+    keep_last: newest checkpoints kept. keep_every_steps: multiples of it are kept for ever. resume: `auto` (the
+    newest valid checkpoint of the run folder, else from scratch), `never`, or the path of one checkpoint.
+    """
+
+    interval_steps: int = Field(500, gt=0)
+    keep_last: int = Field(3, gt=0)
+    keep_every_steps: int | None = Field(None, gt=0)
+    resume: str = "auto"
+
+
+class EvalSection(Section):
+    """Validation loss every `interval_steps` over the first `batches` global micro-batches of data.val."""
+
+    interval_steps: int = Field(500, gt=0)
+    batches: int = Field(50, gt=0)
+
+
+class WandbSection(Section):
+    """Weights & Biases tracking, with the names of metrics.jsonl."""
+
+    mode: Literal["disabled", "offline", "online"] = "disabled"
+    project: str = "evenkeel"
+
+
+class LogSection(Section):
+    """How often to write console lines and `train` rows, `weights` rows and `activations` rows."""
+
+    interval_steps: int = Field(10, gt=0)
+    weights_interval_steps: int = Field(50, gt=0)
+    activations_interval_steps: int = Field(500, gt=0)
+    wandb: WandbSection = WandbSection()
+
+
+AnyModelSection = Annotated[reduce(or_, map(_family_section, FAMILIES)), Field(discriminator="family")]
+AnyMethod = Annotated[reduce(or_, REGISTRY.values()), Field(discriminator="name")]
+
+
+class Config(Section):
+    """One run.
+
+    name, out: the run folder is <out>/<name>. steps or tokens: the length, exactly one of them. methods act in order.
+    deepspeed: a DeepSpeed JSON file or its content. activation_checkpointing: recompute blocks in backward.
+    """
+
+    name: str = Field(pattern=r"^[\w.\-]+$")
+    out: str = "runs"
+    seed: int = Field(0, ge=0)
+    model: AnyModelSection
+    tokenizer: str
+    data: DataSection
+    steps: int | None = Field(None, gt=0)
+    tokens: float | None = Field(None, gt=0)
+    optim: OptimSection
+    methods: tuple[AnyMethod, ...] = ()
+    deepspeed: str | dict[str, Any]
+    activation_checkpointing: bool = False
+    parallel: ParallelSection = ParallelSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    eval: EvalSection = EvalSection()
+    log: LogSection = LogSection()
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Config:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("give the length of the run once: either 'steps' or 'tokens'")
+        return self
+
+    @model_validator(mode="after")
+    def _each_method_once(self) -> Config:
+        names = [method.name for method in self.methods]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"methods lists {', '.join(sorted(twice))} more than once")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.out) / self.name
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step trains on."""
+        return self.data.global_batch_size * self.data.seq_len
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.steps or ceil(self.tokens / self.tokens_per_step)
+
+    def to_yaml(self) -> str:
+        """The resolved configuration: this text alone reproduces the run."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Read the run file at `path` and apply `--set` overrides ("a.b=c", the value in YAML).
+
+    Raises UserError that lists every mistake with its file and line, the full key and the nearest valid key.
+    """
+    data, origins = _read_yaml(Path(path))
+    for override in overrides:
+        _apply(override, data, origins)
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(mistake, data, origins, str(path)) for mistake in error.errors()]
+        raise UserError("the configuration is wrong:\n  " + "\n  ".join(lines)) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-3 as a number, as YAML 1.2 does."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _read_yaml(path: Path) -> tuple[dict, dict[str, str]]:
+    """The file's content, and where each dotted key stands ("file:line")."""
+    try:
+        text = path.read_text()
+        node = yaml.compose(text, _Loader)
+        data = yaml.load(text, _Loader)
+    except OSError as error:
+        raise UserError(f"cannot read the run file {path}: {error.strerror}.") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds no configuration; it must be a mapping of keys such as 'name' and 'model'.")
+    origins: dict[str, str] = {}
+    _locate(node, "", path, origins)
+    return data, origins
+
+
+def _locate(node: yaml.Node, prefix: str, path: Path, origins: dict[str, str]) -> None:
+    if isinstance(node, yaml.SequenceNode):
+        pairs = [(str(index), item, item) for index, item in enumerate(node.value)]
+    elif isinstance(node, yaml.MappingNode):
+        pairs = [(key.value, key, value) for key, value in node.value]
+    else:
+        return
+    for name, place, value in pairs:
+        key, where = f"{prefix}{name}", f"{path}:{place.start_mark.line + 1}"
+        if key in origins:
+            raise UserError(f"{where}: the key '{key}' stands twice; it is also at {origins[key]}.")
+        origins[key] = where
+        _locate(value, f"{key}.", path, origins)
+
+
+def _apply(override: str, data: dict, origins: dict[str, str]) -> None:
+    """Set one "a.b=c" in `data`. List items go by number: methods.1.target_std=0.02."""
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise UserError(f"--set {override}: expected key=value, as in --set optim.lr=3e-4.")
+    *parents, last = key.split(".")
+    target: Any = data
+    for depth, part in enumerate(parents):
+        if isinstance(target, dict):
+            target = target.setdefault(part, {})
+        elif isinstance(target, list) and part.isdigit() and int(part) < len(target):
+            target = target[int(part)]
+        else:
+            raise UserError(f"--set {override}: '{'.'.join(parents[:depth])}' has no '{part}'.")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: the value is not valid YAML.") from error
+    if isinstance(target, dict):
+        target[last] = value
+    elif isinstance(target, list) and last.isdigit() and int(last) < len(target):
+        target[int(last)] = value
+    else:
+        raise UserError(f"--set {override}: '{'.'.join(parents)}' is not a section.")
+    origins[key] = f"--set {override}"
+
+
+def _explain(mistake: Any, data: dict, origins: dict[str, str], path: str) -> str:
+    """One line for one pydantic error."""
+    key = ".".join(_key_path(mistake["loc"], data))
+    where = origins.get(key) or next((o for k, o in origins.items() if k.startswith(f"{key}.")), path)
+    if mistake["type"] == "missing":
+        return f"{where}: the key '{key}' is missing"
+    if mistake["type"] == "extra_forbidden":
+        return f"{where}: unknown key '{key}'{_nearest(key, mistake['loc'], data)}"
+    if mistake["type"].startswith("union_tag"):
+        return f"{where}: {key}: {_unknown_tag(mistake)}"
+    message = mistake["msg"].removeprefix("Value error, ")
+    got = "" if isinstance(mistake["input"], dict | Config) else f" (got {mistake['input']!r})"
+    return f"{where}: {key}: {message}{got}" if key else f"{where}: {message}"
+
+
+def _key_path(location: tuple, data: Any) -> list[str]:
+    """pydantic's location without the tags that it inserts for the chosen model family or method."""
+    path: list[str] = []
+    for part in location:
+        tag_of = path and (path[-1] == "model" or (len(path) == 2 and path[0] == "methods"))
+        if tag_of and part in {*FAMILIES, *REGISTRY}:
+            continue
+        path.append(str(part))
+    return path
+
+
+def _nearest(key: str, location: tuple, data: dict) -> str:
+    """The nearest valid key, or else the keys that are valid there."""
+    section, last = _section_at(location[:-1]), key.rpartition(".")[2]
+    here = list(section.model_fields) if section else []
+    prefix = key.removesuffix(last)
+    if near := difflib.get_close_matches(last, here, 1, 0.6):
+        return f"; did you mean '{prefix}{near[0]}'?"
+    elsewhere = [valid for valid in _all_keys(Config) if valid.rpartition(".")[2] == last]
+    if elsewhere:
+        return f"; did you mean '{elsewhere[0]}'?"
+    return f"; valid here: {', '.join(here)}"
+
+
+def _unknown_tag(mistake: Any) -> str:
+    context = mistake["ctx"]
+    if "tag" not in context:
+        return f"needs its {context['discriminator']}"
+    valid = [tag.strip(" '") for tag in context["expected_tags"].split(",")]
+    near = difflib.get_close_matches(context["tag"], valid, 1, 0.5)
+    hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(valid)}"
+    return f"unknown {context['discriminator'].strip(chr(39))} '{context['tag']}'; {hint}"
+
+
+def _section_at(location: tuple) -> type[BaseModel] | None:
+    """The section that a pydantic location points to."""
+    section: type[BaseModel] | None = Config
+    for part in location:
+        if part in REGISTRY and location[0] == "methods":
+            section = REGISTRY[part]
+        elif part in FAMILIES and location[0] == "model":
+            section = _family_section(part)
+        elif isinstance(part, str) and section and part in section.model_fields:
+            annotation = section.model_fields[part].annotation
+            section = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return section
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> typing.Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _all_keys(field.annotation, f"{prefix}{name}.")

@@ -1,0 +1,132 @@
+"""Who this process is among the ranks, under any launcher, and errors that reach every rank.
+
+`deepspeed` and `torchrun` set RANK and friends; `srun` (one task per rank) sets SLURM_*; plain `python` sets nothing
+and is one rank. All four end in the same environment variables.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from pretrain.errors import SharedUserError, UserError
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place in the run and the device it computes on."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+def rank_from_environment() -> int:
+    """This process's rank before any process group exists."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def map_environment() -> None:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the launcher did not.
+
+    Values that are set already win, so torchrun or deepspeed inside a Slurm job keep theirs. Slurm's variables count
+    only inside a job step (SLURM_STEP_ID): the batch shell itself has them too, and is not a rank.
+    """
+    slurm = os.environ if "SLURM_STEP_ID" in os.environ and "RANK" not in os.environ else {}
+    os.environ.setdefault("RANK", slurm.get("SLURM_PROCID", "0"))
+    os.environ.setdefault("WORLD_SIZE", slurm.get("SLURM_NTASKS", "1"))
+    os.environ.setdefault("LOCAL_RANK", slurm.get("SLURM_LOCALID", "0"))
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        tasks_here = slurm.get("SLURM_STEP_TASKS_PER_NODE", os.environ["WORLD_SIZE"])
+        os.environ["LOCAL_WORLD_SIZE"] = tasks_here.split("(")[0].split(",")[0]
+    if slurm and int(os.environ["WORLD_SIZE"]) > 1:
+        os.environ.setdefault("MASTER_ADDR", _slurm_head_address(slurm))
+        os.environ.setdefault("MASTER_PORT", str(20000 + int(slurm["SLURM_JOB_ID"]) % 10000))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = str(_free_port())
+
+
+def initialize() -> Ranks:
+    """Join the run's process group (NCCL on GPUs, gloo on CPU) and choose this rank's device and threads."""
+    map_environment()
+    import deepspeed
+    import deepspeed.ops
+
+    rank, world_size, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        deepspeed.init_distributed(dist_backend="nccl")
+    else:
+        device = torch.device("cpu")
+        # DeepSpeed would compile a shared-memory collective here, which needs a C++ compiler and minutes; gloo does
+        # without (docs/development.md).
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+        deepspeed.init_distributed(dist_backend="gloo")
+    return Ranks(rank, local_rank, world_size, device)
+
+
+def on_every_rank(action: Callable[[], Result]) -> Result:
+    """Call `action` on each rank; if any rank meets a UserError, all ranks raise it, so none waits for the others.
+
+    Use it for whatever may go wrong on some ranks only (files of one node, say). The message names the rank at fault.
+    """
+    result, message = None, None
+    try:
+        result = action()
+    except UserError as error:
+        message = str(error)
+    messages = all_gather_object(message)
+    failed = [rank for rank, text in enumerate(messages) if text is not None]
+    if failed:
+        others = "" if len(failed) == len(messages) else f" (on rank {', '.join(map(str, failed))})"
+        raise SharedUserError(messages[failed[0]] + others)
+    return result  # type: ignore[return-value]
+
+
+def all_gather_object(value: object) -> list:
+    """`value` of every rank, in rank order."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _slurm_head_address(slurm: os._Environ | dict) -> str:
+    """The address of the job's first node, from the node record: node names need not resolve everywhere."""
+    nodes = slurm.get("SLURM_STEP_NODELIST", slurm.get("SLURM_JOB_NODELIST", ""))
+    try:
+        names = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        head = names.stdout.split()[0]
+        record = subprocess.run(["scontrol", "show", "node", "-o", head], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise UserError(
+            f"cannot find the address of the first node of '{nodes}' with scontrol ({error}). "
+            "Export MASTER_ADDR and MASTER_PORT in the job script."
+        ) from error
+    fields = dict(pair.split("=", 1) for pair in record.stdout.split() if "=" in pair)
+    return fields.get("NodeAddr", head)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

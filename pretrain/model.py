@@ -1,0 +1,158 @@
+"""Builds the Hugging Face model, on sharded memory under ZeRO-3, without drawing a single weight.
+
+Values come later, by position, into both copies at once (`initialize_weights`); so construction must touch no
+full tensor: torch's and transformers' own initialization is switched off, and ZeRO-3 partitions each weight as soon
+as its module exists, without broadcasting rank 0's garbage first.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from math import sqrt
+from typing import Any
+
+import torch
+from transformers import AutoConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
+from transformers.models.gpt2 import GPT2LMHeadModel
+
+from pretrain.config import Config
+from pretrain.errors import UserError
+from pretrain.layout import Weight, describe_model
+from pretrain.loss import with_loss_head
+from pretrain.methods import Method
+from pretrain.sharded import Moments, ShardedWeights
+
+MODEL_CLASSES = {"llama": with_loss_head(LlamaForCausalLM), "gpt2": with_loss_head(GPT2LMHeadModel)}
+
+
+def hf_config(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The Hugging Face configuration of the run's model, for the run's tokenizer.
+
+    Raises UserError where fields contradict each other or the vocabulary does not fit.
+    """
+    vocab_size = len(tokenizer)
+    fields = {
+        "vocab_size": vocab_size,
+        "max_position_embeddings": config.data.seq_len,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        **config.model.hf_fields,
+    }
+    if fields["vocab_size"] < vocab_size:
+        raise UserError(
+            f"model.vocab_size {fields['vocab_size']} is smaller than the {vocab_size} tokens of the tokenizer "
+            f"{config.tokenizer}. Raise it to at least {vocab_size}, or leave it out."
+        )
+    if fields["max_position_embeddings"] < config.data.seq_len:
+        raise UserError(
+            f"model.max_position_embeddings {fields['max_position_embeddings']} is smaller than "
+            f"data.seq_len {config.data.seq_len}."
+        )
+    try:
+        result = AutoConfig.for_model(config.model.family, **fields)
+        if result.hidden_size % result.num_attention_heads:
+            raise ValueError(f"hidden_size {result.hidden_size} is not a multiple of the attention heads")
+        if result.num_attention_heads % (getattr(result, "num_key_value_heads", None) or 1):
+            raise ValueError("num_attention_heads is not a multiple of num_key_value_heads")
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the 'model' section is not a valid {config.model.family}: {error}.") from error
+    for method in config.methods:
+        method.configure(result)
+    return result
+
+
+def build_model(config: Config, model_config: PreTrainedConfig, ds_config: dict[str, Any]) -> PreTrainedModel:
+    """The model, with undefined values; under ZeRO-3 each rank holds only its partition of every weight."""
+    stage = ds_config["zero_optimization"].get("stage", 0)
+    with no_init_weights(), _partitioned(ds_config) if stage == 3 else nullcontext():
+        model = MODEL_CLASSES[config.model.family](model_config)
+        for method in config.methods:
+            method.transform(model)
+    if stage == 3:
+        _restore_rotary_tables(model)
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def outline(config: Config, model_config: PreTrainedConfig) -> list[Weight]:
+    """Every weight of the model without building it: no memory is used."""
+    with torch.device("meta"), no_init_weights():
+        model = MODEL_CLASSES[config.model.family](model_config)
+        for method in config.methods:
+            method.transform(model)
+    return describe_model(model)
+
+
+def initial_rule(weight: Weight, methods: tuple[Method, ...], default_std: float) -> tuple[float, float, str]:
+    """(mean, standard deviation, rule in words) of a weight at initialization.
+
+    Norm gains are 1 and biases 0. Matrices are normal with `default_std` unless a method says otherwise; of several,
+    the last in the run's list decides.
+    """
+    if weight.role == "bias":
+        return 0.0, 0.0, "constant 0"
+    if weight.role == "norm":
+        return 1.0, 0.0, "constant 1"
+    std, rule = default_std, f"initializer_range: {default_std:g}"
+    for method in methods:
+        chosen = method.init_std(weight)
+        if chosen is not None:
+            std, rule = chosen, method.init_rule(weight) or method.name
+    return 0.0, std, rule
+
+
+def initialize_weights(
+    weights: ShardedWeights, methods: tuple[Method, ...], default_std: float, seed: int
+) -> dict[str, Moments]:
+    """Fill every weight by its rule, then audit: the measured moments of each full weight, which match its rule.
+
+    Raises RuntimeError if a weight does not have the deviation it was meant to have, within sampling error.
+    """
+
+    def rule(weight: Weight) -> tuple[float, float]:
+        return initial_rule(weight, methods, default_std)[:2]
+
+    weights.fill_(seed, rule)
+    moments = weights.moments()
+    for name, weight in weights.layout.items():
+        _audit(weight, moments[name], *rule(weight))
+    return moments
+
+
+def _audit(weight: Weight, measured: Moments, mean: float, std: float) -> None:
+    """Six standard errors: one false alarm in 10^9 weights."""
+    count = weight.numel
+    mean_error, std_error = std / sqrt(count), std / sqrt(2 * count)
+    fits = (
+        measured.count == count
+        and abs(measured.mean - mean) <= 6 * mean_error
+        and abs(measured.std - std) <= 6 * std_error + 1e-6 * std
+    )
+    if not fits:
+        raise RuntimeError(
+            f"initialization of {weight.name} went wrong: {measured.count} elements with mean {measured.mean:.3e} and "
+            f"std {measured.std:.6f} were found where {count} with mean {mean:g} and std {std:.6f} were due"
+        )
+
+
+def _restore_rotary_tables(model: PreTrainedModel) -> None:
+    """Recompute RoPE's frequencies in float32: bf16 `zero.Init` builds them in bf16, which no exported model would."""
+    for module in model.modules():
+        if hasattr(module, "inv_freq"):
+            fresh = type(module)(model.config)
+            for name, table in fresh.named_buffers(recurse=False):
+                setattr(module, name, table.to(module.inv_freq.device))
+
+
+def _partitioned(ds_config: dict[str, Any]):
+    """DeepSpeed's `zero.Init`, less the broadcast of each full weight from rank 0."""
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    class PartitionWithoutBroadcast(Init):
+        def _zero_init_param(self, param: torch.nn.Parameter) -> None:
+            self._convert_to_deepspeed_param(param)
+            param.partition()
+
+    return PartitionWithoutBroadcast(config_dict_or_path=ds_config)

@@ -1,0 +1,81 @@
+"""The run's numbers: one JSON object a line in metrics.jsonl, and the same names in wandb. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from pretrain.config import Config
+
+
+class Metrics:
+    """Appends rows to `metrics.jsonl`; a resumed run goes on in the same file, and the last row of a step counts."""
+
+    def __init__(self, config: Config, enabled: bool) -> None:
+        """With `enabled` False (ranks other than 0) every call does nothing."""
+        self._file = self._wandb = None
+        if not enabled:
+            return
+        path = config.folder / "metrics.jsonl"
+        _end_last_line(path)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)
+        if config.log.wandb.mode != "disabled":
+            import wandb
+
+            self._wandb = wandb.init(
+                project=config.log.wandb.project,
+                name=config.name,
+                id=config.name,
+                resume="allow",
+                dir=str(config.folder),
+                mode=config.log.wandb.mode,
+                config=config.model_dump(mode="json"),
+            )
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """One row. Values are numbers, strings, or nested dicts of them; NaN and infinity become null."""
+        if self._file is None:
+            return
+        row = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
+        self._file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+        if self._wandb is not None and kind != "event":
+            self._wandb.log(_flat({kind: values}), step=step)
+
+    def event(self, step: int, event: str, **values: Any) -> None:
+        """A row of kind `event`: something that happened once."""
+        self.write("event", step, event=event, **values)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(quiet=True)
+
+
+def _end_last_line(path: Path) -> None:
+    """Drop the half-written line that a killed run may have left at the end."""
+    if path.exists() and (text := path.read_bytes()) and not text.endswith(b"\n"):
+        with open(path, "r+b") as file:
+            file.truncate(text.rfind(b"\n") + 1)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested names joined by slashes, as wandb groups them."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}/"))
+        elif isinstance(value, int | float | bool):
+            flat[prefix + key] = value
+    return flat

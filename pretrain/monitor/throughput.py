@@ -1,0 +1,77 @@
+"""Tokens per second, time left, and model FLOPs utilization by a closed formula.
+
+FLOPs per token, forward and backward: 6 per weight of the matrices that multiply activations (embedding look-ups
+excluded, the head included), plus 12 · layers · attention width · sequence length for the scores and the weighted sum of
+full (not halved for causality) attention; Chowdhery et al. 2022 (PaLM), appendix B. Recomputed activations do not
+count.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+from pretrain.layout import Weight
+
+# Dense bf16 tensor-core peaks in FLOP/s from the vendors' data sheets (without sparsity), by a part of the device name.
+_PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "MI300X": 1307e12}
+
+
+def flops_per_token(weights: list[Weight], config: PreTrainedConfig, seq_len: int) -> float:
+    """FLOPs that training spends on one token of a sequence of `seq_len` tokens."""
+    multiplied = sum(w.numel for w in weights if w.in_block_matrix or w.role == "head")
+    if not any(w.role == "head" for w in weights):  # tied: the embedding serves as head
+        multiplied += sum(w.numel for w in weights if w.role == "embed")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 12 * config.num_hidden_layers * config.num_attention_heads * head_dim * seq_len
+    return 6.0 * multiplied + attention
+
+
+def peak_flops() -> float | None:
+    """The dense bf16 peak of this rank's GPU; None on a CPU or an unknown device, where no MFU is reported."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for part, peak in _PEAK_FLOPS.items() if part in name), None)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """One interval's speed, over all ranks."""
+
+    tokens_per_s: float
+    step_time_s: float
+    data_wait: float
+    mfu: float | None
+    remaining_s: float
+
+
+class Throughput:
+    """Measures the pace between calls of `lap`; evaluation and saving are left out with `pause` and `resume`."""
+
+    def __init__(self, tokens_per_step: int, flops_per_token: float, world_size: int) -> None:
+        self.tokens_per_step, self.flops_per_token, self.world_size = tokens_per_step, flops_per_token, world_size
+        self._started = time.perf_counter()
+        self._excluded = 0.0
+        self._paused_at = 0.0
+        self._waited = 0.0
+
+    def pause(self) -> None:
+        self._paused_at = time.perf_counter()
+
+    def resume(self) -> None:
+        self._excluded += time.perf_counter() - self._paused_at
+
+    def lap(self, steps: int, steps_left: int, waited_s: float) -> Pace:
+        """The pace of the last `steps` steps; `waited_s` is how long this rank has waited for data since the start."""
+        now = time.perf_counter()
+        elapsed = now - self._started - self._excluded
+        waited = waited_s - self._waited
+        self._started, self._excluded, self._waited = now, 0.0, waited_s
+        tokens_per_s = steps * self.tokens_per_step / elapsed
+        peak = peak_flops()
+        mfu = tokens_per_s * self.flops_per_token / (peak * self.world_size) if peak else None
+        return Pace(tokens_per_s, elapsed / steps, waited / elapsed, mfu, steps_left * elapsed / steps)

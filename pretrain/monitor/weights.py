@@ -1,0 +1,42 @@
+"""Watches the weights themselves: mean, standard deviation and update ratio of every full weight, on its shards."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import torch
+
+from pretrain.sharded import ShardedWeights
+
+
+class WeightMonitor:
+    """Measures every weight around an optimizer step, every `interval_steps` steps.
+
+    The update ratio is ‖W_after − W_before‖ / ‖W_before‖ (Frobenius) of one optimizer step, measured before any
+    method edits the weights.
+    """
+
+    def __init__(self, weights: ShardedWeights, interval_steps: int) -> None:
+        self.weights, self.interval_steps = weights, interval_steps
+        self._before: dict[str, torch.Tensor] = {}
+
+    def before_step(self, step: int) -> None:
+        """Remember this rank's pieces if step `step` will be measured."""
+        self._before = {} if step % self.interval_steps else self.weights.snapshot()
+
+    def after_step(self, step: int) -> dict[str, dict[str, float | bool]]:
+        """std, mean, update_ratio and rescaled (False so far) by weight name; empty off the interval. Collective."""
+        if step % self.interval_steps:
+            return {}
+        squared_change = self.weights.squared_change(self._before)
+        self._before = {}
+        facts: dict[str, dict[str, float | bool]] = {}
+        for name, moments in self.weights.moments().items():
+            norm = sqrt(moments.squared_norm)
+            facts[name] = {
+                "std": moments.std,
+                "mean": moments.mean,
+                "update_ratio": sqrt(squared_change[name]) / norm if norm else 0.0,
+                "rescaled": False,
+            }
+        return facts

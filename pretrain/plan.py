@@ -1,0 +1,194 @@
+"""Everything that can be known about a run before it starts, and everything that can be wrong with it.
+
+`make_plan` reads and checks the whole input (model, tokenizer, shards, DeepSpeed file, methods) without building the
+model; `--dry-run` prints it, training goes on from it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from pretrain.checkpoint import TrainerState
+from pretrain.config import Config
+from pretrain.data import TokenShards, check_tokenizer, load_tokenizer, open_shards
+from pretrain.data.loader import check_enough_samples, eval_batches
+from pretrain.deepspeed_config import accumulation_steps, deepspeed_config
+from pretrain.errors import UserError
+from pretrain.layout import Weight
+from pretrain.model import hf_config, initial_rule, outline
+from pretrain.monitor.throughput import flops_per_token
+from pretrain.sharded import Moments
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has been checked: what will be built, from what, for how long."""
+
+    config: Config
+    world_size: int
+    model_config: PreTrainedConfig
+    ds_config: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase
+    train_shards: TokenShards
+    val_shards: TokenShards | None
+    weights: list[Weight]
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all weights, a tied one counted once."""
+        return sum(weight.numel for weight in self.weights)
+
+    @property
+    def zero_stage(self) -> int:
+        return self.ds_config["zero_optimization"].get("stage", 0)
+
+    @property
+    def precision(self) -> str:
+        return "bf16" if self.ds_config["bf16"]["enabled"] else "fp32"
+
+    @property
+    def flops_per_token(self) -> float:
+        return flops_per_token(self.weights, self.model_config, self.config.data.seq_len)
+
+    def state_at(self, step: int) -> TrainerState:
+        """What a checkpoint of this run at `step` stores."""
+        return TrainerState(
+            step=step,
+            samples=step * self.config.data.global_batch_size,
+            world_size=self.world_size,
+            zero_stage=self.zero_stage,
+            model=self.model_config.to_diff_dict(),
+            data_fingerprint=self.train_shards.fingerprint,
+            tokenizer_fingerprint=self.train_shards.tokenizer_fingerprint,
+            seed=self.config.seed,
+            seq_len=self.config.data.seq_len,
+            global_batch_size=self.config.data.global_batch_size,
+        )
+
+
+def make_plan(config: Config, world_size: int, rank: int = 0) -> Plan:
+    """Check the input of `config` for a run on `world_size` ranks; rank `rank` reads its share of the shards.
+
+    Raises UserError for whatever does not fit.
+    """
+    ds_config = deepspeed_config(config, world_size)
+    tokenizer = load_tokenizer(config.tokenizer)
+    model_config = hf_config(config, tokenizer)
+    weights = outline(config, model_config)
+    for method in config.methods:
+        method.check(weights)
+    shards = {}
+    for split in ("train", "val"):
+        folder = getattr(config.data, split)
+        if folder is not None:
+            shards[split] = open_shards(folder, verify=config.data.verify, rank=rank, world_size=world_size)
+            check_tokenizer(shards[split], tokenizer, config.tokenizer)
+    plan = Plan(config, world_size, model_config, ds_config, tokenizer, shards["train"], shards.get("val"), weights)
+    _check_batches(plan)
+    return plan
+
+
+def _check_batches(plan: Plan) -> None:
+    data = plan.config.data
+    check_enough_samples(plan.train_shards, data.seq_len, data.global_batch_size, plan.world_size)
+    if plan.val_shards is not None:
+        validation_batches(plan, rank=0)
+
+
+def validation_batches(plan: Plan, rank: int) -> Iterator[torch.Tensor]:
+    """Rank `rank`'s micro-batches of one evaluation, (micro_batch_size, seq_len + 1) int64, the same at every call."""
+    data = plan.config.data
+    return eval_batches(
+        plan.val_shards,
+        seq_len=data.seq_len,
+        micro_batch_size=data.micro_batch_size,
+        rank=rank,
+        world_size=plan.world_size,
+        batches=plan.config.eval.batches,
+    )
+
+
+def describe_plan(plan: Plan) -> str:
+    """The plan as a person reads it before queueing the run."""
+    config, data = plan.config, plan.config.data
+    tokens = config.total_steps * config.tokens_per_step
+    lines = {
+        "model": f"{config.model.family}, {plan.parameters / 1e6:,.1f}M parameters, vocabulary "
+        f"{plan.model_config.vocab_size:,}",
+        "data": f"{plan.train_shards.tokens / 1e6:,.1f}M training tokens = "
+        f"{tokens / plan.train_shards.tokens:.2f} epochs of the run",
+        "length": f"{config.total_steps:,} steps x {config.tokens_per_step:,} tokens = {tokens / 1e6:,.1f}M tokens, "
+        f"{plan.flops_per_token * tokens:.2e} FLOPs",
+        "batch": f"{data.global_batch_size} sequences of {data.seq_len} = {plan.world_size} ranks x "
+        f"{accumulation_steps(config, plan.world_size)} micro-batches of {data.micro_batch_size}",
+        "sharding": f"ZeRO-{plan.zero_stage}, {plan.precision}",
+        "memory": f"{_state_bytes(plan) / 1e9:.2f} GB per rank for weights, gradients and optimizer "
+        "(activations come on top)",
+        "disk": _describe_disk(plan),
+        "methods": ", ".join(method.name for method in config.methods) or "none",
+    }
+    return "\n".join(f"{key:<9} {value}" for key, value in lines.items())
+
+
+def describe_weights(
+    weights: list[Weight],
+    initial: Callable[[Weight], tuple[float, float, str]],
+    config: Config,
+    measured: dict[str, Moments] | None = None,
+) -> str:
+    """A table, one row per role and rule: which layers, how many weights, their rule, standard deviation and method.
+
+    With `measured` moments the standard deviations are the measured ones, first to last layer.
+    """
+    groups: dict[tuple[str, ...], list[tuple[Weight, float]]] = {}
+    for weight in weights:
+        _, std, rule = initial(weight)
+        steps = "; ".join(filter(None, (method.step_rule(weight) for method in config.methods))) or "-"
+        value = measured[weight.name].std if measured else std
+        groups.setdefault((weight.role, rule, steps), []).append((weight, value))
+    header = ("role", "layers", "weights", "shape", "initial values", "std", "during training")
+    rows = [header]
+    for (role, rule, steps), members in groups.items():
+        layers = [weight.layer for weight, _ in members if weight.layer is not None]
+        span = "-" if not layers else f"{min(layers)}-{max(layers)}" if len(set(layers)) > 1 else str(layers[0])
+        shapes = sorted({"x".join(map(str, weight.shape)) for weight, _ in members})
+        first, last = members[0][1], members[-1][1]
+        std = f"{first:.5f}" if abs(first - last) < 1e-9 else f"{first:.5f} .. {last:.5f}"
+        rows.append((role, span, str(len(members)), ", ".join(shapes), rule, std, steps))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def initial_rule_of(plan: Plan) -> Callable[[Weight], tuple[float, float, str]]:
+    """`initial_rule` with the run's methods and the model's own `initializer_range`."""
+    return lambda weight: initial_rule(weight, plan.config.methods, plan.model_config.initializer_range)
+
+
+def _state_bytes(plan: Plan) -> float:
+    """Bytes per rank of working copy, fp32 gradient, fp32 master and two Adam moments, by ZeRO stage."""
+    working, gradient, optimizer = (2, 4, 12) if plan.precision == "bf16" else (4, 4, 8)
+    stage, ranks = plan.zero_stage, plan.world_size
+    per_parameter = (
+        working / (ranks if stage == 3 else 1)
+        + gradient / (ranks if stage >= 2 else 1)
+        + optimizer / (ranks if stage >= 1 else 1)
+    )
+    return plan.parameters * per_parameter
+
+
+def _describe_disk(plan: Plan) -> str:
+    one = plan.parameters * (14 if plan.precision == "bf16" else 16)
+    existing = next(
+        path for path in (plan.config.folder.absolute(), *plan.config.folder.absolute().parents) if path.exists()
+    )
+    free = shutil.disk_usage(existing).free
+    if free < one:
+        raise UserError(f"one checkpoint needs {one / 1e9:.2f} GB but {existing} has {free / 1e9:.2f} GB free.")
+    return f"{one / 1e9:.2f} GB per checkpoint, {plan.config.checkpoint.keep_last} kept; {free / 1e9:.0f} GB free"

@@ -1,0 +1,50 @@
+"""The trainer's logits on a fixed batch, stored with each checkpoint so that conversion can prove itself.
+
+Sampled positions keep the file small: the full vocabulary at a few positions of every probe sequence.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+SEQUENCES = 2
+POSITIONS = 8
+MAX_LENGTH = 256
+
+
+def probe_batch(tokens: torch.Tensor, seq_len: int) -> torch.Tensor:
+    """(2, length) int64 token ids from the flat `tokens`, length at most 256."""
+    length = min(seq_len, MAX_LENGTH, tokens.numel() // SEQUENCES)
+    return tokens[: SEQUENCES * length].view(SEQUENCES, length).long()
+
+
+@torch.no_grad()
+def probe_logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """(2, positions, vocab_size) float32 logits on the CPU, at evenly spaced positions. Collective under ZeRO-3.
+
+    The model is put in eval mode for the pass; attention masks and caches are left out.
+    """
+    was_training = model.training
+    model.eval()
+    logits = model(input_ids, use_cache=False).logits[:, probe_positions(input_ids.shape[1])]
+    model.train(was_training)
+    return logits.float().cpu()
+
+
+def probe_positions(length: int) -> torch.Tensor:
+    """The positions whose logits are kept: evenly spaced up to the last."""
+    return torch.linspace(0, length - 1, min(POSITIONS, length)).long()
+
+
+def save_probe(folder: Path, input_ids: torch.Tensor, logits: torch.Tensor) -> None:
+    """Write `probe.safetensors` into a checkpoint folder."""
+    save_file({"input_ids": input_ids.cpu().contiguous(), "logits": logits.contiguous()}, folder / "probe.safetensors")
+
+
+def load_probe(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """(input_ids, logits) as stored by `save_probe`."""
+    stored = load_file(folder / "probe.safetensors")
+    return stored["input_ids"], stored["logits"]

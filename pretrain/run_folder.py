@@ -1,0 +1,112 @@
+"""The run folder: the resolved configuration, the environment, the log and the status of a run."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from pretrain.config import Config
+from pretrain.distributed import Ranks, all_gather_object, on_every_rank
+from pretrain.errors import UserError
+from pretrain.files import write_json, write_text
+
+log = logging.getLogger("evenkeel")
+
+_PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "safetensors", "numpy")
+
+
+class RunFolder:
+    """Creates the run folder and keeps its files. Collective at construction; writing is rank 0's.
+
+    step: the optimizer step the run is at, for the status.
+    """
+
+    def __init__(self, path: Path, ranks: Ranks) -> None:
+        """Raises UserError on every rank if the folder cannot be written or another run is using it."""
+        self.path, self.ranks, self.step = path, ranks, 0
+        on_every_rank(self._create)
+        _log_to(self.path / ("log.txt" if ranks.is_first else f"logs/rank_{ranks.rank}.txt"), console=ranks.is_first)
+
+    def begin(self, config: Config, step: int) -> None:
+        """Record what runs here, once nothing can refuse it any more."""
+        self.step = step
+        environment = _environment(all_gather_object(f"{socket.gethostname()} {_device_name()}"))
+        if self.ranks.is_first:
+            write_text(self.path / "config.yaml", config.to_yaml())
+            write_json(self.path / "environment.json", environment)
+        self.status("running")
+
+    def status(self, status: str, reason: str = "") -> None:
+        """Record running, finished, preempted or failed."""
+        if self.ranks.is_first:
+            write_json(self.path / "status.json", {"status": status, "step": self.step, "reason": reason})
+
+    def _create(self) -> None:
+        try:
+            (self.path / "logs").mkdir(parents=True, exist_ok=True)
+            (self.path / "checkpoints").mkdir(exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+            if self.ranks.is_first:
+                self._lock()
+        except OSError as error:
+            raise UserError(f"cannot write to the run folder {self.path}: {error.strerror}.") from error
+
+    def _lock(self) -> None:
+        """Hold the folder until this process ends, so that two runs never write the same checkpoints."""
+        self._lock_file = open(self.path / ".lock", "w")  # noqa: SIM115 (held as long as the process lives)
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another run is writing to {self.path}. Wait for it to end, or give this one another 'name'."
+            ) from None
+
+
+def _log_to(path: Path, console: bool) -> None:
+    """Send this package's log to `path`, and to stdout on rank 0."""
+    log.handlers.clear()
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    handlers: list[logging.Handler] = [logging.FileHandler(path)]
+    if console:
+        handlers.append(logging.StreamHandler(sys.stdout))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+
+
+def _environment(hosts: list[str]) -> dict:
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "cuda": torch.version.cuda,
+        "ranks": hosts,
+        "git_revision": _git("rev-parse", "HEAD"),
+        "git_changed_files": (_git("status", "--porcelain") or "").splitlines(),
+        "command": sys.argv,
+    }
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu x{torch.get_num_threads()} threads"
+
+
+def _git(*arguments: str) -> str | None:
+    """git's answer about this code, or None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
