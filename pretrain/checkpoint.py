@@ -13,6 +13,7 @@ import os
 import random
 import re
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,10 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from pretrain.config import CheckpointSection
 from pretrain.distributed import Ranks, all_gather_object, on_every_rank
-from pretrain.errors import UserError
+from pretrain.errors import SharedUserError, UserError
 from pretrain.files import checksum, sync_folder, write_json, write_text
 
 _COMPLETE = re.compile(r"step_(\d{8,})")
@@ -43,6 +45,7 @@ class TrainerState:
     samples: int
     world_size: int
     zero_stage: int
+    precision: str
     model: dict[str, Any]
     data_fingerprint: str
     tokenizer_fingerprint: str
@@ -54,6 +57,7 @@ class TrainerState:
 _WHY_EQUAL = {
     "world_size": "elastic resume is not supported yet: start the same number of ranks",
     "zero_stage": "DeepSpeed's shards of one stage cannot be loaded by another: name the same stage",
+    "precision": "DeepSpeed's shards of one precision cannot be loaded in another: name the same precision",
     "model": "it is a checkpoint of another architecture",
     "data_fingerprint": "its sample order belongs to other token shards",
     "tokenizer_fingerprint": "it was trained with another tokenizer",
@@ -84,16 +88,19 @@ class Checkpoints:
             if self.ranks.is_first:
                 add_files(aside)
                 write_json(aside / "trainer.json", asdict(state))
-        except (OSError, RuntimeError) as error:
+            _barrier()
+            entries = self._describe_files(aside)
+            if self.ranks.is_first:
+                manifest = {"schema_version": 1, "saved_at": time.time(), "files": entries}
+                write_json(aside / "manifest.json", manifest)
+                self._publish(aside, final)
+        except Exception as error:
+            if not _is_write_failure(error):
+                raise
             raise UserError(
                 f"rank {self.ranks.rank} could not write the checkpoint of step {state.step} to {self.folder}: {error}. "
                 "The older checkpoints are intact; free space or fix the folder and start the same command again."
             ) from error
-        _barrier()
-        entries = self._describe_files(aside)
-        if self.ranks.is_first:
-            write_json(aside / "manifest.json", {"schema_version": 1, "files": entries})
-            self._publish(aside, final)
         _barrier()
         return final
 
@@ -106,7 +113,7 @@ class Checkpoints:
         if self.config.resume == "never":
             return None
         if self.config.resume != "auto":
-            chosen = resolve(Path(self.config.resume))
+            chosen = on_every_rank(lambda: resolve(Path(self.config.resume)))
             self._verify(chosen)
             return chosen
         found = on_every_rank(lambda: complete_checkpoints(self.folder))
@@ -120,7 +127,7 @@ class Checkpoints:
             else:
                 return path
         if damage:
-            raise UserError(
+            raise SharedUserError(
                 f"no checkpoint in {self.folder} is whole: {' '.join(damage)} "
                 "Start from scratch with --set checkpoint.resume=never and another --set name=..."
             )
@@ -140,10 +147,11 @@ class Checkpoints:
         return state
 
     def _prepare(self, aside: Path, engine) -> None:
-        """An empty folder for the new checkpoint, and room for it."""
+        """An empty folder for the new checkpoint, and room for it; what killed runs left half written goes."""
         try:
             if self.ranks.is_first:
-                shutil.rmtree(aside, ignore_errors=True)
+                for leftover in self.folder.glob(".step_*"):
+                    shutil.rmtree(leftover, ignore_errors=True)
                 aside.mkdir(parents=True)
             free = shutil.disk_usage(self.folder.parent).free
         except OSError as error:
@@ -186,14 +194,14 @@ class Checkpoints:
         """Compare every file with the manifest; the ranks share the reading. UserError on every rank if one differs."""
 
         def check() -> None:
-            files = _read_json(path / "manifest.json")["files"]
+            files = _read_manifest(path)
             for name in self._my_share(sorted(files)):
-                file, entry = path / name, files[name]
+                file, (expected_bytes, expected_sum) = path / name, files[name]
                 size = file.stat().st_size if file.is_file() else None
-                if size != entry["bytes"]:
-                    found = "is missing" if size is None else f"has {size} bytes instead of {entry['bytes']}"
+                if size != expected_bytes:
+                    found = "is missing" if size is None else f"has {size} bytes instead of {expected_bytes}"
                     raise UserError(f"{file} {found}.")
-                if checksum(file) != entry["xxh3_128"]:
+                if checksum(file) != expected_sum:
                     raise UserError(f"{file} does not match its checksum: its content has changed since it was saved.")
 
         on_every_rank(check)
@@ -218,9 +226,17 @@ def resolve(path: Path) -> Path:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in `folder`, oldest first."""
+    """The complete checkpoints in `folder`, oldest first: by when they were saved, as a run may have begun anew."""
     found = folder.iterdir() if folder.is_dir() else ()
-    return sorted((path for path in found if _COMPLETE.fullmatch(path.name)), key=_step_of)
+    return sorted((path for path in found if _COMPLETE.fullmatch(path.name)), key=_age)
+
+
+def _age(path: Path) -> tuple[float, int]:
+    """When a checkpoint was saved, and its step; one whose manifest cannot be read counts as the oldest."""
+    try:
+        return _read_json(path / "manifest.json")["saved_at"], _step_of(path)
+    except (UserError, KeyError, TypeError):
+        return 0.0, _step_of(path)
 
 
 def _step_of(path: Path) -> int:
@@ -240,6 +256,15 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
+
+
+def _read_manifest(path: Path) -> dict[str, tuple[int, str]]:
+    """Bytes and checksum of every file of the checkpoint, by name."""
+    manifest = _read_json(path / "manifest.json")
+    try:
+        return {name: (entry["bytes"], entry["xxh3_128"]) for name, entry in manifest["files"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path / 'manifest.json'} is damaged: {type(error).__name__} {error}.") from error
 
 
 def _read_state(path: Path) -> TrainerState:
@@ -270,6 +295,11 @@ def _bytes_to_save(engine) -> int:
     """Master, two Adam moments and the working copy of every parameter, with a little room to spare."""
     count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
     return int(count * 16 * 1.02) + (1 << 20)
+
+
+def _is_write_failure(error: Exception) -> bool:
+    """Whether a file could not be written: torch and safetensors say so in ways of their own."""
+    return isinstance(error, OSError | SafetensorError) or "inline_container" in str(error)
 
 
 def _random_states() -> dict[str, Any]:

@@ -6,9 +6,11 @@ model; `--dry-run` prints it, training goes on from it.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from pretrain.checkpoint import TrainerState
 from pretrain.config import Config
 from pretrain.data import TokenShards, check_tokenizer, load_tokenizer, open_shards
 from pretrain.data.loader import check_enough_samples, eval_batches
-from pretrain.deepspeed_config import accumulation_steps, deepspeed_config
+from pretrain.deepspeed_config import accumulation_steps, deepspeed_config, read_deepspeed
 from pretrain.errors import UserError
 from pretrain.layout import Weight
 from pretrain.model import hf_config, initial_rule, outline
@@ -63,6 +65,7 @@ class Plan:
             samples=step * self.config.data.global_batch_size,
             world_size=self.world_size,
             zero_stage=self.zero_stage,
+            precision=self.precision,
             model=self.model_config.to_diff_dict(),
             data_fingerprint=self.train_shards.fingerprint,
             tokenizer_fingerprint=self.train_shards.tokenizer_fingerprint,
@@ -72,12 +75,14 @@ class Plan:
         )
 
 
-def make_plan(config: Config, world_size: int, rank: int = 0) -> Plan:
-    """Check the input of `config` for a run on `world_size` ranks; rank `rank` reads its share of the shards.
+def make_plan(config: Config, world_size: int, rank: int | None = None) -> Plan:
+    """Check the input of `config` for a run on `world_size` ranks.
 
-    Raises UserError for whatever does not fit.
+    Rank `rank` verifies its share of the shards, None all of them. The plan's configuration holds the content of the
+    DeepSpeed file, so that it reproduces the run alone. Raises UserError for whatever does not fit.
     """
     ds_config = deepspeed_config(config, world_size)
+    config = config.model_copy(update={"deepspeed": read_deepspeed(config)[1]})
     tokenizer = load_tokenizer(config.tokenizer)
     model_config = hf_config(config, tokenizer)
     weights = outline(config, model_config)
@@ -87,10 +92,12 @@ def make_plan(config: Config, world_size: int, rank: int = 0) -> Plan:
     for split in ("train", "val"):
         folder = getattr(config.data, split)
         if folder is not None:
-            shards[split] = open_shards(folder, verify=config.data.verify, rank=rank, world_size=world_size)
-            check_tokenizer(shards[split], tokenizer, config.tokenizer)
+            share = {} if rank is None else {"rank": rank, "world_size": world_size}
+            shards[split] = open_shards(folder, verify=config.data.verify, **share)
+            check_tokenizer(shards[split], tokenizer, folder)
     plan = Plan(config, world_size, model_config, ds_config, tokenizer, shards["train"], shards.get("val"), weights)
     _check_batches(plan)
+    _check_disk(plan)
     return plan
 
 
@@ -119,11 +126,11 @@ def describe_plan(plan: Plan) -> str:
     config, data = plan.config, plan.config.data
     tokens = config.total_steps * config.tokens_per_step
     lines = {
-        "model": f"{config.model.family}, {plan.parameters / 1e6:,.1f}M parameters, vocabulary "
+        "model": f"{config.model.family}, {short(plan.parameters)} parameters, vocabulary "
         f"{plan.model_config.vocab_size:,}",
-        "data": f"{plan.train_shards.tokens / 1e6:,.1f}M training tokens = "
-        f"{tokens / plan.train_shards.tokens:.2f} epochs of the run",
-        "length": f"{config.total_steps:,} steps x {config.tokens_per_step:,} tokens = {tokens / 1e6:,.1f}M tokens, "
+        "data": f"{short(plan.train_shards.tokens)} training tokens; the run takes "
+        f"{tokens / plan.train_shards.tokens:.2f} epochs of them",
+        "length": f"{config.total_steps:,} steps x {config.tokens_per_step:,} tokens = {short(tokens)} tokens, "
         f"{plan.flops_per_token * tokens:.2e} FLOPs",
         "batch": f"{data.global_batch_size} sequences of {data.seq_len} = {plan.world_size} ranks x "
         f"{accumulation_steps(config, plan.world_size)} micro-batches of {data.micro_batch_size}",
@@ -159,11 +166,25 @@ def describe_weights(
         span = "-" if not layers else f"{min(layers)}-{max(layers)}" if len(set(layers)) > 1 else str(layers[0])
         shapes = sorted({"x".join(map(str, weight.shape)) for weight, _ in members})
         first, last = members[0][1], members[-1][1]
-        std = f"{first:.5f}" if abs(first - last) < 1e-9 else f"{first:.5f} .. {last:.5f}"
+        std = (
+            "-"
+            if first == last == 0.0
+            else f"{first:.5f}"
+            if abs(first - last) < 1e-9
+            else f"{first:.5f} .. {last:.5f}"
+        )
         rows.append((role, span, str(len(members)), ", ".join(shapes), rule, std, steps))
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def short(count: float) -> str:
+    """A count with three digits and its unit: 1.25M."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.0f}"
 
 
 def initial_rule_of(plan: Plan) -> Callable[[Weight], tuple[float, float, str]]:
@@ -183,12 +204,29 @@ def _state_bytes(plan: Plan) -> float:
     return plan.parameters * per_parameter
 
 
-def _describe_disk(plan: Plan) -> str:
-    one = plan.parameters * (14 if plan.precision == "bf16" else 16)
-    existing = next(
-        path for path in (plan.config.folder.absolute(), *plan.config.folder.absolute().parents) if path.exists()
-    )
+def _check_disk(plan: Plan) -> None:
+    """UserError unless the run folder can be written and holds one checkpoint."""
+    existing, one = _existing_folder(plan.config), _checkpoint_bytes(plan)
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"cannot write to the run folder {plan.config.folder}: {existing} is not a writable folder.")
     free = shutil.disk_usage(existing).free
     if free < one:
         raise UserError(f"one checkpoint needs {one / 1e9:.2f} GB but {existing} has {free / 1e9:.2f} GB free.")
-    return f"{one / 1e9:.2f} GB per checkpoint, {plan.config.checkpoint.keep_last} kept; {free / 1e9:.0f} GB free"
+
+
+def _describe_disk(plan: Plan) -> str:
+    free = shutil.disk_usage(_existing_folder(plan.config)).free
+    return (
+        f"{_checkpoint_bytes(plan) / 1e9:.2f} GB per checkpoint, {plan.config.checkpoint.keep_last} kept; "
+        f"{free / 1e9:.0f} GB free"
+    )
+
+
+def _checkpoint_bytes(plan: Plan) -> int:
+    return plan.parameters * (14 if plan.precision == "bf16" else 16)
+
+
+def _existing_folder(config: Config) -> Path:
+    """The run folder, or the nearest thing above it that exists."""
+    folder = config.folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())

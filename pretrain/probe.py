@@ -23,15 +23,16 @@ def probe_batch(tokens: torch.Tensor, seq_len: int) -> torch.Tensor:
 
 @torch.no_grad()
 def probe_logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """(2, positions, vocab_size) float32 logits on the CPU, at evenly spaced positions. Collective under ZeRO-3.
+    """(2, positions, vocab_size) logits on the CPU, at evenly spaced positions. Collective under ZeRO-3.
 
-    The model is put in eval mode for the pass; attention masks and caches are left out.
+    Their dtype is the precision that the model computes in. The model is put in eval mode for the pass; attention masks
+    and caches are left out.
     """
     was_training = model.training
     model.eval()
     logits = model(input_ids, use_cache=False).logits[:, probe_positions(input_ids.shape[1])]
     model.train(was_training)
-    return logits.float().cpu()
+    return logits.cpu()
 
 
 def probe_positions(length: int) -> torch.Tensor:

@@ -1,11 +1,13 @@
-"""Silences what the libraries print about themselves on every rank; errors still come through."""
+"""Silences what the libraries print about themselves on every rank; errors still come through. Import it first."""
 
 import logging
 import os
 import warnings
 
+import torch
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it looked for others
 warnings.filterwarnings("ignore", category=FutureWarning)  # torch 2.13, at every collective of DeepSpeed 0.19
-logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 logging.getLogger("torch.distributed").setLevel(logging.ERROR)

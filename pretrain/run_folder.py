@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -27,18 +28,18 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "sa
 class RunFolder:
     """Creates the run folder and keeps its files. Collective at construction; writing is rank 0's.
 
-    step: the optimizer step the run is at, for the status.
+    step: the optimizer step the run is at, for the status. begun: whether the folder's files speak of this run yet.
     """
 
     def __init__(self, path: Path, ranks: Ranks) -> None:
         """Raises UserError on every rank if the folder cannot be written or another run is using it."""
-        self.path, self.ranks, self.step = path, ranks, 0
+        self.path, self.ranks, self.step, self.begun = path, ranks, 0, False
         on_every_rank(self._create)
         _log_to(self.path / ("log.txt" if ranks.is_first else f"logs/rank_{ranks.rank}.txt"), console=ranks.is_first)
 
     def begin(self, config: Config, step: int) -> None:
         """Record what runs here, once nothing can refuse it any more."""
-        self.step = step
+        self.step, self.begun = step, True
         environment = _environment(all_gather_object(f"{socket.gethostname()} {_device_name()}"))
         if self.ranks.is_first:
             write_text(self.path / "config.yaml", config.to_yaml())
@@ -49,6 +50,11 @@ class RunFolder:
         """Record running, finished, preempted or failed."""
         if self.ranks.is_first:
             write_json(self.path / "status.json", {"status": status, "step": self.step, "reason": reason})
+
+    def fail(self, reason: str) -> None:
+        """Record a failure, if the disk still takes it."""
+        with suppress(OSError):
+            self.status("failed", reason)
 
     def _create(self) -> None:
         try:
@@ -73,13 +79,13 @@ class RunFolder:
 
 
 def _log_to(path: Path, console: bool) -> None:
-    """Send this package's log to `path`, and to stdout on rank 0."""
+    """Send this package's log to `path`, and to stdout: all of it with `console`, else errors only."""
     log.handlers.clear()
     log.setLevel(logging.INFO)
     log.propagate = False
-    handlers: list[logging.Handler] = [logging.FileHandler(path)]
-    if console:
-        handlers.append(logging.StreamHandler(sys.stdout))
+    handlers: list[logging.Handler] = [logging.FileHandler(path), logging.StreamHandler(sys.stdout)]
+    if not console:
+        handlers[1].setLevel(logging.ERROR)
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)

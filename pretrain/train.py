@@ -12,7 +12,9 @@ import argparse
 import os
 import sys
 import time
+from contextlib import redirect_stdout
 from datetime import timedelta
+from io import StringIO
 from math import exp
 from pathlib import Path
 from typing import NoReturn
@@ -105,7 +107,8 @@ def build_engine(plan: Plan):
 
     model = build_model(plan.config, plan.model_config, plan.ds_config)
     optimizer = build_optimizer(model, plan.config.optim)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=plan.ds_config)
+    with redirect_stdout(StringIO()):  # DeepSpeed's memory reports
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=plan.ds_config)
     return engine
 
 
@@ -242,8 +245,8 @@ def memory_bytes() -> int:
 def dry_run(config: Config) -> None:
     """Check everything and print the plan, for as many ranks as the launcher started; train nothing."""
     map_environment()
-    plan = make_plan(config, int(os.environ["WORLD_SIZE"]))
     if rank_from_environment() == 0:
+        plan = make_plan(config, int(os.environ["WORLD_SIZE"]))
         print(describe_plan(plan))
         print("\n" + describe_weights(plan.weights, initial_rule_of(plan), config))
 
@@ -267,25 +270,27 @@ def main() -> None:
         if arguments.dry_run:
             dry_run(config)
             return
+        ranks = initialize()
     except UserError as error:
         refuse(SharedUserError(str(error)))
-    run(config)
+    run(config, ranks)
 
 
-def run(config: Config) -> None:
+def run(config: Config, ranks: Ranks) -> None:
     """Train, and turn what goes wrong into a status and an exit code."""
-    ranks = initialize()
     folder = None
     try:
         plan = on_every_rank(lambda: make_plan(config, ranks.world_size, ranks.rank))
         folder = RunFolder(config.folder, ranks)
         train(plan, folder, ranks)
     except UserError as error:
+        if folder is not None and folder.begun:
+            folder.fail(str(error))
         refuse(error)
     except Exception as error:
         log.exception(f"rank {ranks.rank} failed: {error!r}")
         if folder is not None:
-            folder.status("failed", repr(error))
+            folder.fail(repr(error))
         os._exit(1)  # peers may wait in a collective for ever; leaving at once lets the launcher end them
     dist.destroy_process_group()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import Config
+from pretrain.errors import UserError
 
 
 class Metrics:
@@ -40,7 +41,13 @@ class Metrics:
         if self._file is None:
             return
         row = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+        try:
+            self._file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self._file.name}: {error.strerror}. The checkpoints are intact; mend the disk and "
+                "start the same command again."
+            ) from error
         if self._wandb is not None and kind != "event":
             self._wandb.log(_flat({kind: values}), step=step)
 

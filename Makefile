@@ -1,0 +1,32 @@
+# make demo   from nothing to an evaluated model and a report, on this machine
+# make test   every fast test
+# make setup  .venv with the pinned packages; PYTHON=python3.11 chooses the interpreter, EXTRAS=test the optional groups
+
+PYTHON ?= python3
+EXTRAS ?= test
+VENV := .venv
+STAMP := $(VENV)/.installed-$(EXTRAS)
+
+.PHONY: setup demo test lint clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) tools/check_python.py
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: setup
+	$(VENV)/bin/python tools/demo.py
+
+test: setup
+	$(VENV)/bin/python -m pytest
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	@for script in .ci/run slurm/*.sbatch; do bash -n $$script || exit 1; done
+
+clean:
+	rm -rf $(VENV)

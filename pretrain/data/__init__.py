@@ -1,0 +1,20 @@
+"""From text to token shards to batches.
+
+Text becomes shards once (`tokenizer`, `sources`, `prepare`); every run then reads them (`shards`) in an order that is
+a pure function of (manifest, seed, sample number) (`order`, `loader`). Nothing imported here needs torch, so that the
+processes that tokenise start fast; take `Loader` from `pretrain.data.loader`.
+"""
+
+from pretrain.data.order import SampleOrder
+from pretrain.data.shards import TokenShards, open_shards
+from pretrain.data.tokenizer import check_tokenizer, fingerprint, load_tokenizer, separator_id
+
+__all__ = [
+    "SampleOrder",
+    "TokenShards",
+    "check_tokenizer",
+    "fingerprint",
+    "load_tokenizer",
+    "open_shards",
+    "separator_id",
+]

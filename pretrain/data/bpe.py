@@ -1,0 +1,164 @@
+"""SentencePiece BPE: train one, and turn one into the Hugging Face tokenizer that gives the same ids.
+
+A SentencePiece BPE merges, at each step, the adjacent pair whose joined piece comes first in the vocabulary. A list of
+all such pairs in that order makes the `tokenizers` library do the same, so no SentencePiece is needed after training.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import sentencepiece
+
+from pretrain.errors import UserError
+
+if TYPE_CHECKING:
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+SPACE = "▁"  # how SentencePiece writes a space inside a piece
+MAX_LINE_BYTES = 16384  # longer lines are data rather than language, and training leaves them out
+
+# Text on which two tokenizers that differ in how they treat spaces, digits, case or Unicode give different ids.
+PROBE = (
+    "  Two  spaces,\n\n\ttabs\r\n and I'm 12,345.67% sure: naïve café № ½ ﬁ Ａ e\u0301 Ünïcödé, 漢字かな, עברית, 👩‍🚀. "
+    "def f(x):\n        return x**2  # CamelCase snake_case <|x|> http://a.b/c?d=e"
+)
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int) -> bytes:
+    """A serialised SentencePiece BPE of exactly `vocab_size` pieces: unk, bos, eos, 256 bytes, then what it learnt.
+
+    Text keeps its exact form: no normalisation, no added space, runs of spaces kept, unknown characters as bytes.
+    Newlines are never inside a piece, digits stand alone. The same documents give the same bytes.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_lines(documents),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=MAX_LINE_BYTES,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"SentencePiece cannot make a vocabulary of {vocab_size} from this text: {error}. A vocabulary holds 259 "
+            "fixed tokens, the characters of the text and its merges; choose another --vocab-size or give more text."
+        ) from error
+    return model.getvalue()
+
+
+def tokenizer_from_sentencepiece(model_file: Path) -> PreTrainedTokenizerFast:
+    """The Hugging Face form of a SentencePiece BPE `model_file`, proved on a probe text to give the same ids."""
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+        model = ModelProto.FromString(model_file.read_bytes())
+    except Exception as error:  # protobuf's DecodeError derives from Exception alone
+        raise UserError(f"'{model_file}' is not a SentencePiece model: {error}.") from error
+    if model.trainer_spec.model_type != model.trainer_spec.BPE:
+        raise UserError(
+            f"'{model_file}' is not a BPE model, and only SentencePiece BPE can be converted here. Convert it with "
+            "transformers and give the folder that `save_pretrained` wrote."
+        )
+    tokenizer = to_hugging_face(model)
+    _check_equal_ids(processor, model, tokenizer, model_file)
+    return tokenizer
+
+
+def to_hugging_face(model: ModelProto) -> PreTrainedTokenizerFast:
+    """The fast tokenizer with the ids, special tokens and spacing of `model`."""
+    from tokenizers import AddedToken
+    from transformers import PreTrainedTokenizerFast
+
+    backend = _backend(model)
+    kinds = model.SentencePiece
+    for piece in model.pieces:
+        if piece.type in (kinds.UNKNOWN, kinds.CONTROL):
+            backend.add_special_tokens([AddedToken(piece.piece, special=True, normalized=False)])
+        elif piece.type == kinds.USER_DEFINED:
+            backend.add_tokens([AddedToken(piece.piece, special=False, normalized=False)])
+    spec = model.trainer_spec
+    names = {"unk_token": spec.unk_id, "bos_token": spec.bos_id, "eos_token": spec.eos_id, "pad_token": spec.pad_id}
+    special = {name: model.pieces[token_id].piece for name, token_id in names.items() if token_id >= 0}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
+
+
+def _backend(model: ModelProto) -> Tokenizer:
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    vocabulary = {piece.piece: token_id for token_id, piece in enumerate(model.pieces)}
+    unknown = model.pieces[model.trainer_spec.unk_id].piece
+    bpe = models.BPE(
+        vocabulary, _merges(model), unk_token=unknown, byte_fallback=model.trainer_spec.byte_fallback, fuse_unk=True
+    )
+    backend = Tokenizer(bpe)
+    spaces = normalizers.Replace(" ", SPACE)
+    decoding = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if model.normalizer_spec.add_dummy_prefix:
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces])
+        decoding.append(decoders.Strip(" ", 1, 0))
+    else:
+        backend.normalizer = spaces
+    if _pieces_end_where_spaces_begin(model):
+        backend.pre_tokenizer = _words()
+    backend.decoder = decoders.Sequence(decoding)
+    return backend
+
+
+def _merges(model: ModelProto) -> list[tuple[str, str]]:
+    """Every split of every learnt piece into two learnt pieces, best piece first."""
+    learnt = {piece.piece: piece.score for piece in model.pieces if piece.type == model.SentencePiece.NORMAL}
+    best_first = sorted(learnt, key=learnt.get, reverse=True)
+    return [
+        (piece[:cut], piece[cut:])
+        for piece in best_first
+        for cut in range(1, len(piece))
+        if piece[:cut] in learnt and piece[cut:] in learnt
+    ]
+
+
+def _pieces_end_where_spaces_begin(model: ModelProto) -> bool:
+    """Whether no learnt piece goes on from a word into a space or across a newline, so that words encode apart."""
+    learnt = (piece.piece for piece in model.pieces if piece.type == model.SentencePiece.NORMAL)
+    return all(SPACE not in piece.lstrip(SPACE) and (piece == "\n" or "\n" not in piece) for piece in learnt)
+
+
+def _words():
+    """Cuts text into newlines and words with the spaces before them: short strings encode faster and can be cached."""
+    from tokenizers import Regex, pre_tokenizers
+
+    return pre_tokenizers.Split(Regex(f"\n|{SPACE}+[^{SPACE}\n]*|[^{SPACE}\n]+"), "isolated")
+
+
+def _check_equal_ids(
+    processor: sentencepiece.SentencePieceProcessor,
+    model: ModelProto,
+    tokenizer: PreTrainedTokenizerFast,
+    model_file: Path,
+) -> None:
+    user_defined = [piece.piece for piece in model.pieces if piece.type == model.SentencePiece.USER_DEFINED]
+    text = " word ".join([PROBE, *user_defined, PROBE])
+    if tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] != processor.encode(text):
+        raise UserError(
+            f"'{model_file}' uses SentencePiece options (normalisation, say) that the conversion here does not "
+            "reproduce. Convert it with transformers and give the folder that `save_pretrained` wrote."
+        )
+
+
+def _lines(documents: Iterable[str]) -> Iterator[str]:
+    for document in documents:
+        yield from filter(None, document.split("\n"))

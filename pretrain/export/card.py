@@ -1,0 +1,75 @@
+"""The model card of an exported folder: what the model is, how to use it, where it came from."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import yaml
+
+from pretrain.config import Config
+from pretrain.export.proof import Proof, name_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def model_card(
+    config: Config, hf_config: PreTrainedConfig, step: int, parameters: int, dtype: torch.dtype, proof: Proof
+) -> str:
+    """README.md, with the front matter that the Hugging Face hub reads."""
+    head = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["evenkeel", hf_config.model_type, *(method.name for method in config.methods)],
+    }
+    facts = {
+        "architecture": f"{hf_config.architectures[0]}, {parameters:,} parameters, stored as {name_of(dtype)}",
+        "run": f"`{config.name}`, seed {config.seed}",
+        "trained": f"{step:,} of {config.total_steps:,} steps, {step * config.tokens_per_step:,} tokens",
+        "batch": f"{config.data.global_batch_size} sequences of {config.data.seq_len} tokens",
+        "optimizer": f"{config.optim.name}, peak learning rate {config.optim.lr:g}, {config.optim.schedule.name} schedule",
+    }
+    return f"""---
+{yaml.safe_dump(head, sort_keys=False).strip()}
+---
+
+# {config.name}
+
+A language model pretrained with Evenkeel. It is a stock {hf_config.architectures[0]}; no code of the trainer is needed.
+
+```python
+from transformers import pipeline
+
+generate = pipeline("text-generation", model="PATH_OR_NAME_OF_THIS_FOLDER")
+print(generate("The", max_new_tokens=64)[0]["generated_text"])
+```
+
+## Provenance
+
+| | |
+| --- | --- |
+{_rows(facts)}
+
+## Methods
+
+{_methods(config)}
+
+## Proof of conversion
+
+These files, loaded by stock transformers, give the trainer's own logits on a fixed batch:
+{proof}.
+"""
+
+
+def _rows(facts: dict[str, str]) -> str:
+    return "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+
+
+def _methods(config: Config) -> str:
+    if not config.methods:
+        return "None: a plain baseline."
+    listed = [method.model_dump(mode="json") for method in config.methods]
+    return (
+        f"In the order in which they act, with their options:\n\n```yaml\n{yaml.safe_dump(listed, sort_keys=False)}```"
+    )

@@ -1,0 +1,116 @@
+"""One conversion, top to bottom: verify the checkpoint, read the masters, fold the methods, write, prove, publish."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+
+from pretrain.checkpoint import Checkpoints, resolve
+from pretrain.config import CheckpointSection, Config, load_config
+from pretrain.data.contents import read_json
+from pretrain.distributed import Ranks
+from pretrain.errors import UserError
+from pretrain.export.card import model_card
+from pretrain.export.masters import master_weights
+from pretrain.export.proof import Proof, prove
+from pretrain.export.weights import Shapes, write_weights
+from pretrain.files import write_text
+from pretrain.methods.base import LazyTensors
+from pretrain.probe import load_probe
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What a conversion made."""
+
+    parameters: int
+    files: int
+    dtype: torch.dtype
+    proof: Proof
+
+
+def convert(checkpoint: Path, out: Path, dtype: torch.dtype | None = None) -> Exported:
+    """Turn a training checkpoint into the Hugging Face folder `out`, in `dtype` or the trainer's own precision.
+
+    Everything is made in a folder beside `out` that takes its name once the logits are proved equal. Raises UserError
+    if `out` holds anything, if the checkpoint is not whole, or if there is no room; NotEqualError if the proof fails.
+    """
+    _refuse_existing(out)
+    checkpoint = verified(checkpoint)
+    dtype = dtype or load_probe(checkpoint)[1].dtype
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as aside:
+            folder = Path(aside) / "model"
+            folder.mkdir()
+            exported = _export(checkpoint, folder, dtype)
+            os.replace(folder, out)
+    except OSError as error:
+        raise UserError(f"cannot write the model to {out}: {error}. Make room or mend the permissions.") from error
+    return exported
+
+
+def verified(path: Path) -> Path:
+    """The folder of the checkpoint that `path` means, each file compared with its manifest. UserError if one differs."""
+    named = CheckpointSection(resume=str(resolve(path).absolute()))
+    alone = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+    return Checkpoints(path.parent, named, alone, print).find()
+
+
+def write_model(checkpoint: Path, folder: Path, config: Config, dtype: torch.dtype) -> tuple[PreTrainedConfig, int]:
+    """Write the weights, folded into a stock architecture, and its configuration; returns it and the file count."""
+    hf_config = AutoConfig.from_pretrained(checkpoint / "hf", local_files_only=True)
+    tensors: LazyTensors = dict(master_weights(checkpoint / "deepspeed"))
+    # Methods transform the model in their order, each on top of those before, so the last is undone first.
+    for method in reversed(config.methods):
+        method.fold(tensors, hf_config)
+    shapes = stock_shapes(hf_config)
+    if shapes.keys() != tensors.keys():
+        raise RuntimeError(
+            f"a stock {hf_config.architectures[0]} cannot hold these weights: it lacks {sorted(tensors.keys() - shapes)} "
+            f"and needs {sorted(shapes.keys() - tensors)}; a method that changes the architecture must fold its change"
+        )
+    files = write_weights(folder, tensors, shapes, dtype)
+    hf_config.dtype = dtype
+    hf_config.save_pretrained(folder)
+    GenerationConfig(bos_token_id=hf_config.bos_token_id, eos_token_id=hf_config.eos_token_id).save_pretrained(folder)
+    return hf_config, files
+
+
+def stock_shapes(hf_config: PreTrainedConfig) -> Shapes:
+    """Name and shape of every weight of the stock model, a tied weight once; its class is noted in `hf_config`."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config)
+    hf_config.architectures = [type(model).__name__]
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> Exported:
+    """Fill `folder` and prove it."""
+    config = load_config(checkpoint / "config.yaml")
+    hf_config, files = write_model(checkpoint, folder, config, dtype)
+    _copy_tokenizer(checkpoint / "hf", folder)
+    proof = prove(folder, checkpoint, dtype)
+    parameters = sum(map(prod, stock_shapes(hf_config).values()))
+    step = read_json(checkpoint / "trainer.json")["step"]
+    write_text(folder / "README.md", model_card(config, hf_config, step, parameters, dtype, proof))
+    return Exported(parameters, files, dtype, proof)
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    """Everything that the trainer saved beside the model's configuration."""
+    for path in source.iterdir():
+        if path.name != "config.json":
+            shutil.copyfile(path, folder / path.name)
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists already and is left as it is. Give --out another folder, or remove it first.")

@@ -1,0 +1,110 @@
+"""Where a DeepSpeed checkpoint keeps the fp32 master of each weight.
+
+    engine            the master of one weight
+    ZeRO-3            an equal range of it in every rank's file, the last ranges padded; weights one after another in
+                      one flat tensor per sub-group
+    ZeRO-1, ZeRO-2    the weights of a parameter group are laid end to end, with padding where DeepSpeed aligned the
+    (also with bf16)  next one, and cut in equal slices, one in each rank's file; the last slices may be shorter
+    stage 0           whole, with the model
+
+DeepSpeed 0.19 as found by experiment; docs/conversion.md has the details.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from math import ceil, prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.errors import UserError
+from pretrain.export.stored import Span, StoredWeight, open_stored, span
+
+# One group of parameters as every rank keeps it: (file, flat tensor of this rank), in rank order.
+_Slices = list[tuple[Path, torch.Tensor]]
+
+
+def master_weights(folder: Path) -> dict[str, StoredWeight]:
+    """Every weight by its name in the trained model, a tied weight once, from the DeepSpeed files in `folder`.
+
+    No weight is read. Raises UserError if the files are not those of one checkpoint.
+    """
+    model_file = next(iter(sorted(folder.glob("*mp_rank_00_model_states.pt"), key=_rank)), None)
+    if model_file is None:
+        raise UserError(f"{folder} holds no DeepSpeed checkpoint: there is no file *mp_rank_00_model_states.pt.")
+    model = open_stored(model_file)
+    rank_files = sorted(folder.glob("*_optim_states.pt"), key=_rank)
+    states = [open_stored(path)["optimizer_state_dict"] for path in rank_files]
+    if not states:
+        return dict(_whole(model_file, model["module"]))
+    if len(states) != (ranks := _rank_count(states[0])):
+        raise UserError(f"{folder} was written by {ranks} ranks but holds the optimizer states of {len(states)}.")
+    shapes = [{name: tuple(shape) for name, shape in group.items()} for group in model["param_shapes"]]
+    if "fp32_flat_groups" in states[0]:
+        return dict(_zero3(shapes, _groups(rank_files, [state["fp32_flat_groups"] for state in states])))
+    groups = _groups(rank_files, [state["single_partition_of_fp32_groups"] for state in states])
+    paddings = states[0].get("param_alignment_paddings") or [[0] * len(group) for group in shapes]
+    return dict(_zero12(shapes, groups, paddings))
+
+
+def _whole(file: Path, module: dict[str, torch.Tensor]) -> Iterator[tuple[str, StoredWeight]]:
+    """Stage 0: the model's own tensors. Tied ones lie at the same place; the first name counts."""
+    seen: set[Span] = set()
+    for name, tensor in module.items():
+        where = span(file, tensor)
+        if where not in seen:
+            seen.add(where)
+            yield name, StoredWeight(tuple(tensor.shape), (where,))
+
+
+def _zero3(shapes: list[dict], groups: list[_Slices]) -> Iterator[tuple[str, StoredWeight]]:
+    for group, slices in zip(shapes, groups, strict=True):
+        offset = 0
+        for name, shape in group.items():
+            length = ceil(prod(shape) / len(slices))
+            owned = [max(0, min(length, prod(shape) - rank * length)) for rank in range(len(slices))]
+            yield (
+                name,
+                StoredWeight(
+                    shape, tuple(span(*part, offset, count) for part, count in zip(slices, owned, strict=True))
+                ),
+            )
+            offset += length
+
+
+def _zero12(shapes: list[dict], groups: list[_Slices], paddings: list[list[int]]) -> Iterator[tuple[str, StoredWeight]]:
+    for group, slices, padding in zip(shapes, groups, paddings, strict=True):
+        offset = 0
+        for (name, shape), pad in zip(group.items(), padding, strict=True):
+            yield name, StoredWeight(shape, tuple(_cut(slices, offset, prod(shape))))
+            offset += prod(shape) + pad
+
+
+def _cut(slices: _Slices, start: int, count: int) -> Iterator[Span]:
+    """Elements `start` to `start + count` of the slices laid end to end."""
+    for file, flat in slices:
+        inside = max(0, min(count, flat.numel() - start))
+        if inside:
+            yield span(file, flat, start, inside)
+        start, count = max(0, start - flat.numel()), count - inside
+    if count:
+        raise UserError(f"{file.parent} holds {count} values too few: the files are not those of one checkpoint.")
+
+
+def _groups(files: list[Path], flats_by_rank: list[Iterable[torch.Tensor]]) -> list[_Slices]:
+    """The flat tensors that each rank holds, regrouped: per group, one of every rank."""
+    return [list(zip(files, flats, strict=True)) for flats in zip(*flats_by_rank, strict=True)]
+
+
+def _rank_count(state: dict[str, Any]) -> int:
+    count = state["partition_count"]
+    return max(count) if isinstance(count, list) else count
+
+
+def _rank(path: Path) -> int:
+    """The data-parallel rank in a DeepSpeed file name; files written by rank 0 alone carry none."""
+    found = re.search(r"zero_pp_rank_(\d+)_", path.name)
+    return int(found[1]) if found else 0

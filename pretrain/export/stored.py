@@ -1,0 +1,83 @@
+"""Files of `torch.save` opened without reading their tensors.
+
+A file is unpickled with its tensors on the meta device: they have shapes and know where their bytes lie, and nothing
+more. Objects of other libraries (DeepSpeed's loss scaler, say) become placeholders, so those libraries are neither
+needed nor run.
+"""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from pretrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class Span:
+    """`count` float32 values that lie from byte `offset` on in `file`."""
+
+    file: Path
+    offset: int
+    count: int
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """One float32 tensor, the concatenation of `spans` in shape `shape`; calling it reads it."""
+
+    shape: tuple[int, ...]
+    spans: tuple[Span, ...]
+
+    def __call__(self) -> torch.Tensor:
+        """The whole weight, float32. Raises UserError if a file ends too early."""
+        weight = torch.empty(self.shape, dtype=torch.float32)
+        flat, position = weight.view(-1).numpy(), 0
+        for span in self.spans:
+            part = flat[position : position + span.count]
+            with open(span.file, "rb") as file:
+                file.seek(span.offset)
+                if file.readinto(part) != part.nbytes:
+                    raise UserError(f"{span.file} ends before the weights that it should hold. Copy it again.")
+            position += span.count
+        return weight
+
+
+def open_stored(path: Path) -> Any:
+    """What was saved in `path`, with its tensors on the meta device. Raises UserError if torch cannot read it."""
+    try:
+        return torch.load(path, map_location="meta", pickle_module=_PICKLE, weights_only=False)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is not a file that torch can read: {error}.") from error
+
+
+def span(path: Path, tensor: torch.Tensor, start: int = 0, count: int | None = None) -> Span:
+    """Where elements `start` to `start + count` (default: all) of a contiguous `tensor` of `open_stored(path)` lie."""
+    count = tensor.numel() if count is None else count
+    if tensor.dtype != torch.float32 or start + count > tensor.numel():
+        raise UserError(f"{path} holds {tensor.numel()} {tensor.dtype} values where {start + count} float32 were due.")
+    beginning = tensor.untyped_storage()._checkpoint_offset  # set by torch.load for tensors that it left on disk
+    return Span(path, beginning + tensor.element_size() * (tensor.storage_offset() + start), count)
+
+
+class _Placeholder:
+    """Stands for an object of another library."""
+
+    def __init__(self, *arguments: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("collections", "torch", "torch._utils", "torch._tensor"):
+            return super().find_class(module, name)
+        return _Placeholder
+
+
+_PICKLE = SimpleNamespace(__name__="pickle", Unpickler=_Unpickler)  # what torch.load asks of a pickle module

@@ -1,0 +1,87 @@
+"""Writes safetensors files one tensor at a time, so that memory holds one tensor whatever a file's size.
+
+The format (https://github.com/huggingface/safetensors#format) wants every tensor's place before the first byte of
+data, so shapes are given and each tensor must have the shape it was given.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from pretrain.files import write_json
+from pretrain.methods.base import LazyTensors
+
+SHARD_BYTES = 4 << 30
+_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def write_weights(folder: Path, tensors: LazyTensors, shapes: Shapes, dtype: torch.dtype) -> int:
+    """Write `tensors` as `dtype` to model-0000I-of-0000N.safetensors and their index; returns N.
+
+    Each is loaded, cast, written and dropped in the order of `shapes`. Raises ValueError if one has another shape.
+    """
+    shards = _share_out(shapes, dtype.itemsize)
+    files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    with tqdm(total=_bytes(shapes, dtype.itemsize), unit="B", unit_scale=True, desc="writing", disable=None) as bar:
+        for file, shard in zip(files, shards, strict=True):
+            _write_shard(folder / file, tensors, shard, dtype, bar)
+    write_json(
+        folder / "model.safetensors.index.json",
+        {
+            "metadata": {"total_size": _bytes(shapes, dtype.itemsize)},
+            "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
+        },
+    )
+    return len(shards)
+
+
+def _share_out(shapes: Shapes, item_bytes: int) -> list[Shapes]:
+    """Consecutive tensors per file, up to SHARD_BYTES each; a larger tensor has a file for itself."""
+    shards: list[dict[str, tuple[int, ...]]] = []
+    room = 0
+    for name, shape in shapes.items():
+        size = prod(shape) * item_bytes
+        if size > room or not shards:
+            shards.append({})
+            room = SHARD_BYTES
+        shards[-1][name] = shape
+        room -= size
+    return shards
+
+
+def _write_shard(path: Path, tensors: LazyTensors, shapes: Shapes, dtype: torch.dtype, bar: tqdm) -> None:
+    with open(path, "wb") as file:
+        file.write(_header(shapes, dtype))
+        for name, shape in shapes.items():
+            tensor = tensors[name]()
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} has the shape {tuple(tensor.shape)} where the architecture has {shape}")
+            content = tensor.to(dtype).contiguous().view(-1).view(torch.uint8).numpy()
+            file.write(content)
+            bar.update(content.nbytes)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _header(shapes: Shapes, dtype: torch.dtype) -> bytes:
+    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes(shapes: Shapes, item_bytes: int) -> int:
+    return sum(map(prod, shapes.values())) * item_bytes

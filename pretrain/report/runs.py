@@ -1,0 +1,181 @@
+"""Reads a run folder: configuration, status and the metrics that still hold after every resume.
+
+A resumed run appends to `metrics.jsonl`, so the file can tell the same steps twice. It is read as a history that can be
+taken back: a row of step s, or an attempt that begins at step s, takes back every row after s.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from pretrain.errors import UserError
+
+Row = dict[str, Any]
+
+_BEGINNINGS = ("started", "resumed")  # the events that open an attempt: from scratch, or from a checkpoint
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as its folder tells it.
+
+    label: what the report calls the run; unique among the runs of a page.
+    config: the resolved configuration; status: `status.json` ({} where there is none).
+    rows: by kind (train, eval, weights, activations), in the order of their steps, each step once.
+    events: every event row, in the order of the file.
+    wall_time_s: seconds the run was up, all attempts together; None if its rows hold no time.
+    """
+
+    label: str
+    folder: Path
+    config: dict[str, Any]
+    status: dict[str, Any]
+    rows: dict[str, list[Row]]
+    events: list[Row]
+    wall_time_s: float | None
+
+    def series(self, kind: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and values of `key` in the rows of `kind`, both (rows,); NaN where a row lacks the value."""
+        rows = self.rows.get(kind, [])
+        return np.array([row["step"] for row in rows], dtype=float), np.array([number(row.get(key)) for row in rows])
+
+    def tokens_at(self, steps: np.ndarray) -> np.ndarray:
+        """Tokens trained on after each of `steps`, between the logged rows by interpolation."""
+        logged, tokens = self.series("train", "tokens")
+        return np.interp(steps, np.append(0.0, logged), np.append(0.0, tokens))
+
+
+def read_runs(folders: Iterable[str | Path]) -> list[Run]:
+    """Read every folder; runs that share a name are told apart by their folder.
+
+    Raises UserError for a folder that is given twice, is missing, or holds no usable run.
+    """
+    folders = [Path(folder) for folder in folders]
+    for folder in folders:
+        if [other.resolve() for other in folders].count(folder.resolve()) > 1:
+            raise UserError(f"the run folder {folder} is given more than once. Name each run once.")
+    names = [_name(folder, _read_config(folder)) for folder in folders]
+    return [
+        read_run(folder, name if names.count(name) == 1 else str(folder))
+        for folder, name in zip(folders, names, strict=True)
+    ]
+
+
+def read_run(folder: Path, label: str) -> Run:
+    """Read one run folder. Raises UserError if it is missing, unreadable or has no train row yet."""
+    config, status = _read_config(folder), _read_status(folder)
+    path = folder / "metrics.jsonl"
+    history = _read_rows(path)
+    events = [row for row in history if row["kind"] == "event"]
+    rows = _surviving(history)
+    if not rows.get("train"):
+        raise UserError(
+            f"{path} holds no train row, so there is nothing to draw. Wait until the run has logged its first "
+            "interval, or leave this folder out."
+        )
+    return Run(label, folder, config, status, rows, events, _wall_time(history))
+
+
+def number(value: Any) -> float:
+    """A logged value as a float; NaN for null and for what is no number."""
+    return float(value) if isinstance(value, int | float) else float("nan")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise UserError(f"there is no run folder {folder}. Give the folder that holds the run's metrics.jsonl.")
+    path = folder / "config.yaml"
+    try:
+        config = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} is missing, so {folder} is not a complete run folder. Give the folder that the trainer wrote "
+            "(<out>/<name>), with its config.yaml and metrics.jsonl."
+        ) from None
+    except (yaml.YAMLError, ValueError) as error:
+        found = " ".join(str(error).split())
+        raise UserError(f"{path} is not valid YAML: {found}. Restore the trainer's file.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds {type(config).__name__}, not the keys of a run. Restore the trainer's file.")
+    return config
+
+
+def _name(folder: Path, config: dict[str, Any]) -> str:
+    return str(config.get("name") or folder.resolve().name)
+
+
+def _read_status(folder: Path) -> dict[str, Any]:
+    path = folder / "status.json"
+    try:
+        status = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}. Restore it, or delete it to draw without it.") from None
+    if not isinstance(status, dict):
+        raise UserError(f"{path} holds no JSON object. Restore it, or delete it to draw without it.")
+    return status
+
+
+def _read_rows(path: Path) -> list[Row]:
+    """Every row of the file. A last line without its newline is a write that was cut short and may be broken."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: the run has logged nothing. Start the run, or leave it out.") from None
+    rows = []
+    for index, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            rows.append(_parse(line))
+        except ValueError as error:
+            if index == len(lines) - 1:
+                break
+            raise UserError(
+                f"{path}, line {index + 1} is corrupt: {error}. Only the last line of a killed run may be cut short; "
+                "restore the file, or delete this line to draw without it."
+            ) from None
+    return rows
+
+
+def _parse(line: bytes) -> Row:
+    row = json.loads(line)
+    if not isinstance(row, dict) or not isinstance(row.get("kind"), str) or not isinstance(row.get("step"), int):
+        raise ValueError("it is no JSON object with a kind and a whole-numbered step")
+    return row
+
+
+def _surviving(history: list[Row]) -> dict[str, list[Row]]:
+    """The rows that no later row takes back, by kind; of two rows of one kind and step the later one."""
+    kept: list[Row] = []
+    for row in history:
+        is_event = row["kind"] == "event"
+        if is_event and row.get("event") not in _BEGINNINGS:
+            continue
+        while kept and kept[-1]["step"] > row["step"]:
+            kept.pop()
+        if not is_event:
+            kept.append(row)
+    last = {(row["kind"], row["step"]): row for row in kept}
+    rows: dict[str, list[Row]] = {}
+    for (kind, _), row in last.items():
+        rows.setdefault(kind, []).append(row)
+    return rows
+
+
+def _wall_time(history: list[Row]) -> float | None:
+    """Time between consecutive rows, without the gaps in which the run was down."""
+    timed = [row for row in history if isfinite(number(row.get("time")))]
+    if len(timed) < 2:
+        return None
+    return sum(row["time"] - before["time"] for before, row in pairwise(timed) if row.get("event") not in _BEGINNINGS)

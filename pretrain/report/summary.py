@@ -1,0 +1,101 @@
+"""What a reader wants first: the figures of a run in words, each with its exact value beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isfinite
+from typing import Any
+
+import numpy as np
+
+from pretrain.report.runs import Row, Run, number
+from pretrain.report.units import compact, duration
+
+UNKNOWN = "–"
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One figure of the summary.
+
+    label: what it is; text: how it is shown; exact: the number in full, shown on hovering ("" if text says it all).
+    """
+
+    label: str
+    text: str
+    exact: str = ""
+
+
+def facts(run: Run) -> list[Fact]:
+    """The figures of `run`, the same labels in the same order for every run."""
+    train = run.rows["train"][-1]
+    evaluation = run.rows.get("eval", [{}])[-1]
+    _, rates = run.series("train", "tokens_per_s")
+    rate = float(np.nanmedian(rates)) if np.isfinite(rates).any() else float("nan")
+    return [
+        Fact("steps", _steps(train["step"], run.config.get("steps")), str(train["step"])),
+        Fact("tokens", compact(train["tokens"]), str(train["tokens"])),
+        _loss("train loss", train, "loss", "{:,.4f}"),
+        _loss("validation loss", evaluation, "loss", "{:,.4f}"),
+        _loss("perplexity", evaluation, "perplexity", "{:,.2f}"),
+        Fact("tokens/s", compact(rate) if isfinite(rate) else UNKNOWN, f"median over the run: {rate}"),
+        Fact("wall time", UNKNOWN if run.wall_time_s is None else duration(run.wall_time_s), f"{run.wall_time_s} s"),
+    ]
+
+
+def status_line(run: Run) -> str:
+    """Where the run stands: running, finished, preempted or failed, with step and reason where they say more."""
+    status = run.status.get("status", "status unknown")
+    if status == "finished":
+        return status
+    step = f" at step {run.status['step']:,}" if isinstance(run.status.get("step"), int) else ""
+    reason = f": {run.status['reason']}" if run.status.get("reason") else ""
+    return f"{status}{step}{reason}"
+
+
+def model_line(run: Run) -> str:
+    """The model and its batch in one line, as far as the configuration tells."""
+    model, data = run.config.get("model") or {}, run.config.get("data") or {}
+    parts = [
+        (model.get("family"), "{}"),
+        (model.get("num_hidden_layers"), "{} layers" if model.get("num_hidden_layers") != 1 else "{} layer"),
+        (model.get("hidden_size"), "hidden {:,}"),
+        (data.get("global_batch_size"), "{:,} sequences a step"),
+        (data.get("seq_len"), "{:,} tokens a sequence"),
+    ]
+    return ", ".join(form.format(value) for value, form in parts if value is not None)
+
+
+def method_lines(run: Run) -> list[str]:
+    """One line for each method of the run with its options; one that says so for a plain run."""
+    return [_method_line(method) for method in run.config.get("methods") or []] or ["no stability method"]
+
+
+def resumed_at(run: Run) -> list[int]:
+    """The steps the run was resumed from, in order."""
+    return [event["step"] for event in run.events if event.get("event") == "resumed"]
+
+
+def _steps(done: int, planned: Any) -> str:
+    return f"{done:,} of {planned:,}" if isinstance(planned, int) and planned != done else f"{done:,}"
+
+
+def _loss(label: str, row: Row, key: str, form: str) -> Fact:
+    if key not in row:
+        return Fact(label, UNKNOWN, "not logged")
+    value = number(row[key])  # the trainer writes null for a loss that is not finite
+    return Fact(label, form.format(value) if isfinite(value) else "not finite", str(value))
+
+
+def _method_line(method: dict[str, Any]) -> str:
+    options = [_option(key.replace("_", " "), value) for key, value in method.items() if key != "name" and value]
+    name = str(method.get("name", "unnamed")).upper()
+    return f"{name}: {', '.join(options)}" if options else name
+
+
+def _option(key: str, value: Any) -> str:
+    if value is True:
+        return key
+    if isinstance(value, list):
+        return f"{key} {'/'.join(map(str, value))}"
+    return f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"

@@ -1,0 +1,61 @@
+"""Puts the report on disk: the page and, in a folder beside it, a PNG of every picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+from pretrain.errors import UserError
+from pretrain.report import curves
+from pretrain.report.page import render_page
+from pretrain.report.picture import Picture
+from pretrain.report.runs import Run, read_runs
+from pretrain.report.style import RC, RUNS
+from pretrain.report.weight_pictures import weight_pictures
+
+
+def write_report(folders: Sequence[str | Path], out: Path) -> list[Path]:
+    """Draw the runs in `folders` to the page `out` and to `<out stem>_png/` beside it; returns every path written.
+
+    Raises UserError if a folder holds no usable run, for more runs than there are colours, and if `out` cannot be
+    written.
+    """
+    if len(folders) > len(RUNS):
+        raise UserError(
+            f"{len(folders)} runs were given, but one page can tell at most {len(RUNS)} apart. Give fewer runs, or make "
+            "several pages."
+        )
+    runs = read_runs(folders)
+    with matplotlib.rc_context(RC):
+        pictures = _draw(runs)
+        png_folder = out.with_name(f"{out.stem}_png")
+        files = {png_folder / f"{picture.name}.png": picture.png() for picture in pictures if picture.figure}
+        files[out] = render_page(runs, pictures).encode()
+    try:
+        png_folder.mkdir(parents=True, exist_ok=True)
+        for path, content in files.items():
+            _write(path, content)
+    except OSError as error:
+        raise UserError(f"the report cannot be written to {out}: {error}. Choose another place with --out.") from None
+    return list(files)
+
+
+def _draw(runs: list[Run]) -> list[Picture]:
+    return [
+        curves.loss_picture(runs),
+        *weight_pictures(runs),
+        curves.grad_norm_picture(runs),
+        curves.learning_rate_picture(runs),
+        curves.throughput_picture(runs),
+        curves.activations_picture(runs),
+    ]
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write under a temporary name first, so that a reader never meets half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

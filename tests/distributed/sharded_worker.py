@@ -1,0 +1,200 @@
+"""Started by torchrun: builds engines over many (stage, precision, threshold) cases and writes down what it sees.
+
+Every dense value here is read through DeepSpeed's own public API, not through `pretrain.sharded`, and every expected
+value is computed densely in float64 or float32 by numpy and torch.
+"""
+
+import hashlib
+import json
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pretrain import quiet  # noqa: F401
+from pretrain.config import Config
+from pretrain.deepspeed_config import deepspeed_config
+from pretrain.distributed import initialize
+from pretrain.model import build_model, hf_config, initialize_weights
+from pretrain.optim import build_optimizer
+from pretrain.sharded import GatheredWeights, ShardedWeights
+
+VOCABULARY = 101
+
+
+class Tokenizer:
+    bos_token_id, eos_token_id = 1, 2
+
+    def __len__(self) -> int:
+        return VOCABULARY
+
+
+def run_config(zero: dict, bf16: bool, family: str, methods: list, tied: bool = False) -> Config:
+    # 37 is odd and prime, so no world size divides the weights and every last partition is padded
+    llama = {"family": "llama", "hidden_size": 37, "intermediate_size": 77, "num_hidden_layers": 2}
+    llama |= {"num_attention_heads": 1, "head_dim": 6, "tie_word_embeddings": tied}
+    gpt2 = {"family": "gpt2", "n_embd": 36, "n_layer": 2, "n_head": 2, "n_inner": 55}
+    gpt2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return Config.model_validate(
+        {
+            "name": "case",
+            "model": llama if family == "llama" else gpt2,
+            "tokenizer": "none",
+            "data": {
+                "train": "none",
+                "seq_len": 16,
+                "global_batch_size": 12,
+                "micro_batch_size": 12 // dist.get_world_size(),
+            },
+            "steps": 10,
+            "optim": {"lr": 1e-3, "weight_decay": 0.0, "eps": 1e-6},
+            "methods": methods,
+            "deepspeed": {"zero_optimization": zero, "bf16": {"enabled": bf16}},
+        }
+    )
+
+
+def build(config: Config):
+    import deepspeed
+
+    ds_config = deepspeed_config(config, dist.get_world_size())
+    model_config = hf_config(config, Tokenizer())
+    model = build_model(config, model_config, ds_config)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(model, config.optim), config=ds_config)
+    weights = ShardedWeights(engine)
+    initialize_weights(weights, config.methods, model_config.initializer_range, config.seed)
+    return engine, weights
+
+
+def masters(engine) -> dict[str, np.ndarray]:
+    """Every full fp32 weight, by DeepSpeed's API."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        full = safe_get_full_fp32_param(parameter)
+        found[name] = (parameter.data if full is None else full).detach().float().cpu().numpy().copy()
+    return found
+
+
+def working_copies(engine) -> dict[str, torch.Tensor]:
+    """Every full weight as forward reads it: the resident copy where there is one, else the gathered partitions."""
+    import deepspeed
+
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            found[name] = parameter.data.detach().clone().cpu()
+    return found
+
+
+def step(engine, seed: int, lr: float) -> float:
+    tokens = torch.randint(0, VOCABULARY, (12, 17), generator=torch.Generator().manual_seed(seed))
+    share = 12 // dist.get_world_size()
+    mine = tokens[dist.get_rank() * share : (dist.get_rank() + 1) * share]
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    loss = engine(mine[:, :-1], mine[:, 1:])
+    engine.backward(loss)
+    engine.step()
+    total = loss.detach().double()
+    dist.all_reduce(total)
+    return float(total / dist.get_world_size())
+
+
+def largest(values) -> float:
+    return max(float(value) for value in values)
+
+
+def examine(config: Config) -> dict:
+    engine, weights = build(config)
+    start = masters(engine)
+    seen: dict = {"digest": hashlib.sha256(b"".join(start[n].tobytes() for n in sorted(start))).hexdigest()}
+
+    moments = weights.moments()
+    seen["std_error"] = largest(
+        abs(moments[n].std / w.astype(np.float64).std(ddof=1) - 1) for n, w in start.items() if w.std() > 0
+    )
+    seen["mean_error"] = largest(
+        abs(moments[n].mean - w.astype(np.float64).mean()) / np.abs(w).max() for n, w in start.items() if w.std() > 0
+    )
+    seen["counts_right"] = all(moments[n].count == w.size for n, w in start.items())
+
+    before = weights.snapshot()
+    losses = [step(engine, 0, 1e-3)]
+    trained = masters(engine)
+    changes = weights.squared_change(before)
+    seen["change_error"] = largest(
+        abs(changes[n] / np.square(trained[n].astype(np.float64) - start[n].astype(np.float64)).sum() - 1)
+        for n in start
+        if np.any(trained[n] != start[n])
+    )
+
+    chosen = [n for n, w in weights.layout.items() if w.in_block_matrix]
+    scale, shift = 0.37, 0.011
+    weights.rescale_({name: (scale, shift) for name in chosen})
+    expected = {
+        n: (torch.from_numpy(w).mul(scale).add(shift).numpy() if n in chosen else w) for n, w in trained.items()
+    }
+    seen["rescale_exact"] = all(np.array_equal(masters(engine)[n], w) for n, w in expected.items())
+    seen["working_follows"] = _working_follows(engine)
+    losses.append(step(engine, 1, 0.0))
+    seen["survives_step"] = all(np.array_equal(masters(engine)[n], w) for n, w in expected.items())
+    seen["working_follows_after_step"] = _working_follows(engine)
+    seen["loss_moved"] = losses
+
+    gathered = GatheredWeights(engine)
+    sharded_moments, gathered_moments = weights.moments(chosen), gathered.moments(chosen)
+    seen["engines_agree_on_std"] = largest(abs(sharded_moments[n].std / gathered_moments[n].std - 1) for n in chosen)
+    gathered.rescale_({name: (1.9, -0.003) for name in chosen})
+    by_gathered = {n: torch.from_numpy(expected[n]).mul(1.9).add(-0.003).numpy() for n in chosen}
+    seen["gathered_exact"] = all(np.array_equal(masters(engine)[n], w) for n, w in by_gathered.items())
+    step(engine, 2, 0.0)
+    seen["gathered_survives"] = all(np.array_equal(masters(engine)[n], w) for n, w in by_gathered.items())
+    seen["gathered_working_follows"] = _working_follows(engine)
+    return seen
+
+
+def _working_follows(engine) -> bool:
+    working, master = working_copies(engine), masters(engine)
+    return all(torch.equal(working[n], torch.from_numpy(master[n]).to(working[n].dtype)) for n in master)
+
+
+def train_with_methods(config: Config, path: str) -> None:
+    """Four steps with the run's methods; the weights before and after, losses and rescales go to `path`."""
+    engine, _ = build(config)
+    start = masters(engine)
+    losses, rescaled = [], []
+    for number in range(1, 5):
+        losses.append(step(engine, number, 1e-3))
+        for method in config.methods:
+            facts = method.after_step(number, engine)
+            rescaled += [f"{number} {name}" for name, seen in facts.items() if seen["rescaled"]]
+    end = masters(engine)
+    if dist.get_rank() == 0:
+        tables = {f"start/{n}": w for n, w in start.items()} | {f"end/{n}": w for n, w in end.items()}
+        np.savez(path, losses=np.array(losses), rescaled=np.array(rescaled), **tables)
+
+
+def main() -> None:
+    initialize()
+    cases, out = json.loads(sys.argv[1]), sys.argv[2]
+    seen = {}
+    for name, case in cases.items():
+        config = run_config(
+            case["zero"], case["bf16"], case.get("family", "llama"), case.get("methods", []), case.get("tied", False)
+        )
+        if case.get("train"):
+            train_with_methods(config, f"{out}.{name}.npz")
+        else:
+            seen[name] = examine(config)
+    if dist.get_rank() == 0:
+        with open(out, "w") as file:
+            json.dump(seen, file)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Local arithmetic of moments against numpy's float64 and exact rational arithmetic, on hostile inputs."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.sharded import moments as moments_module
+from pretrain.sharded.moments import Moments, merge, partial_moments
+
+
+def moments_of(pieces: list[np.ndarray]) -> Moments:
+    count, mean, squares = merge(torch.stack([partial_moments(torch.from_numpy(p)) for p in pieces])).tolist()
+    return Moments(int(count), mean, squares)
+
+
+def exact_variance(values: np.ndarray) -> Fraction:
+    numbers = [Fraction(float(value)) for value in values]
+    mean = sum(numbers) / len(numbers)
+    return sum((number - mean) ** 2 for number in numbers) / (len(numbers) - 1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    values=st.lists(st.floats(-1e6, 1e6, width=32), min_size=2, max_size=60),
+    offset=st.sampled_from([0.0, 1.0, 1e4, 1e7]),
+    cuts=st.lists(st.integers(0, 60), max_size=4),
+)
+def test_any_cut_into_pieces_gives_the_exact_variance(values, offset, cuts):
+    whole = np.array(values, dtype=np.float32) + np.float32(offset)
+    found = moments_of(np.split(whole, sorted(cuts)))
+    assert found.count == len(whole)
+    exact = float(exact_variance(whole))
+    scale = float(np.abs(whole.astype(np.float64)).max())
+    # float64 centring loses at most a few of its 1e-16 relative to the largest value
+    assert found.std**2 == pytest.approx(exact, rel=1e-12, abs=(1e-15 * scale) ** 2)
+
+
+def test_a_tiny_deviation_on_a_large_mean_keeps_its_digits():
+    values = (1000.0 + 1e-3 * np.random.default_rng(0).standard_normal(300_000)).astype(np.float32)
+    naive = values.astype(np.float32)
+    assert moments_of(np.split(values, [7, 100_000])).std == pytest.approx(
+        values.astype(np.float64).std(ddof=1), rel=1e-12
+    )
+    assert abs((naive * naive).mean() - naive.mean() ** 2) > 0.01, "float32 sums of squares would have done as well"
+
+
+@pytest.mark.parametrize("magnitude", [1e-38, 1e-20, 1e20, 1e37])
+def test_huge_and_tiny_magnitudes_neither_overflow_nor_vanish(magnitude):
+    values = (magnitude * np.random.default_rng(1).standard_normal(1000)).astype(np.float32)
+    assert moments_of([values]).std == pytest.approx(values.astype(np.float64).std(ddof=1), rel=1e-12)
+
+
+def test_a_constant_weight_has_deviation_zero():
+    assert moments_of([np.full(10, 0.3, np.float32), np.full(3, 0.3, np.float32)]).std == 0.0
+
+
+def test_one_element_and_empty_pieces():
+    found = moments_of([np.array([], np.float32), np.array([5.0], np.float32), np.array([], np.float32)])
+    assert (found.count, found.mean, found.std) == (1, 5.0, 0.0)
+
+
+def test_a_weight_longer_than_a_chunk_is_measured_whole(monkeypatch):
+    monkeypatch.setattr(moments_module, "CHUNK", 1000)
+    values = np.random.default_rng(2).standard_normal(12_345).astype(np.float32)
+    assert moments_of([values]).std == pytest.approx(values.astype(np.float64).std(ddof=1), rel=1e-13)
+
+
+def test_not_a_number_is_not_hidden():
+    assert np.isnan(moments_of([np.array([1.0, np.nan, 2.0], np.float32)]).std)
+
+
+def test_squared_norm_is_that_of_the_full_weight():
+    values = np.random.default_rng(3).standard_normal(999).astype(np.float32) + 0.5
+    assert moments_of(np.split(values, [100])).squared_norm == pytest.approx(np.square(values.astype(np.float64)).sum())

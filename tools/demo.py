@@ -1,0 +1,74 @@
+"""The whole way once, small: text -> tokenizer -> shards -> variance-controlled training -> HF model -> report.
+
+Each step is a command that you could type yourself; it is printed before it runs. Started again, every step goes on
+from what is already there.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PROMPT = "def read_lines(path):"
+
+
+def commands() -> list[tuple[str, str]]:
+    """What a step is for, and its command."""
+    deepspeed = f"deepspeed --num_gpus {number_of_ranks()}"
+    return [
+        (
+            "Train a tokenizer on the Python standard library's own text",
+            "python tools/train_tokenizer.py --source stdlib --vocab-size 4096 --out data/tokenizer",
+        ),
+        (
+            "Turn that text into token shards",
+            "python tools/prepare_data.py --source stdlib --tokenizer data/tokenizer --out data/demo --val-fraction 0.05",
+        ),
+        (
+            "Train a small LLaMA with LIR and TVR on ZeRO-3 ranks",
+            f"{deepspeed} pretrain/train.py --config configs/tiny_tvr.yaml",
+        ),
+        (
+            "Convert the checkpoint to Hugging Face format and prove it equal",
+            "python tools/convert_to_hf.py --checkpoint runs/tiny_tvr/checkpoints/latest --out hf/tiny_tvr",
+        ),
+        ("Let it write", f"python tools/generate.py --model hf/tiny_tvr --prompt '{PROMPT}'"),
+        ("Draw the report", "python tools/report.py runs/tiny_tvr --out report.html"),
+    ]
+
+
+def number_of_ranks() -> int:
+    """Two ranks on CPU; one per GPU where there are GPUs, two at most: the demo's batch is small."""
+    import torch
+
+    return min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
+
+
+def main() -> None:
+    began = time.monotonic()
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    for number, (purpose, command) in enumerate(commands(), start=1):
+        if "convert_to_hf" in command and (REPOSITORY / "hf/tiny_tvr").exists():
+            print(f"\n[{number}] hf/tiny_tvr is there already.", flush=True)
+            continue
+        print(f"\n[{number}] {purpose}\n    $ {command}\n", flush=True)
+        done = subprocess.run(shlex.split(command), cwd=REPOSITORY, env=environment, check=False)
+        if done.returncode:
+            sys.exit(f"\nThe demo stopped: step {number} ended with exit code {done.returncode}; its message is above.")
+    print(
+        f"\nDone in {time.monotonic() - began:.0f} s. Look at:\n"
+        "  report.html                   loss, weight deviations against the target, gradient norm, throughput\n"
+        "  hf/tiny_tvr                   the model, for transformers and lm-evaluation-harness\n"
+        "  runs/tiny_tvr                 configuration, log, metrics.jsonl, checkpoints\n"
+        "  data/tokenizer, data/demo     tokenizer and token shards\n"
+        "Next: configs/1b_tvr.yaml and the README's five lines for FineWeb on a cluster."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Continue a prompt with an exported model, by stock transformers.
+
+python tools/generate.py --model hf/tiny_tvr --prompt "def read(path):"
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pretrain.cli import run
+from pretrain.errors import UserError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="a folder that tools/convert_to_hf.py wrote")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--max-new-tokens", type=int, default=48)
+    arguments = parser.parse_args()
+    if not (Path(arguments.model) / "config.json").is_file():
+        raise UserError(f"{arguments.model} holds no config.json. Make it with tools/convert_to_hf.py.")
+
+    from transformers import pipeline
+
+    generate = pipeline("text-generation", model=arguments.model)
+    result = generate(arguments.prompt, max_new_tokens=arguments.max_new_tokens, max_length=None, do_sample=False)
+    print(result[0]["generated_text"])
+
+
+if __name__ == "__main__":
+    run(main)
