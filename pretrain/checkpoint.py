@@ -147,20 +147,21 @@ class Checkpoints:
         return state
 
     def _prepare(self, aside: Path, engine) -> None:
-        """An empty folder for the new checkpoint, and room for it; what killed runs left half written goes."""
+        """Room for the new checkpoint and an empty folder; what killed runs left half written goes."""
+        if not self.ranks.is_first:
+            return
         try:
-            if self.ranks.is_first:
-                for leftover in self.folder.glob(".step_*"):
-                    shutil.rmtree(leftover, ignore_errors=True)
-                aside.mkdir(parents=True)
+            for leftover in self.folder.glob(".step_*"):
+                shutil.rmtree(leftover, ignore_errors=True)
             free = shutil.disk_usage(self.folder.parent).free
+            if free < (needed := _bytes_to_save(engine)):
+                raise UserError(
+                    f"the checkpoint needs {needed / 1e9:.2f} GB but {self.folder} has {free / 1e9:.2f} GB free. "
+                    "The older checkpoints are intact; free space and start the same command again."
+                )
+            aside.mkdir(parents=True)
         except OSError as error:
             raise UserError(f"cannot write checkpoints to {self.folder}: {error.strerror}.") from error
-        if free < (needed := _bytes_to_save(engine)):
-            raise UserError(
-                f"the checkpoint needs {needed / 1e9:.2f} GB but {self.folder} has {free / 1e9:.2f} GB free. "
-                "The older checkpoints are intact; free space and start the same command again."
-            )
 
     def _describe_files(self, folder: Path) -> dict[str, dict[str, Any]]:
         """Size and checksum of every file, flushed to disk; the ranks share the reading."""
@@ -232,11 +233,11 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def _age(path: Path) -> tuple[float, int]:
-    """When a checkpoint was saved, and its step; one whose manifest cannot be read counts as the oldest."""
+    """When a checkpoint was saved, and its step."""
     try:
-        return _read_json(path / "manifest.json")["saved_at"], _step_of(path)
-    except (UserError, KeyError, TypeError):
-        return 0.0, _step_of(path)
+        return float(_read_json(path / "manifest.json")["saved_at"]), _step_of(path)
+    except (UserError, KeyError, TypeError, ValueError):
+        return path.stat().st_mtime, _step_of(path)
 
 
 def _step_of(path: Path) -> int:

@@ -159,9 +159,10 @@ def _layer_strip(figure: Figure, layers: int) -> None:
 
 
 def _by_step(weights: list[WeightSeries]) -> tuple[np.ndarray, np.ndarray]:
-    """All steps of `weights` (steps,) and their deviations (steps, weights), NaN where a weight was not measured."""
+    """The steps (steps,) at which any of `weights` was measured, and (steps, weights) deviations, NaN where one was not."""
     steps = np.unique(np.concatenate([weight.steps for weight in weights]))
     std = np.full((len(steps), len(weights)), np.nan)
     for column, weight in enumerate(weights):
         std[np.searchsorted(steps, weight.steps), column] = weight.std
-    return steps, std
+    measured = np.isfinite(std).any(axis=1)  # a diverged run logs null
+    return steps[measured], std[measured]

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -116,8 +117,7 @@ def rescaled_steps(folder: Path) -> set[int]:
 def half_done(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with checkpoints of steps 2 and 4, as a run of 4 steps leaves it; copy before use."""
     out = tmp_path_factory.mktemp("half_done")
-    words = arguments(run_file, {"out": str(out), "name": "run", "steps": 4, "checkpoint.interval_steps": 2})
-    assert run_ranks(words, out / "logs").code == 0
+    assert run_ranks(arguments(run_file, go_on(out / "run", steps=4)), out / "logs").code == 0
     return out / "run"
 
 
@@ -127,8 +127,9 @@ def folder(half_done: Path, tmp_path: Path) -> Path:
 
 
 def go_on(folder: Path, **more: object) -> dict:
-    """Two more steps of the run in `folder`."""
-    return {"out": str(folder.parent), "name": "run", "steps": 6, "checkpoint.interval_steps": 2} | more
+    """The run in `folder` up to step 6; its learning rate does not depend on its length."""
+    run = {"out": str(folder.parent), "name": folder.name, "steps": 6, "checkpoint.interval_steps": 2}
+    return run | {"optim.schedule.name": "constant"} | more
 
 
 def shards_of(checkpoint: Path) -> list[Path]:
@@ -240,17 +241,18 @@ def test_a_checkpoint_that_cannot_be_gone_on_from_is_refused_and_left_alone(refu
     assert after == before
 
 
-@pytest.mark.parametrize("which", ["step_00000002", "latest"])
-def test_another_run_can_start_from_a_named_checkpoint(
-    run_file: Path, folder: Path, half_done: Path, which: str
-) -> None:
-    start = folder / "checkpoints" / which
-    words = arguments(run_file, go_on(folder, name="branch", **{"checkpoint.resume": str(start)}))
-    assert run_ranks(words, folder.parent / "logs").code == 0
-    branch = folder.with_name("branch")
-    step = events(branch, "resumed")[0]["step"]
-    assert step == (4 if which == "latest" else 2)
-    assert list(losses(branch)) == list(range(step + 1, 7))
+def test_another_run_can_start_from_a_named_checkpoint(run_file: Path, folder: Path) -> None:
+    commands = {
+        name: (arguments(run_file, go_on(folder.with_name(name), **{"checkpoint.resume": str(folder / path)})), 2)
+        for name, path in {"two": "checkpoints/step_00000002", "four": "checkpoints/latest"}.items()
+    }
+    for name, ended in run_together(commands, folder.parent / "logs").items():
+        step = {"two": 2, "four": 4}[name]
+        branch = folder.with_name(name)
+        assert ended.code == 0
+        assert [event["step"] for event in events(branch, "resumed")] == [step]
+        assert list(losses(branch)) == list(range(step + 1, 7))
+    assert losses(folder.with_name("two"))[5] == losses(folder.with_name("four"))[5]
 
 
 def test_only_the_newest_checkpoints_and_the_chosen_multiples_are_kept(run_file: Path, tmp_path: Path) -> None:
@@ -283,11 +285,11 @@ def test_a_finished_run_started_again_trains_nothing_and_stays_finished(run_file
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of a few megabytes, where the test may mount one."""
+    """A file system that holds two tiny checkpoints less a bit, where the test may mount one."""
     mounted = tmp_path / "disk"
     mounted.mkdir()
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4200k", "tmpfs", str(mounted)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=3000k", "tmpfs", str(mounted)], capture_output=True, text=True
     )
     if done.returncode:
         pytest.skip(f"this test needs the right to mount a tmpfs: {done.stderr.strip()}")
@@ -333,7 +335,7 @@ def test_a_write_that_fails_halfway_through_a_save_leaves_the_older_checkpoint_w
 def test_a_run_folder_below_a_file_is_refused(run_file: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("I am no folder.")
     words = arguments(run_file, {"out": str(tmp_path / "file/runs"), "name": "run"})
-    assert_refused(run_ranks(words, tmp_path / "logs"), "cannot write", str(tmp_path / "file"))
+    assert_refused(run_ranks(words, tmp_path / "logs", ranks=1), "cannot write", str(tmp_path / "file"))
     assert (tmp_path / "file").read_text() == "I am no folder."
 
 
@@ -341,4 +343,18 @@ def test_a_read_only_file_system_is_refused(run_file: Path, small_disk: Path, tm
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     words = arguments(run_file, {"out": str(small_disk), "name": "run"})
     for flags in ([], ["--dry-run"]):
-        assert_refused(run_ranks([*words, *flags], tmp_path / "logs"), "cannot write", str(small_disk))
+        assert_refused(run_ranks([*words, *flags], tmp_path / "logs", ranks=1), "cannot write", str(small_disk))
+
+
+def test_a_disk_that_fills_up_between_saves_ends_the_run_with_a_message(
+    run_file: Path, small_disk: Path, tmp_path: Path
+) -> None:
+    run = {"out": str(small_disk), "name": "run", "steps": 100_000, "data.val": None}
+    run |= {"checkpoint.interval_steps": 100_000}
+    with start_ranks(arguments(run_file, run), tmp_path / "logs", ranks=1) as job:
+        wait_until(lambda: bool(losses(small_disk / "run")), job)
+        with suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as filler:
+            while filler.write(bytes(4096)):
+                pass
+        ended = job.wait()
+    assert_refused(ended, "No space left on device", str(small_disk))

@@ -313,11 +313,15 @@ def test_run_without_weights_or_evaluation_says_so(tmp_path):
 def test_diverged_run_is_drawn_and_its_loss_called_not_finite(tmp_path):
     run = config()
     rows = run_rows(run)
-    rows = [
-        row | {"loss": None, "grad_norm": None} if row["kind"] == "train" and row["step"] > 300 else row for row in rows
-    ]
-    page = drawn(write_run(tmp_path / "tiny", run, rows), out=tmp_path / "page.html")
-    assert page.tiles["train loss"] == "not finite"
+    for row in rows:
+        if row["kind"] == "train" and row["step"] > 300:
+            row |= {"loss": None, "grad_norm": None}
+        if row["kind"] == "weights" and row["step"] > 300:
+            row |= {name: {"std": None, "mean": None, "rescaled": False} for name in llama_weights(2)}
+    diverged = write_run(tmp_path / "diverged", run, rows)
+    healthy = write_run(tmp_path / "healthy", run | {"name": "healthy"}, run_rows(run))
+    assert drawn(diverged, out=tmp_path / "page.html").tiles["train loss"] == "not finite"
+    assert drawn(healthy, diverged, out=tmp_path / "both.html").rows[2][3] == "not finite"
 
 
 def test_run_that_logged_a_single_row_is_drawn(tmp_path):

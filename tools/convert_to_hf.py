@@ -1,0 +1,51 @@
+"""Turn a training checkpoint into a Hugging Face folder, proved to compute what the trainer computed.
+
+    python tools/convert_to_hf.py --checkpoint runs/1b_tvr/checkpoints/latest --out hf/1b_tvr
+    python tools/convert_to_hf.py --checkpoint runs/1b_tvr/checkpoints/step_00000500 --out hf/step_500 --dtype float32
+
+The folder loads with `transformers` as it is. It appears only once its logits are proved equal to the trainer's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from pretrain import quiet  # noqa: F401  (before the libraries that would speak)
+from pretrain.cli import run
+from pretrain.export.convert import convert
+from pretrain.export.proof import NotEqualError, name_of
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main() -> None:
+    options = _parse()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        made = convert(options.checkpoint, options.out, DTYPES[options.dtype])
+    except NotEqualError as error:
+        sys.exit(f"error: {error}")
+    print(f"proved equal: {made.proof}")
+    print(f"complete: {options.out} ({made.parameters:,} parameters, {name_of(made.dtype)}, {made.files} weight files)")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="runs/NAME/checkpoints/step_00000500, or .../latest"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of the weights (default: what the trainer computes in)"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,25 @@
+"""Draw one or several runs as one self-contained HTML page with PNGs beside it.
+
+python tools/report.py runs/1b_tvr runs/1b_baseline --out report.html
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pretrain.cli import run
+from pretrain.report.write import write_report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, as the trainer wrote it")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
+    arguments = parser.parse_args()
+    for path in write_report(arguments.runs, arguments.out):
+        print(path)
+
+
+if __name__ == "__main__":
+    run(main)
