@@ -7,9 +7,7 @@ says what its keys mean. `docs/configuration.md` shows a whole file.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import re
-import typing
+from collections.abc import Sequence
 from functools import reduce
 from math import ceil
 from operator import or_
@@ -20,8 +18,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_serializer, model_validator
 from transformers import AutoConfig, PreTrainedConfig
 
+from pretrain.config_errors import explain
 from pretrain.errors import UserError
 from pretrain.methods import REGISTRY
+from pretrain.run_file import RunFile
 
 FAMILIES = ("llama", "gpt2")
 
@@ -202,154 +202,16 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read the run file at `path` and apply `--set` overrides ("a.b=c", the value in YAML).
 
     Raises UserError that lists every mistake with its file and line, the full key and the nearest valid key.
     """
-    data, origins = _read_yaml(Path(path))
+    file = RunFile(Path(path))
     for override in overrides:
-        _apply(override, data, origins)
+        file.override(override)
     try:
-        return Config.model_validate(data)
+        return Config.model_validate(file.data)
     except ValidationError as error:
-        lines = [_explain(mistake, data, origins, str(path)) for mistake in error.errors()]
+        lines = [explain(mistake, Config, file) for mistake in error.errors()]
         raise UserError("the configuration is wrong:\n  " + "\n  ".join(lines)) from None
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-3 as a number, as YAML 1.2 does."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def _read_yaml(path: Path) -> tuple[dict, dict[str, str]]:
-    """The file's content, and where each dotted key stands ("file:line")."""
-    try:
-        text = path.read_text()
-        node = yaml.compose(text, _Loader)
-        data = yaml.load(text, _Loader)
-    except OSError as error:
-        raise UserError(f"cannot read the run file {path}: {error.strerror}.") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path} holds no configuration; it must be a mapping of keys such as 'name' and 'model'.")
-    origins: dict[str, str] = {}
-    _locate(node, "", path, origins)
-    return data, origins
-
-
-def _locate(node: yaml.Node, prefix: str, path: Path, origins: dict[str, str]) -> None:
-    if isinstance(node, yaml.SequenceNode):
-        pairs = [(str(index), item, item) for index, item in enumerate(node.value)]
-    elif isinstance(node, yaml.MappingNode):
-        pairs = [(key.value, key, value) for key, value in node.value]
-    else:
-        return
-    for name, place, value in pairs:
-        key, where = f"{prefix}{name}", f"{path}:{place.start_mark.line + 1}"
-        if key in origins:
-            raise UserError(f"{where}: the key '{key}' stands twice; it is also at {origins[key]}.")
-        origins[key] = where
-        _locate(value, f"{key}.", path, origins)
-
-
-def _apply(override: str, data: dict, origins: dict[str, str]) -> None:
-    """Set one "a.b=c" in `data`. List items go by number: methods.1.target_std=0.02."""
-    key, equals, text = override.partition("=")
-    if not equals:
-        raise UserError(f"--set {override}: expected key=value, as in --set optim.lr=3e-4.")
-    *parents, last = key.split(".")
-    target: Any = data
-    for depth, part in enumerate(parents):
-        if isinstance(target, dict):
-            target = target.setdefault(part, {})
-        elif isinstance(target, list) and part.isdigit() and int(part) < len(target):
-            target = target[int(part)]
-        else:
-            raise UserError(f"--set {override}: '{'.'.join(parents[:depth])}' has no '{part}'.")
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: the value is not valid YAML.") from error
-    if isinstance(target, dict):
-        target[last] = value
-    elif isinstance(target, list) and last.isdigit() and int(last) < len(target):
-        target[int(last)] = value
-    else:
-        raise UserError(f"--set {override}: '{'.'.join(parents)}' is not a section.")
-    origins[key] = f"--set {override}"
-
-
-def _explain(mistake: Any, data: dict, origins: dict[str, str], path: str) -> str:
-    """One line for one pydantic error."""
-    key = ".".join(_key_path(mistake["loc"], data))
-    where = origins.get(key) or next((o for k, o in origins.items() if k.startswith(f"{key}.")), path)
-    if mistake["type"] == "missing":
-        return f"{where}: the key '{key}' is missing"
-    if mistake["type"] == "extra_forbidden":
-        return f"{where}: unknown key '{key}'{_nearest(key, mistake['loc'], data)}"
-    if mistake["type"].startswith("union_tag"):
-        return f"{where}: {key}: {_unknown_tag(mistake)}"
-    message = mistake["msg"].removeprefix("Value error, ")
-    got = "" if isinstance(mistake["input"], dict | Config) else f" (got {mistake['input']!r})"
-    return f"{where}: {key}: {message}{got}" if key else f"{where}: {message}"
-
-
-def _key_path(location: tuple, data: Any) -> list[str]:
-    """pydantic's location without the tags that it inserts for the chosen model family or method."""
-    path: list[str] = []
-    for part in location:
-        tag_of = path and (path[-1] == "model" or (len(path) == 2 and path[0] == "methods"))
-        if tag_of and part in {*FAMILIES, *REGISTRY}:
-            continue
-        path.append(str(part))
-    return path
-
-
-def _nearest(key: str, location: tuple, data: dict) -> str:
-    """The nearest valid key, or else the keys that are valid there."""
-    section, last = _section_at(location[:-1]), key.rpartition(".")[2]
-    here = list(section.model_fields) if section else []
-    prefix = key.removesuffix(last)
-    if near := difflib.get_close_matches(last, here, 1, 0.6):
-        return f"; did you mean '{prefix}{near[0]}'?"
-    elsewhere = [valid for valid in _all_keys(Config) if valid.rpartition(".")[2] == last]
-    if elsewhere:
-        return f"; did you mean '{elsewhere[0]}'?"
-    return f"; valid here: {', '.join(here)}"
-
-
-def _unknown_tag(mistake: Any) -> str:
-    context = mistake["ctx"]
-    if "tag" not in context:
-        return f"needs its {context['discriminator']}"
-    valid = [tag.strip(" '") for tag in context["expected_tags"].split(",")]
-    near = difflib.get_close_matches(context["tag"], valid, 1, 0.5)
-    hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(valid)}"
-    return f"unknown {context['discriminator'].strip(chr(39))} '{context['tag']}'; {hint}"
-
-
-def _section_at(location: tuple) -> type[BaseModel] | None:
-    """The section that a pydantic location points to."""
-    section: type[BaseModel] | None = Config
-    for part in location:
-        if part in REGISTRY and location[0] == "methods":
-            section = REGISTRY[part]
-        elif part in FAMILIES and location[0] == "model":
-            section = _family_section(part)
-        elif isinstance(part, str) and section and part in section.model_fields:
-            annotation = section.model_fields[part].annotation
-            section = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-    return section
-
-
-def _all_keys(section: type[BaseModel], prefix: str = "") -> typing.Iterator[str]:
-    for name, field in section.model_fields.items():
-        yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _all_keys(field.annotation, f"{prefix}{name}.")
