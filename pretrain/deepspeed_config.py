@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from pretrain.config import Config
 from pretrain.data.loader import check_batch_sizes
@@ -88,14 +88,19 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
                 f"{source} sets {key} to {given[key]}, but the run file makes it {value}. "
                 f'Remove the key from the DeepSpeed file or set it to "auto".'
             )
-    zero = {key: value for key, value in given.get("zero_optimization", {}).items() if value != "auto"}
+    zero = {key: value for key, value in _block(given, "zero_optimization", source).items() if value != "auto"}
     _check_zero(zero, source)
-    bf16 = {"enabled": False, "check_grad_overflow": False, **given.get("bf16", {})}
+    bf16 = {"enabled": False, "check_grad_overflow": False, **_block(given, "bf16", source)}
+    _check_bf16(bf16, source)
+    data_types = {**_ALWAYS["data_types"], **_block(given, "data_types", source)}
+    if unknown := data_types.keys() - _ALWAYS["data_types"].keys():
+        raise UserError(f"{source}: unknown key 'data_types.{min(unknown)}'; known is: grad_accum_dtype.")
     if bf16["enabled"] and zero.get("stage", 0) == 0:
         raise UserError(
             f"{source}: DeepSpeed cannot accumulate gradients in fp32 with bf16 and ZeRO stage 0. Use stage 1."
         )
-    return {**_ALWAYS, **given, **computed, "zero_optimization": zero, "bf16": bf16, "fp16": {"enabled": False}}
+    blocks = {"zero_optimization": zero, "bf16": bf16, "fp16": {"enabled": False}, "data_types": data_types}
+    return {**_ALWAYS, **given, **computed, **blocks}
 
 
 def read_deepspeed(config: Config) -> tuple[str, dict[str, Any]]:
@@ -142,14 +147,36 @@ def _check_keys(given: dict[str, Any], source: str) -> None:
             raise UserError(f"{source}: unknown key '{key}'; {hint}")
 
 
+def _block(given: dict[str, Any], name: str, source: str) -> dict[str, Any]:
+    block = given.get(name, {})
+    if not isinstance(block, dict):
+        raise UserError(f"{source}: {name} must be a block of keys, not {block!r}.")
+    return block
+
+
+def _check_bf16(bf16: dict[str, Any], source: str) -> None:
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+
+    parsed = _parse(DeepSpeedBF16Config, bf16, "bf16", source)
+    if not isinstance(bf16["enabled"], bool):  # DeepSpeed reads "auto" as its own default
+        raise UserError(f"{source}: bf16.enabled must be true or false: the run file has no key that it could follow.")
+    if parsed.bf16_master_weights_and_grads:
+        raise UserError(f"{source}: bf16.bf16_master_weights_and_grads is not supported: the master weights are fp32.")
+
+
+def _parse(block_class: type[BaseModel], block: dict[str, Any], name: str, source: str) -> Any:
+    """`block` as DeepSpeed itself reads it."""
+    try:
+        return block_class(**block)
+    except ValidationError as error:
+        mistakes = "; ".join(".".join(map(str, (name, *e["loc"]))) + f": {e['msg']}" for e in error.errors())
+        raise UserError(f"{source}: {mistakes}.") from error
+
+
 def _check_zero(zero: dict[str, Any], source: str) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    try:
-        parsed = DeepSpeedZeroConfig(**zero)
-    except ValidationError as error:
-        mistakes = "; ".join(f"zero_optimization.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise UserError(f"{source}: {mistakes}.") from error
+    parsed = _parse(DeepSpeedZeroConfig, zero, "zero_optimization", source)
     for block in (parsed.offload_optimizer, parsed.offload_param):
         if block is not None and block.device == "nvme":
             raise UserError(f"{source}: weights offloaded to NVMe cannot be controlled yet; offload to the CPU.")

@@ -54,7 +54,8 @@ def map_environment() -> None:
         tasks_here = slurm.get("SLURM_STEP_TASKS_PER_NODE", os.environ["WORLD_SIZE"])
         os.environ["LOCAL_WORLD_SIZE"] = tasks_here.split("(")[0].split(",")[0]
     if slurm and int(os.environ["WORLD_SIZE"]) > 1:
-        os.environ.setdefault("MASTER_ADDR", _slurm_head_address(slurm))
+        if "MASTER_ADDR" not in os.environ:
+            os.environ["MASTER_ADDR"] = _slurm_head_address(slurm)
         os.environ.setdefault("MASTER_PORT", str(20000 + int(slurm["SLURM_JOB_ID"]) % 10000))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:

@@ -12,6 +12,7 @@ from math import sqrt
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 from transformers.models.gpt2 import GPT2LMHeadModel
@@ -55,8 +56,9 @@ def hf_config(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedC
             raise ValueError(f"hidden_size {result.hidden_size} is not a multiple of the attention heads")
         if result.num_attention_heads % (getattr(result, "num_key_value_heads", None) or 1):
             raise ValueError("num_attention_heads is not a multiple of num_key_value_heads")
-    except (ValueError, TypeError) as error:
-        raise UserError(f"the 'model' section is not a valid {config.model.family}: {error}.") from error
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split()).removesuffix(".")
+        raise UserError(f"the 'model' section is not a valid {config.model.family}: {reason}.") from error
     for method in config.methods:
         method.configure(result)
     return result

@@ -19,12 +19,13 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from pretrain.checkpoint import TrainerState
 from pretrain.config import Config
 from pretrain.data import TokenShards, check_tokenizer, load_tokenizer, open_shards
-from pretrain.data.loader import check_enough_samples, eval_batches
+from pretrain.data.loader import Loader, check_enough_samples, eval_batches
 from pretrain.deepspeed_config import accumulation_steps, deepspeed_config, read_deepspeed
 from pretrain.errors import UserError
 from pretrain.layout import Weight
 from pretrain.model import hf_config, initial_rule, outline
 from pretrain.monitor.throughput import flops_per_token
+from pretrain.probe import probe_batch
 from pretrain.sharded import Moments
 
 
@@ -94,7 +95,7 @@ def make_plan(config: Config, world_size: int, rank: int | None = None) -> Plan:
         if folder is not None:
             share = {} if rank is None else {"rank": rank, "world_size": world_size}
             shards[split] = open_shards(folder, verify=config.data.verify, **share)
-            check_tokenizer(shards[split], tokenizer, folder)
+            check_tokenizer(shards[split], tokenizer, config.tokenizer)
     plan = Plan(config, world_size, model_config, ds_config, tokenizer, shards["train"], shards.get("val"), weights)
     _check_batches(plan)
     _check_disk(plan)
@@ -108,6 +109,21 @@ def _check_batches(plan: Plan) -> None:
         validation_batches(plan, rank=0)
 
 
+def training_batches(plan: Plan, rank: int, step: int) -> Loader:
+    """Rank `rank`'s batches from optimizer step `step` + 1 on."""
+    data = plan.config.data
+    return Loader(
+        plan.train_shards,
+        seq_len=data.seq_len,
+        global_batch_size=data.global_batch_size,
+        micro_batch_size=data.micro_batch_size,
+        rank=rank,
+        world_size=plan.world_size,
+        seed=plan.config.seed,
+        position=plan.state_at(step).samples,
+    )
+
+
 def validation_batches(plan: Plan, rank: int) -> Iterator[torch.Tensor]:
     """Rank `rank`'s micro-batches of one evaluation, (micro_batch_size, seq_len + 1) int64, the same at every call."""
     data = plan.config.data
@@ -119,6 +135,12 @@ def validation_batches(plan: Plan, rank: int) -> Iterator[torch.Tensor]:
         world_size=plan.world_size,
         batches=plan.config.eval.batches,
     )
+
+
+def fixed_probe(plan: Plan) -> torch.Tensor:
+    """The batch whose logits every checkpoint of the run stores: the first training tokens, (2, length) int64."""
+    tokens = plan.train_shards.read(0, min(4096, plan.train_shards.tokens))
+    return probe_batch(torch.from_numpy(tokens.astype("int64")), plan.config.data.seq_len)
 
 
 def describe_plan(plan: Plan) -> str:

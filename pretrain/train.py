@@ -12,10 +12,7 @@ import argparse
 import os
 import sys
 import time
-from contextlib import redirect_stdout
-from datetime import timedelta
-from io import StringIO
-from math import exp
+from math import exp, isfinite
 from pathlib import Path
 from typing import NoReturn
 
@@ -25,18 +22,27 @@ import torch.distributed as dist
 from pretrain import quiet  # noqa: F401  (before the libraries that would speak)
 from pretrain.checkpoint import Checkpoints
 from pretrain.config import Config, load_config
-from pretrain.data.loader import Loader
 from pretrain.distributed import Ranks, initialize, map_environment, on_every_rank, rank_from_environment
+from pretrain.engine import build_engine, train_step, validation_loss
 from pretrain.errors import SharedUserError, UserError
 from pretrain.files import write_text
-from pretrain.model import build_model, initialize_weights
+from pretrain.model import initialize_weights
 from pretrain.monitor.activations import record_activations
+from pretrain.monitor.console import memory_bytes, progress_line
 from pretrain.monitor.metrics import Metrics
 from pretrain.monitor.throughput import Pace, Throughput
 from pretrain.monitor.weights import WeightMonitor
-from pretrain.optim import build_optimizer, learning_rate
-from pretrain.plan import Plan, describe_plan, describe_weights, initial_rule_of, make_plan, validation_batches
-from pretrain.probe import probe_batch, probe_logits, save_probe
+from pretrain.optim import learning_rate
+from pretrain.plan import (
+    Plan,
+    describe_plan,
+    describe_weights,
+    fixed_probe,
+    initial_rule_of,
+    make_plan,
+    training_batches,
+)
+from pretrain.probe import probe_logits, save_probe
 from pretrain.resilience.signals import StopFlag
 from pretrain.run_folder import RunFolder, log
 from pretrain.sharded import ShardedWeights
@@ -44,7 +50,7 @@ from pretrain.sharded import ShardedWeights
 
 def train(plan: Plan, folder: RunFolder, ranks: Ranks) -> None:
     """Train what `plan` describes, from its newest checkpoint or from the start, to its last step."""
-    config = plan.config
+    config, total = plan.config, plan.config.total_steps
     stop = StopFlag()
     log.info(describe_plan(plan))
 
@@ -55,113 +61,61 @@ def train(plan: Plan, folder: RunFolder, ranks: Ranks) -> None:
     step = start(plan, engine, weights, checkpoints, metrics)
     folder.begin(config, step)
 
-    loader = Loader(
-        plan.train_shards,
-        seq_len=config.data.seq_len,
-        global_batch_size=config.data.global_batch_size,
-        micro_batch_size=config.data.micro_batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        seed=config.seed,
-        position=plan.state_at(step).samples,
-    )
-    probe = probe_batch(torch.from_numpy(plan.train_shards.read(0, 4096).astype("int64")), config.data.seq_len)
-    probe = probe.to(ranks.device)
+    loader = training_batches(plan, ranks.rank, step)
+    probe = fixed_probe(plan).to(ranks.device)
     weight_monitor = WeightMonitor(weights, config.log.weights_interval_steps)
-    throughput = Throughput(config.tokens_per_step, plan.flops_per_token, ranks.world_size)
+    throughput = Throughput(config.tokens_per_step, plan.flops_per_token, ranks.world_size, step)
     signal = None
 
-    while step < config.total_steps and signal is None:
+    while step < total and signal is None:
         folder.step = step = step + 1
-        lr = set_learning_rate(engine, learning_rate(config.optim, step, config.total_steps))
+        lr = learning_rate(config.optim, step, total)
         weight_monitor.before_step(step)
-        loss = train_step(engine, loader.next_batch(), ranks)
+        loss = train_step(engine, loader.next_batch(), lr, ranks)
         facts = weight_monitor.after_step(step)
         for method in config.methods:
             for name, seen in method.after_step(step, engine).items():
                 facts.setdefault(name, {}).update(seen)
+        signal = stop.agreed(ranks.device)
+
         if facts:
             metrics.write("weights", step, **facts)
-
-        if due(step, config.log.interval_steps, config.total_steps):
-            report_step(plan, engine, loader, throughput, metrics, step, float(loss), lr)
+        if due(step, config.log.interval_steps, total):
+            pace = throughput.lap(step, total, loader.wait_s)
+            report(metrics, plan, step, float(loss), float(engine.get_global_grad_norm() or 0.0), lr, pace)
         throughput.pause()
-        signal = stop.agreed(ranks.device)
-        if plan.val_shards and due(step, config.eval.interval_steps, config.total_steps):
+        if plan.val_shards and due(step, config.eval.interval_steps, total):
             evaluate(plan, engine, ranks, metrics, step)
-        if due(step, config.log.activations_interval_steps, config.total_steps):
+        if due(step, config.log.activations_interval_steps, total):
             with record_activations(engine.module) as rows:
                 probe_logits(engine.module, probe)
             metrics.write("activations", step, layers=rows)
-        if signal or due(step, config.checkpoint.interval_steps, config.total_steps):
+        if signal or due(step, config.checkpoint.interval_steps, total):
             save(plan, engine, checkpoints, metrics, step, probe)
         throughput.resume()
 
     loader.close()
-    finish(folder, metrics, step, config.total_steps, signal)
-
-
-def build_engine(plan: Plan):
-    """The DeepSpeed engine around the sharded model; its weights hold no values yet."""
-    import deepspeed
-
-    model = build_model(plan.config, plan.model_config, plan.ds_config)
-    optimizer = build_optimizer(model, plan.config.optim)
-    with redirect_stdout(StringIO()):  # DeepSpeed's memory reports
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=plan.ds_config)
-    return engine
+    finish(folder, metrics, step, total, signal)
 
 
 def start(plan: Plan, engine, weights: ShardedWeights, checkpoints: Checkpoints, metrics: Metrics) -> int:
     """Load the checkpoint to go on from, or initialize the weights; returns the steps already done."""
-    rule = initial_rule_of(plan)
     found = checkpoints.find()
     if found is not None:
         step = checkpoints.load(found, engine, plan.state_at(0)).step
         log.info(f"resumed from {found} at step {step}")
         metrics.event(step, "resumed", checkpoint=str(found))
         return step
-    measured = initialize_weights(weights, plan.config.methods, plan.model_config.initializer_range, plan.config.seed)
-    log.info("\n" + describe_weights(plan.weights, rule, plan.config, measured) + "\n")
+    config = plan.config
+    measured = initialize_weights(weights, config.methods, plan.model_config.initializer_range, config.seed)
+    log.info("\n" + describe_weights(plan.weights, initial_rule_of(plan), config, measured) + "\n")
     metrics.event(0, "started", parameters=plan.parameters, world_size=plan.world_size)
     return 0
 
 
-def train_step(engine, micro_batches: list[torch.Tensor], ranks: Ranks) -> torch.Tensor:
-    """One optimizer step over this rank's micro-batches; returns the loss averaged over the global batch (float64)."""
-    engine.train()
-    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    for tokens in micro_batches:
-        tokens = tokens.to(ranks.device, non_blocking=True)
-        loss = engine(tokens[:, :-1], tokens[:, 1:])
-        engine.backward(loss)
-        engine.step()
-        total += loss.detach().double()
-    return mean_over_ranks(total / len(micro_batches), ranks)
-
-
-@torch.no_grad()
-def evaluate(plan: Plan, engine, ranks: Ranks, metrics: Metrics, step: int) -> None:
-    """Validation loss over the first batches of the validation shards, the same tokens every time."""
-    engine.eval()
-    losses = [
-        engine(tokens[:, :-1].to(ranks.device), tokens[:, 1:].to(ranks.device)).double()
-        for tokens in validation_batches(plan, ranks.rank)
-    ]
-    loss = float(mean_over_ranks(torch.stack(losses).mean(), ranks))
-    metrics.write("eval", step, loss=loss, perplexity=exp(min(loss, 700.0)))
-    log.info(f"step {step:>7,}  validation loss {loss:.4f}  perplexity {exp(min(loss, 700.0)):.2f}")
-
-
-def report_step(
-    plan: Plan, engine, loader: Loader, throughput: Throughput, metrics: Metrics, step: int, loss: float, lr: float
-) -> None:
+def report(metrics: Metrics, plan: Plan, step: int, loss: float, grad_norm: float, lr: float, pace: Pace) -> None:
     """One console line and one `train` row for the interval that ends at `step`."""
-    total, every = plan.config.total_steps, plan.config.log.interval_steps
-    steps = step % every or every
-    pace = throughput.lap(steps, total - step, loader.wait_s)
-    grad_norm = float(engine.get_global_grad_norm() or 0.0)
-    log.info(console_line(step, total, loss, grad_norm, lr, pace))
+    log.info(progress_line(step, plan.config.total_steps, loss, grad_norm, lr, pace))
     metrics.write(
         "train",
         step,
@@ -175,8 +129,16 @@ def report_step(
         mfu=pace.mfu,
         memory_bytes=memory_bytes(),
     )
-    if not torch.isfinite(torch.tensor(loss)):
+    if not isfinite(loss):
         raise FloatingPointError(f"the loss is {loss} at step {step}")
+
+
+def evaluate(plan: Plan, engine, ranks: Ranks, metrics: Metrics, step: int) -> None:
+    """Validation loss and perplexity, on the console and as an `eval` row."""
+    loss = validation_loss(engine, plan, ranks)
+    perplexity = exp(min(loss, 700.0))
+    metrics.write("eval", step, loss=loss, perplexity=perplexity)
+    log.info(f"step {step:>7,}  validation loss {loss:.4f}  perplexity {perplexity:.2f}")
 
 
 def save(plan: Plan, engine, checkpoints: Checkpoints, metrics: Metrics, step: int, probe: torch.Tensor) -> None:
@@ -206,40 +168,9 @@ def finish(folder: RunFolder, metrics: Metrics, step: int, total_steps: int, sig
     log.info(f"{status} at step {step:,}: {reason}. Run folder: {folder.path}")
 
 
-def set_learning_rate(engine, lr: float) -> float:
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr
-    return lr
-
-
-def mean_over_ranks(value: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """The mean of a scalar over all ranks."""
-    value = value.clone()
-    dist.all_reduce(value)
-    return value / ranks.world_size
-
-
 def due(step: int, interval: int, last: int) -> bool:
     """Whether something that happens every `interval` steps, and at the last one, happens at `step`."""
     return step % interval == 0 or step == last
-
-
-def console_line(step: int, total: int, loss: float, grad_norm: float, lr: float, pace: Pace) -> str:
-    mfu = f"mfu {pace.mfu:.1%}  " if pace.mfu is not None else ""
-    return (
-        f"step {step:>7,}/{total:,}  loss {loss:.4f}  grad norm {grad_norm:.3f}  lr {lr:.2e}  "
-        f"{pace.tokens_per_s:,.0f} tokens/s  {mfu}data wait {pace.data_wait:.1%}  "
-        f"ETA {timedelta(seconds=round(pace.remaining_s))}"
-    )
-
-
-def memory_bytes() -> int:
-    """Peak memory of this rank so far: the GPU's allocator's, or the process's resident set on CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def dry_run(config: Config) -> None:

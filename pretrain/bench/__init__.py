@@ -1,1 +1,1 @@
-"""Side-by-side measurements: rivals interleaved in one run, ratios reported. The command line is tools/bench.py."""
+"""Side-by-side measurements, one file a subject; tools/bench.py prints them."""

@@ -117,7 +117,6 @@ class ShardWriter:
         self._tokens: int = state["open_tokens"] if state else 0
         self._documents: int = state["open_documents"] if state else 0
         folder.mkdir(parents=True, exist_ok=True)
-        self._forget_later_shards()
         self._open()
 
     @property
@@ -204,15 +203,8 @@ class ShardWriter:
             file.close()
             os.unlink(file.name)
 
-    def _forget_later_shards(self) -> None:
-        number = len(self._closed) + 1
-        while (file := self._path(".bin", number)).exists():
-            file.unlink()
-            self._path(".ends", number).unlink(missing_ok=True)
-            number += 1
-
-    def _path(self, suffix: str, number: int | None = None) -> Path:
-        return self.folder / f"shard_{len(self._closed) if number is None else number:05d}{suffix}"
+    def _path(self, suffix: str) -> Path:
+        return self.folder / f"shard_{len(self._closed):05d}{suffix}"
 
 
 def _from_manifest(folder: Path) -> TokenShards:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -62,14 +63,16 @@ def _write_shard(path: Path, tensors: LazyTensors, shapes: Shapes, dtype: torch.
     with open(path, "wb") as file:
         file.write(_header(shapes, dtype))
         for name, shape in shapes.items():
-            tensor = tensors[name]()
-            if tuple(tensor.shape) != shape:
-                raise ValueError(f"{name} has the shape {tuple(tensor.shape)} where the architecture has {shape}")
-            content = tensor.to(dtype).contiguous().view(-1).view(torch.uint8).numpy()
-            file.write(content)
-            bar.update(content.nbytes)
+            bar.update(file.write(_content(name, tensors[name](), shape, dtype)))
         file.flush()
         os.fsync(file.fileno())
+
+
+def _content(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> np.ndarray:
+    """The tensor's bytes in `dtype`; a function of its own, so that no name keeps it alive while the next is loaded."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has the shape {tuple(tensor.shape)} where the architecture has {shape}")
+    return tensor.to(dtype).contiguous().view(-1).view(torch.uint8).numpy()
 
 
 def _header(shapes: Shapes, dtype: torch.dtype) -> bytes:

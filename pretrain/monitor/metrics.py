@@ -59,7 +59,7 @@ class Metrics:
         if self._file is not None:
             self._file.close()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
 
 def _end_last_line(path: Path) -> None:

@@ -52,26 +52,26 @@ class Pace:
 class Throughput:
     """Measures the pace between calls of `lap`; evaluation and saving are left out with `pause` and `resume`."""
 
-    def __init__(self, tokens_per_step: int, flops_per_token: float, world_size: int) -> None:
+    def __init__(self, tokens_per_step: int, flops_per_token: float, world_size: int, step: int) -> None:
+        """`step`: the optimizer steps already done."""
         self.tokens_per_step, self.flops_per_token, self.world_size = tokens_per_step, flops_per_token, world_size
+        self._step, self._waited_s = step, 0.0
         self._started = time.perf_counter()
-        self._excluded = 0.0
-        self._paused_at = 0.0
-        self._waited = 0.0
+        self._paused_at = self._paused_s = 0.0
 
     def pause(self) -> None:
         self._paused_at = time.perf_counter()
 
     def resume(self) -> None:
-        self._excluded += time.perf_counter() - self._paused_at
+        self._paused_s += time.perf_counter() - self._paused_at
 
-    def lap(self, steps: int, steps_left: int, waited_s: float) -> Pace:
-        """The pace of the last `steps` steps; `waited_s` is how long this rank has waited for data since the start."""
+    def lap(self, step: int, total_steps: int, waited_s: float) -> Pace:
+        """The pace since the last lap; `waited_s` is how long this rank has waited for data since the start."""
         now = time.perf_counter()
-        elapsed = now - self._started - self._excluded
-        waited = waited_s - self._waited
-        self._started, self._excluded, self._waited = now, 0.0, waited_s
+        elapsed, steps = now - self._started - self._paused_s, step - self._step
+        waited = waited_s - self._waited_s
+        self._started, self._paused_s, self._step, self._waited_s = now, 0.0, step, waited_s
         tokens_per_s = steps * self.tokens_per_step / elapsed
         peak = peak_flops()
         mfu = tokens_per_s * self.flops_per_token / (peak * self.world_size) if peak else None
-        return Pace(tokens_per_s, elapsed / steps, waited / elapsed, mfu, steps_left * elapsed / steps)
+        return Pace(tokens_per_s, elapsed / steps, waited / elapsed, mfu, (total_steps - step) * elapsed / steps)

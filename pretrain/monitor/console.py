@@ -1,0 +1,27 @@
+"""The one line that a run prints per interval, and how much memory it has used."""
+
+from __future__ import annotations
+
+import resource
+from datetime import timedelta
+
+import torch
+
+from pretrain.monitor.throughput import Pace
+
+
+def progress_line(step: int, total: int, loss: float, grad_norm: float, lr: float, pace: Pace) -> str:
+    """Step, loss, gradient norm, learning rate, speed, share of time waiting for data, time left."""
+    mfu = f"mfu {pace.mfu:.1%}  " if pace.mfu is not None else ""
+    return (
+        f"step {step:>7,}/{total:,}  loss {loss:.4f}  grad norm {grad_norm:.3f}  lr {lr:.2e}  "
+        f"{pace.tokens_per_s:,.0f} tokens/s  {mfu}data wait {pace.data_wait:.1%}  "
+        f"ETA {timedelta(seconds=round(pace.remaining_s))}"
+    )
+
+
+def memory_bytes() -> int:
+    """Peak memory of this rank so far: the GPU's allocator's, or the process's resident set on CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

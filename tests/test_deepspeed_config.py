@@ -1,0 +1,119 @@
+"""The dict that DeepSpeed gets: "auto" filled in, defaults written out, contradictions refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+from pretrain.config import Config
+from pretrain.deepspeed_config import REPOSITORY, accumulation_steps, deepspeed_config, read_deepspeed
+from pretrain.errors import UserError
+
+
+def config(deepspeed: str | dict, **more: object) -> Config:
+    data = {"train": "none", **TINY["data"]}
+    return Config.model_validate({**TINY, "tokenizer": "none", "data": data, "deepspeed": deepspeed, **more})
+
+
+def test_auto_becomes_what_the_run_file_makes_it() -> None:
+    auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    resolved = deepspeed_config(config(dict.fromkeys(auto, "auto") | {"zero_optimization": {"stage": 3}}), 2)
+    assert [resolved[key] for key in auto] == [8, 2, 2, 1.0]
+
+
+def test_keys_that_are_left_out_are_filled_in_like_auto() -> None:
+    assert deepspeed_config(config({}), 4) == deepspeed_config(config({"train_batch_size": "auto"}), 4)
+    assert deepspeed_config(config({}), 4)["gradient_accumulation_steps"] == 1
+
+
+@pytest.mark.parametrize("optim", [{"lr": 1e-3, "grad_clip": None}, {"lr": 1e-3, "grad_clip": 0.5}])
+def test_clipping_is_written_out_even_when_it_is_off(optim: dict) -> None:
+    assert deepspeed_config(config({}, optim=optim), 1)["gradient_clipping"] == (optim["grad_clip"] or 0.0)
+
+
+def test_the_defaults_that_bite_are_written_out() -> None:
+    resolved = deepspeed_config(config({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}), 1)
+    assert resolved["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert resolved["bf16"] == {"enabled": True, "check_grad_overflow": False}
+    assert resolved["fp16"] == {"enabled": False}
+    assert resolved["communication_data_type"] == "fp32"
+    assert resolved["prescale_gradients"] is False
+
+
+def test_what_the_file_sets_wins_over_those_defaults() -> None:
+    given = {"communication_data_type": "bf16", "steps_per_print": 5, "data_types": {"grad_accum_dtype": "bf16"}}
+    resolved = deepspeed_config(config(given), 1)
+    assert {key: resolved[key] for key in given} == given
+
+
+def test_auto_inside_zero_optimization_is_left_to_deepspeed() -> None:
+    zero = {"stage": 3, "reduce_bucket_size": "auto", "overlap_comm": True}
+    assert deepspeed_config(config({"zero_optimization": zero}), 1)["zero_optimization"] == {
+        "stage": 3,
+        "overlap_comm": True,
+    }
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+def test_every_shipped_file_resolves_and_deepspeed_reads_it(path: Path) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    resolved = deepspeed_config(config(f"ds_configs/{path.name}"), 1)
+    assert "auto" not in json.dumps(resolved)
+    read = DeepSpeedConfig(resolved)
+    assert str(read.zero_optimization_stage) in path.stem
+    assert read.bfloat16_config.enabled is ("fp32" not in path.stem)
+
+
+def test_a_path_counts_from_the_working_directory_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ds_configs").mkdir()
+    (tmp_path / "ds_configs/zero3_fp32.json").write_text('{"zero_optimization": {"stage": 1}}')
+    monkeypatch.chdir(tmp_path)
+    assert read_deepspeed(config("ds_configs/zero3_fp32.json"))[1] == {"zero_optimization": {"stage": 1}}
+    assert read_deepspeed(config("ds_configs/zero2_bf16.json"))[1]["zero_optimization"]["stage"] == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"train_batch_size": 16}, "train_batch_size to 16, but the run file makes it 8"),
+        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps to 1, but the run file makes it 4"),
+        ({"gradient_cliping": 1.0}, "unknown key 'gradient_cliping'; did you mean 'gradient_clipping'"),
+        ({"scheduler": {}}, "'scheduler' block"),
+        ({"fp16": {"enabled": True}}, "fp16 loss scaling is not supported"),
+        ({"zero_optimization": 3}, "zero_optimization must be a block of keys, not 3"),
+        ({"zero_optimization": {"stage": "three"}}, "zero_optimization.stage"),
+        ({"zero_optimization": {"stagee": 3}}, "zero_optimization.stagee"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/"}}}, "NVMe"),
+        ({"bf16": {"enabled": "auto"}}, "bf16.enabled"),
+        ({"bf16": {"enabled": True}}, "ZeRO stage 0"),
+        ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "fp32"),
+        ({"data_types": {"grad_acum_dtype": "fp32"}}, "unknown key 'data_types.grad_acum_dtype'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_what_contradicts_or_does_not_exist_is_refused(given: dict, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        deepspeed_config(config(given), 1)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("the run file's 'deepspeed'")
+
+
+def test_a_key_that_stands_twice_in_the_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 3}, "zero_optimization": {"stage": 2}}')
+    with pytest.raises(UserError, match="zero_optimization stands twice"):
+        deepspeed_config(config(str(tmp_path / "ds.json")), 1)
+
+
+@pytest.mark.parametrize(("ranks", "steps"), [(1, 4), (2, 2), (4, 1)])
+def test_accumulation_shares_the_global_batch_among_the_ranks(ranks: int, steps: int) -> None:
+    assert accumulation_steps(config({}), ranks) == steps
+
+
+@pytest.mark.parametrize("ranks", [3, 8])
+def test_ranks_that_cannot_share_the_global_batch_are_refused(ranks: int) -> None:
+    with pytest.raises(UserError, match="not a multiple"):
+        accumulation_steps(config({}), ranks)

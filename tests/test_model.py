@@ -1,0 +1,146 @@
+"""The model that is built, its initial rules, the audit, and the hooks of a method, without ranks."""
+
+from typing import Literal
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from pretrain.config import Config
+from pretrain.errors import UserError
+from pretrain.layout import describe
+from pretrain.methods.base import Method
+from pretrain.methods.lir import LIR
+from pretrain.model import _audit, build_model, hf_config, initial_rule, outline
+from pretrain.plan import describe_weights
+from pretrain.sharded import Moments
+
+MODEL = {
+    "family": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+class Tokenizer:
+    bos_token_id, eos_token_id = 1, 2
+
+    def __len__(self) -> int:
+        return 100
+
+
+class WiderNorm(Method):
+    """A method that uses the hooks before sharding."""
+
+    name: Literal["wider_norm"] = "wider_norm"
+
+    def configure(self, hf_config):
+        hf_config.rms_norm_eps = 0.25
+
+    def transform(self, model):
+        for block in model.model.layers:
+            block.mlp.up_proj = torch.nn.Linear(32, 48, bias=True)
+
+
+def config(**changes) -> Config:
+    return Config.model_validate(
+        {
+            "name": "case",
+            "model": MODEL,
+            "tokenizer": "none",
+            "data": {"train": "none", "seq_len": 16, "global_batch_size": 1, "micro_batch_size": 1},
+            "steps": 1,
+            "optim": {"lr": 1e-3},
+            "deepspeed": {"zero_optimization": {"stage": 0}},
+            **changes,
+        }
+    )
+
+
+def test_the_models_fields_come_from_the_run_file_and_the_tokenizer():
+    found = hf_config(config(), Tokenizer())
+    assert (found.hidden_size, found.vocab_size, found.max_position_embeddings) == (32, 100, 16)
+    assert (found.bos_token_id, found.eos_token_id) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"vocab_size": 99}, "vocab_size 99 is smaller than the 100 tokens"),
+        ({"max_position_embeddings": 8}, "smaller than data.seq_len 16"),
+        ({"num_attention_heads": 3}, "not a"),
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"hidden_size": "wide"}, "model"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        hf_config(config(model={**MODEL, **fields}), Tokenizer())
+
+
+def test_methods_change_the_configuration_and_the_modules_before_sharding():
+    run = config().model_copy(update={"methods": (WiderNorm(),)})
+    model_config = hf_config(run, Tokenizer())
+    model = build_model(run, model_config, {"zero_optimization": {"stage": 0}})
+    assert model.model.norm.variance_epsilon == 0.25
+    assert model.model.layers[1].mlp.up_proj.bias.shape == (48,)
+    names = {weight.name for weight in outline(run, model_config)}
+    assert names == {name for name, _ in model.named_parameters()}
+    assert "model.layers.0.mlp.up_proj.bias" in names
+
+
+def test_the_training_model_is_the_stock_model_but_for_its_loss():
+    run = config()
+    ours = build_model(run, hf_config(run, Tokenizer()), {"zero_optimization": {"stage": 0}})
+    torch.manual_seed(0)
+    stock = LlamaForCausalLM(ours.config)
+    ours.load_state_dict(stock.state_dict())
+    tokens = torch.randint(0, 100, (2, 17))
+    assert torch.equal(ours(tokens).logits, stock(tokens).logits)
+    expected = torch.nn.functional.cross_entropy(stock(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
+    torch.testing.assert_close(ours(tokens[:, :-1], tokens[:, 1:]), expected)
+
+
+def test_tied_embeddings_stay_tied():
+    run = config(model={**MODEL, "tie_word_embeddings": True})
+    model = build_model(run, hf_config(run, Tokenizer()), {"zero_optimization": {"stage": 0}})
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_norms_are_one_biases_zero_and_the_last_method_decides_the_rest():
+    norm = describe("model.layers.0.input_layernorm.weight", (32,))
+    bias = describe("model.layers.0.mlp.up_proj.bias", (48,))
+    up = describe("model.layers.0.mlp.up_proj.weight", (48, 32))
+    assert initial_rule(norm, (LIR(),), 0.02)[:2] == (1.0, 0.0)
+    assert initial_rule(bias, (LIR(),), 0.02)[:2] == (0.0, 0.0)
+    assert initial_rule(up, (), 0.02)[:2] == (0.0, 0.02)
+    assert initial_rule(up, (LIR(initializer_range=0.5), WiderNorm()), 0.02)[:2] == (0.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    "measured",
+    [
+        Moments(1536, 0.0, 1535 * 0.03**2),
+        Moments(1536, 0.01, 1535 * 0.02**2),
+        Moments(1535, 0.0, 1534 * 0.02**2),
+        Moments(1536, float("nan"), float("nan")),
+    ],
+    ids=["wrong deviation", "wrong mean", "a missing element", "not a number"],
+)
+def test_the_audit_stops_a_weight_that_is_not_as_its_rule_says(measured):
+    up = describe("model.layers.0.mlp.up_proj.weight", (48, 32))
+    _audit(up, Moments(1536, 0.0001, 1535 * 0.0201**2), 0.0, 0.02)
+    with pytest.raises(RuntimeError, match=r"layers\.0\.mlp\.up_proj"):
+        _audit(up, measured, 0.0, 0.02)
+
+
+def test_the_table_accounts_for_every_weight():
+    run = config(methods=[{"name": "lir"}, {"name": "tvr", "roles": ["up"]}])
+    weights = outline(run, hf_config(run, Tokenizer()))
+    table = describe_weights(weights, lambda weight: initial_rule(weight, run.methods, 0.02), run)
+    rows = [line.split() for line in table.splitlines()[2:]]
+    assert sum(int(row[2]) for row in rows) == len(weights)
+    during = {row[0]: "tvr:" in row for row in rows}
+    assert [role for role, rescaled in during.items() if rescaled] == ["up"]
