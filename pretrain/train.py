@@ -54,6 +54,7 @@ def train(plan: Plan, folder: RunFolder, ranks: Ranks) -> None:
     stop = StopFlag()
     log.info(describe_plan(plan))
 
+    torch.manual_seed(config.seed * ranks.world_size + ranks.rank)  # dropout: every rank draws for itself
     engine = build_engine(plan)
     weights = ShardedWeights(engine)
     checkpoints = Checkpoints(folder.path / "checkpoints", config.checkpoint, ranks, log.info)

@@ -54,6 +54,7 @@ def prepare(
         "shard_tokens": shard_tokens,
         "max_tokens": max_tokens,
     }
+    _refuse_foreign_files(out)
     with _clear_write_errors(out), _alone_in(out):
         journal = _load_journal(out, settings)
         if not journal["finished"]:
@@ -163,6 +164,17 @@ def _backend_json(tokenizer: PreTrainedTokenizerBase) -> str:
     return backend.to_str()
 
 
+def _refuse_foreign_files(out: Path) -> None:
+    """UserError, before anything is written, if `out` holds files that no preparation recorded."""
+    if not out.is_dir() or (out / JOURNAL).exists():
+        return
+    if unknown := [entry.name for entry in out.iterdir() if not entry.name.startswith(".")]:
+        raise UserError(
+            f"'{out}' holds files that no preparation recorded ({', '.join(sorted(unknown)[:5])}). "
+            "Nothing was changed; give --out an empty or new folder."
+        )
+
+
 def _load_journal(out: Path, settings: dict) -> dict:
     """The journal of this very preparation in `out`, or a new one for an empty folder."""
     path = out / JOURNAL
@@ -171,11 +183,6 @@ def _load_journal(out: Path, settings: dict) -> dict:
         if journal.get("settings") != settings:
             raise UserError(_refusal(out, journal.get("settings", {}), settings))
         return journal
-    if unknown := [entry.name for entry in out.iterdir() if not entry.name.startswith(".")]:
-        raise UserError(
-            f"'{out}' holds files that no preparation recorded ({', '.join(sorted(unknown)[:5])}). "
-            "Nothing was changed; give --out an empty or new folder."
-        )
     journal = {
         "settings": settings,
         "cursor": None,

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Corpus
 from runs import (
     Job,
@@ -40,6 +41,7 @@ LAYOUTS = {
     "zero1_fp32": {"zero_optimization": {"stage": 1}},
 }
 FAST = ("zero3_fp32", "zero2_bf16")
+WITH_DROPOUT = {"model": {"family": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.2}}
 
 
 def settings(out: Path, name: str, **more: object) -> dict:
@@ -73,10 +75,10 @@ def test_a_run_killed_between_and_during_saves_has_the_losses_of_one_that_was_no
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     logs = tmp_path / "logs"
-    deepspeed = {"deepspeed": LAYOUTS[layout]}
-    assert run_ranks(arguments(run_file, settings(tmp_path, "whole", **deepspeed)), logs).code == 0
+    variant = {"deepspeed": LAYOUTS[layout]} | (WITH_DROPOUT if layout == "zero2_bf16" else {})
+    assert run_ranks(arguments(run_file, settings(tmp_path, "whole", **variant)), logs).code == 0
 
-    command = arguments(run_file, settings(tmp_path, "killed", **deepspeed))
+    command = arguments(run_file, settings(tmp_path, "killed", **variant))
     with start_ranks(command, logs) as job:
         kill_between_saves(job, killed)
         assert job.wait().code == -signal.SIGKILL
@@ -97,7 +99,7 @@ def test_a_run_killed_between_and_during_saves_has_the_losses_of_one_that_was_no
     assert list(losses(killed)) == list(range(1, STEPS + 1))
     for kind in ("eval", "weights", "activations"):
         assert without_time(last_rows(killed, kind)) == without_time(last_rows(whole, kind))
-    assert rescaled_steps(killed) == rescaled_steps(whole) == {2, 4, 6, 8, 10, 12}
+    assert rescaled_steps(killed) == rescaled_steps(whole) >= {2, 4, 6, 8}
     assert not list(killed.glob("checkpoints/.step_*")), "half-written checkpoints were left behind"
     assert (killed / "checkpoints/latest").read_text() == f"step_{STEPS:08d}\n"
     assert status(killed) == {"status": "finished", "step": STEPS, "reason": "all steps done"}
@@ -119,6 +121,13 @@ def half_done(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("half_done")
     assert run_ranks(arguments(run_file, go_on(out / "run", steps=4)), out / "logs").code == 0
     return out / "run"
+
+
+def test_every_rank_draws_random_numbers_of_its_own(half_done: Path) -> None:
+    states = [
+        torch.load(half_done / f"checkpoints/step_00000002/rng_rank_{rank}.pt", weights_only=False) for rank in range(2)
+    ]
+    assert not torch.equal(states[0]["torch"], states[1]["torch"])
 
 
 @pytest.fixture
