@@ -119,7 +119,7 @@ class CheckpointSection(Section):
 
 
 class EvalSection(Section):
-    """Validation loss every `interval_steps` over the first `batches` global micro-batches of data.val."""
+    """Validation loss every `interval_steps` over the first `batches` global batches of data.val."""
 
     interval_steps: int = Field(500, gt=0)
     batches: int = Field(50, gt=0)

@@ -130,6 +130,7 @@ def validation_batches(plan: Plan, rank: int) -> Iterator[torch.Tensor]:
     return eval_batches(
         plan.val_shards,
         seq_len=data.seq_len,
+        global_batch_size=data.global_batch_size,
         micro_batch_size=data.micro_batch_size,
         rank=rank,
         world_size=plan.world_size,

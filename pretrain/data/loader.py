@@ -98,12 +98,20 @@ class Loader:
 
 
 def eval_batches(
-    shards: TokenShards, *, seq_len: int, micro_batch_size: int, rank: int, world_size: int, batches: int
+    shards: TokenShards,
+    *,
+    seq_len: int,
+    global_batch_size: int,
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+    batches: int,
 ) -> Iterator[torch.Tensor]:
     """This rank's micro-batches, (micro_batch_size, seq_len + 1) int64, of the first samples in file order.
 
-    Every rank gets the same number of them: `batches`, or as many as can be filled on all ranks at once. UserError,
-    at the call, when not even one can.
+    All ranks together read `batches` global batches, so the samples do not depend on the number of ranks; where the
+    shards hold fewer, as many as fill a micro-batch on every rank. Every rank gets the same number of micro-batches.
+    UserError, at the call, when not even one can be filled on all ranks.
     """
     together = micro_batch_size * world_size
     num_samples = count_samples(shards, seq_len)
@@ -113,7 +121,8 @@ def eval_batches(
             f"on {world_size} ranks takes {together} (data.micro_batch_size {micro_batch_size} x {world_size}). "
             "Prepare more validation text (--val-fraction), or lower data.micro_batch_size or data.seq_len."
         )
-    starts = range(rank * micro_batch_size, min(batches, num_samples // together) * together, together)
+    rounds = min(batches * global_batch_size, num_samples) // together
+    starts = range(rank * micro_batch_size, rounds * together, together)
     return (
         _read_samples(shards, np.arange(start, start + micro_batch_size), seq_len, micro_batch_size)[0]
         for start in starts

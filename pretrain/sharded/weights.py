@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 import torch
-import torch.distributed as dist
 
 from pretrain.layout import Weight, describe_model
 from pretrain.sharded.fill import fill_normal_
+from pretrain.sharded.guard import all_gather, check_call
 from pretrain.sharded.moments import Moments, merge, partial_moments
 from pretrain.sharded.pieces import Piece, placement_of
 
@@ -16,11 +16,14 @@ from pretrain.sharded.pieces import Piece, placement_of
 class ShardedWeights:
     """The weights of a DeepSpeed engine, whatever its ZeRO stage and precision.
 
-    Every method is collective: call it on all ranks, with the same arguments, between optimizer steps.
+    Every method is collective: call it on all ranks, with the same arguments, between optimizer steps. Whatever is
+    wrong with a call is raised on every rank: an unknown weight, a factor that is not finite, ranks that pass
+    different arguments (ValueError), a call in the middle of gradient accumulation (RuntimeError).
     """
 
     def __init__(self, engine) -> None:
         """Raises UserError where the engine's optimizer keeps its weights in a way that is not supported."""
+        self.engine = engine
         self.placement = placement_of(engine)
         self.layout: dict[str, Weight] = {weight.name: weight for weight in describe_model(engine.module)}
 
@@ -30,9 +33,10 @@ class ShardedWeights:
         One pass over the rank's own shard and one all-gather of three numbers per weight for the whole list. The
         partial results are gathered and merged rather than summed, because sums of squares cancel (see moments.py).
         """
-        pieces = self._pieces(names)
+        chosen = check_call(self, self.layout if names is None else names)
+        pieces = self.pieces(chosen)
         partial = torch.stack([partial_moments(piece.master) for piece in pieces])
-        full = partial if self.placement.replicated else merge(_all_gather(partial))
+        full = partial if self.placement.replicated else merge(all_gather(partial))
         rows = zip(pieces, full.tolist(), strict=True)
         return {piece.name: Moments(int(count), mean, squares) for piece, (count, mean, squares) in rows}
 
@@ -42,9 +46,10 @@ class ShardedWeights:
 
         Local except for the refresh of the working copies. Optimizer moments are left alone.
         """
-        if not changes:
+        chosen = check_call(self, changes, changes)
+        if not chosen:
             return
-        for piece in self._pieces(changes):
+        for piece in self.pieces(chosen):
             scale, shift = changes[piece.name]
             piece.master.mul_(scale).add_(shift)
         self.placement.refresh()
@@ -56,7 +61,7 @@ class ShardedWeights:
         Drawn by position (see fill.py): the same bits for every world size and stage. A deviation of 0 fills with the
         constant mean.
         """
-        for piece in self._pieces():
+        for piece in self.pieces(self.layout):
             mean, std = rule(self.layout[piece.name])
             if std == 0.0:
                 piece.master.fill_(mean)
@@ -67,26 +72,17 @@ class ShardedWeights:
 
     def snapshot(self) -> dict[str, torch.Tensor]:
         """A copy of this rank's pieces, to measure how far the weights move until `squared_change`."""
-        return {piece.name: piece.master.clone() for piece in self._pieces()}
+        return {piece.name: piece.master.clone() for piece in self.pieces(self.layout)}
 
     def squared_change(self, before: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Squared Frobenius distance of each full weight from the snapshot `before`, in float64."""
-        pieces = self._pieces(before)
+        pieces = self.pieces(check_call(self, before))
         sums = torch.stack([(piece.master.double() - before[piece.name]).square().sum() for piece in pieces])
-        if not self.placement.replicated and dist.is_initialized():
-            dist.all_reduce(sums)
+        if not self.placement.replicated:
+            sums = all_gather(sums).sum(0)
         return dict(zip((piece.name for piece in pieces), sums.tolist(), strict=True))
 
-    def _pieces(self, names: Iterable[str] | None = None) -> list[Piece]:
-        """The pieces of the named weights. Looked up at each call: DeepSpeed may move its buffers."""
-        wanted = None if names is None else set(names)
-        return [piece for piece in self.placement.pieces() if wanted is None or piece.name in wanted]
-
-
-def _all_gather(partial: torch.Tensor) -> torch.Tensor:
-    """(ranks, ...) from each rank's `partial` of the same shape."""
-    if not dist.is_initialized():
-        return partial.unsqueeze(0)
-    gathered = [torch.empty_like(partial) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, partial)
-    return torch.stack(gathered)
+    def pieces(self, names: Iterable[str]) -> list[Piece]:
+        """This rank's pieces of the named weights. Looked up at each call: DeepSpeed may move its buffers."""
+        wanted = set(names)
+        return [piece for piece in self.placement.pieces() if piece.name in wanted]

@@ -132,26 +132,26 @@ def test_sizes_that_do_not_fit_are_refused(
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])
 def test_validation_reads_the_first_samples_in_order_on_any_ranks(shards: TokenShards, ranks: int) -> None:
-    per_rank = [list(_eval(shards, micro=2, rank=rank, ranks=ranks, batches=4)) for rank in range(ranks)]
+    per_rank = [list(_eval(shards, batch=20, micro=2, rank=rank, ranks=ranks, batches=4)) for rank in range(ranks)]
     rows = [row for step in zip(*per_rank, strict=True) for batch in step for row in batch]
-    assert [row[0].item() // SEQ_LEN for row in rows] == list(range(4 * 2 * ranks))
+    assert [row[0].item() // SEQ_LEN for row in rows] == list(range(4 * 20))
     assert all(batch.shape == (2, SEQ_LEN + 1) for batches in per_rank for batch in batches)
 
 
 def test_validation_uses_what_there_is_evenly(shards: TokenShards) -> None:
-    lengths = [len(list(_eval(shards, micro=4, rank=rank, ranks=3, batches=1000))) for rank in range(3)]
+    lengths = [len(list(_eval(shards, batch=12, micro=4, rank=rank, ranks=3, batches=1000))) for rank in range(3)]
     assert lengths == [101 // 12] * 3
 
 
 def test_validation_without_one_batch_is_refused_before_it_starts(shards: TokenShards) -> None:
     with pytest.raises(UserError, match=f"'{shards.folder}' hold 101 samples .* takes 102"):
-        _eval(shards, micro=51, rank=0, ranks=2, batches=1)
+        _eval(shards, batch=102, micro=51, rank=0, ranks=2, batches=1)
 
 
 def test_empty_validation_shards_are_refused(tmp_path: Path, make_shards: MakeShards) -> None:
     shards = make_shards(1)
     with pytest.raises(UserError, match="hold 0 samples"):
-        _eval(shards, micro=1, rank=0, ranks=1, batches=1)
+        _eval(shards, batch=1, micro=1, rank=0, ranks=1, batches=1)
 
 
 def _loader(shards: TokenShards, *, batch: int, micro: int, rank: int = 0, ranks: int = 1, position: int = 0) -> Loader:
@@ -167,8 +167,18 @@ def _loader(shards: TokenShards, *, batch: int, micro: int, rank: int = 0, ranks
     )
 
 
-def _eval(shards: TokenShards, *, micro: int, rank: int, ranks: int, batches: int) -> Iterator[torch.Tensor]:
-    return eval_batches(shards, seq_len=SEQ_LEN, micro_batch_size=micro, rank=rank, world_size=ranks, batches=batches)
+def _eval(
+    shards: TokenShards, *, batch: int, micro: int, rank: int, ranks: int, batches: int
+) -> Iterator[torch.Tensor]:
+    return eval_batches(
+        shards,
+        seq_len=SEQ_LEN,
+        global_batch_size=batch,
+        micro_batch_size=micro,
+        rank=rank,
+        world_size=ranks,
+        batches=batches,
+    )
 
 
 def _global_batches(

@@ -18,7 +18,7 @@ from pretrain.deepspeed_config import deepspeed_config
 from pretrain.distributed import initialize
 from pretrain.model import build_model, hf_config, initialize_weights
 from pretrain.optim import build_optimizer
-from pretrain.sharded import GatheredWeights, ShardedWeights
+from pretrain.sharded import GatheredWeights, ShardedWeights, gathered
 
 VOCABULARY = 101
 
@@ -53,6 +53,11 @@ def run_config(zero: dict, bf16: bool, family: str, methods: list, tied: bool = 
             "deepspeed": {"zero_optimization": zero, "bf16": {"enabled": bf16}},
         }
     )
+
+
+def accumulating(data):
+    """The same batch in micro-batches of one, so that an optimizer step takes several."""
+    return data.model_copy(update={"micro_batch_size": 1})
 
 
 def build(config: Config):
@@ -144,16 +149,59 @@ def examine(config: Config) -> dict:
     seen["working_follows_after_step"] = _working_follows(engine)
     seen["loss_moved"] = losses
 
-    gathered = GatheredWeights(engine)
-    sharded_moments, gathered_moments = weights.moments(chosen), gathered.moments(chosen)
+    simple = GatheredWeights(engine)
+    sharded_moments, gathered_moments = weights.moments(chosen), simple.moments(chosen)
     seen["engines_agree_on_std"] = largest(abs(sharded_moments[n].std / gathered_moments[n].std - 1) for n in chosen)
-    gathered.rescale_({name: (1.9, -0.003) for name in chosen})
+    simple.rescale_({name: (1.9, -0.003) for name in chosen})
     by_gathered = {n: torch.from_numpy(expected[n]).mul(1.9).add(-0.003).numpy() for n in chosen}
     seen["gathered_exact"] = all(np.array_equal(masters(engine)[n], w) for n, w in by_gathered.items())
     step(engine, 2, 0.0)
     seen["gathered_survives"] = all(np.array_equal(masters(engine)[n], w) for n, w in by_gathered.items())
     seen["gathered_working_follows"] = _working_follows(engine)
+
+    edited = masters(engine)
+    shapes_right = True
+    for name, full in gathered(weights, chosen):
+        shapes_right &= full.shape == edited[name].shape and np.array_equal(full.numpy(), edited[name])
+        full[0] += 1.0
+        edited[name][0] += np.float32(1.0)
+    seen["hook_saw_the_full_weight"] = shapes_right
+    step(engine, 3, 0.0)
+    seen["hook_survives"] = all(np.array_equal(masters(engine)[n], w) for n, w in edited.items())
+    seen["hook_working_follows"] = _working_follows(engine)
     return seen
+
+
+def misuse(config: Config) -> dict[str, str]:
+    """What each bad call raised on this rank; the weights must not have changed."""
+    engine, weights = build(config)
+    name, other = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
+    last = dist.get_rank() == dist.get_world_size() - 1
+    calls = {
+        "unknown weight": lambda: weights.moments([name.replace("up", "upp")]),
+        "unknown weight on one rank": lambda: weights.moments([name + "x"] if last else [name]),
+        "factor not finite": lambda: weights.rescale_({name: (float("nan"), 0.0)}),
+    }
+    if dist.get_world_size() > 1:
+        calls["different lists"] = lambda: weights.moments([name, other] if last else [name])
+        calls["different factors"] = lambda: weights.rescale_({name: (0.5 if last else 0.25, 0.0)})
+    before, raised = masters(engine), {}
+    for what, call in calls.items():
+        raised[what] = _raised_by(call)
+    tokens = torch.zeros(1, 17, dtype=torch.long)
+    engine.backward(engine(tokens[:, :-1], tokens[:, 1:]))
+    engine.step()
+    raised["mid accumulation"] = _raised_by(lambda: weights.rescale_({name: (0.5, 0.0)}))
+    raised["changed"] = str(any(not np.array_equal(w, before[n]) for n, w in masters(engine).items()))
+    return raised
+
+
+def _raised_by(call) -> str:
+    try:
+        call()
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
 
 
 def _working_follows(engine) -> bool:
@@ -185,7 +233,11 @@ def main() -> None:
         config = run_config(
             case["zero"], case["bf16"], case.get("family", "llama"), case.get("methods", []), case.get("tied", False)
         )
-        if case.get("train"):
+        if case.get("misuse"):
+            everyone: list = [None] * dist.get_world_size()
+            dist.all_gather_object(everyone, misuse(config.model_copy(update={"data": accumulating(config.data)})))
+            seen[name] = everyone
+        elif case.get("train"):
             train_with_methods(config, f"{out}.{name}.npz")
         else:
             seen[name] = examine(config)

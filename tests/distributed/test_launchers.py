@@ -95,6 +95,8 @@ def test_one_rank_gives_the_losses_of_two_to_rounding(launched: tuple) -> None:
     one, two = losses(out / "python"), losses(out / "deepspeed")
     assert one[1] == pytest.approx(two[1], rel=1e-6)
     assert list(one.values()) == pytest.approx(list(two.values()), rel=1e-4)
+    validation = [last_rows(out / name, "eval")[STEPS]["loss"] for name in ("python", "deepspeed")]
+    assert validation[0] == pytest.approx(validation[1], rel=1e-4)  # the same tokens on any number of ranks
 
 
 @pytest.mark.parametrize("name", ["deepspeed", "torchrun"])

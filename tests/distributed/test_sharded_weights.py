@@ -4,6 +4,7 @@ The ranks are started once per world size and go through every case (sharded_wor
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -32,6 +33,8 @@ EXAMINED = {
     "zero3_bf16_gpt2": {"zero": {"stage": 3}, "bf16": True, "family": "gpt2"},
     "zero1_fp32_gpt2": {"zero": {"stage": 1}, "bf16": False, "family": "gpt2"},
 }
+
+MISUSED = {"misuse": {"zero": {"stage": 3}, "bf16": True, "misuse": True}}
 
 METHODS = [
     {"name": "lir", "initializer_range": 0.03},
@@ -64,7 +67,7 @@ def seen(tmp_path_factory):
         if world_size not in finished:
             out = tmp_path_factory.mktemp(f"ranks_{world_size}") / "seen.json"
             command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world_size}"]
-            command += [f"--master-port={free_port()}", str(WORKER), json.dumps(EXAMINED | TRAINED), str(out)]
+            command += [f"--master-port={free_port()}", str(WORKER), json.dumps(EXAMINED | TRAINED | MISUSED), str(out)]
             done = launch(command)
             assert done.code == 0, done.stdout[-3000:] + done.stderr[-5000:]
             finished[world_size] = (json.loads(out.read_text()), lambda case: f"{out}.{case}.npz")
@@ -104,6 +107,32 @@ def test_the_gathered_engine_agrees_with_the_sharded_one(seen, world_size, case)
     assert found["gathered_exact"]
     assert found["gathered_survives"]
     assert found["gathered_working_follows"]
+
+
+@every_case
+def test_the_hook_gives_the_full_weight_and_keeps_what_is_written_to_it(seen, world_size, case):
+    found = seen(world_size)[0][case]
+    assert found["hook_saw_the_full_weight"]
+    assert found["hook_survives"]
+    assert found["hook_working_follows"]
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_a_bad_call_raises_the_same_error_on_every_rank_and_changes_nothing(seen, world_size):
+    expected = {
+        "unknown weight": r"ValueError: .*no weight 'model\.layers\.0\.mlp\.upp_proj\.weight'; did you mean",
+        "factor not finite": r"ValueError: weight 'model\.layers\.0\.mlp\.up_proj\.weight' cannot be rescaled",
+        "mid accumulation": "RuntimeError: .*gradient accumulation",
+        "changed": "False",
+        "unknown weight on one rank": rf"ValueError: .*up_proj\.weightx'.*\(rank {world_size - 1}\)",
+    }
+    if world_size > 1:
+        expected["different lists"] = r"ValueError: rank 0 and rank \d .*model\.layers\.1\.mlp\.up_proj\.weight"
+        expected["different factors"] = "ValueError: rank 0 and rank .*other factors"
+    for what, pattern in expected.items():
+        messages = {raised[what] for raised in seen(world_size)[0]["misuse"]}
+        assert len(messages) == 1, messages
+        assert re.search(pattern, messages.pop()), what
 
 
 def test_one_seed_gives_the_same_weights_for_every_world_size_stage_and_precision(seen):

@@ -1,0 +1,69 @@
+"""What a bad call gets: the same clear error on every rank, instead of a hang or weights that differ between ranks."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterable, Mapping
+from math import isfinite
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from pretrain.sharded.weights import ShardedWeights
+
+
+def check_call(
+    weights: ShardedWeights, names: Iterable[str], changes: Mapping[str, tuple[float, float]] | None = None
+) -> set[str]:
+    """The named weights, once it is sure that the call is right on every rank; one collective of 32 bytes.
+
+    Raises, on every rank: RuntimeError in the middle of gradient accumulation; ValueError for an unknown weight, a
+    factor in `changes` that is not finite, or ranks that were called with different arguments.
+    """
+    wanted = sorted(names)
+    complaint = _complaint(weights, wanted, changes or {})
+    asked = repr((wanted, sorted((changes or {}).items())))
+    state = hashlib.sha256(f"{asked}{complaint}".encode()).digest()
+    states = all_gather(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+    if complaint is not None or bool((states != states[0]).any()):
+        _raise_together(complaint, asked, wanted)
+    return set(wanted)
+
+
+def all_gather(mine: torch.Tensor) -> torch.Tensor:
+    """(ranks, ...) from each rank's tensor of the same shape, on the device that the ranks talk through."""
+    if dist.get_backend() == "nccl":
+        mine = mine.cuda()  # an offloaded optimizer keeps its pieces on the CPU
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, mine)
+    return torch.stack(gathered)
+
+
+def _complaint(
+    weights: ShardedWeights, names: list[str], changes: Mapping[str, tuple[float, float]]
+) -> Exception | None:
+    if weights.engine.micro_steps % weights.engine.gradient_accumulation_steps():
+        return RuntimeError("weights were asked for in the middle of gradient accumulation, not between steps")
+    for name in names:
+        if name not in weights.layout:
+            near = difflib.get_close_matches(name, weights.layout, 1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            return ValueError(f"this engine's model has no weight '{name}'{hint}")
+    for name, factors in changes.items():
+        if not all(map(isfinite, factors)):
+            return ValueError(f"weight '{name}' cannot be rescaled by (scale, shift) = {factors}")
+    return None
+
+
+def _raise_together(complaint: Exception | None, asked: str, names: list[str]) -> None:
+    calls: list = [None] * dist.get_world_size()
+    dist.all_gather_object(calls, (complaint, asked, names))
+    for rank, (theirs, _, _) in enumerate(calls):
+        if theirs is not None:
+            raise type(theirs)(f"{theirs} (rank {rank})")
+    rank = next(rank for rank, (_, theirs, _) in enumerate(calls) if theirs != calls[0][1])
+    differing = sorted(set(calls[rank][2]) ^ set(calls[0][2]))[:3] or ["other factors"]
+    raise ValueError(f"rank 0 and rank {rank} were called with different arguments: {', '.join(differing)}")
