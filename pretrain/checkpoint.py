@@ -14,18 +14,18 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 from pretrain.config import CheckpointSection
-from pretrain.distributed import Ranks, all_gather_object, on_every_rank
+from pretrain.distributed import Ranks, all_gather_object, from_first_rank, on_every_rank
 from pretrain.errors import SharedUserError, UserError
 from pretrain.files import checksum, sync_folder, write_json, write_text
 
@@ -76,49 +76,49 @@ class Checkpoints:
     def save(self, engine, state: TrainerState, add_files: Callable[[Path], None]) -> Path:
         """Write the checkpoint of `state`; `add_files` runs on rank 0 and adds the trainer's own files.
 
-        Raises UserError on every rank when there is no room. Older checkpoints are never touched before the new one
-        is complete.
+        Raises UserError when there is no room, on every rank; where DeepSpeed meets a failing disk while it writes its
+        shards, on the ranks that met it. Older checkpoints are never touched before the new one is complete.
         """
         final = self.folder / f"step_{state.step:08d}"
         aside = self.folder / f".{final.name}.incomplete"
         on_every_rank(lambda: self._prepare(aside, engine))
-        try:
+        with self._telling_write_failures(state.step):
             engine.save_checkpoint(str(aside), tag=_SHARDS, save_latest=False)
-            torch.save(_random_states(), aside / f"rng_rank_{self.ranks.rank}.pt")
-            if self.ranks.is_first:
-                add_files(aside)
-                write_json(aside / "trainer.json", asdict(state))
-            _barrier()
-            entries = self._describe_files(aside)
-            if self.ranks.is_first:
+
+        def write_own_files() -> None:
+            with self._telling_write_failures(state.step):
+                torch.save(_random_states(), aside / f"rng_rank_{self.ranks.rank}.pt")
+                if self.ranks.is_first:
+                    add_files(aside)
+                    write_json(aside / "trainer.json", asdict(state))
+
+        def publish() -> None:
+            with self._telling_write_failures(state.step):
                 manifest = {"schema_version": 1, "saved_at": time.time(), "files": entries}
                 write_json(aside / "manifest.json", manifest)
                 self._publish(aside, final)
-        except Exception as error:
-            if not _is_write_failure(error):
-                raise
-            raise UserError(
-                f"rank {self.ranks.rank} could not write the checkpoint of step {state.step} to {self.folder}: {error}. "
-                "The older checkpoints are intact; free space or fix the folder and start the same command again."
-            ) from error
-        _barrier()
+
+        on_every_rank(write_own_files)
+        entries = self._describe_files(aside)
+        from_first_rank(publish)
         return final
 
     def find(self) -> Path | None:
         """The checkpoint to start from under the run's `resume` rule, verified; None to start from scratch.
 
-        `auto` falls back to an older checkpoint when the newest is damaged, and says so; when all are damaged, or
-        the one that was named is, UserError.
+        `auto` takes the run's newest and falls back to an older one when it is damaged, and says so; when all are
+        damaged, or the one that was named is, UserError. A job that Slurm has requeued goes on from its own newest
+        checkpoint whatever the rule, which was meant for its first start.
         """
-        if self.config.resume == "never":
+        rule = "auto" if int(os.environ.get("SLURM_RESTART_COUNT", 0)) and self._own() else self.config.resume
+        if rule == "never":
             return None
-        if self.config.resume != "auto":
-            chosen = on_every_rank(lambda: resolve(Path(self.config.resume)))
+        if rule != "auto":
+            chosen = from_first_rank(lambda: resolve(Path(rule)))
             self._verify(chosen)
             return chosen
-        found = on_every_rank(lambda: complete_checkpoints(self.folder))
         damage: list[str] = []
-        for path in reversed(found):
+        for path in reversed(self._own()):
             try:
                 self._verify(path)
             except UserError as error:
@@ -154,7 +154,7 @@ class Checkpoints:
             for leftover in self.folder.glob(".step_*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             free = shutil.disk_usage(self.folder.parent).free
-            if free < (needed := _bytes_to_save(engine)):
+            if free < (needed := checkpoint_bytes(_parameters(engine), bf16=engine.bfloat16_enabled())):
                 raise UserError(
                     f"the checkpoint needs {needed / 1e9:.2f} GB but {self.folder} has {free / 1e9:.2f} GB free. "
                     "The older checkpoints are intact; free space and start the same command again."
@@ -165,9 +165,12 @@ class Checkpoints:
 
     def _describe_files(self, folder: Path) -> dict[str, dict[str, Any]]:
         """Size and checksum of every file, flushed to disk; the ranks share the reading."""
+        names = from_first_rank(
+            lambda: sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        )
         mine = {
-            str(path.relative_to(folder)): {"bytes": path.stat().st_size, "xxh3_128": checksum(path, sync=True)}
-            for path in self._my_share(sorted(path for path in folder.rglob("*") if path.is_file()))
+            name: {"bytes": (folder / name).stat().st_size, "xxh3_128": checksum(folder / name, sync=True)}
+            for name in names[self.ranks.rank :: self.ranks.world_size]
         }
         entries: dict[str, dict[str, Any]] = {}
         for part in all_gather_object(mine):
@@ -192,23 +195,45 @@ class Checkpoints:
                 _retire(path)
 
     def _verify(self, path: Path) -> None:
-        """Compare every file with the manifest; the ranks share the reading. UserError on every rank if one differs."""
+        """`verify`, the ranks sharing the reading. UserError on every rank if a file differs."""
+        on_every_rank(lambda: verify(path, self.ranks.rank, self.ranks.world_size))
 
-        def check() -> None:
-            files = _read_manifest(path)
-            for name in self._my_share(sorted(files)):
-                file, (expected_bytes, expected_sum) = path / name, files[name]
-                size = file.stat().st_size if file.is_file() else None
-                if size != expected_bytes:
-                    found = "is missing" if size is None else f"has {size} bytes instead of {expected_bytes}"
-                    raise UserError(f"{file} {found}.")
-                if checksum(file) != expected_sum:
-                    raise UserError(f"{file} does not match its checksum: its content has changed since it was saved.")
+    def _own(self) -> list[Path]:
+        """This run's complete checkpoints as rank 0 sees them, oldest first."""
+        return from_first_rank(lambda: complete_checkpoints(self.folder))
 
-        on_every_rank(check)
+    @contextmanager
+    def _telling_write_failures(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not _is_write_failure(error):
+                raise
+            raise UserError(
+                f"rank {self.ranks.rank} could not write the checkpoint of step {step} to {self.folder}: {error}. "
+                "The older checkpoints are intact; free space or fix the folder and start the same command again."
+            ) from error
 
-    def _my_share(self, items: list) -> list:
-        return items[self.ranks.rank :: self.ranks.world_size]
+
+def verify(path: Path, rank: int = 0, world_size: int = 1) -> None:
+    """Compare the files of a checkpoint with its manifest: every `world_size`-th from number `rank` on.
+
+    Raises UserError that names a file which is missing, has another size, or another content.
+    """
+    files = _read_manifest(path)
+    for name in sorted(files)[rank::world_size]:
+        file, (expected_bytes, expected_sum) = path / name, files[name]
+        size = file.stat().st_size if file.is_file() else None
+        if size != expected_bytes:
+            found = "is missing" if size is None else f"has {size} bytes instead of {expected_bytes}"
+            raise UserError(f"{file} {found}.")
+        if checksum(file) != expected_sum:
+            raise UserError(f"{file} does not match its checksum: its content has changed since it was saved.")
+
+
+def checkpoint_bytes(parameters: int, *, bf16: bool) -> int:
+    """What a checkpoint takes on disk: master, two Adam moments, and the working copy in bf16 or fp32."""
+    return parameters * (14 if bf16 else 16) + (1 << 20)
 
 
 def resolve(path: Path) -> Path:
@@ -292,10 +317,8 @@ def _difference(key: str, stored: Any, wanted: Any) -> str:
     return f"it has {key} {stored}, this run {wanted}"
 
 
-def _bytes_to_save(engine) -> int:
-    """Master, two Adam moments and the working copy of every parameter, with a little room to spare."""
-    count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
-    return int(count * 16 * 1.02) + (1 << 20)
+def _parameters(engine) -> int:
+    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
 
 
 def _is_write_failure(error: Exception) -> bool:
@@ -316,8 +339,3 @@ def _restore_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()

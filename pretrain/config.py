@@ -42,8 +42,8 @@ class ModelSection(Section):
 
     @property
     def hf_fields(self) -> dict[str, Any]:
-        """The fields that the run file set, for the family's Hugging Face configuration class."""
-        return {key: value for key, value in self if key in self.model_fields_set and key != "family"}
+        """The fields that the run file set (null leaves the default), for the family's Hugging Face configuration."""
+        return {key: value for key, value in self if key != "family" and value is not None}
 
     @model_serializer
     def _only_what_was_set(self) -> dict[str, Any]:
@@ -86,12 +86,15 @@ class ScheduleSection(Section):
     decay_ratio: float = Field(0.2, gt=0, le=1)
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimSection(Section):
     """The optimizer. weight_decay acts on matrices only; grad_clip null turns clipping off."""
 
     name: Literal["adamw"] = "adamw"
     lr: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     grad_clip: float | None = Field(1.0, gt=0)
@@ -159,7 +162,7 @@ class Config(Section):
     tokenizer: str
     data: DataSection
     steps: int | None = Field(None, gt=0)
-    tokens: float | None = Field(None, gt=0)
+    tokens: float | None = Field(None, gt=0, allow_inf_nan=False)
     optim: OptimSection
     methods: tuple[AnyMethod, ...] = ()
     deepspeed: str | dict[str, Any]
@@ -172,7 +175,10 @@ class Config(Section):
     @model_validator(mode="after")
     def _one_length(self) -> Config:
         if (self.steps is None) == (self.tokens is None):
-            raise ValueError("give the length of the run once: either 'steps' or 'tokens'")
+            raise ValueError(
+                "give the length of the run once: either 'steps' or 'tokens' (to override one that the file sets: "
+                "--set tokens=null --set steps=100)"
+            )
         return self
 
     @model_validator(mode="after")

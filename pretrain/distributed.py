@@ -40,6 +40,11 @@ def rank_from_environment() -> int:
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
+def local_rank_from_environment() -> int:
+    """This process's number on its node before any process group exists."""
+    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+
+
 def map_environment() -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the launcher did not.
 
@@ -70,7 +75,7 @@ def initialize() -> Ranks:
 
     rank, world_size, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+        device = _bound_gpu(local_rank)
         torch.cuda.set_device(device)
         deepspeed.init_distributed(dist_backend="nccl")
     else:
@@ -102,6 +107,16 @@ def on_every_rank(action: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]
 
 
+def from_first_rank(action: Callable[[], Result]) -> Result:
+    """Rank 0's result of `action`, on every rank: what is looked up in a folder must not differ between nodes.
+
+    A UserError of rank 0 is raised on every rank.
+    """
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    result = on_every_rank(action if first else lambda: None)
+    return all_gather_object(result if first else None)[0]
+
+
 def all_gather_object(value: object) -> list:
     """`value` of every rank, in rank order."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
@@ -109,6 +124,20 @@ def all_gather_object(value: object) -> list:
     values: list = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def _bound_gpu(local_rank: int) -> torch.device:
+    """The GPU of this rank: the only one, where the launcher binds one per task, else the one of its number."""
+    visible = torch.cuda.device_count()
+    if visible == 1:
+        os.environ["LOCAL_RANK"] = "0"  # DeepSpeed chooses its device by it
+        return torch.device("cuda", 0)
+    if local_rank >= visible:
+        raise UserError(
+            f"rank {os.environ['RANK']} is number {local_rank} on {socket.gethostname()}, which shows it {visible} GPUs. "
+            "Start no more ranks on a node than it has GPUs."
+        )
+    return torch.device("cuda", local_rank)
 
 
 def _slurm_head_address(slurm: os._Environ | dict) -> str:

@@ -43,6 +43,12 @@ def train_step(engine, micro_batches: list[torch.Tensor], lr: float, ranks: Rank
     return _mean_over_ranks(total / len(micro_batches), ranks)
 
 
+def grad_norm(engine) -> float | None:
+    """The global gradient norm before clipping; None where DeepSpeed computes none (ZeRO stage 0)."""
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)
+
+
 @torch.no_grad()
 def validation_loss(engine, plan: Plan, ranks: Ranks) -> float:
     """The loss over the first batches of the validation shards, the same tokens every time."""

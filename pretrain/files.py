@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import xxhash
+
+# What a file system without locks answers (Lustre mounted without flock, say); then nobody is kept out.
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 
 def write_text(path: Path, text: str) -> None:

@@ -32,24 +32,15 @@ def hf_config(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedC
 
     Raises UserError where fields contradict each other or the vocabulary does not fit.
     """
-    vocab_size = len(tokenizer)
-    fields = {
-        "vocab_size": vocab_size,
+    given = config.model.hf_fields
+    aliases = type(AutoConfig.for_model(config.model.family)).attribute_map
+    defaults = {
+        "vocab_size": len(tokenizer),
         "max_position_embeddings": config.data.seq_len,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
-        **config.model.hf_fields,
     }
-    if fields["vocab_size"] < vocab_size:
-        raise UserError(
-            f"model.vocab_size {fields['vocab_size']} is smaller than the {vocab_size} tokens of the tokenizer "
-            f"{config.tokenizer}. Raise it to at least {vocab_size}, or leave it out."
-        )
-    if fields["max_position_embeddings"] < config.data.seq_len:
-        raise UserError(
-            f"model.max_position_embeddings {fields['max_position_embeddings']} is smaller than "
-            f"data.seq_len {config.data.seq_len}."
-        )
+    fields = {key: value for key, value in defaults.items() if aliases.get(key) not in given} | given
     try:
         result = AutoConfig.for_model(config.model.family, **fields)
         if result.hidden_size % result.num_attention_heads:
@@ -59,6 +50,16 @@ def hf_config(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedC
     except (ValueError, TypeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split()).removesuffix(".")
         raise UserError(f"the 'model' section is not a valid {config.model.family}: {reason}.") from error
+    if result.vocab_size < len(tokenizer):
+        raise UserError(
+            f"model.vocab_size {result.vocab_size} is smaller than the {len(tokenizer)} tokens of the tokenizer "
+            f"{config.tokenizer}. Raise it to at least {len(tokenizer)}, or leave it out."
+        )
+    if result.max_position_embeddings < config.data.seq_len:
+        raise UserError(
+            f"model.max_position_embeddings {result.max_position_embeddings} is smaller than "
+            f"data.seq_len {config.data.seq_len}."
+        )
     for method in config.methods:
         method.configure(result)
     return result

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from pretrain.checkpoint import TrainerState
+from pretrain.checkpoint import TrainerState, checkpoint_bytes, complete_checkpoints
 from pretrain.config import Config
 from pretrain.data import TokenShards, check_tokenizer, load_tokenizer, open_shards
 from pretrain.data.loader import Loader, check_enough_samples, eval_batches
@@ -50,6 +50,10 @@ class Plan:
     @property
     def zero_stage(self) -> int:
         return self.ds_config["zero_optimization"].get("stage", 0)
+
+    @property
+    def optimizer_on_cpu(self) -> bool:
+        return "offload_optimizer" in self.ds_config["zero_optimization"]
 
     @property
     def precision(self) -> str:
@@ -158,8 +162,9 @@ def describe_plan(plan: Plan) -> str:
         "batch": f"{data.global_batch_size} sequences of {data.seq_len} = {plan.world_size} ranks x "
         f"{accumulation_steps(config, plan.world_size)} micro-batches of {data.micro_batch_size}",
         "sharding": f"ZeRO-{plan.zero_stage}, {plan.precision}",
-        "memory": f"{_state_bytes(plan) / 1e9:.2f} GB per rank for weights, gradients and optimizer "
-        "(activations come on top)",
+        "memory": f"{_state_bytes(plan) / 1e9:.2f} GB per rank for "
+        + ("weights, the rest on the CPU " if plan.optimizer_on_cpu else "weights, gradients and optimizer ")
+        + "(activations come on top)",
         "disk": _describe_disk(plan),
         "methods": ", ".join(method.name for method in config.methods) or "none",
     }
@@ -216,9 +221,14 @@ def initial_rule_of(plan: Plan) -> Callable[[Weight], tuple[float, float, str]]:
 
 
 def _state_bytes(plan: Plan) -> float:
-    """Bytes per rank of working copy, fp32 gradient, fp32 master and two Adam moments, by ZeRO stage."""
+    """Bytes per rank of working copy, fp32 gradient, fp32 master and two Adam moments, by ZeRO stage.
+
+    Offloaded to the CPU, gradients and optimizer do not count.
+    """
     working, gradient, optimizer = (2, 4, 12) if plan.precision == "bf16" else (4, 4, 8)
     stage, ranks = plan.zero_stage, plan.world_size
+    if plan.optimizer_on_cpu:
+        gradient, optimizer = 0, 0
     per_parameter = (
         working / (ranks if stage == 3 else 1)
         + gradient / (ranks if stage >= 2 else 1)
@@ -239,14 +249,18 @@ def _check_disk(plan: Plan) -> None:
 
 def _describe_disk(plan: Plan) -> str:
     free = shutil.disk_usage(_existing_folder(plan.config)).free
-    return (
-        f"{_checkpoint_bytes(plan) / 1e9:.2f} GB per checkpoint, {plan.config.checkpoint.keep_last} kept; "
-        f"{free / 1e9:.0f} GB free"
+    one, at_once = (
+        _checkpoint_bytes(plan),
+        plan.config.checkpoint.keep_last + 1,
+    )  # the new one comes before the old goes
+    wanted = (at_once - len(complete_checkpoints(plan.config.folder / "checkpoints"))) * one
+    return f"{one / 1e9:.2f} GB per checkpoint, up to {at_once} at a time; {free / 1e9:.1f} GB free" + (
+        f", {wanted / 1e9:.1f} GB WILL BE NEEDED" if wanted > free else ""
     )
 
 
 def _checkpoint_bytes(plan: Plan) -> int:
-    return plan.parameters * (14 if plan.precision == "bf16" else 16)
+    return checkpoint_bytes(plan.parameters, bf16=plan.precision == "bf16")
 
 
 def _existing_folder(config: Config) -> Path:

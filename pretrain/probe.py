@@ -1,14 +1,21 @@
-"""The trainer's logits on a fixed batch, stored with each checkpoint so that conversion can prove itself.
+"""What a checkpoint remembers of the trainer's model so that conversion can prove itself.
 
-Sampled positions keep the file small: the full vocabulary at a few positions of every probe sequence.
+The logits on a fixed batch: sampled positions keep the file small, the full vocabulary at a few positions of every
+probe sequence. And the moments of every full fp32 weight, because the logits of a bf16 model move less for a small
+error in one weight than for rounding.
 """
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from pretrain.files import write_json
+from pretrain.sharded import Moments
 
 SEQUENCES = 2
 POSITIONS = 8
@@ -40,12 +47,19 @@ def probe_positions(length: int) -> torch.Tensor:
     return torch.linspace(0, length - 1, min(POSITIONS, length)).long()
 
 
-def save_probe(folder: Path, input_ids: torch.Tensor, logits: torch.Tensor) -> None:
-    """Write `probe.safetensors` into a checkpoint folder."""
+def save_probe(folder: Path, input_ids: torch.Tensor, logits: torch.Tensor, moments: dict[str, Moments]) -> None:
+    """Write `probe.safetensors` and `moments.json` into a checkpoint folder."""
     save_file({"input_ids": input_ids.cpu().contiguous(), "logits": logits.contiguous()}, folder / "probe.safetensors")
+    write_json(folder / "moments.json", {name: asdict(found) for name, found in moments.items()})
 
 
 def load_probe(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """(input_ids, logits) as stored by `save_probe`."""
     stored = load_file(folder / "probe.safetensors")
     return stored["input_ids"], stored["logits"]
+
+
+def load_moments(folder: Path) -> dict[str, Moments]:
+    """The moments of every weight as stored by `save_probe`."""
+    stored = json.loads((folder / "moments.json").read_text())
+    return {name: Moments(**fields) for name, fields in stored.items()}

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -16,9 +17,9 @@ from pathlib import Path
 import torch
 
 from pretrain.config import Config
-from pretrain.distributed import Ranks, all_gather_object, on_every_rank
+from pretrain.distributed import Ranks, all_gather_object, from_first_rank, on_every_rank
 from pretrain.errors import UserError
-from pretrain.files import write_json, write_text
+from pretrain.files import NO_LOCKS, write_json, write_text
 
 log = logging.getLogger("evenkeel")
 
@@ -35,6 +36,7 @@ class RunFolder:
         """Raises UserError on every rank if the folder cannot be written or another run is using it."""
         self.path, self.ranks, self.step, self.begun = path, ranks, 0, False
         on_every_rank(self._create)
+        self._check_shared()
         _log_to(self.path / ("log.txt" if ranks.is_first else f"logs/rank_{ranks.rank}.txt"), console=ranks.is_first)
 
     def begin(self, config: Config, step: int) -> None:
@@ -49,12 +51,16 @@ class RunFolder:
     def status(self, status: str, reason: str = "") -> None:
         """Record running, finished, preempted or failed."""
         if self.ranks.is_first:
-            write_json(self.path / "status.json", {"status": status, "step": self.step, "reason": reason})
+            self._write_status(status, reason)
 
     def fail(self, reason: str) -> None:
-        """Record a failure, if the disk still takes it."""
-        with suppress(OSError):
-            self.status("failed", reason)
+        """Record a failure of this rank, if the disk still takes it; what an earlier run left is not touched."""
+        if self.begun or not (self.path / "status.json").exists():
+            with suppress(OSError):
+                self._write_status("failed", reason)
+
+    def _write_status(self, status: str, reason: str) -> None:
+        write_json(self.path / "status.json", {"status": status, "step": self.step, "reason": reason})
 
     def _create(self) -> None:
         try:
@@ -67,6 +73,24 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"cannot write to the run folder {self.path}: {error.strerror}.") from error
 
+    def _check_shared(self) -> None:
+        """UserError on every rank unless all of them see what rank 0 writes here: checkpoints are written together."""
+        marker = self.path / f".shared_{from_first_rank(time.time_ns)}"
+        from_first_rank(marker.touch)
+
+        def look() -> None:
+            if not marker.exists():
+                raise UserError(
+                    f"the run folder {self.path} on {socket.gethostname()} is not the one that rank 0 writes to. "
+                    "Put 'out' on a file system that all nodes share."
+                )
+
+        try:
+            on_every_rank(look)
+        finally:
+            if self.ranks.is_first:
+                marker.unlink()
+
     def _lock(self) -> None:
         """Hold the folder until this process ends, so that two runs never write the same checkpoints."""
         self._lock_file = open(self.path / ".lock", "w")  # noqa: SIM115 (held as long as the process lives)
@@ -76,6 +100,9 @@ class RunFolder:
             raise UserError(
                 f"another run is writing to {self.path}. Wait for it to end, or give this one another 'name'."
             ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
 
 
 def _log_to(path: Path, console: bool) -> None:

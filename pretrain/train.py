@@ -22,8 +22,15 @@ import torch.distributed as dist
 from pretrain import quiet  # noqa: F401  (before the libraries that would speak)
 from pretrain.checkpoint import Checkpoints
 from pretrain.config import Config, load_config
-from pretrain.distributed import Ranks, initialize, map_environment, on_every_rank, rank_from_environment
-from pretrain.engine import build_engine, train_step, validation_loss
+from pretrain.distributed import (
+    Ranks,
+    initialize,
+    local_rank_from_environment,
+    map_environment,
+    on_every_rank,
+    rank_from_environment,
+)
+from pretrain.engine import build_engine, grad_norm, train_step, validation_loss
 from pretrain.errors import SharedUserError, UserError
 from pretrain.files import write_text
 from pretrain.model import initialize_weights
@@ -58,9 +65,10 @@ def train(plan: Plan, folder: RunFolder, ranks: Ranks) -> None:
     engine = build_engine(plan)
     weights = ShardedWeights(engine)
     checkpoints = Checkpoints(folder.path / "checkpoints", config.checkpoint, ranks, log.info)
-    metrics = Metrics(config, enabled=ranks.is_first)
-    step = start(plan, engine, weights, checkpoints, metrics)
+    step = start(plan, engine, weights, checkpoints)
     folder.begin(config, step)
+    metrics = Metrics(config, enabled=ranks.is_first)
+    metrics.event(step, "resumed" if step else "started", parameters=plan.parameters, world_size=ranks.world_size)
 
     loader = training_batches(plan, ranks.rank, step)
     probe = fixed_probe(plan).to(ranks.device)
@@ -83,7 +91,7 @@ def train(plan: Plan, folder: RunFolder, ranks: Ranks) -> None:
             metrics.write("weights", step, **facts)
         if due(step, config.log.interval_steps, total):
             pace = throughput.lap(step, total, loader.wait_s)
-            report(metrics, plan, step, float(loss), float(engine.get_global_grad_norm() or 0.0), lr, pace)
+            report(metrics, plan, step, float(loss), grad_norm(engine), lr, pace)
         throughput.pause()
         if plan.val_shards and due(step, config.eval.interval_steps, total):
             evaluate(plan, engine, ranks, metrics, step)
@@ -92,29 +100,29 @@ def train(plan: Plan, folder: RunFolder, ranks: Ranks) -> None:
                 probe_logits(engine.module, probe)
             metrics.write("activations", step, layers=rows)
         if signal or due(step, config.checkpoint.interval_steps, total):
-            save(plan, engine, checkpoints, metrics, step, probe)
+            save(plan, engine, weights, checkpoints, metrics, step, probe)
         throughput.resume()
 
     loader.close()
     finish(folder, metrics, step, total, signal)
 
 
-def start(plan: Plan, engine, weights: ShardedWeights, checkpoints: Checkpoints, metrics: Metrics) -> int:
+def start(plan: Plan, engine, weights: ShardedWeights, checkpoints: Checkpoints) -> int:
     """Load the checkpoint to go on from, or initialize the weights; returns the steps already done."""
     found = checkpoints.find()
     if found is not None:
         step = checkpoints.load(found, engine, plan.state_at(0)).step
         log.info(f"resumed from {found} at step {step}")
-        metrics.event(step, "resumed", checkpoint=str(found))
         return step
     config = plan.config
     measured = initialize_weights(weights, config.methods, plan.model_config.initializer_range, config.seed)
     log.info("\n" + describe_weights(plan.weights, initial_rule_of(plan), config, measured) + "\n")
-    metrics.event(0, "started", parameters=plan.parameters, world_size=plan.world_size)
     return 0
 
 
-def report(metrics: Metrics, plan: Plan, step: int, loss: float, grad_norm: float, lr: float, pace: Pace) -> None:
+def report(
+    metrics: Metrics, plan: Plan, step: int, loss: float, grad_norm: float | None, lr: float, pace: Pace
+) -> None:
     """One console line and one `train` row for the interval that ends at `step`."""
     log.info(progress_line(step, plan.config.total_steps, loss, grad_norm, lr, pace))
     metrics.write(
@@ -142,16 +150,24 @@ def evaluate(plan: Plan, engine, ranks: Ranks, metrics: Metrics, step: int) -> N
     log.info(f"step {step:>7,}  validation loss {loss:.4f}  perplexity {perplexity:.2f}")
 
 
-def save(plan: Plan, engine, checkpoints: Checkpoints, metrics: Metrics, step: int, probe: torch.Tensor) -> None:
-    """A complete checkpoint, with what conversion needs: configurations, tokenizer and the probe's logits."""
+def save(
+    plan: Plan,
+    engine,
+    weights: ShardedWeights,
+    checkpoints: Checkpoints,
+    metrics: Metrics,
+    step: int,
+    probe: torch.Tensor,
+) -> None:
+    """A complete checkpoint, with what conversion needs: configurations, tokenizer, and what it must prove equal."""
     began = time.perf_counter()
-    logits = probe_logits(engine.module, probe)
+    moments, logits = weights.moments(), probe_logits(engine.module, probe)
 
     def add_files(folder: Path) -> None:
         write_text(folder / "config.yaml", plan.config.to_yaml())
         plan.model_config.save_pretrained(folder / "hf")
         plan.tokenizer.save_pretrained(folder / "hf")
-        save_probe(folder, probe, logits)
+        save_probe(folder, probe, logits, moments)
 
     path = checkpoints.save(engine, plan.state_at(step), add_files)
     seconds = time.perf_counter() - began
@@ -204,7 +220,8 @@ def main() -> None:
             return
         ranks = initialize()
     except UserError as error:
-        refuse(SharedUserError(str(error)))
+        # Nothing connects the ranks yet. Those of a node see the same files, so the first of each node speaks.
+        refuse(error if local_rank_from_environment() == 0 else SharedUserError(str(error)))
     run(config, ranks)
 
 
@@ -233,10 +250,10 @@ def refuse(error: UserError) -> NoReturn:
     The other ranks linger, because a launcher that sees one rank leave kills the rest before rank 0 has spoken.
     """
     rank = rank_from_environment()
+    if rank != 0:
+        time.sleep(3)
     if rank == 0 or not isinstance(error, SharedUserError):
         print(f"error: {error}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(3)
     os._exit(2)
 
 

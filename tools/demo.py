@@ -13,7 +13,10 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 REPOSITORY = Path(__file__).resolve().parent.parent
+RUN, MODEL = REPOSITORY / "runs/tiny_tvr", REPOSITORY / "hf/tiny_tvr"
 PROMPT = "def read_lines(path):"
 
 
@@ -23,11 +26,11 @@ def commands() -> list[tuple[str, str]]:
     return [
         (
             "Train a tokenizer on the Python standard library's own text",
-            "python tools/train_tokenizer.py --source stdlib --vocab-size 4096 --out data/tokenizer",
+            "python tools/train_tokenizer.py --source stdlib --vocab-size 4096 --out data/demo_tokenizer",
         ),
         (
             "Turn that text into token shards",
-            "python tools/prepare_data.py --source stdlib --tokenizer data/tokenizer --out data/demo --val-fraction 0.05",
+            "python tools/prepare_data.py --source stdlib --tokenizer data/demo_tokenizer --out data/demo --val-fraction 0.05",
         ),
         (
             "Train a small LLaMA with LIR and TVR on ZeRO-3 ranks",
@@ -44,17 +47,21 @@ def commands() -> list[tuple[str, str]]:
 
 def number_of_ranks() -> int:
     """Two ranks on CPU; one per GPU where there are GPUs, two at most: the demo's batch is small."""
-    import torch
-
     return min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
 
 
 def main() -> None:
     began = time.monotonic()
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    if not torch.accelerator.is_available():
+        environment["DS_ACCELERATOR"] = "cpu"  # or the launcher warns that it looked for others
     for number, (purpose, command) in enumerate(commands(), start=1):
-        if "convert_to_hf" in command and (REPOSITORY / "hf/tiny_tvr").exists():
-            print(f"\n[{number}] hf/tiny_tvr is there already.", flush=True)
+        if "convert_to_hf" in command and MODEL.exists():
+            if MODEL.stat().st_mtime < (RUN / "checkpoints/latest").stat().st_mtime:
+                sys.exit(
+                    f"\nThe demo stopped: {MODEL} was made from an older checkpoint. Remove it, or keep it elsewhere."
+                )
+            print(f"\n[{number}] {MODEL.relative_to(REPOSITORY)} is there already.", flush=True)
             continue
         print(f"\n[{number}] {purpose}\n    $ {command}\n", flush=True)
         done = subprocess.run(shlex.split(command), cwd=REPOSITORY, env=environment, check=False)
@@ -65,7 +72,7 @@ def main() -> None:
         "  report.html                   loss, weight deviations against the target, gradient norm, throughput\n"
         "  hf/tiny_tvr                   the model, for transformers and lm-evaluation-harness\n"
         "  runs/tiny_tvr                 configuration, log, metrics.jsonl, checkpoints\n"
-        "  data/tokenizer, data/demo     tokenizer and token shards\n"
+        "  data/demo_tokenizer, data/demo     tokenizer and token shards\n"
         "Next: configs/1b_tvr.yaml and the README's five lines for FineWeb on a cluster."
     )
 

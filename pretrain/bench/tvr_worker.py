@@ -66,7 +66,7 @@ def measure(hidden_size: int, layers: int, rounds: int) -> dict[str, float]:
     with redirect_stdout(StringIO()):
         engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(model, config.optim), config=ds_config)
     initialize_weights(ShardedWeights(engine), (), 0.02, 0)
-    tokens = torch.randint(0, 4096, (GLOBAL_BATCH // world_size, SEQ_LEN + 1))
+    tokens = torch.randint(0, 4096, (GLOBAL_BATCH // world_size, SEQ_LEN + 1), device=engine.device)
 
     def step() -> None:
         engine.backward(engine(tokens[:, :-1], tokens[:, 1:]))

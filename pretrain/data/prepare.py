@@ -21,7 +21,7 @@ from pretrain.data.shards import ShardWriter, TokenShards, open_shards, token_dt
 from pretrain.data.sources import Source
 from pretrain.data.tokenizer import fingerprint, separator_id
 from pretrain.errors import UserError
-from pretrain.files import write_json
+from pretrain.files import NO_LOCKS, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -225,6 +225,9 @@ def _alone_in(out: Path) -> Iterator[None]:
             raise UserError(
                 f"another preparation is writing to '{out}' at this moment. Wait for it or stop it."
             ) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
         yield
 
 

@@ -12,17 +12,15 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
-from pretrain.checkpoint import Checkpoints, resolve
-from pretrain.config import CheckpointSection, Config, load_config
+from pretrain.checkpoint import resolve, verify
+from pretrain.config import Config, load_config
 from pretrain.data.contents import read_json
-from pretrain.distributed import Ranks
 from pretrain.errors import UserError
 from pretrain.export.card import model_card
 from pretrain.export.masters import master_weights
-from pretrain.export.proof import Proof, prove
+from pretrain.export.proof import Proof, checked, prove
 from pretrain.export.weights import Shapes, write_weights
 from pretrain.files import write_text
-from pretrain.methods.base import LazyTensors
 from pretrain.probe import load_probe
 
 
@@ -53,21 +51,23 @@ def convert(checkpoint: Path, out: Path, dtype: torch.dtype | None = None) -> Ex
             exported = _export(checkpoint, folder, dtype)
             os.replace(folder, out)
     except OSError as error:
-        raise UserError(f"cannot write the model to {out}: {error}. Make room or mend the permissions.") from error
+        raise UserError(
+            f"cannot convert {checkpoint} to {out}: {error}. Make room, or mend the permissions of the file it names."
+        ) from error
     return exported
 
 
 def verified(path: Path) -> Path:
     """The folder of the checkpoint that `path` means, each file compared with its manifest. UserError if one differs."""
-    named = CheckpointSection(resume=str(resolve(path).absolute()))
-    alone = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
-    return Checkpoints(path.parent, named, alone, print).find()
+    checkpoint = resolve(path)
+    verify(checkpoint)
+    return checkpoint
 
 
 def write_model(checkpoint: Path, folder: Path, config: Config, dtype: torch.dtype) -> tuple[PreTrainedConfig, int]:
     """Write the weights, folded into a stock architecture, and its configuration; returns it and the file count."""
     hf_config = AutoConfig.from_pretrained(checkpoint / "hf", local_files_only=True)
-    tensors: LazyTensors = dict(master_weights(checkpoint / "deepspeed"))
+    tensors = checked(dict(master_weights(checkpoint / "deepspeed")), checkpoint)
     # Methods transform the model in their order, each on top of those before, so the last is undone first.
     for method in reversed(config.methods):
         method.fold(tensors, hf_config)

@@ -1,4 +1,5 @@
-"""Proves an exported folder: stock transformers must give the logits that the trainer gave on the checkpoint's probe.
+"""Proves an export: every weight as it is read must have the mean and deviation that the trainer's had, to nine digits,
+and stock transformers must give the logits that the trainer gave on the checkpoint's probe.
 
 How equal is equal depends on the model: the same weights give other last digits on other hardware, and depth amplifies
 them. So the measuring rod is the model itself. Its logits are computed twice here, in the trainer's precision and in a
@@ -7,20 +8,26 @@ higher one; the difference is what rounding does to this model, and the trainer'
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from math import isclose
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from pretrain.probe import load_probe, probe_logits
+from pretrain.methods.base import LazyTensors
+from pretrain.probe import load_moments, load_probe, probe_logits
+from pretrain.sharded import Moments
 
 # Other kernels than these sum in another order, and round somewhat more or less. docs/conversion.md has measurements.
 ROOM = 2.0
 # A model in float32 rounds so little that the kernels' differences count: never ask for less than this.
 FLOOR = 5e-6
+# Means and deviations are computed in float64 on both sides, in another order.
+DIGITS = 1e-9
 
 _HIGHER = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 
@@ -82,6 +89,33 @@ def prove(folder: Path, checkpoint: Path, exported: torch.dtype) -> Proof:
             "files are as they were written, so the way its weights are read or its methods folded is wrong."
         )
     return proof
+
+
+def checked(tensors: LazyTensors, checkpoint: Path) -> LazyTensors:
+    """The same weights, each compared with the moments of the trainer's full fp32 weight when it is loaded.
+
+    Loading one that differs raises NotEqualError with its name.
+    """
+    moments = load_moments(checkpoint)
+    if tensors.keys() != moments.keys():
+        raise NotEqualError(
+            f"the weights found in {checkpoint} are not those that the trainer had: "
+            f"{', '.join(sorted(tensors.keys() ^ moments.keys()))}. Nothing was exported."
+        )
+    return {name: partial(_load_checked, name, load, moments[name]) for name, load in tensors.items()}
+
+
+def _load_checked(name: str, load: Callable[[], torch.Tensor], trained: Moments) -> torch.Tensor:
+    tensor = load()
+    found = Moments.of(tensor)
+    same_norm = isclose(found.squared_norm, trained.squared_norm, rel_tol=DIGITS)
+    if not (found.count == trained.count and same_norm and isclose(found.std, trained.std, rel_tol=DIGITS)):
+        raise NotEqualError(
+            f"{name} as it was read has mean {found.mean:.9g} and deviation {found.std:.9g}, the trainer's had "
+            f"{trained.mean:.9g} and {trained.std:.9g}. Nothing was exported. The checkpoint's files are as they were "
+            "written, so the way its weights are read is wrong."
+        )
+    return tensor
 
 
 @contextmanager

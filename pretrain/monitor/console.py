@@ -10,11 +10,12 @@ import torch
 from pretrain.monitor.throughput import Pace
 
 
-def progress_line(step: int, total: int, loss: float, grad_norm: float, lr: float, pace: Pace) -> str:
+def progress_line(step: int, total: int, loss: float, grad_norm: float | None, lr: float, pace: Pace) -> str:
     """Step, loss, gradient norm, learning rate, speed, share of time waiting for data, time left."""
     mfu = f"mfu {pace.mfu:.1%}  " if pace.mfu is not None else ""
+    norm = "-" if grad_norm is None else f"{grad_norm:.3f}"
     return (
-        f"step {step:>7,}/{total:,}  loss {loss:.4f}  grad norm {grad_norm:.3f}  lr {lr:.2e}  "
+        f"step {step:>7,}/{total:,}  loss {loss:.4f}  grad norm {norm}  lr {lr:.2e}  "
         f"{pace.tokens_per_s:,.0f} tokens/s  {mfu}data wait {pace.data_wait:.1%}  "
         f"ETA {timedelta(seconds=round(pace.remaining_s))}"
     )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
 from pretrain.config import Config
 from pretrain.errors import UserError
+from pretrain.files import write_text
 
 
 class Metrics:
@@ -24,17 +26,7 @@ class Metrics:
         _end_last_line(path)
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)
         if config.log.wandb.mode != "disabled":
-            import wandb
-
-            self._wandb = wandb.init(
-                project=config.log.wandb.project,
-                name=config.name,
-                id=config.name,
-                resume="allow",
-                dir=str(config.folder),
-                mode=config.log.wandb.mode,
-                config=config.model_dump(mode="json"),
-            )
+            self._wandb = _wandb_run(config)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """One row. Values are numbers, strings, or nested dicts of them; NaN and infinity become null."""
@@ -49,7 +41,7 @@ class Metrics:
                 "start the same command again."
             ) from error
         if self._wandb is not None and kind != "event":
-            self._wandb.log(_flat({kind: values}), step=step)
+            self._wandb.log({"step": step, **_flat({kind: values})})
 
     def event(self, step: int, event: str, **values: Any) -> None:
         """A row of kind `event`: something that happened once."""
@@ -60,6 +52,26 @@ class Metrics:
             self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _wandb_run(config: Config) -> Any:
+    """The wandb run of this run folder, the same one after a resume; its curves are drawn over `step`."""
+    import wandb
+
+    id_file = config.folder / "wandb_id"
+    if not id_file.exists():
+        write_text(id_file, uuid.uuid4().hex[:12])
+    run = wandb.init(
+        project=config.log.wandb.project,
+        name=config.name,
+        id=id_file.read_text(),
+        resume="allow",
+        dir=str(config.folder),
+        mode=config.log.wandb.mode,
+        config=config.model_dump(mode="json"),
+    )
+    run.define_metric("*", step_metric="step")
+    return run
 
 
 def _end_last_line(path: Path) -> None:
@@ -78,9 +90,11 @@ def _finite(value: Any) -> Any:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested names joined by slashes, as wandb groups them."""
+    """Nested names joined by slashes, as wandb groups them; the rows of a list go by their layer."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
+        if isinstance(value, list):
+            value = {str(row["layer"]): row for row in value}
         if isinstance(value, dict):
             flat.update(_flat(value, f"{prefix}{key}/"))
         elif isinstance(value, int | float | bool):

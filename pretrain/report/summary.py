@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
+from math import ceil, isfinite
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ def facts(run: Run) -> list[Fact]:
     _, rates = run.series("train", "tokens_per_s")
     rate = float(np.nanmedian(rates)) if np.isfinite(rates).any() else float("nan")
     return [
-        Fact("steps", _steps(train["step"], run.config.get("steps")), str(train["step"])),
+        Fact("steps", _steps(train["step"], _planned(run.config)), str(train["step"])),
         Fact("tokens", compact(train["tokens"]), str(train["tokens"])),
         _loss("train loss", train, "loss", "{:,.4f}"),
         _loss("validation loss", evaluation, "loss", "{:,.4f}"),
@@ -74,6 +74,13 @@ def method_lines(run: Run) -> list[str]:
 def resumed_at(run: Run) -> list[int]:
     """The steps the run was resumed from, in order."""
     return [event["step"] for event in run.events if event.get("event") == "resumed"]
+
+
+def _planned(config: dict[str, Any]) -> int | None:
+    """The steps of the whole run, given as such or as tokens."""
+    if config.get("tokens"):
+        return ceil(config["tokens"] / (config["data"]["global_batch_size"] * config["data"]["seq_len"]))
+    return config.get("steps")
 
 
 def _steps(done: int, planned: Any) -> str:

@@ -18,16 +18,23 @@ class StopFlag:
     def __init__(self) -> None:
         self.received: int = 0
         self._owner = os.getpid()
+        self._asked: tuple[torch.Tensor, dist.Work] | None = None
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
     def agreed(self, device: torch.device) -> str | None:
-        """The name of a stop signal that some rank has received, the same on every rank; None to go on. Collective."""
-        flag = torch.tensor(self.received, device=device)
-        if dist.is_initialized():
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        number = int(flag)
-        return signal.Signals(number).name if number else None
+        """The name of a stop signal that some rank has received, the same on every rank; None to go on. Collective.
+
+        Call it once a step: it answers what the ranks knew at the call before, so that no step waits for the exchange.
+        """
+        known = torch.tensor(self.received, device=device)
+        work = dist.all_reduce(known, op=dist.ReduceOp.MAX, async_op=True)
+        self._asked, before = (known, work), self._asked
+        if before is None:
+            return None
+        answer, done = before
+        done.wait()
+        return signal.Signals(int(answer)).name if int(answer) else None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         """Data workers inherit the handler by fork; they leave stopping to their trainer."""

@@ -30,7 +30,7 @@ def gathered(weights: ShardedWeights, names: Iterable[str] | None = None) -> Ite
             finally:
                 piece.master.copy_(full.view(-1)[piece.start : piece.start + piece.master.numel()])
     finally:
-        weights.placement.refresh()
+        weights.placement.refresh(chosen)
 
 
 def _assemble(piece: Piece, weights: ShardedWeights) -> torch.Tensor:

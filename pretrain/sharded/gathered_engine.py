@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from pretrain.layout import Weight, describe_model
-from pretrain.sharded.moments import Moments, partial_moments
+from pretrain.sharded.moments import Moments
 
 
 class GatheredWeights:
@@ -24,11 +24,7 @@ class GatheredWeights:
 
     def moments(self, names: Iterable[str] | None = None) -> dict[str, Moments]:
         """As `ShardedWeights.moments`, from each full fp32 weight."""
-        found = {}
-        for name in self.parameters if names is None else names:
-            count, mean, squares = partial_moments(self._full_master(name).view(-1)).tolist()
-            found[name] = Moments(int(count), mean, squares)
-        return found
+        return {name: Moments.of(self._full_master(name)) for name in (self.parameters if names is None else names)}
 
     @torch.no_grad()
     def rescale_(self, changes: Mapping[str, tuple[float, float]]) -> None:

@@ -16,7 +16,7 @@ All of this is DeepSpeed 0.19 as found by experiment; docs/sharded_weights.md te
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,8 +48,8 @@ class Placement(Protocol):
     def pieces(self) -> Iterator[Piece]:
         """This rank's piece of every weight, in the same order on every rank."""
 
-    def refresh(self) -> None:
-        """Make the working copies follow the master. Collective: call it on every rank."""
+    def refresh(self, changed: Set[str]) -> None:
+        """Make the working copies of the named weights follow their masters. Collective: call it on every rank."""
 
 
 def placement_of(engine) -> Placement:
@@ -79,39 +79,48 @@ class _Zero3:
         self.optimizer, self.names = optimizer, names
 
     def pieces(self) -> Iterator[Piece]:
-        flats = self.optimizer.fp32_partitioned_groups_flat
-        for parameters, flat in zip(self.optimizer.fp16_groups, flats, strict=True):
-            offset = 0
-            for parameter in parameters:
-                length = parameter.ds_tensor.ds_numel
-                start = parameter.ds_zero_partition_rank * length
-                owned = max(0, min(length, parameter.ds_numel - start))
-                yield Piece(self.names[id(parameter)], start, flat.data[offset : offset + owned])
-                offset += length
+        for parameter, master, _ in self._ranges():
+            start = parameter.ds_zero_partition_rank * parameter.ds_tensor.ds_numel
+            owned = max(0, min(master.numel(), parameter.ds_numel - start))
+            yield Piece(self.names[id(parameter)], start, master[:owned])
 
-    def refresh(self) -> None:
+    def refresh(self, changed: Set[str]) -> None:
+        for parameter, master, working in self._ranges():
+            if self.names[id(parameter)] in changed and working.data_ptr() != master.data_ptr():
+                working.copy_(master)
+        self._refresh_resident_copies(changed)
+        self.optimizer.invalidate_secondary_tensor()
+
+    def _ranges(self) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor, torch.Tensor]]:
+        """Every parameter with this rank's range of its master and of its working copy, padding included."""
         optimizer = self.optimizer
-        for working, master in zip(
-            optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat, strict=True
+        for parameters, master, working in zip(
+            optimizer.fp16_groups,
+            optimizer.fp32_partitioned_groups_flat,
+            optimizer.fp16_partitioned_groups_flat,
+            strict=True,
         ):
-            if working.data_ptr() != master.data_ptr():
-                working.data.copy_(master.data)
-        self._refresh_resident_copies()
-        optimizer.invalidate_secondary_tensor()
+            lengths = [parameter.ds_tensor.ds_numel for parameter in parameters]
+            ranges = zip(master.data.split(lengths), working.data.split(lengths), strict=True)
+            yield from ((parameter, *both) for parameter, both in zip(parameters, ranges, strict=True))
 
-    def _refresh_resident_copies(self) -> None:
-        """Small weights stay gathered between steps; forward reads those copies, so they are gathered afresh."""
+    def _refresh_resident_copies(self, changed: Set[str]) -> None:
+        """Small weights stay gathered between steps and forward reads those copies: one all-gather fills them anew."""
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
         resident = [
             parameter
             for parameter in self.optimizer.persistent_parameters
-            if parameter.ds_status is ZeroParamStatus.AVAILABLE
+            if parameter.ds_status is ZeroParamStatus.AVAILABLE and self.names[id(parameter)] in changed
         ]
-        for parameter in resident:
-            parameter.partition()
-        if resident:
-            resident[0].all_gather(resident)
+        if not resident:
+            return
+        mine = torch.cat([parameter.ds_tensor.data for parameter in resident])
+        everyones = mine.new_empty(dist.get_world_size(), mine.numel())
+        dist.all_gather_into_tensor(everyones.view(-1), mine)
+        lengths = [parameter.ds_tensor.ds_numel for parameter in resident]
+        for parameter, ranges in zip(resident, everyones.split(lengths, dim=1), strict=True):
+            parameter.data.view(-1).copy_(ranges.reshape(-1)[: parameter.ds_numel])
 
 
 class _Zero12:
@@ -137,7 +146,7 @@ class _Zero12:
                 owned = master[first - slice_start : last - slice_start] if last > first else master[:0]
                 yield Piece(self.names[id(parameter)], first - offset, owned)
 
-    def refresh(self) -> None:
+    def refresh(self, changed: Set[str]) -> None:
         self.optimizer.update_lp_params()
 
 
@@ -162,7 +171,7 @@ class _BF16Optimizer:
                         mapping.hp_fragment.data.view(-1),
                     )
 
-    def refresh(self) -> None:
+    def refresh(self, changed: Set[str]) -> None:
         self.optimizer.update_lp_params()
 
 
@@ -179,5 +188,5 @@ class _Plain:
             for parameter in group["params"]:
                 yield Piece(self.names[id(parameter)], 0, parameter.data.view(-1))
 
-    def refresh(self) -> None:
+    def refresh(self, changed: Set[str]) -> None:
         """Nothing to do: master and working copy are the same memory."""

@@ -52,7 +52,7 @@ class ShardedWeights:
         for piece in self.pieces(chosen):
             scale, shift = changes[piece.name]
             piece.master.mul_(scale).add_(shift)
-        self.placement.refresh()
+        self.placement.refresh(chosen)
 
     @torch.no_grad()
     def fill_(self, seed: int, rule: Callable[[Weight], tuple[float, float]]) -> None:
@@ -68,7 +68,7 @@ class ShardedWeights:
             else:
                 fill_normal_(piece.master, seed, piece.name, piece.start, std)
                 piece.master.add_(mean)
-        self.placement.refresh()
+        self.placement.refresh(self.layout.keys())
 
     def snapshot(self) -> dict[str, torch.Tensor]:
         """A copy of this rank's pieces, to measure how far the weights move until `squared_change`."""

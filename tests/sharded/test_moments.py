@@ -64,7 +64,7 @@ def test_one_element_and_empty_pieces():
 
 
 def test_a_weight_longer_than_a_chunk_is_measured_whole(monkeypatch):
-    monkeypatch.setattr(moments_module, "CHUNK", 1000)
+    monkeypatch.setitem(moments_module.CHUNK, "cpu", 1000)
     values = np.random.default_rng(2).standard_normal(12_345).astype(np.float32)
     assert moments_of([values]).std == pytest.approx(values.astype(np.float64).std(ddof=1), rel=1e-13)
 

@@ -10,7 +10,7 @@ import shutil
 import sys
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,7 @@ from pretrain.files import checksum
 from pretrain.methods.lir import LIR
 from pretrain.methods.tvr import TVR
 from pretrain.probe import load_probe, probe_logits
+from pretrain.sharded import Moments
 
 # No dimension divides by 3 ranks, and few by 2: every kind of padding occurs.
 LLAMA = {
@@ -145,18 +146,30 @@ def deepspeed_says(checkpoint: Path) -> tuple[dict[str, torch.Tensor], torch.dty
         return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag="deepspeed"), torch.float32
 
 
-def change(checkpoint: Path, name: str, new: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Replace one master weight in the checkpoint's files, and make the manifest agree."""
+def change(
+    checkpoint: Path, name: str, new: Callable[[torch.Tensor], torch.Tensor], *, also_moments: bool = True
+) -> None:
+    """Replace one master weight in the checkpoint's files, and make the manifest agree.
+
+    With `also_moments` the trainer's moments agree too, so that only its logits can tell.
+    """
     stored = master_weights(checkpoint / "deepspeed")[name]
-    rest = new(stored()).flatten()
+    values = new(stored())
+    rest = values.flatten()
     for span in stored.spans:
         with open(span.file, "r+b") as file:
             file.seek(span.offset)
             file.write(rest[: span.count].numpy())
         rest = rest[span.count :]
+    changed = {span.file for span in stored.spans}
+    if also_moments:
+        path = checkpoint / "moments.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {name: asdict(Moments.of(values))}))
+        changed.add(path)
     manifest = json.loads((checkpoint / "manifest.json").read_text())
-    for file in {span.file for span in stored.spans}:
-        manifest["files"][str(file.relative_to(checkpoint))]["xxh3_128"] = checksum(file)
+    for file in changed:
+        entry = {"bytes": file.stat().st_size, "xxh3_128": checksum(file)}
+        manifest["files"][str(file.relative_to(checkpoint))] = entry
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -309,6 +322,18 @@ def test_one_weight_off_by_a_percent_fails_the_proof(weight: str, copied: Path, 
     assert visible(tmp_path) == [copied.name]
 
 
+@pytest.mark.parametrize("precision", ["zero3_small_sub_groups", "zero1_bf16"])
+def test_a_weight_that_is_not_the_trainers_is_named_in_any_precision(
+    precision: str, checkpoint_of, tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(checkpoint_of(precision), tmp_path / "step_00000002"))
+    name = next(name for name in master_weights(copied / "deepspeed") if "q_proj" in name or "c_attn.weight" in name)
+    change(copied, name, lambda values: values * (1 + 1e-6), also_moments=False)
+    with pytest.raises(NotEqualError, match=re.escape(name)):
+        convert(copied, tmp_path / "hf")
+    assert visible(tmp_path) == [copied.name]
+
+
 def test_a_failed_proof_exits_with_1_and_leaves_nothing(copied: Path, tmp_path: Path) -> None:
     change(copied, "model.norm.weight", lambda values: values * 1.01)
     ended = command_line(copied, tmp_path / "hf")
@@ -437,7 +462,7 @@ def test_an_existing_folder_is_left_as_it_is(fp32_checkpoint: Path, tmp_path: Pa
 
 def test_a_folder_that_cannot_be_made_is_refused(fp32_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(UserError, match="cannot write the model"):
+    with pytest.raises(UserError, match=r"cannot convert .*file.hf: "):
         convert(fp32_checkpoint, tmp_path / "file/hf")
 
 
