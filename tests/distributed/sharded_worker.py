@@ -142,10 +142,10 @@ def examine(config: Config) -> dict:
     expected = {
         n: (torch.from_numpy(w).mul(scale).add(shift).numpy() if n in chosen else w) for n, w in trained.items()
     }
-    seen["rescale_exact"] = all(np.array_equal(masters(engine)[n], w) for n, w in expected.items())
+    seen["rescale_exact"] = _masters_equal(engine, expected)
     seen["working_follows"] = _working_follows(engine)
     losses.append(step(engine, 1, 0.0))
-    seen["survives_step"] = all(np.array_equal(masters(engine)[n], w) for n, w in expected.items())
+    seen["survives_step"] = _masters_equal(engine, expected)
     seen["working_follows_after_step"] = _working_follows(engine)
     seen["loss_moved"] = losses
 
@@ -154,9 +154,9 @@ def examine(config: Config) -> dict:
     seen["engines_agree_on_std"] = largest(abs(sharded_moments[n].std / gathered_moments[n].std - 1) for n in chosen)
     simple.rescale_({name: (1.9, -0.003) for name in chosen})
     by_gathered = {n: torch.from_numpy(expected[n]).mul(1.9).add(-0.003).numpy() for n in chosen}
-    seen["gathered_exact"] = all(np.array_equal(masters(engine)[n], w) for n, w in by_gathered.items())
+    seen["gathered_exact"] = _masters_equal(engine, by_gathered)
     step(engine, 2, 0.0)
-    seen["gathered_survives"] = all(np.array_equal(masters(engine)[n], w) for n, w in by_gathered.items())
+    seen["gathered_survives"] = _masters_equal(engine, by_gathered)
     seen["gathered_working_follows"] = _working_follows(engine)
 
     edited = masters(engine)
@@ -167,7 +167,7 @@ def examine(config: Config) -> dict:
         edited[name][0] += np.float32(1.0)
     seen["hook_saw_the_full_weight"] = shapes_right
     step(engine, 3, 0.0)
-    seen["hook_survives"] = all(np.array_equal(masters(engine)[n], w) for n, w in edited.items())
+    seen["hook_survives"] = _masters_equal(engine, edited)
     seen["hook_working_follows"] = _working_follows(engine)
     return seen
 
@@ -202,6 +202,11 @@ def _raised_by(call) -> str:
     except (ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
+
+
+def _masters_equal(engine, expected: dict[str, np.ndarray]) -> bool:
+    found = masters(engine)
+    return all(np.array_equal(found[name], values) for name, values in expected.items())
 
 
 def _working_follows(engine) -> bool:
