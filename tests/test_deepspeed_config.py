@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from corpus import TINY
 
 from pretrain.config import Config
 from pretrain.deepspeed_config import REPOSITORY, accumulation_steps, deepspeed_config, read_deepspeed

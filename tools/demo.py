@@ -30,7 +30,8 @@ def commands() -> list[tuple[str, str]]:
         ),
         (
             "Turn that text into token shards",
-            "python tools/prepare_data.py --source stdlib --tokenizer data/demo_tokenizer --out data/demo --val-fraction 0.05",
+            "python tools/prepare_data.py --source stdlib --tokenizer data/demo_tokenizer --out data/demo_shards "
+            "--val-fraction 0.05",
         ),
         (
             "Train a small LLaMA with LIR and TVR on ZeRO-3 ranks",
@@ -72,7 +73,7 @@ def main() -> None:
         "  report.html                   loss, weight deviations against the target, gradient norm, throughput\n"
         "  hf/tiny_tvr                   the model, for transformers and lm-evaluation-harness\n"
         "  runs/tiny_tvr                 configuration, log, metrics.jsonl, checkpoints\n"
-        "  data/demo_tokenizer, data/demo     tokenizer and token shards\n"
+        "  data/demo_tokenizer, data/demo_shards   tokenizer and token shards\n"
         "Next: configs/1b_tvr.yaml and the README's five lines for FineWeb on a cluster."
     )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Corpus, make_corpus, tiny
+from corpus import Corpus, make_corpus, tiny
 from runs import Ended, arguments, assert_refused, run_ranks, run_together
 
 

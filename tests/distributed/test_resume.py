@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Corpus
+from corpus import Corpus
 from runs import (
     Job,
     arguments,
