@@ -20,7 +20,7 @@ def gathered(weights: ShardedWeights, names: Iterable[str] | None = None) -> Ite
     also when the loop is left early. Every rank must make the same change. Collective: run it on all ranks, to the
     same point. Memory: one full weight.
     """
-    chosen = check_call(weights, weights.layout if names is None else names)
+    chosen = check_call(weights.engine, weights.layout, weights.layout if names is None else names)
     try:
         for piece in weights.pieces(chosen):
             shape = weights.layout[piece.name].shape

@@ -6,25 +6,23 @@ import difflib
 import hashlib
 from collections.abc import Iterable, Mapping
 from math import isfinite
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-if TYPE_CHECKING:
-    from pretrain.sharded.weights import ShardedWeights
+from pretrain.layout import Weight
+
+Changes = Mapping[str, tuple[float, float]]
 
 
-def check_call(
-    weights: ShardedWeights, names: Iterable[str], changes: Mapping[str, tuple[float, float]] | None = None
-) -> set[str]:
-    """The named weights, once it is sure that the call is right on every rank; one collective of 32 bytes.
+def check_call(engine, layout: Mapping[str, Weight], names: Iterable[str], changes: Changes | None = None) -> set[str]:
+    """The named weights of `layout`, once it is sure that the call is right on every rank; one collective of 32 bytes.
 
     Raises, on every rank: RuntimeError in the middle of gradient accumulation; ValueError for an unknown weight, a
     factor in `changes` that is not finite, or ranks that were called with different arguments.
     """
     wanted = sorted(names)
-    complaint = _complaint(weights, wanted, changes or {})
+    complaint = _complaint(engine, layout, wanted, changes or {})
     asked = repr((wanted, sorted((changes or {}).items())))
     state = hashlib.sha256(f"{asked}{complaint}".encode()).digest()
     states = all_gather(torch.frombuffer(bytearray(state), dtype=torch.uint8))
@@ -42,14 +40,12 @@ def all_gather(mine: torch.Tensor) -> torch.Tensor:
     return torch.stack(gathered)
 
 
-def _complaint(
-    weights: ShardedWeights, names: list[str], changes: Mapping[str, tuple[float, float]]
-) -> Exception | None:
-    if weights.engine.micro_steps % weights.engine.gradient_accumulation_steps():
+def _complaint(engine, layout: Mapping[str, Weight], names: list[str], changes: Changes) -> Exception | None:
+    if engine.micro_steps % engine.gradient_accumulation_steps():
         return RuntimeError("weights were asked for in the middle of gradient accumulation, not between steps")
     for name in names:
-        if name not in weights.layout:
-            near = difflib.get_close_matches(name, weights.layout, 1)
+        if name not in layout:
+            near = difflib.get_close_matches(name, layout, 1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             return ValueError(f"this engine's model has no weight '{name}'{hint}")
     for name, factors in changes.items():

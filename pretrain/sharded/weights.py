@@ -33,7 +33,7 @@ class ShardedWeights:
         One pass over the rank's own shard and one all-gather of three numbers per weight for the whole list. The
         partial results are gathered and merged rather than summed, because sums of squares cancel (see moments.py).
         """
-        chosen = check_call(self, self.layout if names is None else names)
+        chosen = check_call(self.engine, self.layout, self.layout if names is None else names)
         pieces = self.pieces(chosen)
         partial = torch.stack([partial_moments(piece.master) for piece in pieces])
         full = partial if self.placement.replicated else merge(all_gather(partial))
@@ -46,7 +46,7 @@ class ShardedWeights:
 
         Local except for the refresh of the working copies. Optimizer moments are left alone.
         """
-        chosen = check_call(self, changes, changes)
+        chosen = check_call(self.engine, self.layout, changes, changes)
         if not chosen:
             return
         for piece in self.pieces(chosen):
@@ -76,7 +76,7 @@ class ShardedWeights:
 
     def squared_change(self, before: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Squared Frobenius distance of each full weight from the snapshot `before`, in float64."""
-        pieces = self.pieces(check_call(self, before))
+        pieces = self.pieces(check_call(self.engine, self.layout, before))
         sums = torch.stack([(piece.master.double() - before[piece.name]).square().sum() for piece in pieces])
         if not self.placement.replicated:
             sums = all_gather(sums).sum(0)
