@@ -1,7 +1,8 @@
-"""What every command line here does with the user's mistakes: one paragraph on stderr, exit code 2, no traceback."""
+"""What command lines here share: how they end on the user's mistakes, and how text is named."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 
@@ -17,3 +18,17 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """--source, --subset, --split and --text-field, for `pretrain.data.sources.open_source`."""
+    parser.add_argument(
+        "--source",
+        nargs="+",
+        required=True,
+        metavar="SOURCE",
+        help="'stdlib', one hf://owner/dataset, or files, folders and globs of .txt .py .jsonl[.gz|.zst] .parquet",
+    )
+    parser.add_argument("--subset", help="configuration of the hf:// data set, for example sample-10BT")
+    parser.add_argument("--split", default="train", help="split of the hf:// data set (default: train)")
+    parser.add_argument("--text-field", default="text", help="field of a record that holds its text (default: text)")

@@ -44,20 +44,11 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--source",
-        nargs="+",
-        required=True,
-        metavar="SOURCE",
-        help="'stdlib', one hf://owner/dataset, or files, folders and globs of .txt .py .jsonl[.gz|.zst] .parquet",
-    )
-    parser.add_argument("--subset", help="configuration of the hf:// data set, for example sample-10BT")
-    parser.add_argument("--split", default="train", help="split of the hf:// data set (default: train)")
+    cli.add_source_arguments(parser)
     parser.add_argument("--tokenizer", type=Path, required=True, help="tokenizer folder or SentencePiece .model file")
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for train/ and val/; new, empty, or to go on in"
     )
-    parser.add_argument("--text-field", default="text", help="field of a record that holds its text (default: text)")
     parser.add_argument("--val-fraction", type=float, default=0.01, help="share of documents for val (default: 0.01)")
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens per shard (default: 100000000)")
     parser.add_argument("--max-tokens", type=int, help="stop after the document that reaches this many training tokens")

@@ -77,16 +77,7 @@ def _export(model: bytes, settings: dict, out: Path) -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--source",
-        nargs="+",
-        required=True,
-        metavar="SOURCE",
-        help="'stdlib', one hf://owner/dataset, or files, folders and globs of .txt .py .jsonl[.gz|.zst] .parquet",
-    )
-    parser.add_argument("--subset", help="configuration of the hf:// data set, for example sample-10BT")
-    parser.add_argument("--split", default="train", help="split of the hf:// data set (default: train)")
-    parser.add_argument("--text-field", default="text", help="field of a record that holds its text (default: text)")
+    cli.add_source_arguments(parser)
     parser.add_argument("--vocab-size", type=int, default=8192, help="number of tokens (default: 8192)")
     parser.add_argument("--max-bytes", type=float, default=50e6, help="text to learn from, in bytes (default: 50e6)")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
