@@ -1,9 +1,9 @@
 """Checkpoints that are complete or do not exist.
 
-Layout of `<run>/checkpoints/step_00000500/`: DeepSpeed's own shards, one `rng_rank_N.pt` per rank, whatever the
-trainer adds (see train.py), `trainer.json`, and `manifest.json` with the size and checksum of every file, written
-last. The folder is written under a temporary name and renamed when it is whole; `checkpoints/latest` names the newest
-afterwards. The file system is shared by all ranks.
+Layout of `<run>/checkpoints/step_00000500/`: DeepSpeed's own shards, `shards.json` about them, one `rng_rank_N.pt` per
+rank, whatever the trainer adds (see train.py), `trainer.json`, and `manifest.json` with the size and checksum of every
+file, written last. The folder is written under a temporary name and renamed when it is whole; `checkpoints/latest` names
+the newest afterwards. The file system is shared by all ranks.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pretrain.config import CheckpointSection
 from pretrain.distributed import Ranks, all_gather_object, from_first_rank, on_every_rank
 from pretrain.errors import SharedUserError, UserError
 from pretrain.files import checksum, sync_folder, write_json, write_text
+from pretrain.shard_notes import notes_on, save_notes
 
 _COMPLETE = re.compile(r"step_(\d{8,})")
 _SHARDS = "deepspeed"
@@ -52,10 +53,12 @@ class TrainerState:
     seed: int
     seq_len: int
     global_batch_size: int
+    tensor_parallel: int = 1
 
 
 _WHY_EQUAL = {
     "world_size": "elastic resume is not supported yet: start the same number of ranks",
+    "tensor_parallel": "DeepSpeed's shards of one tensor-parallel size cannot be loaded by another: set parallel.tensor",
     "zero_stage": "DeepSpeed's shards of one stage cannot be loaded by another: name the same stage",
     "precision": "DeepSpeed's shards of one precision cannot be loaded in another: name the same precision",
     "model": "it is a checkpoint of another architecture",
@@ -90,6 +93,7 @@ class Checkpoints:
                 torch.save(_random_states(), aside / f"rng_rank_{self.ranks.rank}.pt")
                 if self.ranks.is_first:
                     add_files(aside)
+                    save_notes(aside, notes_on(engine))
                     write_json(aside / "trainer.json", asdict(state))
 
         def publish() -> None:
@@ -154,7 +158,7 @@ class Checkpoints:
             for leftover in self.folder.glob(".step_*"):
                 shutil.rmtree(leftover, ignore_errors=True)
             free = shutil.disk_usage(self.folder.parent).free
-            if free < (needed := checkpoint_bytes(_parameters(engine), bf16=engine.bfloat16_enabled())):
+            if free < (needed := checkpoint_bytes(_elements(engine), half=_half_precision(engine))):
                 raise UserError(
                     f"the checkpoint needs {needed / 1e9:.2f} GB but {self.folder} has {free / 1e9:.2f} GB free. "
                     "The older checkpoints are intact; free space and start the same command again."
@@ -231,9 +235,9 @@ def verify(path: Path, rank: int = 0, world_size: int = 1) -> None:
             raise UserError(f"{file} does not match its checksum: its content has changed since it was saved.")
 
 
-def checkpoint_bytes(parameters: int, *, bf16: bool) -> int:
-    """What a checkpoint takes on disk: master, two Adam moments, and the working copy in bf16 or fp32."""
-    return parameters * (14 if bf16 else 16) + (1 << 20)
+def checkpoint_bytes(elements: int, *, half: bool) -> int:
+    """What a checkpoint takes on disk: master, two Adam moments, and the working copy in half precision or fp32."""
+    return elements * (14 if half else 16) + (1 << 20)
 
 
 def resolve(path: Path) -> Path:
@@ -317,8 +321,14 @@ def _difference(key: str, stored: Any, wanted: Any) -> str:
     return f"it has {key} {stored}, this run {wanted}"
 
 
-def _parameters(engine) -> int:
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
+def _elements(engine) -> int:
+    """Elements that the ranks of one tensor-parallel group hold together: each stores what is whole on all of them."""
+    mine = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
+    return mine * max(1, engine.autotp_size())
+
+
+def _half_precision(engine) -> bool:
+    return engine.bfloat16_enabled() or engine.fp16_enabled()
 
 
 def _is_write_failure(error: Exception) -> bool:

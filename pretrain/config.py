@@ -20,6 +20,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from pretrain.config_errors import explain
 from pretrain.errors import UserError
+from pretrain.init import AnyInit, NormalInit
 from pretrain.methods import REGISTRY
 from pretrain.run_file import RunFile
 
@@ -65,8 +66,8 @@ class DataSection(Section):
     """Where the tokens come from and how they form batches.
 
     train, val: shard folders (val may be null: no evaluation). seq_len: tokens per sequence. global_batch_size:
-    sequences per optimizer step. micro_batch_size: sequences per rank and forward pass. verify: `full` compares every
-    shard's checksum at start, `size` only its length.
+    sequences per optimizer step. micro_batch_size: sequences per data-parallel rank and forward pass. verify: `full`
+    compares every shard's checksum at start, `size` only its length.
     """
 
     train: str
@@ -102,9 +103,13 @@ class OptimSection(Section):
 
 
 class ParallelSection(Section):
-    """Ways to cut one model other than ZeRO. Only 1 is supported so far."""
+    """Ways to cut one model other than ZeRO.
 
-    tensor: Literal[1] = 1
+    tensor: consecutive ranks that hold one copy of every block matrix between them and read the same batch. sequence:
+    only 1 is supported so far.
+    """
+
+    tensor: int = Field(1, gt=0)
     sequence: Literal[1] = 1
 
 
@@ -152,7 +157,8 @@ class Config(Section):
     """One run.
 
     name, out: the run folder is <out>/<name>. steps or tokens: the length, exactly one of them. methods act in order.
-    deepspeed: a DeepSpeed JSON file or its content. activation_checkpointing: recompute blocks in backward.
+    init: the distribution that matrices are drawn from. deepspeed: a DeepSpeed JSON file or its content.
+    activation_checkpointing: recompute blocks in backward.
     """
 
     name: str = Field(pattern=r"^[\w.\-]+$")
@@ -165,6 +171,7 @@ class Config(Section):
     tokens: float | None = Field(None, gt=0, allow_inf_nan=False)
     optim: OptimSection
     methods: tuple[AnyMethod, ...] = ()
+    init: AnyInit = NormalInit()
     deepspeed: str | dict[str, Any]
     activation_checkpointing: bool = False
     parallel: ParallelSection = ParallelSection()

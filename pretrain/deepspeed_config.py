@@ -12,11 +12,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-
 from pretrain.config import Config
 from pretrain.data.loader import check_batch_sizes
+from pretrain.deepspeed_blocks import block, parse
 from pretrain.errors import UserError
+from pretrain.precision import precision_blocks, precision_of
+from pretrain.tensor_parallel import data_ranks, tensor_parallel_block
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -28,6 +29,7 @@ _KNOWN_KEYS = {
     "gradient_clipping",
     "zero_optimization",
     "bf16",
+    "fp16",
     "data_types",
     "communication_data_type",
     "prescale_gradients",
@@ -49,10 +51,25 @@ _KNOWN_KEYS = {
 _NOT_HERE = {
     "optimizer": "the run file's 'optim' section builds the optimizer",
     "scheduler": "the run file's 'optim.schedule' sets the learning rate",
-    "fp16": "fp16 loss scaling is not supported; use bf16, or fp32 by leaving both out",
-    "torch_autocast": "mixed precision comes from the 'bf16' block",
-    "tensor_parallel": "tensor parallelism is not supported yet",
+    "torch_autocast": "mixed precision comes from the 'bf16' or the 'fp16' block",
+    "tensor_parallel": "set parallel.tensor in the run file",
     "activation_checkpointing": "set 'activation_checkpointing: true' in the run file",
+}
+
+# NVMe offload, and what is wrong with it: see docs/sharded_weights.md.
+_NVME = {
+    "offload_param": "the working copies would be on disk when a method changes them. Offload them to the CPU",
+    "offload_optimizer": "DeepSpeed saves such a run but does not restore it: after a resume Adam's step counter, and the "
+    "weights of groups below 1 MB, start anew, and the losses differ. Offload the optimizer to the CPU",
+}
+
+# Keys of `zero_optimization` that change what a weight is or where it lies, and that no test covers.
+_OTHER_WEIGHTS = "forward would read quantized weights instead of those that the methods set"
+_UNTESTED = {
+    "zero_quantized_weights": _OTHER_WEIGHTS,
+    "zero_quantized_nontrainable_weights": _OTHER_WEIGHTS,
+    "zenflow": "it steps most weights later than the step after which the methods act",
+    "elastic_checkpoint": "it stores the optimizer in a layout that nobody has resumed or converted",
 }
 
 # What DeepSpeed would choose otherwise, and why not: see docs/deepspeed.md.
@@ -71,8 +88,8 @@ _ALWAYS = {
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """The complete DeepSpeed configuration of a run on `world_size` ranks.
 
-    Raises UserError for an unreadable file, an unknown key, a value that contradicts the run file, or a global batch
-    that the ranks cannot share.
+    Raises UserError for an unreadable file, an unknown key, a value that contradicts the run file or that nobody has
+    tested, or a global batch that the ranks cannot share.
     """
     source, given = read_deepspeed(config)
     _check_keys(given, source)
@@ -88,19 +105,15 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
                 f"{source} sets {key} to {given[key]}, but the run file makes it {value}. "
                 f'Remove the key from the DeepSpeed file or set it to "auto".'
             )
-    zero = {key: value for key, value in _block(given, "zero_optimization", source).items() if value != "auto"}
+    zero = {key: value for key, value in block(given, "zero_optimization", source).items() if value != "auto"}
     _check_zero(zero, source)
-    bf16 = {"enabled": False, "check_grad_overflow": False, **_block(given, "bf16", source)}
-    _check_bf16(bf16, source)
-    data_types = {**_ALWAYS["data_types"], **_block(given, "data_types", source)}
-    if unknown := data_types.keys() - _ALWAYS["data_types"].keys():
-        raise UserError(f"{source}: unknown key 'data_types.{min(unknown)}'; known is: grad_accum_dtype.")
-    if bf16["enabled"] and zero.get("stage", 0) == 0:
-        raise UserError(
-            f"{source}: DeepSpeed cannot accumulate gradients in fp32 with bf16 and ZeRO stage 0. Use stage 1."
-        )
-    blocks = {"zero_optimization": zero, "bf16": bf16, "fp16": {"enabled": False}, "data_types": data_types}
-    return {**_ALWAYS, **given, **computed, **blocks}
+    precision = precision_blocks(given, source, zero.get("stage", 0))
+    _check_with_tensor_parallel(config.parallel.tensor, zero, precision, source)
+    resolved = {**_ALWAYS, **given, **computed, "zero_optimization": zero, **precision}
+    if tensor_parallel := tensor_parallel_block(config):
+        # DeepSpeed holds this key against the number of all ranks, and those of a group read the same batch.
+        del resolved["train_batch_size"]
+    return {**resolved, **tensor_parallel}
 
 
 def read_deepspeed(config: Config) -> tuple[str, dict[str, Any]]:
@@ -126,8 +139,9 @@ def read_deepspeed(config: Config) -> tuple[str, dict[str, Any]]:
 def accumulation_steps(config: Config, world_size: int) -> int:
     """Micro-batches per rank and optimizer step. Raises UserError where the global batch does not divide."""
     data = config.data
-    check_batch_sizes(data.global_batch_size, data.micro_batch_size, world_size)
-    return data.global_batch_size // (data.micro_batch_size * world_size)
+    readers = data_ranks(config, world_size)
+    check_batch_sizes(data.global_batch_size, data.micro_batch_size, readers)
+    return data.global_batch_size // (data.micro_batch_size * readers)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -147,36 +161,38 @@ def _check_keys(given: dict[str, Any], source: str) -> None:
             raise UserError(f"{source}: unknown key '{key}'; {hint}")
 
 
-def _block(given: dict[str, Any], name: str, source: str) -> dict[str, Any]:
-    block = given.get(name, {})
-    if not isinstance(block, dict):
-        raise UserError(f"{source}: {name} must be a block of keys, not {block!r}.")
-    return block
-
-
-def _check_bf16(bf16: dict[str, Any], source: str) -> None:
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
-
-    parsed = _parse(DeepSpeedBF16Config, bf16, "bf16", source)
-    if not isinstance(bf16["enabled"], bool):  # DeepSpeed reads "auto" as its own default
-        raise UserError(f"{source}: bf16.enabled must be true or false: the run file has no key that it could follow.")
-    if parsed.bf16_master_weights_and_grads:
-        raise UserError(f"{source}: bf16.bf16_master_weights_and_grads is not supported: the master weights are fp32.")
-
-
-def _parse(block_class: type[BaseModel], block: dict[str, Any], name: str, source: str) -> Any:
-    """`block` as DeepSpeed itself reads it."""
-    try:
-        return block_class(**block)
-    except ValidationError as error:
-        mistakes = "; ".join(".".join(map(str, (name, *e["loc"]))) + f": {e['msg']}" for e in error.errors())
-        raise UserError(f"{source}: {mistakes}.") from error
-
-
 def _check_zero(zero: dict[str, Any], source: str) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    parsed = _parse(DeepSpeedZeroConfig, zero, "zero_optimization", source)
-    for block in (parsed.offload_optimizer, parsed.offload_param):
-        if block is not None and block.device == "nvme":
-            raise UserError(f"{source}: weights offloaded to NVMe cannot be controlled yet; offload to the CPU.")
+    parsed = parse(DeepSpeedZeroConfig, zero, "zero_optimization", source)
+    for key, reason in _UNTESTED.items():
+        if zero.get(key) not in (None, False):
+            raise UserError(f"{source}: zero_optimization.{key} is not supported: {reason}.")
+    if parsed.offload_optimizer is not None and parsed.offload_optimizer.super_offload:
+        raise UserError(
+            f"{source}: zero_optimization.offload_optimizer.super_offload is not supported: another process "
+            "steps the weights then, which nobody has tested with methods that change them."
+        )
+    if parsed.offload_optimizer is not None and parsed.offload_optimizer.ratio < 1:
+        raise UserError(
+            f"{source}: zero_optimization.offload_optimizer.ratio {parsed.offload_optimizer.ratio:g} is not supported: it "
+            "keeps some masters on the GPU and some on the CPU, which nobody has tested with methods that change them."
+        )
+    for name, offload in (("offload_param", parsed.offload_param), ("offload_optimizer", parsed.offload_optimizer)):
+        if offload is not None and offload.device == "nvme":
+            raise UserError(f"{source}: zero_optimization.{name}.device nvme is not supported: {_NVME[name]}.")
+
+
+def _check_with_tensor_parallel(tensor: int, zero: dict[str, Any], precision: dict[str, Any], source: str) -> None:
+    if tensor == 1:
+        return
+    if zero.get("stage", 0) == 0 and precision_of(precision) != "fp32":
+        raise UserError(
+            f"{source}: parallel.tensor {tensor} with {precision_of(precision)} needs ZeRO stage 1, 2 or 3: at stage 0 "
+            "DeepSpeed leaves the other ranks' shares out of the gradient norm that it clips by."
+        )
+    if zero.get("zero_hpz_partition_size", 1) > 1:
+        raise UserError(
+            f"{source}: parallel.tensor {tensor} with zero_optimization.zero_hpz_partition_size is not supported: "
+            "nobody has tested which ranks share a weight then. Leave one of the two out."
+        )

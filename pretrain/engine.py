@@ -1,8 +1,12 @@
-"""What the DeepSpeed engine does for a run: one optimizer step, one validation loss, always averaged over all ranks."""
+"""What the DeepSpeed engine does for a run: one optimizer step, one validation loss, always averaged over all ranks.
+
+(The ranks of a tensor-parallel group have the same loss, so the mean over all ranks is the mean over the batch.)
+"""
 
 from __future__ import annotations
 
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from io import StringIO
 
 import torch
@@ -14,6 +18,19 @@ from pretrain.optim import build_optimizer
 from pretrain.plan import Plan, validation_batches
 
 
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step that was taken, or skipped because an fp16 gradient overflowed.
+
+    loss: mean over the global batch, a float64 scalar on the device. loss_scale: what fp16 gradients were computed at;
+    1 in other precisions.
+    """
+
+    loss: torch.Tensor
+    loss_scale: float
+    skipped: bool
+
+
 def build_engine(plan: Plan):
     """The DeepSpeed engine around the sharded model; its weights hold no values yet."""
     import deepspeed
@@ -22,14 +39,18 @@ def build_engine(plan: Plan):
     optimizer = build_optimizer(model, plan.config.optim)
     with redirect_stdout(StringIO()):  # DeepSpeed's memory reports
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=plan.ds_config)
+    if engine.zero_optimization_stage() == 0:
+        # In half precision DeepSpeed has taken a step without gradients here, which Adam would count as its first.
+        engine.optimizer.state.clear()
     return engine
 
 
-def train_step(engine, micro_batches: list[torch.Tensor], lr: float, ranks: Ranks) -> torch.Tensor:
-    """One optimizer step at learning rate `lr` over this rank's micro-batches, each (batch, seq_len + 1) token ids.
-
-    Returns the loss averaged over the global batch, a float64 scalar on the device.
-    """
+def train_step(engine, micro_batches: list[torch.Tensor], lr: float, ranks: Ranks) -> Step:
+    """One optimizer step at learning rate `lr` over this rank's micro-batches, each (batch, seq_len + 1) token ids."""
+    loss_scale = float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
+    # At stage 0 DeepSpeed divides fp16 gradients by the loss scale, but never multiplies the loss by it.
+    left_to_us = loss_scale if engine.zero_optimization_stage() == 0 else 1.0
+    engine.module.lm_head.gradient_scale = loss_scale
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     engine.train()
@@ -37,16 +58,23 @@ def train_step(engine, micro_batches: list[torch.Tensor], lr: float, ranks: Rank
     for tokens in micro_batches:
         tokens = tokens.to(ranks.device, non_blocking=True)
         loss = engine(tokens[:, :-1], tokens[:, 1:])
-        engine.backward(loss)
+        engine.backward(loss * left_to_us)
         engine.step()
         total += loss.detach().double()
-    return _mean_over_ranks(total / len(micro_batches), ranks)
+    loss = _mean_over_ranks(total / len(micro_batches), ranks)
+    return Step(loss, loss_scale, skipped=not engine.was_step_applied())
 
 
-def grad_norm(engine) -> float | None:
-    """The global gradient norm before clipping; None where DeepSpeed computes none (ZeRO stage 0)."""
+def grad_norm(engine, step: Step) -> float | None:
+    """The global gradient norm before clipping in `step`, the newest.
+
+    None where DeepSpeed computes none (fp32 at ZeRO stage 0), and where the step was skipped.
+    """
     norm = engine.get_global_grad_norm()
-    return None if norm is None else float(norm)
+    if norm is None or step.skipped:
+        return None
+    still_scaled = engine.zero_optimization_stage() == 0  # the only fp16 optimizer that leaves the scale in the norm
+    return float(norm) / (step.loss_scale if still_scaled else 1.0)
 
 
 @torch.no_grad()

@@ -110,8 +110,9 @@ def describe(name: str, shape: Iterable[int]) -> Weight:
 
 
 def full_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
-    """The shape of the whole parameter, also where ZeRO-3 has replaced it by a placeholder."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+    """The shape of the whole parameter, also where ZeRO-3 has replaced it by a placeholder or AutoTP has cut it."""
+    uncut = getattr(parameter, "ds_autotp_universal_checkpoint_meta", {}).get("logical_shape")
+    return tuple(uncut or getattr(parameter, "ds_shape", parameter.shape))
 
 
 def describe_model(model: torch.nn.Module) -> list[Weight]:

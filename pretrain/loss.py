@@ -18,7 +18,13 @@ CHUNK_LOGITS = 1 << 25  # elements of one chunk's logits: 128 MB in float32
 
 
 class LossHead(nn.Linear):
-    """An output head that returns logits, or the loss when it is given targets. Holds no bias."""
+    """An output head that returns logits, or the loss when it is given targets. Holds no bias.
+
+    gradient_scale: fp16's loss scale. The gradients that forward computes are computed at it: without it they would
+    vanish before backward multiplies them by it.
+    """
+
+    gradient_scale: float = 1.0
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
         """hidden: (batch, seq_len, hidden_size). targets: (batch, seq_len) token ids, -100 where none counts.
@@ -27,14 +33,16 @@ class LossHead(nn.Linear):
         """
         if targets is None:
             return super().forward(hidden)
-        return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), self.weight, targets.flatten())
+        return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), self.weight, targets.flatten(), self.gradient_scale)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of `F.linear(hidden, weight)` whose gradients are computed chunk by chunk in forward."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, gradient_scale: float
+    ) -> torch.Tensor:
         with_gradients = ctx.needs_input_grad[0]
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradient = torch.zeros_like(hidden) if with_gradients else None
@@ -50,24 +58,30 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 the_weight = weight.detach().requires_grad_(with_gradients)
                 chunk_loss = F.cross_entropy(F.linear(some_hidden, the_weight).float(), targets[rows], reduction="sum")
                 chunk_loss = chunk_loss / counted
+                scaled_loss = chunk_loss * gradient_scale
             loss += chunk_loss.detach()
             if with_gradients:
-                hidden_gradient[rows], chunk_gradient = torch.autograd.grad(chunk_loss, (some_hidden, the_weight))
+                hidden_gradient[rows], chunk_gradient = torch.autograd.grad(scaled_loss, (some_hidden, the_weight))
                 weight_gradient += chunk_gradient
         if with_gradients:
             ctx.save_for_backward(hidden_gradient, weight_gradient.to(weight.dtype))
+            ctx.gradient_scale = gradient_scale
         return loss
 
     @staticmethod
-    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
-        return hidden_gradient * scale, weight_gradient * scale, None
+        scale = scale / ctx.gradient_scale
+        return hidden_gradient * scale, weight_gradient * scale, None, None
 
 
 def with_loss_head(model_class: type[nn.Module]) -> type[nn.Module]:
     """A subclass of a Hugging Face causal LM whose forward takes `targets` and then returns the loss."""
 
     class Trained(model_class):  # type: ignore[misc, valid-type]
+        # The stock class would have tensor parallelism replace the head, and with it the loss. It stays whole.
+        _tp_plan = None
+
         def __init__(self, config) -> None:
             super().__init__(config)
             self.lm_head = LossHead(config.hidden_size, config.vocab_size, bias=False)

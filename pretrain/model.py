@@ -21,8 +21,8 @@ from pretrain.config import Config
 from pretrain.errors import UserError
 from pretrain.layout import Weight, describe_model
 from pretrain.loss import with_loss_head
-from pretrain.methods import Method
 from pretrain.sharded import Moments, ShardedWeights
+from pretrain.sharded.draws import Constant, Draw
 
 MODEL_CLASSES = {"llama": with_loss_head(LlamaForCausalLM), "gpt2": with_loss_head(GPT2LMHeadModel)}
 
@@ -88,46 +88,44 @@ def outline(config: Config, model_config: PreTrainedConfig) -> list[Weight]:
     return describe_model(model)
 
 
-def initial_rule(weight: Weight, methods: tuple[Method, ...], default_std: float) -> tuple[float, float, str]:
-    """(mean, standard deviation, rule in words) of a weight at initialization.
+def initial_rule(weight: Weight, config: Config, default_std: float) -> tuple[Draw, str]:
+    """The distribution of a weight at initialization, and the rule in words.
 
-    Norm gains are 1 and biases 0. Matrices are normal with `default_std` unless a method says otherwise; of several,
-    the last in the run's list decides.
+    Norm gains are 1 and biases 0. Matrices have the run's distribution, with deviation `default_std` unless a method
+    says otherwise; of several, the last in the run's list decides.
     """
-    if weight.role == "bias":
-        return 0.0, 0.0, "constant 0"
-    if weight.role == "norm":
-        return 1.0, 0.0, "constant 1"
+    if weight.role in ("bias", "norm"):
+        constant = Constant(0.0 if weight.role == "bias" else 1.0)
+        return constant, constant.description
     std, rule = default_std, f"initializer_range: {default_std:g}"
-    for method in methods:
+    for method in config.methods:
         chosen = method.init_std(weight)
         if chosen is not None:
             std, rule = chosen, method.init_rule(weight) or method.name
-    return 0.0, std, rule
+    draw = config.init.draw(std)
+    return draw, f"{draw.description}, {rule}"
 
 
-def initialize_weights(
-    weights: ShardedWeights, methods: tuple[Method, ...], default_std: float, seed: int
-) -> dict[str, Moments]:
+def initialize_weights(weights: ShardedWeights, config: Config, default_std: float) -> dict[str, Moments]:
     """Fill every weight by its rule, then audit: the measured moments of each full weight, which match its rule.
 
     Raises RuntimeError if a weight does not have the deviation it was meant to have, within sampling error.
     """
 
-    def rule(weight: Weight) -> tuple[float, float]:
-        return initial_rule(weight, methods, default_std)[:2]
+    def rule(weight: Weight) -> Draw:
+        return initial_rule(weight, config, default_std)[0]
 
-    weights.fill_(seed, rule)
+    weights.fill_(config.seed, rule)
     moments = weights.moments()
     for name, weight in weights.layout.items():
-        _audit(weight, moments[name], *rule(weight))
+        _audit(weight, moments[name], rule(weight))
     return moments
 
 
-def _audit(weight: Weight, measured: Moments, mean: float, std: float) -> None:
-    """Six standard errors: one false alarm in 10^9 weights."""
-    count = weight.numel
-    mean_error, std_error = std / sqrt(count), std / sqrt(2 * count)
+def _audit(weight: Weight, measured: Moments, draw: Draw) -> None:
+    """Six standard errors: one false alarm in 10^9 normal weights; heavy tails have more, in small weights."""
+    count, mean, std = weight.numel, draw.mean, draw.std
+    mean_error, std_error = std / sqrt(count), std * sqrt((draw.kurtosis - 1) / (4 * count))
     fits = (
         measured.count == count
         and abs(measured.mean - mean) <= 6 * mean_error
@@ -158,4 +156,20 @@ def _partitioned(ds_config: dict[str, Any]):
             self._convert_to_deepspeed_param(param)
             param.partition()
 
-    return PartitionWithoutBroadcast(config_dict_or_path=ds_config)
+    return PartitionWithoutBroadcast(
+        config_dict_or_path=ds_config, data_parallel_group=_readers_of_other_batches(ds_config)
+    )
+
+
+def _readers_of_other_batches(ds_config: dict[str, Any]):
+    """The ranks that share out each weight under tensor parallelism; None, all ranks, without.
+
+    Left to itself `zero.Init` shares out the weights that stay whole among all ranks, while the engine shares out what it
+    cuts among these: two layouts in memory and in the checkpoint's files, where one will do.
+    """
+    if "tensor_parallel" not in ds_config:
+        return None
+    from deepspeed.utils import groups
+
+    groups._init_tp_mesh_device(tensor_model_parallel_size=ds_config["tensor_parallel"]["autotp_size"])
+    return groups.get_data_parallel_group()

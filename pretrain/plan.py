@@ -25,8 +25,11 @@ from pretrain.errors import UserError
 from pretrain.layout import Weight
 from pretrain.model import hf_config, initial_rule, outline
 from pretrain.monitor.throughput import flops_per_token
+from pretrain.precision import precision_of
 from pretrain.probe import probe_batch
 from pretrain.sharded import Moments
+from pretrain.sharded.draws import Draw
+from pretrain.tensor_parallel import check_model, data_rank, data_ranks, elements_per_rank
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,18 @@ class Plan:
 
     @property
     def precision(self) -> str:
-        return "bf16" if self.ds_config["bf16"]["enabled"] else "fp32"
+        """Of the working copies: fp32, bf16 or fp16."""
+        return precision_of(self.ds_config)
+
+    @property
+    def data_ranks(self) -> int:
+        """How many groups of ranks read batches of their own: all ranks, without tensor parallelism."""
+        return data_ranks(self.config, self.world_size)
+
+    @property
+    def elements_per_rank(self) -> int:
+        """Elements that one rank holds before ZeRO cuts them."""
+        return elements_per_rank(self.weights, self.config.parallel.tensor)
 
     @property
     def flops_per_token(self) -> float:
@@ -69,6 +83,7 @@ class Plan:
             step=step,
             samples=step * self.config.data.global_batch_size,
             world_size=self.world_size,
+            tensor_parallel=self.config.parallel.tensor,
             zero_stage=self.zero_stage,
             precision=self.precision,
             model=self.model_config.to_diff_dict(),
@@ -90,6 +105,7 @@ def make_plan(config: Config, world_size: int, rank: int | None = None) -> Plan:
     config = config.model_copy(update={"deepspeed": read_deepspeed(config)[1]})
     tokenizer = load_tokenizer(config.tokenizer)
     model_config = hf_config(config, tokenizer)
+    check_model(config, model_config)
     weights = outline(config, model_config)
     for method in config.methods:
         method.check(weights)
@@ -108,21 +124,21 @@ def make_plan(config: Config, world_size: int, rank: int | None = None) -> Plan:
 
 def _check_batches(plan: Plan) -> None:
     data = plan.config.data
-    check_enough_samples(plan.train_shards, data.seq_len, data.global_batch_size, plan.world_size)
+    check_enough_samples(plan.train_shards, data.seq_len, data.global_batch_size, plan.data_ranks)
     if plan.val_shards is not None:
         validation_batches(plan, rank=0)
 
 
 def training_batches(plan: Plan, rank: int, step: int) -> Loader:
-    """Rank `rank`'s batches from optimizer step `step` + 1 on."""
+    """Rank `rank`'s batches from optimizer step `step` + 1 on; ranks of a tensor-parallel group have the same."""
     data = plan.config.data
     return Loader(
         plan.train_shards,
         seq_len=data.seq_len,
         global_batch_size=data.global_batch_size,
         micro_batch_size=data.micro_batch_size,
-        rank=rank,
-        world_size=plan.world_size,
+        rank=data_rank(plan.config, rank),
+        world_size=plan.data_ranks,
         seed=plan.config.seed,
         position=plan.state_at(step).samples,
     )
@@ -136,8 +152,8 @@ def validation_batches(plan: Plan, rank: int) -> Iterator[torch.Tensor]:
         seq_len=data.seq_len,
         global_batch_size=data.global_batch_size,
         micro_batch_size=data.micro_batch_size,
-        rank=rank,
-        world_size=plan.world_size,
+        rank=data_rank(plan.config, rank),
+        world_size=plan.data_ranks,
         batches=plan.config.eval.batches,
     )
 
@@ -151,7 +167,7 @@ def fixed_probe(plan: Plan) -> torch.Tensor:
 def describe_plan(plan: Plan) -> str:
     """The plan as a person reads it before queueing the run."""
     config, data = plan.config, plan.config.data
-    tokens = config.total_steps * config.tokens_per_step
+    tokens, tensor = config.total_steps * config.tokens_per_step, config.parallel.tensor
     lines = {
         "model": f"{config.model.family}, {short(plan.parameters)} parameters, vocabulary "
         f"{plan.model_config.vocab_size:,}",
@@ -159,9 +175,9 @@ def describe_plan(plan: Plan) -> str:
         f"{tokens / plan.train_shards.tokens:.2f} epochs of them",
         "length": f"{config.total_steps:,} steps x {config.tokens_per_step:,} tokens = {short(tokens)} tokens, "
         f"{plan.flops_per_token * tokens:.2e} FLOPs",
-        "batch": f"{data.global_batch_size} sequences of {data.seq_len} = {plan.world_size} ranks x "
+        "batch": f"{data.global_batch_size} sequences of {data.seq_len} = {plan.data_ranks} data-parallel ranks x "
         f"{accumulation_steps(config, plan.world_size)} micro-batches of {data.micro_batch_size}",
-        "sharding": f"ZeRO-{plan.zero_stage}, {plan.precision}",
+        "sharding": f"ZeRO-{plan.zero_stage}, {plan.precision}" + (f", {tensor} tensor-parallel ranks" * (tensor > 1)),
         "memory": f"{_state_bytes(plan) / 1e9:.2f} GB per rank for "
         + ("weights, the rest on the CPU " if plan.optimizer_on_cpu else "weights, gradients and optimizer ")
         + "(activations come on top)",
@@ -173,7 +189,7 @@ def describe_plan(plan: Plan) -> str:
 
 def describe_weights(
     weights: list[Weight],
-    initial: Callable[[Weight], tuple[float, float, str]],
+    initial: Callable[[Weight], tuple[Draw, str]],
     config: Config,
     measured: dict[str, Moments] | None = None,
 ) -> str:
@@ -183,9 +199,9 @@ def describe_weights(
     """
     groups: dict[tuple[str, ...], list[tuple[Weight, float]]] = {}
     for weight in weights:
-        _, std, rule = initial(weight)
+        draw, rule = initial(weight)
         steps = "; ".join(filter(None, (method.step_rule(weight) for method in config.methods))) or "-"
-        value = measured[weight.name].std if measured else std
+        value = measured[weight.name].std if measured else draw.std
         groups.setdefault((weight.role, rule, steps), []).append((weight, value))
     header = ("role", "layers", "weights", "shape", "initial values", "std", "during training")
     rows = [header]
@@ -215,18 +231,19 @@ def short(count: float) -> str:
     return f"{count:.0f}"
 
 
-def initial_rule_of(plan: Plan) -> Callable[[Weight], tuple[float, float, str]]:
-    """`initial_rule` with the run's methods and the model's own `initializer_range`."""
-    return lambda weight: initial_rule(weight, plan.config.methods, plan.model_config.initializer_range)
+def initial_rule_of(plan: Plan) -> Callable[[Weight], tuple[Draw, str]]:
+    """`initial_rule` with the run's configuration and the model's own `initializer_range`."""
+    return lambda weight: initial_rule(weight, plan.config, plan.model_config.initializer_range)
 
 
 def _state_bytes(plan: Plan) -> float:
-    """Bytes per rank of working copy, fp32 gradient, fp32 master and two Adam moments, by ZeRO stage.
+    """Bytes per rank of working copy, gradient, fp32 master and two Adam moments, by ZeRO stage.
 
     Offloaded to the CPU, gradients and optimizer do not count.
     """
-    working, gradient, optimizer = (2, 4, 12) if plan.precision == "bf16" else (4, 4, 8)
-    stage, ranks = plan.zero_stage, plan.world_size
+    working, optimizer = (4, 8) if plan.precision == "fp32" else (2, 12)
+    gradient = 4 if plan.ds_config["data_types"]["grad_accum_dtype"] == "fp32" else 2
+    stage, ranks = plan.zero_stage, plan.data_ranks
     if plan.optimizer_on_cpu:
         gradient, optimizer = 0, 0
     per_parameter = (
@@ -234,7 +251,7 @@ def _state_bytes(plan: Plan) -> float:
         + gradient / (ranks if stage >= 2 else 1)
         + optimizer / (ranks if stage >= 1 else 1)
     )
-    return plan.parameters * per_parameter
+    return plan.elements_per_rank * per_parameter
 
 
 def _check_disk(plan: Plan) -> None:
@@ -260,7 +277,8 @@ def _describe_disk(plan: Plan) -> str:
 
 
 def _checkpoint_bytes(plan: Plan) -> int:
-    return checkpoint_bytes(plan.parameters, bf16=plan.precision == "bf16")
+    tensor = plan.config.parallel.tensor  # each rank of a group stores the weights that are whole on all of them
+    return checkpoint_bytes(tensor * plan.elements_per_rank, half=plan.precision != "fp32")
 
 
 def _existing_folder(config: Config) -> Path:

@@ -30,7 +30,7 @@ from pretrain.distributed import (
     on_every_rank,
     rank_from_environment,
 )
-from pretrain.engine import build_engine, grad_norm, train_step, validation_loss
+from pretrain.engine import Step, build_engine, grad_norm, train_step, validation_loss
 from pretrain.errors import SharedUserError, UserError
 from pretrain.files import write_text
 from pretrain.model import initialize_weights
@@ -49,10 +49,12 @@ from pretrain.plan import (
     make_plan,
     training_batches,
 )
+from pretrain.precision import check_accelerator
 from pretrain.probe import probe_logits, save_probe
 from pretrain.resilience.signals import StopFlag
 from pretrain.run_folder import RunFolder, log
 from pretrain.sharded import ShardedWeights
+from pretrain.tensor_parallel import data_rank
 
 
 def train(plan: Plan, folder: RunFolder, ranks: Ranks) -> None:
@@ -61,9 +63,12 @@ def train(plan: Plan, folder: RunFolder, ranks: Ranks) -> None:
     stop = StopFlag()
     log.info(describe_plan(plan))
 
-    torch.manual_seed(config.seed * ranks.world_size + ranks.rank)  # dropout: every rank draws for itself
+    # Dropout: every data-parallel rank draws for itself, the ranks of a tensor-parallel group alike.
+    torch.manual_seed(config.seed * plan.data_ranks + data_rank(config, ranks.rank))
     engine = build_engine(plan)
     weights = ShardedWeights(engine)
+    for method in config.methods:
+        method.prepare(weights)
     checkpoints = Checkpoints(folder.path / "checkpoints", config.checkpoint, ranks, log.info)
     step = start(plan, engine, weights, checkpoints)
     folder.begin(config, step)
@@ -80,10 +85,10 @@ def train(plan: Plan, folder: RunFolder, ranks: Ranks) -> None:
         folder.step = step = step + 1
         lr = learning_rate(config.optim, step, total)
         weight_monitor.before_step(step)
-        loss = train_step(engine, loader.next_batch(), lr, ranks)
+        done = train_step(engine, loader.next_batch(), lr, ranks)
         facts = weight_monitor.after_step(step)
         for method in config.methods:
-            for name, seen in method.after_step(step, engine).items():
+            for name, seen in method.after_step(step, weights).items():
                 facts.setdefault(name, {}).update(seen)
         signal = stop.agreed(ranks.device)
 
@@ -91,7 +96,7 @@ def train(plan: Plan, folder: RunFolder, ranks: Ranks) -> None:
             metrics.write("weights", step, **facts)
         if due(step, config.log.interval_steps, total):
             pace = throughput.lap(step, total, loader.wait_s)
-            report(metrics, plan, step, float(loss), grad_norm(engine), lr, pace)
+            report(metrics, plan, step, engine, done, lr, pace)
         throughput.pause()
         if plan.val_shards and due(step, config.eval.interval_steps, total):
             evaluate(plan, engine, ranks, metrics, step)
@@ -115,28 +120,32 @@ def start(plan: Plan, engine, weights: ShardedWeights, checkpoints: Checkpoints)
         log.info(f"resumed from {found} at step {step}")
         return step
     config = plan.config
-    measured = initialize_weights(weights, config.methods, plan.model_config.initializer_range, config.seed)
+    measured = initialize_weights(weights, config, plan.model_config.initializer_range)
     log.info("\n" + describe_weights(plan.weights, initial_rule_of(plan), config, measured) + "\n")
     return 0
 
 
-def report(
-    metrics: Metrics, plan: Plan, step: int, loss: float, grad_norm: float | None, lr: float, pace: Pace
-) -> None:
-    """One console line and one `train` row for the interval that ends at `step`."""
-    log.info(progress_line(step, plan.config.total_steps, loss, grad_norm, lr, pace))
+def report(metrics: Metrics, plan: Plan, step: int, engine, done: Step, lr: float, pace: Pace) -> None:
+    """One console line and one `train` row for the interval that ends at `step`.
+
+    fp16 adds the loss scale of this step, and how many steps have been skipped so far because a gradient overflowed.
+    """
+    loss, norm = float(done.loss), grad_norm(engine, done)
+    log.info(progress_line(step, plan.config.total_steps, loss, norm, lr, pace))
+    scaling = {"loss_scale": done.loss_scale, "skipped": engine.skipped_steps} if plan.precision == "fp16" else {}
     metrics.write(
         "train",
         step,
         tokens=step * plan.config.tokens_per_step,
         loss=loss,
-        grad_norm=grad_norm,
+        grad_norm=norm,
         lr=lr,
         tokens_per_s=pace.tokens_per_s,
         step_time_s=pace.step_time_s,
         data_wait=pace.data_wait,
         mfu=pace.mfu,
         memory_bytes=memory_bytes(),
+        **scaling,
     )
     if not isfinite(loss):
         raise FloatingPointError(f"the loss is {loss} at step {step}")
@@ -230,6 +239,7 @@ def run(config: Config, ranks: Ranks) -> None:
     folder = None
     try:
         plan = on_every_rank(lambda: make_plan(config, ranks.world_size, ranks.rank))
+        on_every_rank(lambda: check_accelerator(plan.ds_config))
         folder = RunFolder(config.folder, ranks)
         train(plan, folder, ranks)
     except UserError as error:

@@ -94,10 +94,17 @@ def arguments(run_file: Path, settings: dict | None = None, *flags: str) -> list
 
 
 @contextmanager
-def start_ranks(words: list[str], logs: Path, ranks: int = 2, limits: dict | None = None) -> Iterator[Job]:
+def start_ranks(
+    words: list[str],
+    logs: Path,
+    ranks: int = 2,
+    limits: dict | None = None,
+    prepare: Callable[[], None] | None = None,
+) -> Iterator[Job]:
     """`ranks` processes of `train.py` with the variables that torchrun would set; killed on the way out.
 
-    limits: resource limits (`resource.RLIMIT_*` to a number) of each process.
+    limits: resource limits (`resource.RLIMIT_*` to a number) of each process. prepare: called in each process before
+    `train.py`, a function of a module that it can import.
     """
     port = free_port()
     logs.mkdir(parents=True, exist_ok=True)
@@ -108,7 +115,9 @@ def start_ranks(words: list[str], logs: Path, ranks: int = 2, limits: dict | Non
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = ENVIRONMENT | {key: str(value) for key, value in place.items()}
-        processes.append(_server.Process(target=_be_rank, args=(words, environment, str(out), str(err), limits or {})))
+        processes.append(
+            _server.Process(target=_be_rank, args=(words, environment, str(out), str(err), limits or {}, prepare))
+        )
         processes[-1].start()
     job = Job(processes, paths)
     try:
@@ -119,9 +128,15 @@ def start_ranks(words: list[str], logs: Path, ranks: int = 2, limits: dict | Non
             process.join()
 
 
-def run_ranks(words: list[str], logs: Path, ranks: int = 2, limits: dict | None = None) -> Ended:
+def run_ranks(
+    words: list[str],
+    logs: Path,
+    ranks: int = 2,
+    limits: dict | None = None,
+    prepare: Callable[[], None] | None = None,
+) -> Ended:
     """`start_ranks` and wait."""
-    with start_ranks(words, logs, ranks, limits) as job:
+    with start_ranks(words, logs, ranks, limits, prepare) as job:
         return job.wait()
 
 
@@ -145,7 +160,24 @@ def assert_refused(ended: Ended, *parts: str) -> None:
         assert part in ended.stderr
 
 
-def _be_rank(words: list[str], environment: dict[str, str], out: str, err: str, limits: dict) -> None:
+def allow_fp16_on_cpu() -> None:
+    """For `prepare`: DeepSpeed says that its CPU accelerator cannot do fp16; torch can, slowly."""
+    import torch
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = type(get_accelerator())
+    accelerator.is_fp16_supported = lambda self: True
+    accelerator.supported_dtypes = lambda self: [torch.float, torch.bfloat16, torch.half]
+
+
+def _be_rank(
+    words: list[str],
+    environment: dict[str, str],
+    out: str,
+    err: str,
+    limits: dict,
+    prepare: Callable[[], None] | None,
+) -> None:
     import resource
 
     for path, descriptor in ((out, 1), (err, 2)):
@@ -154,6 +186,8 @@ def _be_rank(words: list[str], environment: dict[str, str], out: str, err: str, 
         resource.setrlimit(limit, (value, value))
     os.environ.update(environment)
     sys.argv = [TRAIN, *words]
+    if prepare is not None:
+        prepare()
     from pretrain.train import main
 
     main()

@@ -64,5 +64,5 @@ def test_unfinished_and_doomed_folders_are_no_checkpoints(tmp_path):
     assert complete_checkpoints(tmp_path) == [whole]
 
 
-def test_a_bf16_checkpoint_takes_two_bytes_less_per_parameter():
-    assert checkpoint_bytes(10**6, bf16=False) - checkpoint_bytes(10**6, bf16=True) == 2 * 10**6
+def test_a_half_precision_checkpoint_takes_two_bytes_less_per_parameter():
+    assert checkpoint_bytes(10**6, half=False) - checkpoint_bytes(10**6, half=True) == 2 * 10**6

@@ -12,6 +12,8 @@ from pretrain.config import Config
 from pretrain.deepspeed_config import REPOSITORY, accumulation_steps, deepspeed_config, read_deepspeed
 from pretrain.errors import UserError
 
+ZERO3 = {"zero_optimization": {"stage": 3}}
+
 
 def config(deepspeed: str | dict, **more: object) -> Config:
     data = {"train": "none", **TINY["data"]}
@@ -38,15 +40,66 @@ def test_the_defaults_that_bite_are_written_out() -> None:
     resolved = deepspeed_config(config({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}), 1)
     assert resolved["data_types"] == {"grad_accum_dtype": "fp32"}
     assert resolved["bf16"] == {"enabled": True, "check_grad_overflow": False}
-    assert resolved["fp16"] == {"enabled": False}
+    assert resolved["fp16"]["enabled"] is False
     assert resolved["communication_data_type"] == "fp32"
     assert resolved["prescale_gradients"] is False
 
 
 def test_what_the_file_sets_wins_over_those_defaults() -> None:
     given = {"communication_data_type": "bf16", "steps_per_print": 5, "data_types": {"grad_accum_dtype": "bf16"}}
+    given |= {"bf16": {"enabled": True, "check_grad_overflow": True}, "zero_optimization": {"stage": 2}}
     resolved = deepspeed_config(config(given), 1)
     assert {key: resolved[key] for key in given} == given
+
+
+def test_fp16_keeps_the_users_loss_scaling_and_says_what_it_scales() -> None:
+    chosen = {"enabled": True, "initial_scale_power": 12, "loss_scale_window": 50, "hysteresis": 1}
+    resolved = deepspeed_config(config({"zero_optimization": {"stage": 3}, "fp16": chosen}), 1)
+    assert resolved["fp16"] == chosen | {"loss_scale": 0, "auto_cast": False, "fp16_master_weights_and_grads": False}
+    assert resolved["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert resolved["bf16"]["enabled"] is False
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_without_zero_accumulates_in_that_precision_if_the_file_says_so(precision: str) -> None:
+    resolved = deepspeed_config(
+        config({precision: {"enabled": True}, "data_types": {"grad_accum_dtype": precision}}), 1
+    )
+    assert resolved["data_types"] == {"grad_accum_dtype": precision}
+    assert "stage" not in resolved["zero_optimization"]
+
+
+def test_tensor_parallel_ranks_count_once_and_the_batch_is_given_by_micro_batches_alone() -> None:
+    resolved = deepspeed_config(config({"train_batch_size": "auto"}, parallel={"tensor": 2}), 4)
+    assert resolved["tensor_parallel"] == {"autotp_size": 2, "vocab_parallel_lm_head": False}
+    assert "train_batch_size" not in resolved
+    assert (resolved["train_micro_batch_size_per_gpu"], resolved["gradient_accumulation_steps"]) == (2, 2)
+    assert "tensor_parallel" not in deepspeed_config(config({}), 4)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_ranks_that_tensor_parallelism_does_not_divide_are_refused(ranks: int) -> None:
+    with pytest.raises(UserError, match=f"parallel.tensor 2 does not divide the {ranks} ranks"):
+        deepspeed_config(config({}, parallel={"tensor": 2}), ranks)
+
+
+def test_tensor_parallel_ranks_do_not_stretch_a_batch_that_is_too_small() -> None:
+    with pytest.raises(UserError, match=r"data\.micro_batch_size 2 x 8 data-parallel ranks = 16"):
+        deepspeed_config(config({}, parallel={"tensor": 2}), 16)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "bf16"}}, "needs ZeRO stage 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size"),
+    ],
+)
+def test_what_does_not_go_with_tensor_parallelism_is_refused(given: dict, message: str) -> None:
+    deepspeed_config(config(given), 4)
+    with pytest.raises(UserError, match=r"parallel\.tensor 2 with") as caught:
+        deepspeed_config(config(given, parallel={"tensor": 2}), 4)
+    assert message in str(caught.value)
 
 
 def test_auto_inside_zero_optimization_is_left_to_deepspeed() -> None:
@@ -62,7 +115,7 @@ def test_every_shipped_file_resolves_and_deepspeed_reads_it(path: Path) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     resolved = deepspeed_config(config(f"ds_configs/{path.name}"), 1)
-    assert "auto" not in json.dumps(resolved)
+    assert '"auto"' not in json.dumps(resolved)
     read = DeepSpeedConfig(resolved)
     assert str(read.zero_optimization_stage) in path.stem
     assert read.bfloat16_config.enabled is ("fp32" not in path.stem)
@@ -83,13 +136,19 @@ def test_a_path_counts_from_the_working_directory_first(tmp_path: Path, monkeypa
         ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps to 1, but the run file makes it 4"),
         ({"gradient_cliping": 1.0}, "unknown key 'gradient_cliping'; did you mean 'gradient_clipping'"),
         ({"scheduler": {}}, "'scheduler' block"),
-        ({"fp16": {"enabled": True}}, "fp16 loss scaling is not supported"),
+        ({"tensor_parallel": {"autotp_size": 2}}, "set parallel.tensor in the run file"),
+        ({"fp16": {"enabled": True}}, 'Set data_types.grad_accum_dtype to "fp16", or use ZeRO stage 1'),
+        (ZERO3 | {"fp16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp16"}}, "cannot accumulate in fp16"),
+        (ZERO3 | {"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "both bf16 and fp16"),
+        (ZERO3 | {"fp16": {"enabled": "auto"}}, "fp16.enabled"),
+        (ZERO3 | {"fp16": {"enabled": True, "initial_scale": 4}}, "fp16.initial_scale"),
+        (ZERO3 | {"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}}, "master weights are fp32"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, 'Set data_types.grad_accum_dtype to "fp32", or leave it out'),
         ({"zero_optimization": 3}, "zero_optimization must be a block of keys, not 3"),
         ({"zero_optimization": {"stage": "three"}}, "zero_optimization.stage"),
         ({"zero_optimization": {"stagee": 3}}, "zero_optimization.stagee"),
-        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/"}}}, "NVMe"),
         ({"bf16": {"enabled": "auto"}}, "bf16.enabled"),
-        ({"bf16": {"enabled": True}}, "ZeRO stage 0"),
+        ({"bf16": {"enabled": True}}, 'grad_accum_dtype to "bf16", or use ZeRO stage 1'),
         ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "fp32"),
         ({"data_types": {"grad_acum_dtype": "fp32"}}, "unknown key 'data_types.grad_acum_dtype'"),
     ],
@@ -100,6 +159,32 @@ def test_what_contradicts_or_does_not_exist_is_refused(given: dict, message: str
         deepspeed_config(config(given), 1)
     assert message in str(caught.value)
     assert str(caught.value).startswith("the run file's 'deepspeed'")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"zero_quantized_weights": True}, "zero_quantized_weights is not supported: forward would read"),
+        ({"zero_quantized_nontrainable_weights": True}, "zero_quantized_nontrainable_weights is not supported"),
+        ({"zenflow": {"topk_ratio": 0.1}}, "zenflow is not supported"),
+        ({"mics_shard_size": 2}, "zero_optimization.mics_shard_size"),
+        ({"elastic_checkpoint": True}, "elastic_checkpoint is not supported"),
+        ({"offload_optimizer": {"device": "cpu", "super_offload": True}}, "super_offload is not supported"),
+        ({"offload_optimizer": {"device": "cpu", "ratio": 0.4}}, "ratio 0.4 is not supported"),
+        ({"offload_param": {"device": "nvme", "nvme_path": "/"}}, "offload_param.device nvme is not supported"),
+        ({"offload_optimizer": {"device": "nvme", "nvme_path": "/"}}, "offload_optimizer.device nvme is not supported"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_weights_that_nobody_here_has_changed_under_test_are_refused(keys: dict, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        deepspeed_config(config({"zero_optimization": {"stage": 3, **keys}}), 1)
+    assert message in str(caught.value)
+
+
+def test_untested_keys_may_be_given_their_neutral_values() -> None:
+    neutral = {"zero_quantized_weights": False, "elastic_checkpoint": False, "zenflow": None}
+    deepspeed_config(config({"zero_optimization": {"stage": 3, **neutral}}), 1)
 
 
 def test_a_key_that_stands_twice_in_the_file_is_refused(tmp_path: Path) -> None:

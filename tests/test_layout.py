@@ -5,7 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from pretrain.errors import UserError
-from pretrain.layout import describe, describe_model, role_and_layer
+from pretrain.layout import describe, describe_model, full_shape, role_and_layer
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,16 @@ def test_linear_fans_match_the_module(llama):
         if isinstance(module, torch.nn.Linear):
             weight = describe(f"{name}.weight", module.weight.shape)
             assert (weight.fan_in, weight.fan_out) == (module.in_features, module.out_features)
+
+
+def test_a_matrix_that_tensor_parallelism_has_cut_keeps_its_full_shape(llama):
+    up = llama.model.layers[0].mlp.up_proj.weight
+    assert full_shape(up) == (24, 16)
+    cut = torch.nn.Parameter(torch.empty(12, 16))
+    cut.ds_autotp_universal_checkpoint_meta = {"logical_shape": (24, 16), "partition_dim": 0}
+    assert full_shape(cut) == (24, 16)
+    cut.ds_shape = (12, 16)  # and ZeRO-3 has cut what was left
+    assert full_shape(cut) == (24, 16)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,25 @@ def test_the_loss_of_a_bf16_model_keeps_float32_digits(chunk):
     assert loss.item() != loss.bfloat16().item()
 
 
+def test_small_fp16_gradients_survive_at_the_loss_scale_and_only_there():
+    torch.manual_seed(0)
+    weight, hidden, targets = 2e-4 * torch.randn(53, 12), torch.randn(1, 4000, 12), torch.randint(0, 53, (1, 4000))
+    scale = 2.0**14
+
+    def gradient(dtype: torch.dtype, gradient_scale: float) -> torch.Tensor:
+        head = LossHead(12, 53, bias=False).to(dtype)
+        head.gradient_scale = gradient_scale
+        head.weight.data.copy_(weight)
+        given = hidden.to(dtype).requires_grad_()
+        (head(given, targets) * scale).backward()
+        return given.grad.double() / scale
+
+    exact = gradient(torch.float64, 1.0)
+    torch.testing.assert_close(gradient(torch.float64, scale), exact)
+    assert (gradient(torch.float16, scale) - exact).norm() < 0.01 * exact.norm()
+    assert (gradient(torch.float16, 1.0) - exact).norm() > 0.1 * exact.norm()
+
+
 def test_without_gradients_nothing_is_kept(chunk):
     head, hidden, targets = head_and_input(torch.float32)
     with torch.no_grad():

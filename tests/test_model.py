@@ -1,5 +1,6 @@
 """The model that is built, its initial rules, the audit, and the hooks of a method, without ranks."""
 
+from math import sqrt
 from typing import Literal
 
 import pytest
@@ -8,12 +9,13 @@ from transformers import LlamaForCausalLM
 
 from pretrain.config import Config
 from pretrain.errors import UserError
-from pretrain.layout import describe
+from pretrain.layout import Weight, describe
 from pretrain.methods.base import Method
 from pretrain.methods.lir import LIR
-from pretrain.model import _audit, build_model, hf_config, initial_rule, outline
+from pretrain.model import _audit, build_model, hf_config, initial_rule, initialize_weights, outline
 from pretrain.plan import describe_weights
 from pretrain.sharded import Moments
+from pretrain.sharded.draws import Constant, GeneralizedGaussian, Normal, Uniform
 
 MODEL = {
     "family": "llama",
@@ -109,14 +111,43 @@ def test_tied_embeddings_stay_tied():
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_norms_are_one_biases_zero_and_the_last_method_decides_the_rest():
+def test_norms_are_one_biases_zero_and_the_last_method_decides_the_deviation_of_the_rest():
     norm = describe("model.layers.0.input_layernorm.weight", (32,))
     bias = describe("model.layers.0.mlp.up_proj.bias", (48,))
     up = describe("model.layers.0.mlp.up_proj.weight", (48, 32))
-    assert initial_rule(norm, (LIR(),), 0.02)[:2] == (1.0, 0.0)
-    assert initial_rule(bias, (LIR(),), 0.02)[:2] == (0.0, 0.0)
-    assert initial_rule(up, (), 0.02)[:2] == (0.0, 0.02)
-    assert initial_rule(up, (LIR(initializer_range=0.5), WiderNorm()), 0.02)[:2] == (0.0, 0.5)
+    with_lir = config(methods=[{"name": "lir"}], init={"distribution": "uniform"})
+    assert initial_rule(norm, with_lir, 0.02)[0] == Constant(1.0)
+    assert initial_rule(bias, with_lir, 0.02)[0] == Constant(0.0)
+    assert initial_rule(up, config(), 0.02)[0] == Normal(0.02)
+    several = with_lir.model_copy(update={"methods": (LIR(initializer_range=0.5), WiderNorm())})
+    assert initial_rule(up, several, 0.02)[0] == Uniform(0.5)
+
+
+class InMemory:
+    """As `ShardedWeights`, whole weights in one process."""
+
+    def __init__(self, weights: list[Weight]) -> None:
+        self.layout = {weight.name: weight for weight in weights}
+        self.values = {weight.name: torch.empty(weight.numel) for weight in weights}
+
+    def fill_(self, seed, rule):
+        for name, values in self.values.items():
+            rule(self.layout[name]).fill_(values, seed=seed, name=name, start=0)
+
+    def moments(self):
+        return {name: Moments.of(values) for name, values in self.values.items()}
+
+
+def test_a_run_starts_from_the_distribution_and_the_seed_that_it_names():
+    run = config(seed=3, init={"distribution": "uniform"}, methods=[{"name": "lir", "initializer_range": 0.5}])
+    weights = InMemory(outline(run, hf_config(run, Tokenizer())))
+    measured = initialize_weights(weights, run, 0.02)
+    second = "model.layers.1.mlp.up_proj.weight"
+    expected = torch.empty(48 * 32)
+    Uniform(0.5 / sqrt(2)).fill_(expected, seed=3, name=second, start=0)
+    assert torch.equal(weights.values[second], expected)
+    assert (weights.values["model.norm.weight"] == 1).all()
+    assert measured[second].std == pytest.approx(expected.double().std().item())
 
 
 @pytest.mark.parametrize(
@@ -131,16 +162,36 @@ def test_norms_are_one_biases_zero_and_the_last_method_decides_the_rest():
 )
 def test_the_audit_stops_a_weight_that_is_not_as_its_rule_says(measured):
     up = describe("model.layers.0.mlp.up_proj.weight", (48, 32))
-    _audit(up, Moments(1536, 0.0001, 1535 * 0.0201**2), 0.0, 0.02)
+    _audit(up, Moments(1536, 0.0001, 1535 * 0.0201**2), Normal(0.02))
     with pytest.raises(RuntimeError, match=r"layers\.0\.mlp\.up_proj"):
-        _audit(up, measured, 0.0, 0.02)
+        _audit(up, measured, Normal(0.02))
+
+
+def test_the_audit_expects_more_spread_of_heavier_tails():
+    """Seven standard errors of a normal weight's deviation are 4.4 of Laplace's, and 11 of a uniform one's."""
+    up = describe("model.layers.0.mlp.up_proj.weight", (48, 32))
+    measured = Moments(1536, 0.0, 1535 * (0.02 * (1 + 7 / sqrt(2 * 1536))) ** 2)
+    _audit(up, measured, GeneralizedGaussian(0.02, 1.0))
+    for draw in (Normal(0.02), Uniform(0.02)):
+        with pytest.raises(RuntimeError, match="went wrong"):
+            _audit(up, measured, draw)
 
 
 def test_the_table_accounts_for_every_weight():
     run = config(methods=[{"name": "lir"}, {"name": "tvr", "roles": ["up"]}])
     weights = outline(run, hf_config(run, Tokenizer()))
-    table = describe_weights(weights, lambda weight: initial_rule(weight, run.methods, 0.02), run)
+    table = describe_weights(weights, lambda weight: initial_rule(weight, run, 0.02), run)
     rows = [line.split() for line in table.splitlines()[2:]]
     assert sum(int(row[2]) for row in rows) == len(weights)
     during = {row[0]: "tvr:" in row for row in rows}
     assert [role for role, rescaled in during.items() if rescaled] == ["up"]
+
+
+def test_the_table_says_which_distribution_each_weight_has():
+    run = config(methods=[{"name": "lir"}], init={"distribution": "truncated_normal", "bound": 2})
+    table = describe_weights(
+        outline(run, hf_config(run, Tokenizer())), lambda weight: initial_rule(weight, run, 0.02), run
+    )
+    rows = {line.split()[0]: line for line in table.splitlines()[2:]}
+    assert "normal cut at 2 deviations, lir: 0.02 / sqrt(l)" in rows["up"]
+    assert "constant 1" in rows["norm"]

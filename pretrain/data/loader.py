@@ -2,7 +2,8 @@
 
 Sample k is seq_len + 1 consecutive tokens from token k * seq_len on: its last token is the first of sample k + 1, so
 every token but the very first is a target. A global batch is the next samples of the run's order, and rank r of R takes the
-r-th of R equal slices, so what a step trains on does not depend on the number of ranks.
+r-th of R equal slices, so what a step trains on does not depend on the number of ranks. Ranks are data-parallel ranks
+throughout this file: under tensor parallelism several processes read the same slice.
 """
 
 from __future__ import annotations
@@ -118,7 +119,8 @@ def eval_batches(
     if num_samples < together:
         raise UserError(
             f"the validation shards in '{shards.folder}' hold {num_samples} samples of {seq_len} tokens, and one batch "
-            f"on {world_size} ranks takes {together} (data.micro_batch_size {micro_batch_size} x {world_size}). "
+            f"on {world_size} data-parallel ranks takes {together} (data.micro_batch_size {micro_batch_size} x "
+            f"{world_size}). "
             "Prepare more validation text (--val-fraction), or lower data.micro_batch_size or data.seq_len."
         )
     rounds = min(batches * global_batch_size, num_samples) // together
@@ -143,7 +145,8 @@ def check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size:
     nearest = f"{below} or {above}" if below > 0 else f"{above}"
     raise UserError(
         f"data.global_batch_size {global_batch_size} is not a multiple of data.micro_batch_size {micro_batch_size} x "
-        f"{world_size} ranks = {unit}. Set it to {nearest}, or change data.micro_batch_size or the number of ranks."
+        f"{world_size} data-parallel ranks = {unit}. Set it to {nearest}, or change data.micro_batch_size or the "
+        "number of ranks."
     )
 
 
@@ -154,7 +157,9 @@ def check_enough_samples(shards: TokenShards, seq_len: int, global_batch_size: i
         f"the shards in '{shards.folder}' hold {num_samples} samples ({shards.tokens} tokens, data.seq_len {seq_len})"
     )
     if num_samples < world_size:
-        raise UserError(f"{held}, fewer than the {world_size} ranks. Prepare more text, or use fewer ranks.")
+        raise UserError(
+            f"{held}, fewer than the {world_size} data-parallel ranks. Prepare more text, or use fewer ranks."
+        )
     if num_samples < global_batch_size:
         raise UserError(
             f"{held}, fewer than one global batch of {global_batch_size}. "

@@ -5,7 +5,11 @@
                       one flat tensor per sub-group
     ZeRO-1, ZeRO-2    the weights of a parameter group are laid end to end, with padding where DeepSpeed aligned the
     (also with bf16)  next one, and cut in equal slices, one in each rank's file; the last slices may be shorter
-    stage 0           whole, with the model
+    stage 0, fp32     whole, with the model
+    stage 0, half     whole, with the optimizer's state, one parameter group after another
+
+Under tensor parallelism each rank of a group writes such files of its own (mp_rank_00, mp_rank_01, ...), in which
+"weight" means the part that it holds; `shards.json` says how the parts make the whole (pretrain/shard_notes.py).
 
 DeepSpeed 0.19 as found by experiment; docs/conversion.md has the details.
 """
@@ -21,23 +25,41 @@ from typing import Any
 import torch
 
 from pretrain.errors import UserError
-from pretrain.export.stored import Span, StoredWeight, open_stored, span
+from pretrain.export.stored import SideBySide, Span, StoredWeight, one_below_the_other, open_stored, span
+from pretrain.shard_notes import ShardNotes, load_notes
 
 # One group of parameters as every rank keeps it: (file, flat tensor of this rank), in rank order.
 _Slices = list[tuple[Path, torch.Tensor]]
 
 
-def master_weights(folder: Path) -> dict[str, StoredWeight]:
+def master_weights(folder: Path) -> dict[str, StoredWeight | SideBySide]:
     """Every weight by its name in the trained model, a tied weight once, from the DeepSpeed files in `folder`.
 
     No weight is read. Raises UserError if the files are not those of one checkpoint.
     """
-    model_file = next(iter(sorted(folder.glob("*mp_rank_00_model_states.pt"), key=_rank)), None)
+    notes = load_notes(folder.parent)
+    ranks = [_of_tensor_rank(folder, rank, notes) for rank in range(notes.tensor_ranks)]
+    return {name: _join([rank[name] for rank in ranks], notes.cut_along.get(name)) for name in ranks[0]}
+
+
+def _join(parts: list[StoredWeight], dimension: int | None) -> StoredWeight | SideBySide:
+    """One weight from the parts of the tensor-parallel ranks; `dimension` None: each of them holds the same whole."""
+    if dimension is None:
+        return parts[0]
+    return one_below_the_other(parts) if dimension == 0 else SideBySide(tuple(parts))
+
+
+def _of_tensor_rank(folder: Path, tensor_rank: int, notes: ShardNotes) -> dict[str, StoredWeight]:
+    """What one tensor-parallel rank holds of every weight."""
+    files = f"*mp_rank_{tensor_rank:02d}"
+    model_file = next(iter(sorted(folder.glob(f"{files}_model_states.pt"), key=_rank)), None)
     if model_file is None:
-        raise UserError(f"{folder} holds no DeepSpeed checkpoint: there is no file *mp_rank_00_model_states.pt.")
+        raise UserError(f"{folder} holds no whole DeepSpeed checkpoint: there is no file {files}_model_states.pt.")
     model = open_stored(model_file)
-    rank_files = sorted(folder.glob("*_optim_states.pt"), key=_rank)
+    rank_files = sorted(folder.glob(f"{files}_optim_states.pt"), key=_rank)
     states = [open_stored(path)["optimizer_state_dict"] for path in rank_files]
+    if not states and notes.whole_masters:
+        return dict(_whole_masters(model_file, model["optimizer"]["fp32_groups"], notes.whole_masters))
     if not states:
         return dict(_whole(model_file, model["module"]))
     if len(states) != (ranks := _rank_count(states[0])):
@@ -58,6 +80,15 @@ def _whole(file: Path, module: dict[str, torch.Tensor]) -> Iterator[tuple[str, S
         if where not in seen:
             seen.add(where)
             yield name, StoredWeight(tuple(tensor.shape), (where,))
+
+
+def _whole_masters(
+    file: Path, groups: list[list[torch.Tensor]], names: list[list[str]]
+) -> Iterator[tuple[str, StoredWeight]]:
+    """Stage 0 in half precision: the model's own tensors are working copies, the masters are the optimizer's."""
+    for tensors, group in zip(groups, names, strict=True):
+        for name, tensor in zip(group, tensors, strict=True):
+            yield name, StoredWeight(tuple(tensor.shape), (span(file, tensor),))
 
 
 def _zero3(shapes: list[dict], groups: list[_Slices]) -> Iterator[tuple[str, StoredWeight]]:

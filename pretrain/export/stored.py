@@ -8,6 +8,7 @@ needed nor run.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 
 from pretrain.errors import UserError
+
+_BLOCK = 1 << 20  # elements
 
 
 @dataclass(frozen=True)
@@ -37,15 +40,47 @@ class StoredWeight:
     def __call__(self) -> torch.Tensor:
         """The whole weight, float32. Raises UserError if a file ends too early."""
         weight = torch.empty(self.shape, dtype=torch.float32)
-        flat, position = weight.view(-1).numpy(), 0
+        flat = weight.view(-1)
         for span in self.spans:
-            part = flat[position : position + span.count]
-            with open(span.file, "rb") as file:
-                file.seek(span.offset)
-                if file.readinto(part) != part.nbytes:
-                    raise UserError(f"{span.file} ends before the weights that it should hold. Copy it again.")
-            position += span.count
+            _read_into(flat[: span.count], span)
+            flat = flat[span.count :]
         return weight
+
+    def blocks(self) -> Iterator[Span]:
+        """The same values in the same order, in spans of limited size."""
+        for span in self.spans:
+            for first in range(0, span.count, _BLOCK):
+                count = min(_BLOCK, span.count - first)
+                yield Span(span.file, span.offset + 4 * first, count)
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """One float32 matrix whose columns lie in several stored matrices, next to each other; calling it reads it."""
+
+    parts: tuple[StoredWeight, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.parts[0].shape[0], sum(part.shape[1] for part in self.parts))
+
+    def __call__(self) -> torch.Tensor:
+        """The whole matrix, float32, and nothing besides it but a block of one part. Raises UserError as its parts do."""
+        whole, column = torch.empty(self.shape, dtype=torch.float32), 0
+        for part in self.parts:
+            width, position = part.shape[1], 0
+            for values in map(_read, part.blocks()):
+                place = torch.arange(position, position + len(values))
+                whole[place // width, column + place % width] = values
+                position += len(values)
+            column += width
+        return whole
+
+
+def one_below_the_other(parts: Sequence[StoredWeight]) -> StoredWeight:
+    """One weight whose rows lie in several stored ones, one after the other."""
+    shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    return StoredWeight(shape, tuple(span for part in parts for span in part.spans))
 
 
 def open_stored(path: Path) -> Any:
@@ -59,10 +94,25 @@ def open_stored(path: Path) -> Any:
 def span(path: Path, tensor: torch.Tensor, start: int = 0, count: int | None = None) -> Span:
     """Where elements `start` to `start + count` (default: all) of a contiguous `tensor` of `open_stored(path)` lie."""
     count = tensor.numel() if count is None else count
+    if not tensor.is_contiguous():
+        raise UserError(f"{path} holds a weight whose values do not lie in order, which conversion cannot read.")
     if tensor.dtype != torch.float32 or start + count > tensor.numel():
         raise UserError(f"{path} holds {tensor.numel()} {tensor.dtype} values where {start + count} float32 were due.")
     beginning = tensor.untyped_storage()._checkpoint_offset  # set by torch.load for tensors that it left on disk
     return Span(path, beginning + tensor.element_size() * (tensor.storage_offset() + start), count)
+
+
+def _read(span: Span) -> torch.Tensor:
+    values = torch.empty(span.count, dtype=torch.float32)
+    _read_into(values, span)
+    return values
+
+
+def _read_into(values: torch.Tensor, span: Span) -> None:
+    with open(span.file, "rb") as file:
+        file.seek(span.offset)
+        if file.readinto(values.numpy()) != values.nbytes:
+            raise UserError(f"{span.file} ends before the weights that it should hold. Copy it again.")
 
 
 class _Placeholder:

@@ -7,7 +7,7 @@ three hooks that it needs. A run lists its methods in YAML; they act in that ord
 from __future__ import annotations
 
 from collections.abc import Callable, MutableMapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -16,6 +16,8 @@ from pretrain.layout import Weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from pretrain.sharded import ShardedWeights
 
 # Exported weights by name, each a function that loads it, so that only the tensor at hand is in memory.
 LazyTensors = MutableMapping[str, Callable[[], torch.Tensor]]
@@ -44,8 +46,11 @@ class Method(BaseModel):
     def init_std(self, weight: Weight) -> float | None:
         """The initial standard deviation of one matrix; None leaves it to the methods before."""
 
-    def after_step(self, step: int, engine: Any) -> dict[str, dict[str, float | bool]]:
-        """Act on the sharded weights once optimizer step `step` (counted from 1) is done. Collective.
+    def prepare(self, weights: ShardedWeights) -> None:
+        """Called once the engine exists, before the first step. Raise UserError if it is none that can be acted on."""
+
+    def after_step(self, step: int, weights: ShardedWeights) -> dict[str, dict[str, float | bool]]:
+        """Act on the weights once optimizer step `step` (counted from 1) is done. Collective.
 
         Returns facts by weight name (std, mean, rescaled, ...) for the `weights` rows of metrics.jsonl.
         """

@@ -15,8 +15,8 @@ resume, wipes the bias of a rescaled module, computes in the storage dtype, and 
 
 from __future__ import annotations
 
-from math import isfinite, sqrt
-from typing import Any, Literal
+from math import sqrt
+from typing import Literal
 
 from pydantic import Field
 
@@ -24,8 +24,7 @@ from pretrain.errors import UserError
 from pretrain.layout import MATRIX_ROLES, Weight
 from pretrain.methods.base import Method
 from pretrain.sharded import GatheredWeights, ShardedWeights
-
-ENGINES = {"sharded": ShardedWeights, "gathered": GatheredWeights}
+from pretrain.sharded.moments import require_finite
 
 
 class TVR(Method):
@@ -74,23 +73,25 @@ class TVR(Method):
                 f"{', '.join(sorted({w.role for w in weights if w.in_block_matrix}))}."
             )
 
-    def after_step(self, step: int, engine: Any) -> dict[str, dict[str, float | bool]]:
+    def prepare(self, weights: ShardedWeights) -> None:
+        self._reach(weights)
+
+    def after_step(self, step: int, weights: ShardedWeights) -> dict[str, dict[str, float | bool]]:
         if step % self.interval_steps:
             return {}
-        weights = ENGINES[self.engine](engine)
-        chosen = [weight for weight in weights.layout.values() if self.applies_to(weight)]
-        moments = weights.moments([weight.name for weight in chosen])
+        reached = self._reach(weights)
+        chosen = [weight for weight in reached.layout.values() if self.applies_to(weight)]
+        moments = reached.moments([weight.name for weight in chosen])
+        require_finite(moments, f"at step {step} (found by tvr)")
         facts, changes = {}, {}
         for weight in chosen:
             std, mean = moments[weight.name].std, moments[weight.name].mean
-            if not isfinite(std):
-                raise FloatingPointError(f"tvr: weight {weight.name} holds NaN or infinity at step {step}")
             if rescaled := self._is_off_target(std, self.target(weight)):
                 scale = self.target(weight) / std
                 changes[weight.name] = (scale, mean * (1.0 - scale))
-                changes.update(self._zeroed_bias(weight, weights.layout))
+                changes.update(self._zeroed_bias(weight, reached.layout))
             facts[weight.name] = {"std": std, "mean": mean, "rescaled": rescaled}
-        weights.rescale_(changes)
+        reached.rescale_(changes)
         return facts
 
     def step_rule(self, weight: Weight) -> str | None:
@@ -101,6 +102,9 @@ class TVR(Method):
             f" or below 1/{self.ratio_threshold:g}x" if self.two_sided else ""
         )
         return f"tvr: std {bound} -> {target}, every {self.interval_steps} steps"
+
+    def _reach(self, weights: ShardedWeights) -> ShardedWeights | GatheredWeights:
+        return weights if self.engine == "sharded" else GatheredWeights(weights.engine)
 
     def _is_off_target(self, std: float, target: float) -> bool:
         ratio = std / target

@@ -1,4 +1,4 @@
-"""Watches the weights themselves: mean, standard deviation and update ratio of every full weight, on its shards."""
+"""Watches the weights themselves: statistics and update ratio of every full weight, on its shards."""
 
 from __future__ import annotations
 
@@ -25,17 +25,22 @@ class WeightMonitor:
         self._before = {} if step % self.interval_steps else self.weights.snapshot()
 
     def after_step(self, step: int) -> dict[str, dict[str, float | bool]]:
-        """std, mean, update_ratio and rescaled (False so far) by weight name; empty off the interval. Collective."""
+        """std, mean, kurtosis, absolute_maximum, update_ratio, rescaled (False so far) by weight name. Collective.
+
+        Empty off the interval.
+        """
         if step % self.interval_steps:
             return {}
         squared_change = self.weights.squared_change(self._before)
         self._before = {}
         facts: dict[str, dict[str, float | bool]] = {}
-        for name, moments in self.weights.moments().items():
-            norm = sqrt(moments.squared_norm)
+        for name, found in self.weights.statistics().items():
+            norm = sqrt(found.squared_norm)
             facts[name] = {
-                "std": moments.std,
-                "mean": moments.mean,
+                "std": found.std,
+                "mean": found.mean,
+                "kurtosis": found.kurtosis,
+                "absolute_maximum": found.absolute_maximum,
                 "update_ratio": sqrt(squared_change[name]) / norm if norm else 0.0,
                 "rescaled": False,
             }

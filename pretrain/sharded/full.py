@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.sharded.guard import check_call
-from pretrain.sharded.pieces import Piece
+from pretrain.sharded.piece import Piece
 from pretrain.sharded.weights import ShardedWeights
 
 
@@ -20,25 +20,29 @@ def gathered(weights: ShardedWeights, names: Iterable[str] | None = None) -> Ite
     also when the loop is left early. Every rank must make the same change. Collective: run it on all ranks, to the
     same point. Memory: one full weight.
     """
-    chosen = check_call(weights.engine, weights.layout, weights.layout if names is None else names)
-    try:
-        for piece in weights.pieces(chosen):
-            shape = weights.layout[piece.name].shape
-            full = _assemble(piece, weights).view(shape)
-            try:
-                yield piece.name, full
-            finally:
-                piece.master.copy_(full.view(-1)[piece.start : piece.start + piece.master.numel()])
-    finally:
-        weights.placement.refresh(chosen)
+    chosen = check_call(weights, "gathered", weights.layout if names is None else names)
+    for piece in weights.placement.edit(chosen):
+        full = _assemble(piece)
+        try:
+            yield piece.name, full
+        finally:
+            mine = piece.slice.of(full).reshape(-1)[piece.start : piece.start + piece.master.numel()]
+            piece.master.copy_(mine)
 
 
-def _assemble(piece: Piece, weights: ShardedWeights) -> torch.Tensor:
-    """The flat full weight: each rank contributes its piece, and zeros elsewhere."""
-    if weights.placement.replicated:
-        return piece.master.clone()
+def _assemble(piece: Piece) -> torch.Tensor:
+    """The full weight: each rank contributes what it counts of it, and zeros elsewhere."""
     device = "cuda" if dist.get_backend() == "nccl" else piece.master.device
-    full = torch.zeros(weights.layout[piece.name].numel, dtype=torch.float32, device=device)
-    full[piece.start : piece.start + piece.master.numel()] = piece.master
+    part = torch.zeros(piece.slice.numel, dtype=torch.float32, device=device)
+    part[piece.counted_start : piece.counted_start + piece.counted.numel()] = piece.counted
+    full = part.view(piece.slice.shape) if piece.slice.dim is None else _placed(part, piece)
     dist.all_reduce(full)
+    return full
+
+
+def _placed(part: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """A full weight that holds the flat tensor-parallel slice `part` at its place, and zeros elsewhere."""
+    full = part.new_zeros(piece.slice.shape)
+    place = piece.slice.of(full)
+    place.copy_(part.view(place.shape))
     return full

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from pretrain.errors import UserError
 from pretrain.layout import Weight, describe_model
 from pretrain.sharded.moments import Moments
 
@@ -19,6 +20,17 @@ class GatheredWeights:
     """The weights of a DeepSpeed engine through `GatheredParameters` and `safe_get_full_fp32_param`."""
 
     def __init__(self, engine) -> None:
+        """Raises UserError where DeepSpeed's API reads or writes the wrong values, or none."""
+        optimizer = engine.optimizer
+        out_of_reach = {
+            "tensor parallelism": engine.autotp_size() > 1,
+            "an optimizer offloaded to NVMe": getattr(optimizer, "swap_optimizer", False),
+            "zero_optimization.round_robin_gradients": getattr(optimizer, "round_robin_gradients", False),
+            "half precision at ZeRO stage 0": hasattr(optimizer, "fp32_groups"),
+        }
+        for what, found in out_of_reach.items():
+            if found:
+                raise UserError(f"the 'gathered' engine cannot reach the weights with {what}: use 'sharded'.")
         self.parameters = dict(engine.module.named_parameters())
         self.layout: dict[str, Weight] = {weight.name: weight for weight in describe_model(engine.module)}
 

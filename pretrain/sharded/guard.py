@@ -6,28 +6,32 @@ import difflib
 import hashlib
 from collections.abc import Iterable, Mapping
 from math import isfinite
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
-from pretrain.layout import Weight
+if TYPE_CHECKING:
+    from pretrain.sharded.weights import ShardedWeights
 
 Changes = Mapping[str, tuple[float, float]]
 
 
-def check_call(engine, layout: Mapping[str, Weight], names: Iterable[str], changes: Changes | None = None) -> set[str]:
-    """The named weights of `layout`, once it is sure that the call is right on every rank; one collective of 32 bytes.
+def check_call(weights: ShardedWeights, what: str, names: Iterable[str], changes: Changes | None = None) -> set[str]:
+    """The names as a set, once it is sure that the call is right on every rank; one collective of 32 bytes.
+
+    what: the operation, as the caller knows it.
 
     Raises, on every rank: RuntimeError in the middle of gradient accumulation; ValueError for an unknown weight, a
     factor in `changes` that is not finite, or ranks that were called with different arguments.
     """
     wanted = sorted(names)
-    complaint = _complaint(engine, layout, wanted, changes or {})
-    asked = repr((wanted, sorted((changes or {}).items())))
+    complaint = _complaint(weights, wanted, changes or {})
+    asked = repr((what, wanted, sorted((changes or {}).items())))
     state = hashlib.sha256(f"{asked}{complaint}".encode()).digest()
     states = all_gather(torch.frombuffer(bytearray(state), dtype=torch.uint8))
     if complaint is not None or bool((states != states[0]).any()):
-        _raise_together(complaint, asked, wanted)
+        _raise_together(complaint, asked, what, wanted)
     return set(wanted)
 
 
@@ -40,7 +44,8 @@ def all_gather(mine: torch.Tensor) -> torch.Tensor:
     return torch.stack(gathered)
 
 
-def _complaint(engine, layout: Mapping[str, Weight], names: list[str], changes: Changes) -> Exception | None:
+def _complaint(weights: ShardedWeights, names: list[str], changes: Changes) -> Exception | None:
+    engine, layout = weights.engine, weights.layout
     if engine.micro_steps % engine.gradient_accumulation_steps():
         return RuntimeError("weights were asked for in the middle of gradient accumulation, not between steps")
     for name in names:
@@ -54,12 +59,15 @@ def _complaint(engine, layout: Mapping[str, Weight], names: list[str], changes: 
     return None
 
 
-def _raise_together(complaint: Exception | None, asked: str, names: list[str]) -> None:
+def _raise_together(complaint: Exception | None, asked: str, what: str, names: list[str]) -> None:
     calls: list = [None] * dist.get_world_size()
-    dist.all_gather_object(calls, (complaint, asked, names))
-    for rank, (theirs, _, _) in enumerate(calls):
+    dist.all_gather_object(calls, (complaint, asked, what, names))
+    for rank, (theirs, *_) in enumerate(calls):
         if theirs is not None:
             raise type(theirs)(f"{theirs} (rank {rank})")
-    rank = next(rank for rank, (_, theirs, _) in enumerate(calls) if theirs != calls[0][1])
-    differing = sorted(set(calls[rank][2]) ^ set(calls[0][2]))[:3] or ["other factors"]
-    raise ValueError(f"rank 0 and rank {rank} were called with different arguments: {', '.join(differing)}")
+    first = calls[0]
+    rank, other = next((rank, call) for rank, call in enumerate(calls) if call[1] != first[1])
+    if other[2] != first[2]:
+        raise ValueError(f"rank 0 called {first[2]} and rank {rank} called {other[2]}")
+    differing = sorted(set(other[3]) ^ set(first[3]))[:3] or ["other values for the same weights"]
+    raise ValueError(f"rank 0 and rank {rank} called {what} with different arguments: {', '.join(differing)}")

@@ -1,19 +1,22 @@
-"""Count, mean and centred sum of squares of a weight from its pieces, without cancellation.
+"""Statistics of a weight from its pieces, without cancellation and in one pass over memory.
 
-Each chunk that fits the cache is centred on its own mean in float64; chunks, and then ranks, are merged with
-Chan, Golub and LeVeque's formula (1979, "Updating formulae", eq. 2.1). Plain sums of squares would lose every digit
-of the standard deviation when the mean is large.
+Each chunk is converted to float64 in a small buffer that stays in the cache and is centred on its own mean; chunks,
+and then ranks, are merged about the mean of the whole (Chan, Golub and LeVeque 1979, "Updating formulae", eq. 2.1;
+Pebay 2008, SAND2008-6212, eq. 3.1, for the higher ones). Plain sums of powers would lose every digit of the standard
+deviation when the mean is large.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from math import sqrt
+from functools import cache
+from math import isfinite, sqrt
 
 import torch
 
-# Elements that are converted to float64 at a time: what a core's cache holds; a GPU wants few, large kernels.
-CHUNK = {"cpu": 1 << 15, "cuda": 1 << 24}
+# Elements in the float64 buffer: what a core's cache holds; a GPU wants few, large kernels.
+CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Moments:
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Moments:
         """The moments of a whole weight in memory."""
-        count, mean, squares = partial_moments(tensor.reshape(-1)).tolist()
+        ((count, mean, squares),) = partial_moments([tensor.reshape(-1)]).tolist()
         return cls(int(count), mean, squares)
 
     @property
@@ -41,29 +44,102 @@ class Moments:
         return self.centred_squares + self.count * self.mean**2
 
 
-def partial_moments(flat: torch.Tensor) -> torch.Tensor:
-    """(3,) float64 on the device of `flat`: count, mean and centred sum of squares of the elements of `flat`."""
-    if flat.numel() == 0:
-        return torch.zeros(3, dtype=torch.float64, device=flat.device)
-    counts, means, squares = [], [], []
-    for chunk in flat.split(CHUNK[flat.device.type]):
-        values = chunk.double()
-        mean = values.mean()
-        values -= mean
-        counts.append(float(len(chunk)))
-        means.append(mean)
-        squares.append(torch.dot(values, values))
-    rows = (torch.tensor(counts, dtype=torch.float64, device=flat.device), torch.stack(means), torch.stack(squares))
-    return merge(torch.stack(rows, -1))
+@dataclass(frozen=True)
+class Statistics(Moments):
+    """`Moments`, and what is seen of the tails: sums of third and fourth powers of deviations, and max |w|."""
+
+    centred_cubes: float
+    centred_fourths: float
+    absolute_maximum: float
+
+    @property
+    def kurtosis(self) -> float:
+        """The fourth standardized moment, 3 for normal values; 0 for a constant weight."""
+        return self.count * self.centred_fourths / self.centred_squares**2 if self.centred_squares else 0.0
+
+
+def require_finite(moments: Mapping[str, Moments], when: str) -> None:
+    """Raise FloatingPointError with the name of each weight that holds NaN or infinity; `when` ends the sentence."""
+    bad = [name for name, found in moments.items() if not isfinite(found.centred_squares)]
+    if bad:
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        raise FloatingPointError(f"NaN or infinity in {', '.join(bad[:3])}{more} {when}")
+
+
+def partial_moments(flats: Iterable[torch.Tensor]) -> torch.Tensor:
+    """(tensors, 3) float64 on the device of `flats`: count, mean and centred sum of squares of each flat tensor."""
+    return _partial(flats, lambda centred, _: [torch.dot(centred, centred)])
+
+
+def partial_statistics(flats: Iterable[torch.Tensor]) -> torch.Tensor:
+    """(tensors, 6) float64: as `partial_moments`, then centred cubes, centred fourth powers, absolute maximum."""
+
+    def powers(centred: torch.Tensor, chunk: torch.Tensor) -> list[torch.Tensor]:
+        squares = torch.square(centred, out=_buffer(centred.device, CHUNK[centred.device.type], 1)[: len(centred)])
+        largest = torch.linalg.vector_norm(chunk, torch.inf).double() if len(chunk) else centred.new_zeros(())
+        return [torch.dot(centred, centred), torch.dot(squares, centred), torch.dot(squares, squares), largest]
+
+    return _partial(flats, powers)
 
 
 def merge(parts: torch.Tensor) -> torch.Tensor:
-    """Merge partial moments along the first dimension.
+    """Merge partial moments or statistics along the first dimension.
 
-    parts: (parts, ..., 3) float64 of (count, mean, centred sum of squares); returns (..., 3) float64.
+    parts: (parts, ..., 3 or 6) float64 as from `partial_moments` or `partial_statistics`; returns (..., 3 or 6).
     """
-    count, mean, squares = parts.unbind(-1)
+    if len(parts) == 1:
+        return parts[0]
+    count, mean, squares = parts[..., :3].unbind(-1)
     total = count.sum(0)
     merged_mean = (count * mean).sum(0) / total.clamp_min(1)
-    between = (count * (mean - merged_mean).square()).sum(0)
-    return torch.stack((total, merged_mean, squares.sum(0) + between), -1)
+    away = mean - merged_mean
+    merged = [total, merged_mean, (squares + count * away.square()).sum(0)]
+    if parts.shape[-1] == 6:
+        cubes, fourths, largest = parts[..., 3:].unbind(-1)
+        merged += [
+            (cubes + 3 * away * squares + count * away**3).sum(0),
+            (fourths + 4 * away * cubes + 6 * away.square() * squares + count * away**4).sum(0),
+            largest.amax(0),
+        ]
+    return torch.stack(merged, -1)
+
+
+def squared_distance(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The squared Euclidean distance of two flat tensors of the same length: a float64 scalar on their device."""
+    total = torch.zeros((), dtype=torch.float64, device=one.device)
+    chunk_size = CHUNK[one.device.type]
+    for mine, theirs in zip(one.split(chunk_size), other.split(chunk_size), strict=True):
+        difference = _in_float64(mine).sub_(theirs)
+        total += torch.dot(difference, difference)
+    return total
+
+
+def _partial(
+    flats: Iterable[torch.Tensor], powers: Callable[[torch.Tensor, torch.Tensor], list[torch.Tensor]]
+) -> torch.Tensor:
+    """(tensors, 2 + n) float64: count and mean of each flat tensor, and the n sums that `powers` takes of a chunk.
+
+    The results of all chunks stay on the device until they are stacked at once: a GPU is never waited for.
+    """
+    counts, sums, chunks_of = [], [], []
+    for flat in flats:
+        chunks = flat.split(CHUNK[flat.device.type])  # one empty chunk of an empty tensor
+        chunks_of.append(len(chunks))
+        for chunk in chunks:
+            values = _in_float64(chunk)
+            mean = values.mean() if len(chunk) else values.new_zeros(())
+            counts.append(float(len(chunk)))
+            sums += [mean, *powers(values.sub_(mean), chunk)]
+    sums = torch.stack(sums).view(len(counts), -1)
+    rows = torch.cat((torch.tensor(counts, dtype=torch.float64).to(sums.device).unsqueeze(1), sums), 1)
+    return torch.stack([merge(some) for some in rows.split(chunks_of)])
+
+
+def _in_float64(chunk: torch.Tensor) -> torch.Tensor:
+    return _buffer(chunk.device, CHUNK[chunk.device.type], 0)[: len(chunk)].copy_(chunk)
+
+
+@cache
+def _buffer(device: torch.device, size: int, number: int) -> torch.Tensor:
+    """Float64 working memory of a device, allocated once: fresh memory would cost more than the arithmetic."""
+    return torch.empty(size, dtype=torch.float64, device=device)

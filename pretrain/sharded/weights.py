@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
 from pretrain.layout import Weight, describe_model
-from pretrain.sharded.fill import fill_normal_
+from pretrain.sharded.draws import Draw, fill_slice_
 from pretrain.sharded.guard import all_gather, check_call
-from pretrain.sharded.moments import Moments, merge, partial_moments
-from pretrain.sharded.pieces import Piece, placement_of
+from pretrain.sharded.moments import (
+    CHUNK,
+    Moments,
+    Statistics,
+    merge,
+    partial_moments,
+    partial_statistics,
+    squared_distance,
+)
+from pretrain.sharded.piece import Piece
+from pretrain.sharded.placement import placement_of
 
 
 class ShardedWeights:
-    """The weights of a DeepSpeed engine, whatever its ZeRO stage and precision.
+    """The weights of a DeepSpeed engine, whatever its ZeRO stage, precision, offloading and tensor parallelism.
 
     Every method is collective: call it on all ranks, with the same arguments, between optimizer steps. Whatever is
     wrong with a call is raised on every rank: an unknown weight, a factor that is not finite, ranks that pass
@@ -32,13 +41,15 @@ class ShardedWeights:
 
         One pass over the rank's own shard and one all-gather of three numbers per weight for the whole list. The
         partial results are gathered and merged rather than summed, because sums of squares cancel (see moments.py).
+        A weight that holds NaN or infinity has a deviation of NaN; the others are not touched by it.
         """
-        chosen = check_call(self.engine, self.layout, self.layout if names is None else names)
-        pieces = self.pieces(chosen)
-        partial = torch.stack([partial_moments(piece.master) for piece in pieces])
-        full = partial if self.placement.replicated else merge(all_gather(partial))
-        rows = zip(pieces, full.tolist(), strict=True)
-        return {piece.name: Moments(int(count), mean, squares) for piece, (count, mean, squares) in rows}
+        rows = self._merged("moments", partial_moments, names)
+        return {name: Moments(int(count), *rest) for name, (count, *rest) in rows.items()}
+
+    def statistics(self, names: Iterable[str] | None = None) -> dict[str, Statistics]:
+        """As `moments`, and the tails: kurtosis and absolute maximum. About twice the arithmetic, the same traffic."""
+        rows = self._merged("statistics", partial_statistics, names)
+        return {name: Statistics(int(count), *rest) for name, (count, *rest) in rows.items()}
 
     @torch.no_grad()
     def rescale_(self, changes: Mapping[str, tuple[float, float]]) -> None:
@@ -46,43 +57,54 @@ class ShardedWeights:
 
         Local except for the refresh of the working copies. Optimizer moments are left alone.
         """
-        chosen = check_call(self.engine, self.layout, changes, changes)
+        chosen = check_call(self, "rescale_", changes, changes)
         if not chosen:
             return
-        for piece in self.pieces(chosen):
+        for piece in self.placement.edit(chosen):
             scale, shift = changes[piece.name]
-            piece.master.mul_(scale).add_(shift)
-        self.placement.refresh(chosen)
+            for chunk in piece.master.split(CHUNK[piece.master.device.type]):
+                chunk.mul_(scale).add_(shift)
 
     @torch.no_grad()
-    def fill_(self, seed: int, rule: Callable[[Weight], tuple[float, float]]) -> None:
-        """Give every weight its initial values; `rule` maps a weight to (mean, standard deviation).
+    def fill_(self, seed: int, rule: Callable[[Weight], Draw]) -> None:
+        """Give every weight its initial values; `rule` maps a weight to the distribution that it is drawn from.
 
-        Drawn by position (see fill.py): the same bits for every world size and stage. A deviation of 0 fills with the
-        constant mean.
+        Drawn by position (see draws.py): the same bits for every world size, stage and tensor-parallel size.
         """
-        for piece in self.pieces(self.layout):
-            mean, std = rule(self.layout[piece.name])
-            if std == 0.0:
-                piece.master.fill_(mean)
-            else:
-                fill_normal_(piece.master, seed, piece.name, piece.start, std)
-                piece.master.add_(mean)
-        self.placement.refresh(self.layout.keys())
+        for piece in self.placement.edit(check_call(self, f"fill_ with seed {seed}", self.layout)):
+            fill_slice_(piece.master, rule(self.layout[piece.name]), seed, piece.name, piece.slice, piece.start)
 
     def snapshot(self) -> dict[str, torch.Tensor]:
-        """A copy of this rank's pieces, to measure how far the weights move until `squared_change`."""
-        return {piece.name: piece.master.clone() for piece in self.pieces(self.layout)}
+        """A copy of what this rank counts of each weight, to measure how far it moves until `squared_change`."""
+        return {piece.name: piece.counted.clone() for piece in self.pieces()}
 
     def squared_change(self, before: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Squared Frobenius distance of each full weight from the snapshot `before`, in float64."""
-        pieces = self.pieces(check_call(self.engine, self.layout, before))
-        sums = torch.stack([(piece.master.double() - before[piece.name]).square().sum() for piece in pieces])
-        if not self.placement.replicated:
-            sums = all_gather(sums).sum(0)
-        return dict(zip((piece.name for piece in pieces), sums.tolist(), strict=True))
+        pieces = self.placement.pieces(check_call(self, "squared_change", before))
+        mine = {piece.name: squared_distance(piece.counted, before[piece.name]) for piece in pieces}
+        sums = all_gather(torch.stack(list(mine.values()))).sum(0)
+        return dict(zip(mine, sums.tolist(), strict=True))
 
-    def pieces(self, names: Iterable[str]) -> list[Piece]:
-        """This rank's pieces of the named weights. Looked up at each call: DeepSpeed may move its buffers."""
-        wanted = set(names)
-        return [piece for piece in self.placement.pieces() if piece.name in wanted]
+    def pieces(self, names: Iterable[str] | None = None) -> Iterator[Piece]:
+        """This rank's pieces of the named weights (of all by default), to be read; each holds until the next one.
+
+        Not collective. Looked up at each call: DeepSpeed may move its buffers.
+        """
+        return self.placement.pieces(self.layout.keys() if names is None else set(names))
+
+    def _merged(
+        self, what: str, partial: Callable[[Iterable[torch.Tensor]], torch.Tensor], names: Iterable[str] | None
+    ) -> dict[str, list[float]]:
+        """What `partial` finds in this rank's pieces, merged over all ranks, by name."""
+        chosen = check_call(self, what, self.layout if names is None else names)
+        if not chosen:
+            return {}
+        found: list[str] = []
+
+        def counted() -> Iterator[torch.Tensor]:
+            for piece in self.placement.pieces(chosen):
+                found.append(piece.name)
+                yield piece.counted
+
+        rows = merge(all_gather(partial(counted())))
+        return dict(zip(found, rows.tolist(), strict=True))

@@ -116,11 +116,11 @@ def test_waiting_is_counted(make_shards: MakeShards, monkeypatch) -> None:
             10,
             4,
             2,
-            r"global_batch_size 10 is not a multiple of data.micro_batch_size 4 x 2 ranks = 8. Set it to 8 or 16",
+            r"global_batch_size 10 is not a multiple of data.micro_batch_size 4 x 2 data-parallel ranks = 8. Set it to 8 or 16",
         ),
         (3, 4, 2, r"Set it to 8, or"),
         (104, 1, 1, r"101 samples .* fewer than one global batch of 104"),
-        (200, 1, 200, r"101 samples .* fewer than the 200 ranks"),
+        (200, 1, 200, r"101 samples .* fewer than the 200 data-parallel ranks"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(

@@ -7,6 +7,7 @@ value is computed densely in float64 or float32 by numpy and torch.
 import hashlib
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,8 +20,22 @@ from pretrain.distributed import initialize
 from pretrain.model import build_model, hf_config, initialize_weights
 from pretrain.optim import build_optimizer
 from pretrain.sharded import GatheredWeights, ShardedWeights, gathered
+from pretrain.sharded.draws import Constant
+
+sys.path.append(str(Path(__file__).parent.parent))  # torchrun starts this file as a script
+from runs import allow_fp16_on_cpu
 
 VOCABULARY = 101
+
+# 37 is odd and prime, so no world size divides the weights and every last partition is padded; the others can be cut
+# by tensor parallelism, which wants heads and intermediate sizes that it divides
+SHAPES = {
+    "odd": {"hidden_size": 37, "intermediate_size": 77, "num_attention_heads": 1, "head_dim": 6},
+    "six": {"hidden_size": 42, "intermediate_size": 78, "num_attention_heads": 6, "head_dim": 2},
+    "four": {"hidden_size": 44, "intermediate_size": 76, "num_attention_heads": 4, "head_dim": 2},
+    # DeepSpeed swaps out no sub-group below 1 MB
+    "large": {"hidden_size": 187, "intermediate_size": 701, "num_attention_heads": 1, "head_dim": 6},
+}
 
 
 class Tokenizer:
@@ -30,27 +45,35 @@ class Tokenizer:
         return VOCABULARY
 
 
-def run_config(zero: dict, bf16: bool, family: str, methods: list, tied: bool = False) -> Config:
-    # 37 is odd and prime, so no world size divides the weights and every last partition is padded
-    llama = {"family": "llama", "hidden_size": 37, "intermediate_size": 77, "num_hidden_layers": 2}
-    llama |= {"num_attention_heads": 1, "head_dim": 6, "tie_word_embeddings": tied}
+def run_config(case: dict) -> Config:
+    """The run of a case: {zero, precision, family, shape, tied, tensor, accumulate, methods}."""
+    llama = {"family": "llama", "num_hidden_layers": 2} | SHAPES[case.get("shape", "odd")]
+    llama |= {"tie_word_embeddings": case.get("tied", False)}
     gpt2 = {"family": "gpt2", "n_embd": 36, "n_layer": 2, "n_head": 2, "n_inner": 55}
     gpt2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    precision, accumulate = case.get("precision", "fp32"), case.get("accumulate")
+    deepspeed = {"zero_optimization": case["zero"]}
+    deepspeed |= {precision: {"enabled": True}} if precision != "fp32" else {}
+    if precision == "fp16":
+        deepspeed["fp16"]["loss_scale"] = 64  # no step is skipped while a dynamic scale finds its place
+    deepspeed |= {"data_types": {"grad_accum_dtype": accumulate}} if accumulate else {}
+    tensor = case.get("tensor", 1)
     return Config.model_validate(
         {
             "name": "case",
-            "model": llama if family == "llama" else gpt2,
+            "model": gpt2 if case.get("family") == "gpt2" else llama,
             "tokenizer": "none",
             "data": {
                 "train": "none",
                 "seq_len": 16,
                 "global_batch_size": 12,
-                "micro_batch_size": 12 // dist.get_world_size(),
+                "micro_batch_size": 12 // (dist.get_world_size() // tensor),
             },
             "steps": 10,
             "optim": {"lr": 1e-3, "weight_decay": 0.0, "eps": 1e-6},
-            "methods": methods,
-            "deepspeed": {"zero_optimization": zero, "bf16": {"enabled": bf16}},
+            "methods": case.get("methods", []),
+            "parallel": {"tensor": tensor},
+            "deepspeed": deepspeed,
         }
     )
 
@@ -60,26 +83,51 @@ def accumulating(data):
     return data.model_copy(update={"micro_batch_size": 1})
 
 
-def build(config: Config):
+def build(config: Config, nvme_path: str | None = None):
     import deepspeed
 
     ds_config = deepspeed_config(config, dist.get_world_size())
+    if nvme_path is not None:  # the trainer refuses it because DeepSpeed cannot resume from there
+        ds_config["zero_optimization"]["offload_optimizer"] = {"device": "nvme", "nvme_path": nvme_path}
     model_config = hf_config(config, Tokenizer())
     model = build_model(config, model_config, ds_config)
     engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(model, config.optim), config=ds_config)
     weights = ShardedWeights(engine)
-    initialize_weights(weights, config.methods, model_config.initializer_range, config.seed)
+    initialize_weights(weights, config, model_config.initializer_range)
     return engine, weights
+
+
+def whole(parameter: torch.nn.Parameter, local: torch.Tensor) -> torch.Tensor:
+    """The full weight from the tensor-parallel slices of all ranks."""
+    from deepspeed.utils import groups
+
+    notes = getattr(parameter, "ds_autotp_universal_checkpoint_meta", None)
+    if not notes or notes["partition_dim"] is None:
+        return local
+    group = groups.get_tensor_model_parallel_group()
+    slices: list = [None] * dist.get_world_size(group)
+    dist.all_gather_object(slices, local, group=group)
+    return torch.cat(slices, notes["partition_dim"])
 
 
 def masters(engine) -> dict[str, np.ndarray]:
     """Every full fp32 weight, by DeepSpeed's API."""
     from deepspeed.utils import safe_get_full_fp32_param
 
+    if getattr(engine.optimizer, "round_robin_gradients", False):
+        # the API reads the wrong ranges there; in fp32 the working copies are what the masters were at the last refresh
+        return {name: copy.float().numpy().copy() for name, copy in working_copies(engine).items()}
+    # half precision without ZeRO: the API knows no master there
+    unfused = {}
+    if hasattr(engine.optimizer, "fp32_groups"):
+        for parameters, copies in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
+            unfused |= {id(parameter): copy for parameter, copy in zip(parameters, copies, strict=True)}
     found = {}
     for name, parameter in engine.module.named_parameters():
-        full = safe_get_full_fp32_param(parameter)
-        found[name] = (parameter.data if full is None else full).detach().float().cpu().numpy().copy()
+        full = unfused.get(id(parameter))
+        full = safe_get_full_fp32_param(parameter) if full is None else full
+        full = (parameter.data if full is None else full).detach().float().cpu()
+        found[name] = whole(parameter, full).numpy().copy()
     return found
 
 
@@ -90,14 +138,15 @@ def working_copies(engine) -> dict[str, torch.Tensor]:
     found = {}
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
-            found[name] = parameter.data.detach().clone().cpu()
+            found[name] = whole(parameter, parameter.data.detach().clone().cpu())
     return found
 
 
 def step(engine, seed: int, lr: float) -> float:
     tokens = torch.randint(0, VOCABULARY, (12, 17), generator=torch.Generator().manual_seed(seed))
-    share = 12 // dist.get_world_size()
-    mine = tokens[dist.get_rank() * share : (dist.get_rank() + 1) * share]
+    readers = dist.get_world_size(engine.data_parallel_group)
+    share, reader = 12 // readers, dist.get_rank(engine.data_parallel_group)
+    mine = tokens[reader * share : (reader + 1) * share]
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     loss = engine(mine[:, :-1], mine[:, 1:])
@@ -108,12 +157,18 @@ def step(engine, seed: int, lr: float) -> float:
     return float(total / dist.get_world_size())
 
 
+def kurtosis(values: np.ndarray) -> float:
+    away = values.astype(np.float64) - values.astype(np.float64).mean()
+    return float((away**4).mean() / (away**2).mean() ** 2)
+
+
 def largest(values) -> float:
     return max(float(value) for value in values)
 
 
-def examine(config: Config) -> dict:
-    engine, weights = build(config)
+def examine(config: Config, case: dict) -> dict:
+    engine, weights = build(config, case.get("nvme_path"))
+    assert "nvme_path" not in case or engine.optimizer._swappable_optimizer_subgroup(0)
     start = masters(engine)
     seen: dict = {"digest": hashlib.sha256(b"".join(start[n].tobytes() for n in sorted(start))).hexdigest()}
 
@@ -125,6 +180,12 @@ def examine(config: Config) -> dict:
         abs(moments[n].mean - w.astype(np.float64).mean()) / np.abs(w).max() for n, w in start.items() if w.std() > 0
     )
     seen["counts_right"] = all(moments[n].count == w.size for n, w in start.items())
+    statistics = weights.statistics()
+    seen["kurtosis_error"] = largest(
+        abs(statistics[n].kurtosis / kurtosis(w) - 1) for n, w in start.items() if w.std() > 0
+    )
+    seen["maximum_exact"] = all(statistics[n].absolute_maximum == np.abs(w).max() for n, w in start.items())
+    seen["statistics_agree"] = all(statistics[n].std == moments[n].std for n in start)
 
     before = weights.snapshot()
     losses = [step(engine, 0, 1e-3)]
@@ -149,16 +210,8 @@ def examine(config: Config) -> dict:
     seen["working_follows_after_step"] = _working_follows(engine)
     seen["loss_moved"] = losses
 
-    simple = GatheredWeights(engine)
-    sharded_moments, gathered_moments = weights.moments(chosen), simple.moments(chosen)
-    seen["engines_agree_on_std"] = largest(abs(sharded_moments[n].std / gathered_moments[n].std - 1) for n in chosen)
-    simple.rescale_({name: (1.9, -0.003) for name in chosen})
-    by_gathered = {n: torch.from_numpy(expected[n]).mul(1.9).add(-0.003).numpy() for n in chosen}
-    seen["gathered_exact"] = _masters_equal(engine, by_gathered)
-    step(engine, 2, 0.0)
-    seen["gathered_survives"] = _masters_equal(engine, by_gathered)
-    seen["gathered_working_follows"] = _working_follows(engine)
-
+    if case.get("gathered", True):
+        seen |= compare_with_gathered(engine, weights, chosen, expected)
     edited = masters(engine)
     shapes_right = True
     for name, full in gathered(weights, chosen):
@@ -169,6 +222,20 @@ def examine(config: Config) -> dict:
     step(engine, 3, 0.0)
     seen["hook_survives"] = _masters_equal(engine, edited)
     seen["hook_working_follows"] = _working_follows(engine)
+    return seen
+
+
+def compare_with_gathered(engine, weights: ShardedWeights, chosen: list[str], expected: dict) -> dict:
+    seen: dict = {}
+    simple = GatheredWeights(engine)
+    sharded_moments, gathered_moments = weights.moments(chosen), simple.moments(chosen)
+    seen["engines_agree_on_std"] = largest(abs(sharded_moments[n].std / gathered_moments[n].std - 1) for n in chosen)
+    simple.rescale_({name: (1.9, -0.003) for name in chosen})
+    by_gathered = {n: torch.from_numpy(expected[n]).mul(1.9).add(-0.003).numpy() for n in chosen}
+    seen["gathered_exact"] = _masters_equal(engine, by_gathered)
+    step(engine, 2, 0.0)
+    seen["gathered_survives"] = _masters_equal(engine, by_gathered)
+    seen["gathered_working_follows"] = _working_follows(engine)
     return seen
 
 
@@ -184,6 +251,8 @@ def misuse(config: Config) -> dict[str, str]:
     }
     if dist.get_world_size() > 1:
         calls["different lists"] = lambda: weights.moments([name, other] if last else [name])
+        calls["different calls"] = lambda: weights.rescale_({name: (0.5, 0.0)}) if last else weights.moments([name])
+        calls["different seeds"] = lambda: weights.fill_(int(last), lambda weight: Constant(0.0))
         calls["different factors"] = lambda: weights.rescale_({name: (0.5 if last else 0.25, 0.0)})
     before, raised = masters(engine), {}
     for what, call in calls.items():
@@ -216,13 +285,13 @@ def _working_follows(engine) -> bool:
 
 def train_with_methods(config: Config, path: str) -> None:
     """Four steps with the run's methods; the weights before and after, losses and rescales go to `path`."""
-    engine, _ = build(config)
+    engine, weights = build(config)
     start = masters(engine)
     losses, rescaled = [], []
     for number in range(1, 5):
         losses.append(step(engine, number, 1e-3))
         for method in config.methods:
-            facts = method.after_step(number, engine)
+            facts = method.after_step(number, weights)
             rescaled += [f"{number} {name}" for name, seen in facts.items() if seen["rescaled"]]
     end = masters(engine)
     if dist.get_rank() == 0:
@@ -232,12 +301,11 @@ def train_with_methods(config: Config, path: str) -> None:
 
 def main() -> None:
     initialize()
+    allow_fp16_on_cpu()
     cases, out = json.loads(sys.argv[1]), sys.argv[2]
     seen = {}
     for name, case in cases.items():
-        config = run_config(
-            case["zero"], case["bf16"], case.get("family", "llama"), case.get("methods", []), case.get("tied", False)
-        )
+        config = run_config(case)
         if case.get("misuse"):
             everyone: list = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, misuse(config.model_copy(update={"data": accumulating(config.data)})))
@@ -245,7 +313,7 @@ def main() -> None:
         elif case.get("train"):
             train_with_methods(config, f"{out}.{name}.npz")
         else:
-            seen[name] = examine(config)
+            seen[name] = examine(config, case)
     if dist.get_rank() == 0:
         with open(out, "w") as file:
             json.dump(seen, file)

@@ -113,12 +113,12 @@ def width_that_the_heads_do_not_share(at: Case) -> None:
     at.overrides["model.num_attention_heads"] = 5
 
 
-@case("data.global_batch_size 10 is not a multiple of", "2 x 2 ranks = 4", "Set it to 8 or 12")
+@case("data.global_batch_size 10 is not a multiple of", "2 x 2 data-parallel ranks = 4", "Set it to 8 or 12")
 def global_batch_that_does_not_divide(at: Case) -> None:
     at.overrides["data.global_batch_size"] = 10
 
 
-@case("{home}/shards' hold 1 samples", "fewer than the 2 ranks")
+@case("{home}/shards' hold 1 samples", "fewer than the 2 data-parallel ranks")
 def more_ranks_than_samples(at: Case) -> None:
     at.overrides["data.seq_len"] = at.manifest()["tokens"] - 1
 
@@ -213,6 +213,32 @@ def deepspeed_file_with_an_optimizer(at: Case) -> None:
 @case("there is no file ds_configs/zero9.json", "ds_configs/zero3_fp32.json")
 def missing_deepspeed_file(at: Case) -> None:
     at.config["deepspeed"] = "ds_configs/zero9.json"
+
+
+@case("{home}/ds.json has a 'tensor_parallel' block", "set parallel.tensor in the run file")
+def deepspeed_file_with_tensor_parallelism(at: Case) -> None:
+    at.deepspeed(tensor_parallel={"autotp_size": 2})
+
+
+@case("parallel.tensor 2 does not divide model.num_key_value_heads 1")
+def heads_that_tensor_parallel_ranks_cannot_share(at: Case) -> None:
+    at.overrides |= {"parallel.tensor": 2, "model.num_key_value_heads": 1}
+
+
+@case("parallel.tensor 3 does not divide the 2 ranks")
+def tensor_parallel_ranks_that_were_not_started(at: Case) -> None:
+    at.overrides["parallel.tensor"] = 3
+
+
+@case("parallel.tensor 2 cannot cut a gpt2")
+def model_that_tensor_parallelism_cannot_cut(at: Case) -> None:
+    at.config["model"] = {"family": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 4}
+    at.overrides["parallel.tensor"] = 2
+
+
+@case("DeepSpeed cannot train in fp16 on this machine's cpu")
+def precision_that_the_machine_does_not_have(at: Case) -> None:
+    at.deepspeed(fp16={"enabled": True})
 
 
 @case("{home}/ds.json is not valid JSON")

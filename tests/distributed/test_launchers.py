@@ -197,7 +197,7 @@ def test_a_dry_run_prints_the_plan_and_creates_nothing(run_file: Path, tmp_path:
     for part in (
         "72.4k parameters",
         "8 steps x 256 tokens",
-        "2 ranks x 2 micro-batches of 2",
+        "2 data-parallel ranks x 2 micro-batches of 2",
         "ZeRO-3, fp32",
         "lir, tvr",
     ):

@@ -1,0 +1,69 @@
+"""The `init` section of a run: which distribution the matrices are drawn from. Methods decide its deviation."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from pretrain.sharded.draws import Draw, GeneralizedGaussian, Normal, TruncatedNormal, Uniform
+
+
+class Init(BaseModel, ABC):
+    """A distribution but for its deviation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @abstractmethod
+    def draw(self, std: float) -> Draw:
+        """The distribution with deviation `std`."""
+
+
+class NormalInit(Init):
+    """Normal values."""
+
+    distribution: Literal["normal"] = "normal"
+
+    def draw(self, std: float) -> Draw:
+        return Normal(std)
+
+
+class TruncatedNormalInit(Init):
+    """Normal values without the tails.
+
+    bound: where it is cut, in deviations of the normal before the cut; the cut's effect on the std is made up for.
+    """
+
+    distribution: Literal["truncated_normal"]
+    bound: float = Field(3.0, ge=0.5, le=10)
+
+    def draw(self, std: float) -> Draw:
+        return TruncatedNormal(std, self.bound)
+
+
+class UniformInit(Init):
+    """Uniform values."""
+
+    distribution: Literal["uniform"]
+
+    def draw(self, std: float) -> Draw:
+        return Uniform(std)
+
+
+class GeneralizedGaussianInit(Init):
+    """Density proportional to exp(-(|x| / scale)^shape).
+
+    shape: 2 is the normal, 1 is Laplace's; smaller has heavier tails, larger comes near the uniform.
+    """
+
+    distribution: Literal["generalized_gaussian"]
+    shape: float = Field(2.0, ge=0.5, le=100)
+
+    def draw(self, std: float) -> Draw:
+        return GeneralizedGaussian(std, self.shape)
+
+
+AnyInit = Annotated[
+    NormalInit | TruncatedNormalInit | UniformInit | GeneralizedGaussianInit, Field(discriminator="distribution")
+]

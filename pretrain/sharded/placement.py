@@ -1,0 +1,64 @@
+"""Where the pieces of each weight live on this rank, for every DeepSpeed optimizer that keeps them.
+
+Under mixed precision a weight exists twice: the working copy that forward reads and the fp32 master that the
+optimizer steps. The optimizer rewrites the working copy from the master at every step, so whoever changes a weight
+must change the master and then make the working copy follow. A `Placement` knows both for one kind of engine:
+
+    engine                    master of this rank                    working copy                            file
+    ZeRO-3                    a range of every weight                the same range, and resident full       zero3.py
+                                                                     copies of small weights
+    ZeRO-1, ZeRO-2            a slice of all weights laid end to end every weight in full                    zero12.py
+    stage 0, bf16 or fp16     every weight in full                   every weight in full                    stage0.py
+    stage 0, fp32             every weight in full                   the same memory                         stage0.py
+
+All of this is DeepSpeed 0.19 as found by experiment; docs/sharded_weights.md tells the story.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+from typing import Protocol
+
+import torch
+
+from pretrain.errors import UserError
+from pretrain.sharded.piece import Piece
+from pretrain.sharded.stage0 import Stage0
+from pretrain.sharded.zero3 import Zero3
+from pretrain.sharded.zero12 import BF16Optimizer, Zero12
+
+
+class Placement(Protocol):
+    """Where one kind of engine keeps its weights.
+
+    Both methods give this rank's pieces of the named weights, in the same order on every rank. A piece holds until
+    the next one is asked for: what is offloaded to NVMe is in memory only so long.
+    """
+
+    def pieces(self, names: Set[str]) -> Iterator[Piece]:
+        """The pieces, to be read."""
+
+    def edit(self, names: Set[str]) -> Iterator[Piece]:
+        """The pieces, whose masters may be changed in place; once the loop ends, the working copies follow.
+
+        Collective: every rank runs the loop to its end.
+        """
+
+
+def placement_of(engine) -> Placement:
+    """The placement of a DeepSpeed engine's weights. Raises UserError for a kind of engine that is not supported."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        return Zero3(engine)
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        return Zero12(engine)
+    if hasattr(optimizer, "fp32_groups_flat_partition"):
+        return BF16Optimizer(engine)
+    if engine.zero_optimization_stage() == 0 and isinstance(optimizer, torch.optim.Optimizer):
+        return Stage0(engine, [(group["params"], group["params"]) for group in optimizer.param_groups])
+    if engine.zero_optimization_stage() == 0 and hasattr(optimizer, "fp32_groups"):
+        return Stage0(engine, list(zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)))
+    raise UserError(
+        f"weights kept by DeepSpeed's {type(optimizer).__name__} cannot be controlled exactly. "
+        "Use bf16, fp16 or fp32 with ZeRO stage 0, 1, 2 or 3."
+    )

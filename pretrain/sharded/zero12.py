@@ -1,0 +1,64 @@
+"""ZeRO-1 and 2: the weights of a parameter group laid end to end, cut in equal slices; rank r's master is slice r.
+
+    rank 0 of 3             rank 1                  rank 2
+    [ W1 W2 W| ]            [ |3 W4 W5 ]            [ W6 W7 pad  ]      master, fp32   single_partition_of_fp32_groups
+    [ W1 W2 W3 W4 W5 W6 W7, whole, on every rank                 ]      working copy   parameter.data
+
+bf16 with ZeRO-1 and fp32 gradient accumulation is another class of DeepSpeed's, BF16_Optimizer, of the same layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+
+import torch.distributed as dist
+
+from pretrain.sharded.owner import Owner
+from pretrain.sharded.piece import Piece
+
+
+class _FullWorkingCopies(Owner):
+    """Both kinds refresh their working copies as their own optimizer step does: copy the slice, all-gather."""
+
+    def edit(self, names: Set[str]) -> Iterator[Piece]:
+        try:
+            yield from self.pieces(names)
+        finally:
+            self.optimizer.update_lp_params()
+
+
+class Zero12(_FullWorkingCopies):
+    """The placement of DeepSpeedZeroOptimizer.
+
+    Reads the round-robin order, not `_hp_mapping`, which is wrong when `round_robin_gradients` is on.
+    """
+
+    def pieces(self, names: Set[str]) -> Iterator[Piece]:
+        optimizer = self.optimizer
+        for group, parameters in enumerate(optimizer.round_robin_bit16_groups):
+            size = optimizer.partition_size[group]
+            slice_start = dist.get_rank(optimizer.real_dp_process_group[group]) * size
+            master = optimizer.single_partition_of_fp32_groups[group].data
+            for parameter, offset in zip(parameters, optimizer.round_robin_bit16_offsets[group], strict=True):
+                if self.name(parameter) not in names:
+                    continue
+                first = max(offset, slice_start)
+                last = max(first, min(offset + parameter.numel(), slice_start + size))
+                owned = master[first - slice_start : last - slice_start] if last > first else master[:0]
+                yield self.piece(self.name(parameter), first - offset, owned)
+
+
+class BF16Optimizer(_FullWorkingCopies):
+    """The placement of BF16_Optimizer, which says itself which fragment of a weight it holds."""
+
+    def pieces(self, names: Set[str]) -> Iterator[Piece]:
+        for parameters, flat in zip(self.optimizer.bf16_groups, self.optimizer.fp32_groups_flat_partition, strict=True):
+            for parameter in parameters:
+                if self.name(parameter) not in names:
+                    continue
+                fragment = parameter._hp_mapping
+                if fragment is None:
+                    yield self.piece(self.name(parameter), parameter.numel(), flat.data[:0])
+                else:
+                    start, master = fragment.lp_fragment_address.start, fragment.hp_fragment.data.view(-1)
+                    yield self.piece(self.name(parameter), start, master)
