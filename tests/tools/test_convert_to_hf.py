@@ -65,6 +65,9 @@ MORE_SHARDINGS = {
     "zero1": Sharding(3, LLAMA, {"zero_optimization": {"stage": 1}}),
     "zero1_bf16_3_ranks": Sharding(3, GPT2, {**BF16, "zero_optimization": {"stage": 1}}),
     "zero2_bf16_aligned": Sharding(3, GPT2, {**BF16, "zero_optimization": {"stage": 2, "parameter_alignment": True}}),
+    "stage0_bf16": Sharding(
+        2, TIED_LLAMA, {**BF16, "zero_optimization": {"stage": 0}, "data_types": {"grad_accum_dtype": "bf16"}}
+    ),
     "zero3_one_rank": Sharding(1, TIED_LLAMA, {"zero_optimization": {"stage": 3}}),
     "zero3_tied_gpt2": Sharding(2, GPT2, {"zero_optimization": {"stage": 3, "sub_group_size": 1000}}),
     "zero3_bf16_offload": Sharding(
