@@ -2,6 +2,8 @@
 
 python tools/bench.py trainer --config configs/tiny_tvr.yaml
 python tools/bench.py tvr
+python tools/bench.py trap
+python tools/bench.py fill
 python tools/bench.py convert --checkpoint runs/tiny_tvr/checkpoints/latest
 """
 
@@ -20,9 +22,15 @@ def main() -> None:
     trainer.add_argument("--config", default="configs/tiny_tvr.yaml")
     trainer.add_argument("--steps", type=int, default=15)
     trainer.add_argument("--rounds", type=int, default=3)
-    tvr = what.add_parser("tvr", help="cost of one TVR application, both engines")
+    tvr = what.add_parser("tvr", help="cost of one TVR application: Evenkeel's two engines and the release's scheme")
     tvr.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
-    tvr.add_argument("--rounds", type=int, default=7)
+    tvr.add_argument("--rounds", type=int, default=5)
+    tvr.add_argument("--tokens", type=int, default=4096, help="of the training step (default: 4096, as in the demo)")
+    tvr.add_argument("--resident-below", type=int, default=100_000, help="stage3_param_persistence_threshold")
+    what.add_parser("trap", help="what the published TVR callback does under DeepSpeed")
+    fill = what.add_parser("fill", help="drawing a 7B model's initial weights, by ranks and distribution")
+    fill.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
+    fill.add_argument("--blocks", type=int, default=1, help="of the model's 32, filled and counted for all")
     convert = what.add_parser("convert", help="conversion against DeepSpeed's zero_to_fp32")
     convert.add_argument("--checkpoint", required=True, type=Path)
     convert.add_argument("--rounds", type=int, default=3)
@@ -35,7 +43,15 @@ def main() -> None:
     elif arguments.what == "tvr":
         from pretrain.bench.tvr import bench_tvr
 
-        print(bench_tvr(tuple(arguments.ranks), arguments.rounds))
+        print(bench_tvr(arguments.ranks, arguments.rounds, arguments.tokens, arguments.resident_below))
+    elif arguments.what == "trap":
+        from pretrain.bench.trap import bench_trap
+
+        print(bench_trap())
+    elif arguments.what == "fill":
+        from pretrain.bench.fill import bench_fill
+
+        print(bench_fill(tuple(arguments.ranks), arguments.blocks))
     else:
         from pretrain.bench.convert import bench_convert
 

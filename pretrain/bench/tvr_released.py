@@ -1,0 +1,40 @@
+"""A yardstick: the scheme of the released TVR callback, made to act on ZeRO's shards.
+
+As the release does under FSDP: one module after another, two all-reduces each (sum and count, then squared deviations
+about the mean), all in the dtype of the storage, temporaries as large as the shard. Unlike the release, which under
+DeepSpeed changes nothing, it works on each rank's piece of the master, and the working copies follow as they do for
+Evenkeel's own engine. Source: bluorion-com/weight_rescaling, callbacks/tvr.py, written anew from its description.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+
+from pretrain.sharded import ShardedWeights
+
+
+@torch.no_grad()
+def apply_released(
+    weights: ShardedWeights, names: Iterable[str], target_std: float, ratio_threshold: float
+) -> set[str]:
+    """Rescale each named weight whose deviation exceeds ratio_threshold * target_std; returns their names. Collective."""
+    found = {piece.name: _mean_and_std(piece.master) for piece in weights.pieces(names)}
+    high = {name: (mean, std) for name, (mean, std) in found.items() if std / target_std > ratio_threshold}
+    if high:
+        for piece in weights.placement.edit(high.keys()):
+            mean, std = high[piece.name]
+            piece.master.copy_((piece.master - mean) * (target_std / std) + mean)
+    return set(high)
+
+
+def _mean_and_std(local: torch.Tensor) -> tuple[float, float]:
+    """Of the full weight of which this rank has the piece `local`."""
+    total = torch.tensor([local.sum(), local.numel()], dtype=local.dtype, device=local.device)
+    dist.all_reduce(total)
+    mean = total[0] / total[1]
+    squares = ((local - mean) ** 2).sum()
+    dist.all_reduce(squares)
+    return float(mean), float((squares / (total[1] - 1)).sqrt())
