@@ -63,12 +63,19 @@ _NVME = {
     "weights of groups below 1 MB, start anew, and the losses differ. Offload the optimizer to the CPU",
 }
 
+# Keys of `zero_optimization` that cannot be switched off.
+_NEEDED = {
+    "load_from_fp32_weights": "a resumed run would go on from rounded masters instead of the stored ones",
+    "compute_grad_norm": "gradients are clipped by their norm, and it is logged",
+}
+
 # Keys of `zero_optimization` that change what a weight is or where it lies, and that no test covers.
 _OTHER_WEIGHTS = "forward would read quantized weights instead of those that the methods set"
 _UNTESTED = {
     "zero_quantized_weights": _OTHER_WEIGHTS,
     "zero_quantized_nontrainable_weights": _OTHER_WEIGHTS,
     "zenflow": "it steps most weights later than the step after which the methods act",
+    "zero_quantized_gradients": "it rounds gradients in a way that nobody here has measured",
     "elastic_checkpoint": "it stores the optimizer in a layout that nobody has resumed or converted",
 }
 
@@ -168,6 +175,14 @@ def _check_zero(zero: dict[str, Any], source: str) -> None:
     for key, reason in _UNTESTED.items():
         if zero.get(key) not in (None, False):
             raise UserError(f"{source}: zero_optimization.{key} is not supported: {reason}.")
+    for key in ("load_from_fp32_weights", "compute_grad_norm"):
+        if zero.get(key) is False:
+            raise UserError(f"{source}: zero_optimization.{key} false is not supported: {_NEEDED[key]}.")
+    for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        if getattr(parsed, key) is not None and parsed.stage < least:
+            raise UserError(
+                f"{source}: zero_optimization.{key} has no effect at stage {parsed.stage}. Remove the block."
+            )
     if parsed.offload_optimizer is not None and parsed.offload_optimizer.super_offload:
         raise UserError(
             f"{source}: zero_optimization.offload_optimizer.super_offload is not supported: another process "

@@ -56,7 +56,8 @@ class Plan:
 
     @property
     def optimizer_on_cpu(self) -> bool:
-        return "offload_optimizer" in self.ds_config["zero_optimization"]
+        offload = self.ds_config["zero_optimization"].get("offload_optimizer") or {}
+        return offload.get("device") == "cpu"
 
     @property
     def precision(self) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pretrain.errors import UserError
 from pretrain.files import write_json
+from pretrain.sharded.piece import tensor_slice
 
 _FILE = "shards.json"
 
@@ -29,12 +30,12 @@ class ShardNotes:
 def notes_on(engine) -> ShardNotes:
     """The notes on the files that `engine` saves. The same on every rank."""
     parameters = dict(engine.module.named_parameters())
-    cuts = {name: getattr(p, "ds_autotp_universal_checkpoint_meta", None) for name, p in parameters.items()}
+    cuts = {name: tensor_slice(parameter, name).dim for name, parameter in parameters.items()}
     names = {id(parameter): name for name, parameter in parameters.items()}
     half_stage0 = engine.zero_optimization_stage() == 0 and hasattr(engine.optimizer, "fp32_groups")
     return ShardNotes(
         tensor_ranks=max(1, engine.autotp_size()),
-        cut_along={name: cut["partition_dim"] for name, cut in cuts.items() if cut and not cut["replicated"]},
+        cut_along={name: dim for name, dim in cuts.items() if dim is not None},
         whole_masters=[[names[id(p)] for p in group] for group in engine.optimizer.fp16_groups] if half_stage0 else [],
     )
 

@@ -16,9 +16,10 @@ from pretrain.sharded.weights import ShardedWeights
 def gathered(weights: ShardedWeights, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield each named weight (every weight by default) in full, float32, on every rank, one at a time.
 
-    Changes made in place are written back to the master as the loop goes on, and to the working copies at its end,
-    also when the loop is left early. Every rank must make the same change. Collective: run it on all ranks, to the
-    same point. Memory: one full weight.
+    What is changed in place goes to every copy as soon as the next weight is asked for or the loop is left, and without
+    communication: every rank must make the same change. Collective: run it on all ranks, and leave it early, if at all,
+    on all of them at the same weight. An exception on one rank starts no collective of its own.
+    Memory: one full weight, and this rank's tensor-parallel slice of it.
     """
     chosen = check_call(weights, "gathered", weights.layout if names is None else names)
     for piece in weights.placement.edit(chosen):
@@ -26,8 +27,9 @@ def gathered(weights: ShardedWeights, names: Iterable[str] | None = None) -> Ite
         try:
             yield piece.name, full
         finally:
-            mine = piece.slice.of(full).reshape(-1)[piece.start : piece.start + piece.master.numel()]
-            piece.master.copy_(mine)
+            part = piece.slice.of(full)
+            piece.master.copy_(part.reshape(-1)[piece.start : piece.start + piece.master.numel()])
+            weights.placement.put(piece.name, part)
 
 
 def _assemble(piece: Piece) -> torch.Tensor:

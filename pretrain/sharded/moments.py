@@ -16,7 +16,7 @@ from math import isfinite, sqrt
 import torch
 
 # Elements in the float64 buffer: what a core's cache holds; a GPU wants few, large kernels.
-CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}
+CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}
 
 
 @dataclass(frozen=True)

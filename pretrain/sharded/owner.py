@@ -1,20 +1,27 @@
-"""Names of an engine's weights, and which ranks hold the same elements of one."""
+"""What the placements share: the names of an engine's weights, their slices, and who holds the same elements of one."""
 
 from __future__ import annotations
 
 import torch
 
+from pretrain.errors import UserError
 from pretrain.sharded.piece import Piece, Slice, make_piece, tensor_slice
 
 
 class Owner:
-    """What every placement knows of its engine: its optimizer, the names of its weights, its tensor-parallel ranks."""
+    """One rank's view of its engine. A placement adds where the optimizer keeps the masters."""
 
     def __init__(self, engine) -> None:
-        """Raises UserError for a weight that tensor parallelism cuts in a way that is not supported."""
+        """Raises UserError for a frozen weight, and for one that tensor parallelism cuts in several places."""
         self.optimizer = engine.optimizer
-        self.names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-        self.slices: dict[str, Slice] = {name: tensor_slice(p, name) for name, p in engine.module.named_parameters()}
+        self.parameters = dict(engine.module.named_parameters())
+        self.names = {id(parameter): name for name, parameter in self.parameters.items()}
+        self.slices: dict[str, Slice] = {name: tensor_slice(p, name) for name, p in self.parameters.items()}
+        if frozen := [name for name, parameter in self.parameters.items() if not parameter.requires_grad]:
+            raise UserError(
+                f"{frozen[0]} is frozen (requires_grad is false), and DeepSpeed keeps no master of it that a method could "
+                "change. Make it a buffer."
+            )
         self.tensor_ranks, self.tensor_rank = 1, 0
         if engine.autotp_size() > 1:
             from deepspeed.utils import groups

@@ -26,7 +26,7 @@ class Slice:
 
     shape: of the full weight.
     dim: the dimension that is cut; None where the slice is the whole weight.
-    first, last: the slice is [first, last) along `dim`.
+    first, last: the slice is [first, last) along `dim`; of no meaning where that is None.
     """
 
     shape: tuple[int, ...]

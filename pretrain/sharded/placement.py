@@ -31,7 +31,7 @@ from pretrain.sharded.zero12 import BF16Optimizer, Zero12
 class Placement(Protocol):
     """Where one kind of engine keeps its weights.
 
-    Both methods give this rank's pieces of the named weights, in the same order on every rank. A piece holds until
+    `pieces` and `edit` give this rank's pieces of the named weights, in the same order on every rank. A piece holds until
     the next one is asked for: what is offloaded to NVMe is in memory only so long.
     """
 
@@ -39,9 +39,18 @@ class Placement(Protocol):
         """The pieces, to be read."""
 
     def edit(self, names: Set[str]) -> Iterator[Piece]:
-        """The pieces, whose masters may be changed in place; once the loop ends, the working copies follow.
+        """The pieces, whose masters may be changed in place; the same range of the working copy follows.
 
-        Collective: every rank runs the loop to its end.
+        Afterwards the copies that hold more than this rank's range are stale, until `refresh` or `put`.
+        """
+
+    def refresh(self, names: Set[str]) -> None:
+        """Make the full working copies of edited weights follow their masters. Collective."""
+
+    def put(self, name: str, part: torch.Tensor) -> None:
+        """Give the full working copy of one edited weight its values, where it exists. Local.
+
+        part: the weight, or this rank's tensor-parallel slice of it, in the shape of the parameter.
         """
 
 

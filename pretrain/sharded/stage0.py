@@ -33,12 +33,18 @@ class Stage0(Owner):
             yield self.piece(self.name(parameter), 0, master.data.view(-1), self.replicas, self.replica)
 
     def edit(self, names: Set[str]) -> Iterator[Piece]:
-        try:
-            yield from self.pieces(names)
-        finally:
-            for parameter, master in self._masters(names):
+        for parameter, master in self._masters(names):
+            try:
+                yield from self.pieces({self.name(parameter)})
+            finally:
                 if parameter is not master:
                     parameter.data.copy_(master.data)
+
+    def refresh(self, names: Set[str]) -> None:
+        """Nothing to do: every rank has edited its own full copies."""
+
+    def put(self, name: str, part: torch.Tensor) -> None:
+        """Nothing to do, see `refresh`."""
 
     def _masters(self, names: Set[str]) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
         for parameters, masters in self.groups:

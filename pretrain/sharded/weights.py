@@ -8,7 +8,7 @@ import torch
 
 from pretrain.layout import Weight, describe_model
 from pretrain.sharded.draws import Draw, fill_slice_
-from pretrain.sharded.guard import all_gather, check_call
+from pretrain.sharded.guard import all_gather, check_call, require_known
 from pretrain.sharded.moments import (
     CHUNK,
     Moments,
@@ -53,9 +53,10 @@ class ShardedWeights:
 
     @torch.no_grad()
     def rescale_(self, changes: Mapping[str, tuple[float, float]]) -> None:
-        """Replace each named weight W by scale * W + shift in both copies; `changes` maps name -> (scale, shift).
+        """Replace each named weight W by scale * W + shift in every copy; `changes` maps name -> (scale, shift).
 
-        Local except for the refresh of the working copies. Optimizer moments are left alone.
+        Computed in float32. Local except for the refresh of the working copies. Optimizer moments are left alone. The
+        caller sees to it that the values fit the working precision: fp16 ends at 65,504.
         """
         chosen = check_call(self, "rescale_", changes, changes)
         if not chosen:
@@ -64,6 +65,7 @@ class ShardedWeights:
             scale, shift = changes[piece.name]
             for chunk in piece.master.split(CHUNK[piece.master.device.type]):
                 chunk.mul_(scale).add_(shift)
+        self.placement.refresh(chosen)
 
     @torch.no_grad()
     def fill_(self, seed: int, rule: Callable[[Weight], Draw]) -> None:
@@ -71,8 +73,11 @@ class ShardedWeights:
 
         Drawn by position (see draws.py): the same bits for every world size, stage and tensor-parallel size.
         """
-        for piece in self.placement.edit(check_call(self, f"fill_ with seed {seed}", self.layout)):
-            fill_slice_(piece.master, rule(self.layout[piece.name]), seed, piece.name, piece.slice, piece.start)
+        draws = {name: rule(weight) for name, weight in self.layout.items()}
+        chosen = check_call(self, "fill_", self.layout, also=(seed, sorted(draws.items())))
+        for piece in self.placement.edit(chosen):
+            fill_slice_(piece.master, draws[piece.name], seed, piece.name, piece.slice, piece.start)
+        self.placement.refresh(chosen)
 
     def snapshot(self) -> dict[str, torch.Tensor]:
         """A copy of what this rank counts of each weight, to measure how far it moves until `squared_change`."""
@@ -80,7 +85,10 @@ class ShardedWeights:
 
     def squared_change(self, before: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Squared Frobenius distance of each full weight from the snapshot `before`, in float64."""
-        pieces = self.placement.pieces(check_call(self, "squared_change", before))
+        chosen = check_call(self, "squared_change", before)
+        if not chosen:
+            return {}
+        pieces = self.placement.pieces(chosen)
         mine = {piece.name: squared_distance(piece.counted, before[piece.name]) for piece in pieces}
         sums = all_gather(torch.stack(list(mine.values()))).sum(0)
         return dict(zip(mine, sums.tolist(), strict=True))
@@ -88,9 +96,11 @@ class ShardedWeights:
     def pieces(self, names: Iterable[str] | None = None) -> Iterator[Piece]:
         """This rank's pieces of the named weights (of all by default), to be read; each holds until the next one.
 
-        Not collective. Looked up at each call: DeepSpeed may move its buffers.
+        Not collective. Raises ValueError for an unknown weight.
         """
-        return self.placement.pieces(self.layout.keys() if names is None else set(names))
+        wanted = set(self.layout if names is None else names)
+        require_known(wanted, self.layout)
+        return self.placement.pieces(wanted)
 
     def _merged(
         self, what: str, partial: Callable[[Iterable[torch.Tensor]], torch.Tensor], names: Iterable[str] | None

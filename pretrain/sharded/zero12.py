@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Set
 
+import torch
 import torch.distributed as dist
 
 from pretrain.sharded.owner import Owner
@@ -18,13 +19,17 @@ from pretrain.sharded.piece import Piece
 
 
 class _FullWorkingCopies(Owner):
-    """Both kinds refresh their working copies as their own optimizer step does: copy the slice, all-gather."""
+    """Both kinds keep every working copy in full on every rank."""
 
     def edit(self, names: Set[str]) -> Iterator[Piece]:
-        try:
-            yield from self.pieces(names)
-        finally:
-            self.optimizer.update_lp_params()
+        return self.pieces(names)
+
+    def refresh(self, names: Set[str]) -> None:
+        if names:
+            self.optimizer.update_lp_params()  # as the optimizer's own step: copy the slice, all-gather
+
+    def put(self, name: str, part: torch.Tensor) -> None:
+        self.parameters[name].data.copy_(part)
 
 
 class Zero12(_FullWorkingCopies):

@@ -33,18 +33,40 @@ class Zero3(Owner):
                     yield self._piece(parameter, owned)
 
     def edit(self, names: Set[str]) -> Iterator[Piece]:
-        try:
-            for number in self._sub_groups(names):
-                with self._master(number, changed=True) as master:
-                    for parameter, owned, working in self._ranges(number, master, names):
-                        try:
-                            yield self._piece(parameter, owned)
-                        finally:
-                            if working.data_ptr() != owned.data_ptr():
-                                working.copy_(owned)
-        finally:
-            self._refresh_resident_copies(names)
-            self.optimizer.invalidate_secondary_tensor()  # ZeRO++ keeps one more copy within each node
+        for number in self._sub_groups(names):
+            with self._master(number, changed=True) as master:
+                for parameter, owned, working in self._ranges(number, master, names):
+                    try:
+                        yield self._piece(parameter, owned)
+                    finally:
+                        if working.data_ptr() != owned.data_ptr():
+                            working.copy_(owned)
+                        parameter.ds_secondary_tensor = None  # ZeRO++ keeps one more copy within each node
+
+    def refresh(self, names: Set[str]) -> None:
+        whole = [parameter for parameter in self._parameters(names) if self._is_whole(parameter)]
+        if any(not parameter.ds_persist for parameter in whole):
+            # After a forward without a backward large weights are whole as well, until the next step drops them.
+            self.optimizer._partition_all_parameters()
+            if resident := self.optimizer.persistent_parameters:
+                resident[0].all_gather(resident)
+        elif whole:
+            self._fill_anew(whole)
+
+    def put(self, name: str, part: torch.Tensor) -> None:
+        for parameter in self._parameters({name}):
+            if self._is_whole(parameter):
+                parameter.data.copy_(part)
+
+    def _parameters(self, names: Set[str]) -> Iterator[torch.nn.Parameter]:
+        for parameters in self.optimizer.fp16_groups:
+            yield from (parameter for parameter in parameters if self.name(parameter) in names)
+
+    @staticmethod
+    def _is_whole(parameter: torch.nn.Parameter) -> bool:
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        return parameter.ds_status is ZeroParamStatus.AVAILABLE
 
     def _sub_groups(self, names: Set[str]) -> Iterator[int]:
         """The sub-groups that hold any of the named weights."""
@@ -84,17 +106,9 @@ class Zero3(Owner):
         owned = max(0, min(padded.numel(), parameter.ds_numel - start))
         return self.piece(self.name(parameter), start, padded[:owned])
 
-    def _refresh_resident_copies(self, changed: Set[str]) -> None:
-        """One all-gather fills the resident copies of the changed weights anew, as DeepSpeed's own step does."""
-        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-        resident = [
-            parameter
-            for parameter in self.optimizer.persistent_parameters
-            if parameter.ds_status is ZeroParamStatus.AVAILABLE and self.name(parameter) in changed
-        ]
-        if not resident:
-            return
+    @staticmethod
+    def _fill_anew(resident: list[torch.nn.Parameter]) -> None:
+        """One all-gather for all resident copies, as in DeepSpeed's own step."""
         group = resident[0].ds_process_group
         mine = torch.cat([parameter.ds_tensor.data.to(parameter.device) for parameter in resident])
         everyones = mine.new_empty(dist.get_world_size(group), mine.numel())

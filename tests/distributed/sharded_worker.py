@@ -46,10 +46,11 @@ class Tokenizer:
 
 
 def run_config(case: dict) -> Config:
-    """The run of a case: {zero, precision, family, shape, tied, tensor, accumulate, methods}."""
-    llama = {"family": "llama", "num_hidden_layers": 2} | SHAPES[case.get("shape", "odd")]
+    """The run of a case: {zero, precision, family, shape, layers, tied, tensor, accumulate, methods}."""
+    layers = case.get("layers", 1)
+    llama = {"family": "llama", "num_hidden_layers": layers} | SHAPES[case.get("shape", "odd")]
     llama |= {"tie_word_embeddings": case.get("tied", False)}
-    gpt2 = {"family": "gpt2", "n_embd": 36, "n_layer": 2, "n_head": 2, "n_inner": 55}
+    gpt2 = {"family": "gpt2", "n_embd": 36, "n_layer": layers, "n_head": 2, "n_inner": 55}
     gpt2 |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     precision, accumulate = case.get("precision", "fp32"), case.get("accumulate")
     deepspeed = {"zero_optimization": case["zero"]}
@@ -157,13 +158,23 @@ def step(engine, seed: int, lr: float) -> float:
     return float(total / dist.get_world_size())
 
 
+@torch.no_grad()
+def validation_loss(engine) -> float:
+    """Of one fixed batch, the same on every rank: a forward that no backward follows."""
+    engine.eval()
+    tokens = torch.randint(0, VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(99))
+    loss = float(engine(tokens[:, :-1], tokens[:, 1:]))
+    engine.train()
+    return loss
+
+
 def kurtosis(values: np.ndarray) -> float:
     away = values.astype(np.float64) - values.astype(np.float64).mean()
     return float((away**4).mean() / (away**2).mean() ** 2)
 
 
 def largest(values) -> float:
-    return max(float(value) for value in values)
+    return float(np.max([float(value) for value in values]))  # NaN is the largest, unlike for max()
 
 
 def examine(config: Config, case: dict) -> dict:
@@ -171,6 +182,7 @@ def examine(config: Config, case: dict) -> dict:
     assert "nvme_path" not in case or engine.optimizer._swappable_optimizer_subgroup(0)
     start = masters(engine)
     seen: dict = {"digest": hashlib.sha256(b"".join(start[n].tobytes() for n in sorted(start))).hexdigest()}
+    _, seen["working_filled"] = _compare(engine, {})
 
     moments = weights.moments()
     seen["std_error"] = largest(
@@ -178,6 +190,9 @@ def examine(config: Config, case: dict) -> dict:
     )
     seen["mean_error"] = largest(
         abs(moments[n].mean - w.astype(np.float64).mean()) / np.abs(w).max() for n, w in start.items() if w.std() > 0
+    )
+    seen["constants_exact"] = all(
+        (moments[n].std, moments[n].mean) == (0.0, float(w.flat[0])) for n, w in start.items() if w.std() == 0
     )
     seen["counts_right"] = all(moments[n].count == w.size for n, w in start.items())
     statistics = weights.statistics()
@@ -188,7 +203,7 @@ def examine(config: Config, case: dict) -> dict:
     seen["statistics_agree"] = all(statistics[n].std == moments[n].std for n in start)
 
     before = weights.snapshot()
-    losses = [step(engine, 0, 1e-3)]
+    step(engine, 0, 1e-3)
     trained = masters(engine)
     changes = weights.squared_change(before)
     seen["change_error"] = largest(
@@ -197,31 +212,36 @@ def examine(config: Config, case: dict) -> dict:
         if np.any(trained[n] != start[n])
     )
 
-    chosen = [n for n, w in weights.layout.items() if w.in_block_matrix]
+    chosen = list(weights.layout)
     scale, shift = 0.37, 0.011
+    losses = [validation_loss(engine)]  # leaves large weights whole under ZeRO-3
     weights.rescale_({name: (scale, shift) for name in chosen})
-    expected = {
-        n: (torch.from_numpy(w).mul(scale).add(shift).numpy() if n in chosen else w) for n, w in trained.items()
-    }
-    seen["rescale_exact"] = _masters_equal(engine, expected)
-    seen["working_follows"] = _working_follows(engine)
-    losses.append(step(engine, 1, 0.0))
-    seen["survives_step"] = _masters_equal(engine, expected)
-    seen["working_follows_after_step"] = _working_follows(engine)
-    seen["loss_moved"] = losses
+    losses.append(validation_loss(engine))
+    expected = {n: torch.from_numpy(w).mul(scale).add(shift).numpy() for n, w in trained.items()}
+    seen["rescale_exact"], seen["working_follows"] = _compare(engine, expected)
+    step(engine, 1, 0.0)
+    seen["survives_step"], seen["working_follows_after_step"] = _compare(engine, expected)
+    losses.append(validation_loss(engine))
+    seen["losses"] = losses
 
     if case.get("gathered", True):
         seen |= compare_with_gathered(engine, weights, chosen, expected)
     edited = masters(engine)
     shapes_right = True
+    validation_loss(engine)
     for name, full in gathered(weights, chosen):
         shapes_right &= full.shape == edited[name].shape and np.array_equal(full.numpy(), edited[name])
         full[0] += 1.0
         edited[name][0] += np.float32(1.0)
     seen["hook_saw_the_full_weight"] = shapes_right
+    seen["hook_exact"], seen["hook_working_follows"] = _compare(engine, edited)
+    for name, full in gathered(weights, chosen):
+        full[0] += 1.0
+        edited[name][0] += np.float32(1.0)
+        break
+    seen["hook_left_early"], seen["hook_left_early_working_follows"] = _compare(engine, edited)
     step(engine, 3, 0.0)
-    seen["hook_survives"] = _masters_equal(engine, edited)
-    seen["hook_working_follows"] = _working_follows(engine)
+    seen["hook_survives"], seen["hook_working_follows_after_step"] = _compare(engine, edited)
     return seen
 
 
@@ -232,10 +252,9 @@ def compare_with_gathered(engine, weights: ShardedWeights, chosen: list[str], ex
     seen["engines_agree_on_std"] = largest(abs(sharded_moments[n].std / gathered_moments[n].std - 1) for n in chosen)
     simple.rescale_({name: (1.9, -0.003) for name in chosen})
     by_gathered = {n: torch.from_numpy(expected[n]).mul(1.9).add(-0.003).numpy() for n in chosen}
-    seen["gathered_exact"] = _masters_equal(engine, by_gathered)
+    seen["gathered_exact"], _ = _compare(engine, by_gathered)
     step(engine, 2, 0.0)
-    seen["gathered_survives"] = _masters_equal(engine, by_gathered)
-    seen["gathered_working_follows"] = _working_follows(engine)
+    seen["gathered_survives"], seen["gathered_working_follows"] = _compare(engine, by_gathered)
     return seen
 
 
@@ -247,6 +266,8 @@ def misuse(config: Config) -> dict[str, str]:
     calls = {
         "unknown weight": lambda: weights.moments([name.replace("up", "upp")]),
         "unknown weight on one rank": lambda: weights.moments([name + "x"] if last else [name]),
+        "factor too large": lambda: weights.rescale_({name: (1e300, 0.0)}),
+        "unknown piece": lambda: weights.pieces([name + "x"]),
         "factor not finite": lambda: weights.rescale_({name: (float("nan"), 0.0)}),
     }
     if dist.get_world_size() > 1:
@@ -265,6 +286,15 @@ def misuse(config: Config) -> dict[str, str]:
     return raised
 
 
+def raise_in_the_loop(config: Config) -> None:
+    """One rank fails on the way; the others must not wait for it for ever."""
+    _, weights = build(config)
+    for number, (_, full) in enumerate(gathered(weights)):
+        full += 1.0
+        if number == 2 and dist.get_rank() == dist.get_world_size() - 1:
+            raise ArithmeticError("a method failed on the last rank")
+
+
 def _raised_by(call) -> str:
     try:
         call()
@@ -273,14 +303,11 @@ def _raised_by(call) -> str:
     return "nothing"
 
 
-def _masters_equal(engine, expected: dict[str, np.ndarray]) -> bool:
-    found = masters(engine)
-    return all(np.array_equal(found[name], values) for name, values in expected.items())
-
-
-def _working_follows(engine) -> bool:
-    working, master = working_copies(engine), masters(engine)
-    return all(torch.equal(working[n], torch.from_numpy(master[n]).to(working[n].dtype)) for n in master)
+def _compare(engine, expected: dict[str, np.ndarray]) -> tuple[bool, bool]:
+    """Whether the masters are as expected, and whether every working copy is its master, rounded."""
+    master, working = masters(engine), working_copies(engine)
+    exact = all(np.array_equal(master[name], values) for name, values in expected.items())
+    return exact, all(torch.equal(working[n], torch.from_numpy(master[n]).to(working[n].dtype)) for n in master)
 
 
 def train_with_methods(config: Config, path: str) -> None:
@@ -310,6 +337,8 @@ def main() -> None:
             everyone: list = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, misuse(config.model_copy(update={"data": accumulating(config.data)})))
             seen[name] = everyone
+        elif case.get("raise"):
+            raise_in_the_loop(config)
         elif case.get("train"):
             train_with_methods(config, f"{out}.{name}.npz")
         else:

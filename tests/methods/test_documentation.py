@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pretrain.errors import UserError
 from pretrain.layout import describe
 from pretrain.sharded import Moments
 
@@ -31,11 +32,14 @@ class DenseHead:
 
 def test_the_method_of_the_documentation_works():
     code = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
-    assert len(code.splitlines()) <= 24
+    assert len(code.splitlines()) <= 30
     module = {"__name__": "head_anchor"}
     exec(code, module)
     weights, method = DenseHead(), module["HeadAnchor"](std=0.5)
     before = weights.arrays["model.embed_tokens.weight"].copy()
+    method.check(list(weights.layout.values()))
+    with pytest.raises(UserError, match="finds no head"):
+        method.check([weights.layout["model.embed_tokens.weight"]])
     assert method.after_step(9, weights) == {}
     assert list(method.after_step(10, weights)) == ["lm_head.weight"]
     assert weights.arrays["lm_head.weight"].std(ddof=1) == pytest.approx(0.5)
