@@ -14,10 +14,11 @@ from typing import Any
 
 from pretrain.config import Config
 from pretrain.data.loader import check_batch_sizes
-from pretrain.deepspeed_blocks import block, parse
+from pretrain.deepspeed_blocks import block
 from pretrain.errors import UserError
 from pretrain.precision import precision_blocks, precision_of
 from pretrain.tensor_parallel import data_ranks, tensor_parallel_block
+from pretrain.zero_block import check_zero
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -56,29 +57,6 @@ _NOT_HERE = {
     "activation_checkpointing": "set 'activation_checkpointing: true' in the run file",
 }
 
-# NVMe offload, and what is wrong with it: see docs/sharded_weights.md.
-_NVME = {
-    "offload_param": "the working copies would be on disk when a method changes them. Offload them to the CPU",
-    "offload_optimizer": "DeepSpeed saves such a run but does not restore it: after a resume Adam's step counter, and the "
-    "weights of groups below 1 MB, start anew, and the losses differ. Offload the optimizer to the CPU",
-}
-
-# Keys of `zero_optimization` that cannot be switched off.
-_NEEDED = {
-    "load_from_fp32_weights": "a resumed run would go on from rounded masters instead of the stored ones",
-    "compute_grad_norm": "gradients are clipped by their norm, and it is logged",
-}
-
-# Keys of `zero_optimization` that change what a weight is or where it lies, and that no test covers.
-_OTHER_WEIGHTS = "forward would read quantized weights instead of those that the methods set"
-_UNTESTED = {
-    "zero_quantized_weights": _OTHER_WEIGHTS,
-    "zero_quantized_nontrainable_weights": _OTHER_WEIGHTS,
-    "zenflow": "it steps most weights later than the step after which the methods act",
-    "zero_quantized_gradients": "it rounds gradients in a way that nobody here has measured",
-    "elastic_checkpoint": "it stores the optimizer in a layout that nobody has resumed or converted",
-}
-
 # What DeepSpeed would choose otherwise, and why not: see docs/deepspeed.md.
 _ALWAYS = {
     "steps_per_print": 10**9,
@@ -113,7 +91,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
                 f'Remove the key from the DeepSpeed file or set it to "auto".'
             )
     zero = {key: value for key, value in block(given, "zero_optimization", source).items() if value != "auto"}
-    _check_zero(zero, source)
+    check_zero(zero, source)
     precision = precision_blocks(given, source, zero.get("stage", 0))
     _check_with_tensor_parallel(config.parallel.tensor, zero, precision, source)
     resolved = {**_ALWAYS, **given, **computed, "zero_optimization": zero, **precision}
@@ -166,36 +144,6 @@ def _check_keys(given: dict[str, Any], source: str) -> None:
             near = difflib.get_close_matches(key, _KNOWN_KEYS, 1, 0.6)
             hint = f"did you mean '{near[0]}'?" if near else f"known are: {', '.join(sorted(_KNOWN_KEYS))}."
             raise UserError(f"{source}: unknown key '{key}'; {hint}")
-
-
-def _check_zero(zero: dict[str, Any], source: str) -> None:
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    parsed = parse(DeepSpeedZeroConfig, zero, "zero_optimization", source)
-    for key, reason in _UNTESTED.items():
-        if zero.get(key) not in (None, False):
-            raise UserError(f"{source}: zero_optimization.{key} is not supported: {reason}.")
-    for key in ("load_from_fp32_weights", "compute_grad_norm"):
-        if zero.get(key) is False:
-            raise UserError(f"{source}: zero_optimization.{key} false is not supported: {_NEEDED[key]}.")
-    for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
-        if getattr(parsed, key) is not None and parsed.stage < least:
-            raise UserError(
-                f"{source}: zero_optimization.{key} has no effect at stage {parsed.stage}. Remove the block."
-            )
-    if parsed.offload_optimizer is not None and parsed.offload_optimizer.super_offload:
-        raise UserError(
-            f"{source}: zero_optimization.offload_optimizer.super_offload is not supported: another process "
-            "steps the weights then, which nobody has tested with methods that change them."
-        )
-    if parsed.offload_optimizer is not None and parsed.offload_optimizer.ratio < 1:
-        raise UserError(
-            f"{source}: zero_optimization.offload_optimizer.ratio {parsed.offload_optimizer.ratio:g} is not supported: it "
-            "keeps some masters on the GPU and some on the CPU, which nobody has tested with methods that change them."
-        )
-    for name, offload in (("offload_param", parsed.offload_param), ("offload_optimizer", parsed.offload_optimizer)):
-        if offload is not None and offload.device == "nvme":
-            raise UserError(f"{source}: zero_optimization.{name}.device nvme is not supported: {_NVME[name]}.")
 
 
 def _check_with_tensor_parallel(tensor: int, zero: dict[str, Any], precision: dict[str, Any], source: str) -> None:
