@@ -53,10 +53,10 @@ class Llama:
         """Give every weight its first value again."""
         initialize_weights(self.weights, self.config, STD)
 
-    @torch.no_grad()
-    def forward(self) -> None:
-        """Read every weight: ZeRO-3 then holds the small ones resident, as after a step; its hooks may drop them."""
-        self.engine(self.tokens[:1, :8], self.tokens[:1, 1:9])
+    def settle(self) -> None:
+        """Gather ZeRO-3's resident copies where its hooks have dropped them: the state in which a step leaves the engine."""
+        if resident := self.engine.optimizer.persistent_parameters:
+            resident[0].all_gather(resident)
 
     def step(self, lr: float = 1e-4) -> None:
         """One optimizer step."""

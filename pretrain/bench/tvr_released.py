@@ -27,6 +27,7 @@ def apply_released(
         for piece in weights.placement.edit(high.keys()):
             mean, std = high[piece.name]
             piece.master.copy_((piece.master - mean) * (target_std / std) + mean)
+        weights.placement.refresh(high.keys())
     return set(high)
 
 

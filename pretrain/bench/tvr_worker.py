@@ -46,22 +46,22 @@ def measure(hidden_size: int, layers: int, tokens: int, rounds: int, resident_be
         samples.setdefault(key, []).append(value)
 
     for name, scheme in schemes.items():
-        llama.forward()
+        llama.settle()
         with Traffic() as traffic:
             _expect(len(matrices), scheme(next(targets)))
         note(f"{name} received", traffic.received)
         note(f"{name} collectives", traffic.collectives)
-        llama.forward()
+        llama.settle()
         note(f"{name} peak", peak_extra_bytes(lambda scheme=scheme: scheme(next(targets))))
     for _ in range(rounds):
         note("step", _seconds(llama.step)[0])
         for _ in range(APPLICATIONS):
             for name, scheme in schemes.items():
-                llama.forward()
+                llama.settle()
                 seconds, rescaled = _seconds(lambda scheme=scheme: scheme(next(targets)))
                 _expect(len(matrices), rescaled)
                 note(f"{name} all", seconds)
-                llama.forward()
+                llama.settle()
                 seconds, rescaled = _seconds(lambda scheme=scheme: scheme(1.0))
                 _expect(0, rescaled)
                 note(f"{name} none", seconds)
