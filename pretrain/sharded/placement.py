@@ -44,6 +44,12 @@ class Placement(Protocol):
         Afterwards the copies that hold more than this rank's range are stale, until `refresh` or `put`.
         """
 
+    def exact_copy(self, name: str) -> torch.Tensor | None:
+        """The full working copy of a weight, if there is one and it is float32: it holds just what the masters hold.
+
+        Under tensor parallelism, of this rank's slice. None also where `edit` leaves no copy stale.
+        """
+
     def refresh(self, names: Set[str]) -> None:
         """Make the full working copies of edited weights follow their masters. Collective."""
 

@@ -40,11 +40,15 @@ class Stage0(Owner):
                 if parameter is not master:
                     parameter.data.copy_(master.data)
 
+    def exact_copy(self, name: str) -> torch.Tensor | None:
+        """None: every rank has edited its own full copies."""
+        return None
+
     def refresh(self, names: Set[str]) -> None:
-        """Nothing to do: every rank has edited its own full copies."""
+        """Nothing to do, see `exact_copy`."""
 
     def put(self, name: str, part: torch.Tensor) -> None:
-        """Nothing to do, see `refresh`."""
+        """Nothing to do, see `exact_copy`."""
 
     def _masters(self, names: Set[str]) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
         for parameters, masters in self.groups:

@@ -55,17 +55,19 @@ class ShardedWeights:
     def rescale_(self, changes: Mapping[str, tuple[float, float]]) -> None:
         """Replace each named weight W by scale * W + shift in every copy; `changes` maps name -> (scale, shift).
 
-        Computed in float32. Local except for the refresh of the working copies. Optimizer moments are left alone. The
+        Computed in float32. Local except for the refresh of half-precision working copies. Optimizer moments are left alone. The
         caller sees to it that the values fit the working precision: fp16 ends at 65,504.
         """
         chosen = check_call(self, "rescale_", changes, changes)
         if not chosen:
             return
+        stale = set(chosen)
         for piece in self.placement.edit(chosen):
-            scale, shift = changes[piece.name]
-            for chunk in piece.master.split(CHUNK[piece.master.device.type]):
-                chunk.mul_(scale).add_(shift)
-        self.placement.refresh(chosen)
+            _rescale_(piece.master, *changes[piece.name])
+            if (copy := self.placement.exact_copy(piece.name)) is not None:
+                _rescale_(copy.view(-1), *changes[piece.name])  # the same bits, and no communication
+                stale.remove(piece.name)
+        self.placement.refresh(stale)
 
     @torch.no_grad()
     def fill_(self, seed: int, rule: Callable[[Weight], Draw]) -> None:
@@ -118,3 +120,9 @@ class ShardedWeights:
 
         rows = merge(all_gather(partial(counted())))
         return dict(zip(found, rows.tolist(), strict=True))
+
+
+def _rescale_(flat: torch.Tensor, scale: float, shift: float) -> None:
+    """Chunk by chunk, so that memory is passed over once for both operations."""
+    for chunk in flat.split(CHUNK[flat.device.type]):
+        chunk.mul_(scale).add_(shift)

@@ -24,6 +24,10 @@ class _FullWorkingCopies(Owner):
     def edit(self, names: Set[str]) -> Iterator[Piece]:
         return self.pieces(names)
 
+    def exact_copy(self, name: str) -> torch.Tensor | None:
+        copy = self.parameters[name].data
+        return copy if copy.dtype == torch.float32 else None
+
     def refresh(self, names: Set[str]) -> None:
         if names:
             self.optimizer.update_lp_params()  # as the optimizer's own step: copy the slice, all-gather

@@ -43,8 +43,14 @@ class Zero3(Owner):
                             working.copy_(owned)
                         parameter.ds_secondary_tensor = None  # ZeRO++ keeps one more copy within each node
 
+    def exact_copy(self, name: str) -> torch.Tensor | None:
+        parameter = self.parameters[name]
+        return parameter.data if self._is_whole(parameter) and parameter.dtype == torch.float32 else None
+
     def refresh(self, names: Set[str]) -> None:
-        whole = [parameter for parameter in self._parameters(names) if self._is_whole(parameter)]
+        whole = [
+            parameter for name, parameter in self.parameters.items() if name in names and self._is_whole(parameter)
+        ]
         if any(not parameter.ds_persist for parameter in whole):
             # After a forward without a backward large weights are whole as well, until the next step drops them.
             self.optimizer._partition_all_parameters()
@@ -54,13 +60,8 @@ class Zero3(Owner):
             self._fill_anew(whole)
 
     def put(self, name: str, part: torch.Tensor) -> None:
-        for parameter in self._parameters({name}):
-            if self._is_whole(parameter):
-                parameter.data.copy_(part)
-
-    def _parameters(self, names: Set[str]) -> Iterator[torch.nn.Parameter]:
-        for parameters in self.optimizer.fp16_groups:
-            yield from (parameter for parameter in parameters if self.name(parameter) in names)
+        if self._is_whole(self.parameters[name]):
+            self.parameters[name].data.copy_(part)
 
     @staticmethod
     def _is_whole(parameter: torch.nn.Parameter) -> bool:

@@ -6,6 +6,7 @@ value is computed densely in float64 or float32 by numpy and torch.
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -347,7 +348,7 @@ def main() -> None:
         with open(out, "w") as file:
             json.dump(seen, file)
     dist.barrier()
-    dist.destroy_process_group()
+    os._exit(0)  # taking down the process groups of forty engines, gloo aborts a rank now and then
 
 
 if __name__ == "__main__":
