@@ -24,10 +24,16 @@ def apply_released(
     found = {piece.name: _mean_and_std(piece.master) for piece in weights.pieces(names)}
     high = {name: (mean, std) for name, (mean, std) in found.items() if std / target_std > ratio_threshold}
     if high:
+        stale = set(high)
         for piece in weights.placement.edit(high.keys()):
             mean, std = high[piece.name]
-            piece.master.copy_((piece.master - mean) * (target_std / std) + mean)
-        weights.placement.refresh(high.keys())
+            copies = [piece.master]
+            if (copy := weights.placement.exact_copy(piece.name)) is not None:
+                copies.append(copy)
+                stale.remove(piece.name)
+            for weight in copies:
+                weight.copy_((weight - mean) * (target_std / std) + mean)
+        weights.placement.refresh(stale)
     return set(high)
 
 

@@ -88,15 +88,13 @@ def test_three_schemes_do_the_same_arithmetic_and_their_costs_are_counted():
     matrices, elements = 7, 4 * 64 * 64 + 3 * 64 * 168
     assert (row["ranks"], row["matrices"], row["parameters"]) == (2, matrices, 2 * 4096 * 64 + elements + 3 * 64)
     assert 0 < row["distance"] < 1e-6
-    # ZeRO-3 keeps matrices this small resident: every scheme all-gathers them anew, half from the other rank. Then the
-    # release all-reduces two fp32 numbers and one for each matrix, all of which a rank receives once among two.
-    refresh = elements * 4 / 2
-    assert row["released received"] == refresh + matrices * 3 * 4
-    assert row["released collectives"] == 2 * matrices + 1
-    assert refresh < row["sharded received"] < refresh + 1000
+    # The release all-reduces two fp32 numbers and one for each matrix, all of which a rank receives once among two.
+    assert row["released received"] == matrices * 3 * 4
+    assert row["released collectives"] == 2 * matrices
+    assert 0 < row["sharded received"] < 1000
     assert row["sharded collectives"] < row["released collectives"]
-    assert row["gathered received"] > 2 * refresh
-    assert row["released peak"] >= elements * 4
+    assert row["gathered received"] > elements * 4
+    assert row["released peak"] >= 64 * 168 * 4
     assert all(row[f"{scheme} {case}"] > 0 for scheme in tvr.SCHEMES for case in ("all", "none"))
     table = tvr._costs([row]) + tvr._growth([row])
     assert len(re.findall(r"^\| 2 ", table, re.MULTILINE)) == 3 + 4
