@@ -15,8 +15,10 @@ from math import isfinite, sqrt
 
 import torch
 
-# Elements in the float64 buffer: what a core's cache holds; a GPU wants few, large kernels.
-CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}
+# Elements that are worked on at a time. torch wakes its threads for more than 32,768 elements, which costs more than
+# the arithmetic of a small tensor; a large one is worth it. A GPU wants few, large kernels.
+CHUNK = {"cpu": 1 << 20, "cuda": 1 << 22}
+SMALL = {"cpu": 1 << 15, "cuda": 1 << 22}
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def require_finite(moments: Mapping[str, Moments], when: str) -> None:
 
 def partial_moments(flats: Iterable[torch.Tensor]) -> torch.Tensor:
     """(tensors, 3) float64 on the device of `flats`: count, mean and centred sum of squares of each flat tensor."""
-    return _partial(flats, lambda centred, _: [torch.dot(centred, centred)])
+    return _partial(flats, lambda centred, _: [_squared_norm(centred)])
 
 
 def partial_statistics(flats: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -77,7 +79,8 @@ def partial_statistics(flats: Iterable[torch.Tensor]) -> torch.Tensor:
     def powers(centred: torch.Tensor, chunk: torch.Tensor) -> list[torch.Tensor]:
         squares = torch.square(centred, out=_buffer(centred.device, CHUNK[centred.device.type], 1)[: len(centred)])
         largest = torch.linalg.vector_norm(chunk, torch.inf).double() if len(chunk) else centred.new_zeros(())
-        return [torch.dot(centred, centred), torch.dot(squares, centred), torch.dot(squares, squares), largest]
+        sums = [_squared_norm(centred), _squared_norm(squares)]
+        return [sums[0], squares.mul_(centred).sum(), sums[1], largest]
 
     return _partial(flats, powers)
 
@@ -104,13 +107,18 @@ def merge(parts: torch.Tensor) -> torch.Tensor:
     return torch.stack(merged, -1)
 
 
+def chunks(flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """`flat` in pieces of the size that its device works on fastest; one empty piece of an empty tensor."""
+    device = flat.device.type
+    return flat.split(SMALL[device] if len(flat) < CHUNK[device] else CHUNK[device])
+
+
 def squared_distance(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """The squared Euclidean distance of two flat tensors of the same length: a float64 scalar on their device."""
     total = torch.zeros((), dtype=torch.float64, device=one.device)
-    chunk_size = CHUNK[one.device.type]
-    for mine, theirs in zip(one.split(chunk_size), other.split(chunk_size), strict=True):
+    for mine, theirs in zip(chunks(one), chunks(other), strict=True):
         difference = _in_float64(mine).sub_(theirs)
-        total += torch.dot(difference, difference)
+        total += _squared_norm(difference)
     return total
 
 
@@ -121,18 +129,25 @@ def _partial(
 
     The results of all chunks stay on the device until they are stacked at once: a GPU is never waited for.
     """
-    counts, sums, chunks_of = [], [], []
-    for flat in flats:
-        chunks = flat.split(CHUNK[flat.device.type])  # one empty chunk of an empty tensor
-        chunks_of.append(len(chunks))
-        for chunk in chunks:
+    counts, sums, places = [], [], []
+    for number, flat in enumerate(flats):
+        for position, chunk in enumerate(chunks(flat)):
             values = _in_float64(chunk)
             mean = values.mean() if len(chunk) else values.new_zeros(())
             counts.append(float(len(chunk)))
             sums += [mean, *powers(values.sub_(mean), chunk)]
+            places.append((position, number))
     sums = torch.stack(sums).view(len(counts), -1)
     rows = torch.cat((torch.tensor(counts, dtype=torch.float64).to(sums.device).unsqueeze(1), sums), 1)
-    return torch.stack([merge(some) for some in rows.split(chunks_of)])
+    position, number = torch.tensor(places).to(sums.device).unbind(1)
+    table = rows.new_zeros(int(max(places)[0]) + 1, places[-1][1] + 1, rows.shape[1])  # a row of zeros counts nothing
+    table[position, number] = rows
+    return merge(table)
+
+
+def _squared_norm(values: torch.Tensor) -> torch.Tensor:
+    """Not torch.dot: BLAS wakes threads of its own for the smallest of vectors."""
+    return torch.linalg.vector_norm(values).square()
 
 
 def _in_float64(chunk: torch.Tensor) -> torch.Tensor:

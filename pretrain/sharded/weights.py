@@ -10,9 +10,9 @@ from pretrain.layout import Weight, describe_model
 from pretrain.sharded.draws import Draw, fill_slice_
 from pretrain.sharded.guard import all_gather, check_call, require_known
 from pretrain.sharded.moments import (
-    CHUNK,
     Moments,
     Statistics,
+    chunks,
     merge,
     partial_moments,
     partial_statistics,
@@ -124,5 +124,5 @@ class ShardedWeights:
 
 def _rescale_(flat: torch.Tensor, scale: float, shift: float) -> None:
     """Chunk by chunk, so that memory is passed over once for both operations."""
-    for chunk in flat.split(CHUNK[flat.device.type]):
+    for chunk in chunks(flat):
         chunk.mul_(scale).add_(shift)
