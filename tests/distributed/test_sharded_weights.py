@@ -257,7 +257,7 @@ def test_an_optimizer_offloaded_to_nvme_is_within_reach(tmp_path, precision):
         pytest.skip("DeepSpeed's async_io operator cannot be built here: it needs libaio's headers and a C++ compiler")
     AsyncIOBuilder().load(verbose=False)
     case = half(precision, 3) if precision != "fp32" else zero(3)
-    todo = {"nvme": {**case, "shape": "large", "nvme_path": str(tmp_path / "nvme"), "gathered": False}}
+    todo = {"nvme": {**case, "shape": "large", "layers": 2, "nvme_path": str(tmp_path / "nvme"), "gathered": False}}
     found = run_ranks(2, todo, tmp_path / "seen.json")["nvme"]
     assert all(value for value in found.values() if isinstance(value, bool)), found
     assert max(value for key, value in found.items() if key.endswith("_error")) < 1e-12
