@@ -78,9 +78,9 @@ def partial_statistics(flats: Iterable[torch.Tensor]) -> torch.Tensor:
 
     def powers(centred: torch.Tensor, chunk: torch.Tensor) -> list[torch.Tensor]:
         squares = torch.square(centred, out=_buffer(centred.device, CHUNK[centred.device.type], 1)[: len(centred)])
-        largest = torch.linalg.vector_norm(chunk, torch.inf).double() if len(chunk) else centred.new_zeros(())
-        sums = [_squared_norm(centred), _squared_norm(squares)]
-        return [sums[0], squares.mul_(centred).sum(), sums[1], largest]
+        largest = chunk.abs().amax().double() if len(chunk) else centred.new_zeros(())
+        second, fourth = _squared_norm(centred), _squared_norm(squares)
+        return [second, squares.mul_(centred).sum(), fourth, largest]
 
     return _partial(flats, powers)
 
