@@ -30,12 +30,12 @@ class Stage0(Owner):
 
     def pieces(self, names: Set[str]) -> Iterator[Piece]:
         for parameter, master in self._masters(names):
-            yield self.piece(self.name(parameter), 0, master.data.view(-1), self.replicas, self.replica)
+            yield self._piece(parameter, master)
 
     def edit(self, names: Set[str]) -> Iterator[Piece]:
         for parameter, master in self._masters(names):
             try:
-                yield from self.pieces({self.name(parameter)})
+                yield self._piece(parameter, master)
             finally:
                 if parameter is not master:
                     parameter.data.copy_(master.data)
@@ -49,6 +49,9 @@ class Stage0(Owner):
 
     def put(self, name: str, part: torch.Tensor) -> None:
         """Nothing to do, see `exact_copy`."""
+
+    def _piece(self, parameter: torch.nn.Parameter, master: torch.Tensor) -> Piece:
+        return self.piece(self.name(parameter), 0, master.data.view(-1), self.replicas, self.replica)
 
     def _masters(self, names: Set[str]) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor]]:
         for parameters, masters in self.groups:
