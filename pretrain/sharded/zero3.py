@@ -6,9 +6,9 @@
     [ W, whole, if it is small ]  ...               ...                 resident copy  parameter.data
 
 A flat buffer holds the ranges of one sub-group of weights, one after another; `parameter.ds_tensor` is a view of the
-working one. In fp32 both buffers are the same memory. Weights under `stage3_param_persistence_threshold` stay resident
-in full between steps, and forward reads that copy. With the optimizer offloaded to NVMe a sub-group's master is in
-memory only while it is swapped in.
+working one. In fp32 both may be the same memory (on a CPU they are not). Weights under
+`stage3_param_persistence_threshold` stay resident in full between steps, and forward reads that copy. With the optimizer
+offloaded to NVMe a sub-group's master is in memory only while it is swapped in.
 """
 
 from __future__ import annotations
