@@ -1,4 +1,10 @@
-"""A YAML file as plain data that remembers where each key stands, and `--set a.b=c` on top of it."""
+"""A YAML file as plain data that remembers where each key stands: on top of the file that it `extends`, under `--set`.
+
+    extends: base_1b.yaml       # relative to the file that says it; the base may extend another
+
+Mappings merge key by key, lists and scalars replace, null too. A section that changes its kind replaces the whole
+section below it, whose other keys belong to the kind that it was (`_KINDS`).
+"""
 
 from __future__ import annotations
 
@@ -10,17 +16,23 @@ import yaml
 
 from pretrain.errors import UserError
 
+# The key that says what kind of thing a section is, and so which other keys it may hold.
+_KINDS = {"model": "family", "init": "distribution"}
+
 
 class RunFile:
-    """data: the content. origins: where each dotted key was given, "file:line" or "--set ..."."""
+    """data: the content, on top of that of its bases. origins: where each key was given, "file:line" or "--set ..."."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises UserError if the file cannot be read, is not YAML, or holds a key twice."""
+    def __init__(self, path: Path, extended_by: tuple[Path, ...] = ()) -> None:
+        """Read `path` and the files that it extends; `extended_by` are the files whose base it is, the first one first.
+
+        Raises UserError if a file cannot be read, is not YAML, holds a key twice, or extends itself.
+        """
         self.path = path
         self.origins: dict[str, str] = {}
         try:
             text = path.read_text()
-            self._locate(yaml.compose(text, _Loader), "")
+            self._locate(yaml.compose(text, _Loader))
             self.data = yaml.load(text, _Loader)
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the run file {path}: {error}.") from error
@@ -28,6 +40,8 @@ class RunFile:
             raise UserError(f"{path} is not valid YAML: {error}") from error
         if not isinstance(self.data, dict):
             raise UserError(f"{path} holds no configuration; it must be a mapping of keys such as 'name' and 'model'.")
+        if "extends" in self.data:
+            self._lay_over(self._base((*extended_by, path)))
 
     def override(self, setting: str) -> None:
         """Apply "a.b=c", c in YAML. List items go by number: methods.1.target_std=0.02.
@@ -45,18 +59,60 @@ class RunFile:
             else:
                 target = target[_index(target, part, setting, parents[:depth])]
         try:
-            value = yaml.load(text, _Loader)
+            value, node = yaml.load(text, _Loader), yaml.compose(text, _Loader)
         except yaml.YAMLError as error:
             raise UserError(f"--set {setting}: the value is not valid YAML.") from error
         target[last if isinstance(target, dict) else _index(target, last, setting, parents)] = value
+        self._forget(key)
         self.origins[key] = f"--set {setting}"
+        self._locate(node, f"{key}.", f"--set {setting}")
 
     def where(self, key: str) -> str:
-        """The place to look at for a dotted key: its own, that of a key below it, or the file."""
+        """The place to look at for a dotted key: its own, that of a key below it or of its section, or the file."""
         below = (place for other, place in self.origins.items() if other.startswith(f"{key}."))
-        return self.origins.get(key) or next(below, str(self.path))
+        section = key.rpartition(".")[0]
+        return self.origins.get(key) or next(below, None) or (self.where(section) if section else str(self.path))
 
-    def _locate(self, node: yaml.Node | None, prefix: str) -> None:
+    def _base(self, chain: tuple[Path, ...]) -> RunFile:
+        """The file that this one extends; `chain` are the files up to this one."""
+        where, named = self.origins["extends"], self.data["extends"]
+        if not isinstance(named, str):
+            raise UserError(f"{where}: extends: give the path of one run file (got {named!r}).")
+        path = self.path.parent / named
+        if path.resolve() in (file.resolve() for file in chain):
+            circle = " -> ".join(str(file) for file in (*chain, path))
+            raise UserError(f"{where}: extends: the files extend each other in a circle: {circle}.")
+        try:
+            return RunFile(path, chain)
+        except UserError as error:
+            raise UserError(f"{where}: extends: {error}") from error
+
+    def _lay_over(self, base: RunFile) -> None:
+        """Put this file's content on top of that of `base`."""
+        del self.data["extends"], self.origins["extends"]
+        self.data = base._merge(base.data, self.data)
+        self.origins = base.origins | self.origins
+
+    def _merge(self, below: dict, above: dict, prefix: str = "") -> dict:
+        """`above` on top of `below`, a mapping of this file under `prefix`; forgets the origins of what is replaced."""
+        merged = dict(below)  # a copy, because YAML aliases let several keys share one mapping
+        for name, value in above.items():
+            key, old = f"{prefix}{name}", below.get(name)
+            if isinstance(value, dict) and isinstance(old, dict) and not _changes_kind(key, old, value):
+                merged[name] = self._merge(old, value, f"{key}.")
+            else:
+                self._forget(key)
+                merged[name] = value
+        return merged
+
+    def _forget(self, key: str) -> None:
+        """Drop the origins of `key` and of all below it: its value is replaced."""
+        self.origins = {
+            other: place for other, place in self.origins.items() if other != key and not other.startswith(f"{key}.")
+        }
+
+    def _locate(self, node: yaml.Node | None, prefix: str = "", origin: str | None = None) -> None:
+        """Note the origin of every key in `node`: its line in this file unless `origin` is given."""
         if isinstance(node, yaml.SequenceNode):
             pairs = [(str(index), item, item) for index, item in enumerate(node.value)]
         elif isinstance(node, yaml.MappingNode):
@@ -64,11 +120,11 @@ class RunFile:
         else:
             return
         for name, place, value in pairs:
-            key, where = f"{prefix}{name}", f"{self.path}:{place.start_mark.line + 1}"
+            key, where = f"{prefix}{name}", origin or f"{self.path}:{place.start_mark.line + 1}"
             if key in self.origins:
                 raise UserError(f"{where}: the key '{key}' stands twice; it is also at {self.origins[key]}.")
             self.origins[key] = where
-            self._locate(value, f"{key}.")
+            self._locate(value, f"{key}.", origin)
 
 
 class _Loader(yaml.SafeLoader):
@@ -78,6 +134,12 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
+
+
+def _changes_kind(key: str, below: dict, above: dict) -> bool:
+    """Whether the section `key` becomes another kind of thing, so that the other keys below do not apply."""
+    tag = _KINDS.get(key)
+    return tag in above and above[tag] != below.get(tag)
 
 
 def _index(target: Any, part: str, setting: str, parents: list[str]) -> int:

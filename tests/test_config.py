@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from pretrain.config import Config, load_config
+from pretrain.config import load_config
 from pretrain.errors import UserError
-
-REPOSITORY = Path(__file__).resolve().parent.parent
+from pretrain.run_file import RunFile
 
 TEXT = """\
 name: run
@@ -96,7 +96,7 @@ def test_the_resolved_file_reads_back_as_the_same_configuration(file: Path, tmp_
             "run.yaml:14: unknown key 'optim.wieght_decay'; did you mean",
         ),
         ("steps: 10", "stepps: 10", "run.yaml:11: unknown key 'stepps'; did you mean 'steps'?"),
-        ("  seq_len: 32\n", "", "the key 'data.seq_len' is missing"),
+        ("  seq_len: 32\n", "", "run.yaml:6: the key 'data.seq_len' is missing"),
         (
             "hidden_size: 64",
             "hiden_size: 64",
@@ -136,6 +136,10 @@ def test_all_mistakes_are_told_at_once(file: Path) -> None:
         ("methods.7.target_std=1", "methods"),
         ("name.first=x", "--set name.first=x"),
         ("optim.lrr=1", "did you mean 'optim.lr'?"),
+        ("init.bound=2", "--set init.bound=2: init: its 'distribution' is missing"),
+        ("optim={}", "--set optim={}: the key 'optim.lr' is missing"),
+        ("methods=[{}, {name: tvr, sdt: 1}]", "--set methods=[{}, {name: tvr, sdt: 1}]: unknown key 'methods.1.sdt'"),
+        ("extends=other.yaml", "--set extends=other.yaml: unknown key 'extends'"),
     ],
 )
 def test_a_wrong_override_is_quoted(file: Path, override: str, expected: str) -> None:
@@ -161,21 +165,150 @@ def test_a_configuration_cannot_be_changed_afterwards(file: Path) -> None:
         load_config(file).optim.lr = 1.0
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_shipped_run_file_is_valid_and_named_after_its_file(path: Path) -> None:
-    config = load_config(path)
-    assert config.name == path.stem
-    assert (REPOSITORY / config.deepspeed).is_file()
-    assert Config.model_validate(yaml.safe_load(config.to_yaml())) == config
+# `extends`
 
 
-def test_the_one_billion_run_is_the_papers() -> None:
-    config = load_config(REPOSITORY / "configs/1b_tvr.yaml")
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    assert [config.model.hf_fields[size] for size in sizes] == [2048, 5440, 16, 16]
-    assert (config.data.seq_len, config.data.global_batch_size) == (2048, 4032)
-    assert config.total_steps * config.tokens_per_step == pytest.approx(100e9, rel=1e-3)
-    assert config.optim.lr == 6e-4
-    assert config.optim.lr * config.optim.schedule.min_lr_ratio == pytest.approx(6e-5)
-    assert config.optim.schedule.warmup_steps * config.tokens_per_step == pytest.approx(1e9, rel=0.01)
-    assert (config.optim.betas, config.optim.weight_decay) == ((0.9, 0.95), 0.1)
+@pytest.fixture
+def child(file: Path) -> Callable[[str], Path]:
+    """Writes a run file that extends `file`, its text from line 2 on."""
+
+    def write(text: str) -> Path:
+        path = file.parent / "child.yaml"
+        path.write_text(f"extends: {file.name}\n{text}")
+        return path
+
+    return write
+
+
+def test_a_file_that_says_only_what_it_extends_is_its_base(file: Path, child: Callable[[str], Path]) -> None:
+    assert load_config(child("")) == load_config(file)
+
+
+def test_mappings_merge_deeply_while_lists_and_scalars_replace(file: Path, child: Callable[[str], Path]) -> None:
+    replace(file, "  lr: 1e-3", "  lr: 1e-3\n  schedule: {name: wsd, warmup_steps: 3}\n  betas: [0.5, 0.6]")
+    text = "name: other\noptim:\n  schedule: {warmup_steps: 5}\n  betas: [0.8, 0.9]\nmethods: [{name: lir}]\n"
+    config = load_config(child(text + "deepspeed: {bf16: {enabled: true}}\n"))
+    assert config.name == "other"
+    assert config.optim.lr == 1e-3
+    assert (config.optim.schedule.name, config.optim.schedule.warmup_steps) == ("wsd", 5)
+    assert config.optim.betas == (0.8, 0.9)
+    assert [method.name for method in config.methods] == ["lir"]
+    assert config.deepspeed == {"bf16": {"enabled": True}}
+    assert config.data.train == "shards"
+
+
+def test_null_in_the_child_overrides(child: Callable[[str], Path]) -> None:
+    config = load_config(child("steps: null\ntokens: 1000\noptim: {grad_clip: null}\n"))
+    assert (config.steps, config.total_steps) == (None, 4)
+    assert config.optim.grad_clip is None
+
+
+def test_set_comes_on_top_of_all_files(child: Callable[[str], Path]) -> None:
+    config = load_config(child("optim: {lr: 2e-3}\n"), ["optim.lr=3e-3", "data.seq_len=64", "methods.1.target_std=0.5"])
+    assert (config.optim.lr, config.data.seq_len, config.methods[1].target_std) == (3e-3, 64, 0.5)
+
+
+def test_a_base_may_extend_another_each_named_relative_to_the_file_that_says_it(file: Path) -> None:
+    folder = file.parent / "deep/deeper"
+    folder.mkdir(parents=True)
+    (file.parent / "deep/middle.yaml").write_text("extends: ../run.yaml\nseed: 1\nsteps: 20\n")
+    (folder / "child.yaml").write_text("steps: 30\nextends: ../middle.yaml\n")
+    config = load_config(folder / "child.yaml")
+    assert (config.name, config.seed, config.steps) == ("run", 1, 30)
+    assert config.deepspeed == "ds.json"  # paths in a file mean what they mean without `extends`
+
+
+def test_the_resolved_file_does_not_extend_anything(child: Callable[[str], Path], tmp_path: Path) -> None:
+    config = load_config(child("seed: 5\n"))
+    assert "extends" not in yaml.safe_load(config.to_yaml())
+    (tmp_path / "resolved.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "resolved.yaml") == config
+
+
+def test_another_family_does_not_inherit_the_keys_of_the_base_model(child: Callable[[str], Path]) -> None:
+    config = load_config(child("model: {family: gpt2, n_embd: 48}\n"))
+    assert (config.model.family, config.model.hf_fields) == ("gpt2", {"n_embd": 48})
+    same = load_config(child("model: {family: llama, intermediate_size: 48}\n"))
+    assert same.model.hf_fields == {"hidden_size": 64, "intermediate_size": 48}
+
+
+def test_another_distribution_does_not_inherit_the_options_of_the_bases(
+    file: Path, child: Callable[[str], Path]
+) -> None:
+    replace(file, "steps: 10", "steps: 10\ninit: {distribution: truncated_normal, bound: 2}")
+    assert load_config(child("init: {distribution: uniform}\n")).init.distribution == "uniform"
+    assert load_config(child("init: {bound: 1.5}\n")).init.bound == 1.5
+
+
+def test_keys_that_share_one_mapping_in_the_base_are_overridden_one_by_one(
+    file: Path, child: Callable[[str], Path]
+) -> None:
+    replace(file, "steps: 10", "steps: 10\ncheckpoint: &often {interval_steps: 5}\neval: *often")
+    config = load_config(child("eval: {interval_steps: 7}\n"))
+    assert (config.checkpoint.interval_steps, config.eval.interval_steps) == (5, 7)
+
+
+@pytest.mark.parametrize(
+    ("in_base", "in_child", "expected"),
+    [
+        (("  seq_len: 32", "  seq_len: none"), "data: {train: other}", "run.yaml:8: data.seq_len"),
+        (("  lr: 1e-3", "  lrr: 1e-3"), "optim:\n  lr: 1", "run.yaml:13: unknown key 'optim.lrr'"),
+        (("name: tvr", "name: tvrr"), "seed: 1", "run.yaml:16: methods.1: unknown name 'tvrr'"),
+        (None, "data:\n  seq_len: none", "child.yaml:3: data.seq_len"),
+        (None, "optim: {lrr: 1e-3}", "child.yaml:2: unknown key 'optim.lrr'; did you mean 'optim.lr'?"),
+        (None, "methods:\n  - {name: lir}\n  - {name: tvr, target_sdt: 1}", "child.yaml:4: unknown key 'methods.1."),
+        (None, "optim: null", "child.yaml:2: optim"),
+        (("  seq_len: 32\n", ""), "seed: 1", "run.yaml:6: the key 'data.seq_len' is missing"),
+        (("  seq_len: 32\n", ""), "data: {train: other}", "child.yaml:2: the key 'data.seq_len' is missing"),
+        (None, "methods: [{name: lir}, {}]", "child.yaml:2: methods.1: its 'name' is missing"),
+        (None, "model: {family: gpt2, hiden_size: 4}", "child.yaml:2: unknown key 'model.hiden_size'"),
+        (("name: run\n", ""), "", "child.yaml: the key 'name' is missing"),
+    ],
+)
+def test_a_mistake_names_the_file_that_makes_it(
+    file: Path, child: Callable[[str], Path], in_base: tuple[str, str] | None, in_child: str, expected: str
+) -> None:
+    if in_base:
+        replace(file, *in_base)
+    text = mistakes(child(in_child))
+    assert expected in text
+    assert len(text.splitlines()) == 2
+
+
+def test_a_list_that_is_replaced_leaves_no_lines_behind(file: Path, child: Callable[[str], Path]) -> None:
+    path = child("methods:\n  - {name: lir}\n  - {name: tvr}\n")
+    assert RunFile(path).where("methods.1.target_std") == f"{path}:4"
+    assert RunFile(file).where("methods.1.target_std") == f"{file}:17"
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        ("nowhere.yaml", "cannot read the run file"),
+        ("broken.yaml", "is not valid YAML"),
+        ("empty.yaml", "holds no configuration"),
+        ("twice.yaml", "twice.yaml:2: the key 'name' stands twice"),
+        (".", "cannot read the run file"),
+        ("[run.yaml]", "give the path of one run file (got ['run.yaml'])"),
+        ("null", "give the path of one run file (got None)"),
+    ],
+)
+def test_a_base_that_cannot_be_read_names_the_line_that_extends_it(file: Path, named: str, expected: str) -> None:
+    (file.parent / "broken.yaml").write_text("a: [1")
+    (file.parent / "empty.yaml").write_text("")
+    (file.parent / "twice.yaml").write_text("name: a\nname: b\n")
+    path = file.parent / "child.yaml"
+    path.write_text(f"# a comment\nextends: {named}\n")
+    text = mistakes(path)
+    assert text.startswith(f"{path}:2: extends: ")
+    assert expected in text
+
+
+def test_files_that_extend_each_other_are_refused(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a.yaml", "b.yaml", "c.yaml")]
+    for path, base in zip(paths, ("b.yaml", "c.yaml", f"../{tmp_path.name}/b.yaml"), strict=True):
+        path.write_text(f"seed: 1\nextends: {base}\n")
+    text = mistakes(paths[0])
+    assert f"{paths[2]}:2: extends: the files extend each other in a circle" in text
+    paths[0].write_text("extends: a.yaml\n")
+    assert f"{paths[0]}:1: extends: the files extend each other in a circle" in mistakes(paths[0])
