@@ -21,7 +21,8 @@ from transformers import AutoConfig, PreTrainedConfig
 from pretrain.config_errors import explain
 from pretrain.errors import UserError
 from pretrain.init import AnyInit, NormalInit
-from pretrain.methods import REGISTRY
+from pretrain.methods import REGISTRY, decisions_that_clash
+from pretrain.methods.base import INITIAL_DISTRIBUTION
 from pretrain.run_file import RunFile
 
 FAMILIES = ("llama", "gpt2")
@@ -90,16 +91,45 @@ class ScheduleSection(Section):
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class OptimSection(Section):
-    """The optimizer. weight_decay acts on matrices only; grad_clip null turns clipping off."""
+class MuonSection(Section):
+    """Muon, which steps the matrices of the blocks where `optim.name` is muon; AdamW steps the rest.
 
-    name: Literal["adamw"] = "adamw"
+    lr, weight_decay: null takes those of `optim`. momentum: of the average of gradients. scale: `adam_rms` makes an
+    update about as large as AdamW's, so that one learning rate fits both; `spectral` gives it singular values near 1,
+    times sqrt(rows / columns) in tall matrices. ns_method: which Newton-Schulz iteration orthogonalizes.
+    """
+
+    lr: float | None = Field(None, gt=0)
+    momentum: Beta = 0.95
+    weight_decay: float | None = Field(None, ge=0)
+    scale: Literal["adam_rms", "spectral"] = "adam_rms"
+    ns_method: Literal["gram", "standard"] = "gram"
+
+
+class OptimSection(Section):
+    """The optimizer. lr and weight_decay are AdamW's; weight_decay acts on matrices only; grad_clip null turns clipping
+    off. muon only goes with that `name`, and with grad_clip null.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(gt=0)
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     grad_clip: float | None = Field(1.0, gt=0)
+    muon: MuonSection = MuonSection()
     schedule: ScheduleSection = ScheduleSection()
+
+    @model_validator(mode="after")
+    def _muon_as_it_works(self) -> OptimSection:
+        if self.name != "muon" and self.muon != MuonSection():
+            raise ValueError("the keys of 'muon' have no effect here: set 'name: muon', or remove them")
+        if self.name == "muon" and self.grad_clip is not None:
+            raise ValueError(
+                "with 'name: muon' grad_clip must be null: DeepSpeed clips after Muon has made its updates, by their "
+                "norm, which is the larger the more matrices the model has, so every step would be far too short"
+            )
+        return self
 
 
 class ParallelSection(Section):
@@ -156,7 +186,7 @@ AnyMethod = Annotated[reduce(or_, REGISTRY.values()), Field(discriminator="name"
 class Config(Section):
     """One run.
 
-    name, out: the run folder is <out>/<name>. steps or tokens: the length, exactly one of them. methods act in order.
+    name, out: the run folder is <out>/<name>. steps or tokens: the length, exactly one of them. methods: each once.
     init: the distribution that matrices are drawn from. deepspeed: a DeepSpeed JSON file or its content.
     activation_checkpointing: recompute blocks in backward.
     """
@@ -193,6 +223,26 @@ class Config(Section):
         names = [method.name for method in self.methods]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"methods lists {', '.join(sorted(twice))} more than once")
+        return self
+
+    @model_validator(mode="after")
+    def _methods_that_go_together(self) -> Config:
+        for method in self.methods:
+            if self.model.family not in method.families:
+                raise ValueError(
+                    f"method {method.name} cannot act on a {self.model.family}, only on: {', '.join(method.families)}"
+                )
+            if self.parallel.tensor > 1 and not method.tensor_parallel:
+                raise ValueError(
+                    f"method {method.name} needs whole matrices, which parallel.tensor {self.parallel.tensor} cuts: "
+                    "set it to 1 and let ZeRO share out the weights"
+                )
+            if INITIAL_DISTRIBUTION in method.decides and self.init != NormalInit():
+                raise ValueError(
+                    f"method {method.name} draws from a distribution of its own, and so does 'init': keep one of them"
+                )
+        if clashes := decisions_that_clash(self.methods):
+            raise ValueError("; ".join(clashes))
         return self
 
     @property

@@ -16,6 +16,7 @@ from pretrain.config import Config
 from pretrain.data.loader import check_batch_sizes
 from pretrain.deepspeed_blocks import block
 from pretrain.errors import UserError
+from pretrain.muon import zero_for_muon
 from pretrain.precision import precision_blocks, precision_of
 from pretrain.tensor_parallel import data_ranks, tensor_parallel_block
 from pretrain.zero_block import check_zero
@@ -94,6 +95,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     check_zero(zero, source)
     precision = precision_blocks(given, source, zero.get("stage", 0))
     _check_with_tensor_parallel(config.parallel.tensor, zero, precision, source)
+    if config.optim.name == "muon":
+        zero = zero_for_muon(config, zero, precision, source)
     resolved = {**_ALWAYS, **given, **computed, "zero_optimization": zero, **precision}
     if tensor_parallel := tensor_parallel_block(config):
         # DeepSpeed holds this key against the number of all ranks, and those of a group read the same batch.

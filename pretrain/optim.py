@@ -2,42 +2,70 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import cos, pi
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pretrain.layout import describe_model
+from pretrain import muon
+from pretrain.layout import Weight, describe_model
 
 if TYPE_CHECKING:
-    from pretrain.config import OptimSection, ScheduleSection
+    from pretrain.config import Config, OptimSection, ScheduleSection
+    from pretrain.methods.base import Method
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups: matrices, which decay, and the rest (norms, biases), which do not.
+def parameter_groups(model: torch.nn.Module, config: OptimSection, methods: Sequence[Method]) -> list[dict]:
+    """The parameters by optimizer and weight decay, groups of matrices first, in the same order on every rank.
+
+    Matrices decay and vectors (norms, biases, scales) do not, unless a method says otherwise for a weight; of several,
+    the last in the run's list decides. In a run with Muon a group says `use_muon`, and `lr_scale` if that is so.
 
     Chosen by the layout: under ZeRO-3 a parameter's own `ndim` is that of a placeholder.
     """
     parameters = dict(model.named_parameters())
-    matrices, vectors = [], []
-    for weight in describe_model(model):
-        (matrices if len(weight.shape) == 2 else vectors).append(parameters[weight.name])
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    groups: dict[tuple, dict] = {}
+    for weight in sorted(describe_model(model), key=_is_vector):
+        options = _options(weight, config, methods)
+        group = groups.setdefault((_is_vector(weight), *options.values()), {"params": [], **options})
+        group["params"].append(parameters[weight.name])
+    return list(groups.values())
 
 
-def build_optimizer(model: torch.nn.Module, config: OptimSection) -> torch.optim.Optimizer:
-    """AdamW over `parameter_groups`; DeepSpeed then swaps in its shards of the parameters.
+def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
+    """The run's optimizer over `parameter_groups`; DeepSpeed then swaps in its shards of the parameters.
 
-    torch's own optimizer, fused on GPUs: DeepSpeed's CPU Adam needs a C++ compiler and gains nothing here.
+    AdamW is torch's own, fused on GPUs: DeepSpeed's CPU Adam needs a C++ compiler and gains nothing here.
     """
-    return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        fused=torch.cuda.is_available() or None,
-    )
+    optim = config.optim
+    groups = parameter_groups(model, optim, config.methods)
+    adam = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "fused": torch.cuda.is_available() or None}
+    return muon.optimizer(groups, adam) if optim.name == "muon" else torch.optim.AdamW(groups, **adam)
+
+
+def _is_vector(weight: Weight) -> bool:
+    return len(weight.shape) != 2 or weight.role in ("norm", "bias", "scale")
+
+
+def _options(weight: Weight, config: OptimSection, methods: Sequence[Method]) -> dict[str, Any]:
+    """What the group of this weight says: a group holds the weights that agree in it."""
+    if config.name == "adamw":
+        return {"weight_decay": weight_decay(weight, config.weight_decay, methods)}
+    if not muon.steps(weight):
+        return {"use_muon": False, "weight_decay": weight_decay(weight, config.weight_decay, methods)}
+    own = config.muon.weight_decay
+    decay = weight_decay(weight, config.weight_decay if own is None else own, methods)
+    return {"use_muon": True, **muon.group_options(weight, config, decay)}
+
+
+def weight_decay(weight: Weight, of_matrices: float, methods: Sequence[Method]) -> float:
+    """The weight decay of one weight, where matrices decay by `of_matrices` unless a method says otherwise."""
+    decay = 0.0 if _is_vector(weight) else of_matrices
+    for method in methods:
+        chosen = method.weight_decay(weight)
+        decay = decay if chosen is None else chosen
+    return decay
 
 
 def learning_rate(config: OptimSection, step: int, total_steps: int) -> float:

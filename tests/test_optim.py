@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import cos, pi
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from pretrain import muon
 from pretrain.config import OptimSection
+from pretrain.layout import Weight, describe
+from pretrain.methods.base import Method
 from pretrain.optim import build_optimizer, learning_rate, parameter_groups
 
 TOTAL, WARMUP, PEAK, FLOOR = 100, 10, 2e-3, 0.1
@@ -85,18 +91,131 @@ def model() -> torch.nn.Module:
     return LlamaForCausalLM(LlamaConfig(vocab_size=50, attention_bias=True, **sizes))
 
 
-def test_weight_decay_acts_on_matrices_only(model: torch.nn.Module) -> None:
-    decayed, spared = parameter_groups(model, 0.3)
+def config_with(methods: Sequence[Method] = (), **optim: object) -> SimpleNamespace:
+    """As much of a run's configuration as an optimizer needs."""
+    clip = {"grad_clip": None} if optim.get("name") == "muon" else {}
+    return SimpleNamespace(optim=OptimSection.model_validate({"lr": 0.01, **clip, **optim}), methods=methods)
+
+
+def groups_of(model: torch.nn.Module, methods: Sequence[Method] = (), **optim: object) -> list[tuple[set[str], dict]]:
+    """The names in each group, and its options."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert decayed["weight_decay"] == 0.3
-    assert spared["weight_decay"] == 0.0
-    assert all(parameter.ndim == 2 for parameter in decayed["params"])
-    assert {names[id(p)] for p in spared["params"]} == {n for n in names.values() if "norm" in n or n.endswith("bias")}
-    assert len(decayed["params"]) + len(spared["params"]) == len(names)
+    config = config_with(methods, **optim)
+    found = []
+    for group in parameter_groups(model, config.optim, config.methods):
+        found.append(({names[id(p)] for p in group["params"]}, {k: v for k, v in group.items() if k != "params"}))
+    assert sorted(name for members, _ in found for name in members) == sorted(names.values())
+    return found
 
 
-def test_the_optimizer_gets_the_runs_numbers(model: torch.nn.Module) -> None:
-    config = OptimSection.model_validate({"lr": 0.01, "betas": [0.8, 0.9], "eps": 1e-6})
-    assert {(g["lr"], g["betas"], g["eps"]) for g in build_optimizer(model, config).param_groups} == {
-        (0.01, (0.8, 0.9), 1e-6)
+def vectors(model: torch.nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.ndim == 1}
+
+
+@pytest.mark.parametrize("decay", [0.3, 0.0])
+def test_adamw_has_one_group_of_matrices_that_decay_and_one_of_vectors_that_do_not(
+    model: torch.nn.Module, decay: float
+) -> None:
+    decayed, spared = groups_of(model, weight_decay=decay)
+    assert spared == (vectors(model), {"weight_decay": 0.0})
+    assert decayed[1] == {"weight_decay": decay}
+
+
+class Decay(Method):
+    """Says how much the weights of one role decay."""
+
+    name: str = "decay"
+    role: str
+    value: float | None
+
+    def weight_decay(self, weight: Weight) -> float | None:
+        return self.value if weight.role == self.role else None
+
+
+def test_the_last_method_that_names_a_weight_decay_wins(model: torch.nn.Module) -> None:
+    methods = [
+        Decay(role="norm", value=0.7),
+        Decay(role="norm", value=0.5),
+        Decay(role="norm", value=None),
+        Decay(role="embed", value=0.0),
+    ]
+    by_weight = {
+        name: group["weight_decay"]
+        for members, group in groups_of(model, methods, weight_decay=0.3)
+        for name in members
     }
+    assert by_weight.pop("model.embed_tokens.weight") == 0.0
+    assert {by_weight.pop(name) for name in list(by_weight) if "norm" in name} == {0.5}
+    assert {by_weight.pop(name) for name in list(by_weight) if name.endswith("bias")} == {0.0}
+    assert set(by_weight.values()) == {0.3}
+
+
+def block_matrices(model: torch.nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.ndim == 2 and name.startswith("model.layers.")}
+
+
+def test_muon_steps_the_matrices_of_the_blocks_and_adamw_the_rest(model: torch.nn.Module) -> None:
+    groups = groups_of(model, name="muon", weight_decay=0.3)
+    by_adam = [(members, group) for members, group in groups if not group["use_muon"]]
+    embeddings = {"model.embed_tokens.weight", "lm_head.weight"}
+    assert by_adam == [
+        (embeddings, {"use_muon": False, "weight_decay": 0.3}),
+        (vectors(model), {"use_muon": False, "weight_decay": 0.0}),
+    ]
+    by_muon = [members for members, group in groups if group["use_muon"]]
+    assert set.union(*by_muon) == block_matrices(model)
+
+
+@pytest.mark.parametrize("name", ["model.embed_projection.weight", "model.head_projection.weight"])
+def test_muon_steps_the_square_matrices_around_the_blocks(name: str) -> None:
+    assert muon.steps(describe(name, (8, 8)))
+    assert not muon.steps(describe("lm_head.weight", (8, 8)))
+
+
+def test_muon_in_the_scale_of_adamw_steps_and_decays_each_width_by_its_own_factor(model: torch.nn.Module) -> None:
+    """Per step lr * lr_scale * sqrt(max(1, rows / columns)) = muon.lr * 0.2 sqrt(max(rows, columns)), and muon.lr * decay."""
+    options = {"lr": 0.01, "muon": {"lr": 0.002, "weight_decay": 0.4}}
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    for members, group in groups_of(model, name="muon", **options):
+        for rows, columns in [shapes[name] for name in members] if group["use_muon"] else []:
+            step = 0.01 * group["lr_scale"] * max(1, rows / columns) ** 0.5
+            assert step == pytest.approx(0.002 * 0.2 * max(rows, columns) ** 0.5)
+            assert 0.01 * group["lr_scale"] * group["weight_decay"] == pytest.approx(0.002 * 0.4)
+
+
+def test_muon_in_its_own_scale_has_one_group_and_takes_what_is_not_given_from_adamw(model: torch.nn.Module) -> None:
+    options = {"scale": "spectral", "momentum": 0.9, "ns_method": "standard"}
+    (found,) = [g for g in groups_of(model, name="muon", weight_decay=0.3, muon=options) if g[1]["use_muon"]]
+    expected = {"lr_scale": 1.0, "weight_decay": 0.3, "momentum": 0.9, "ns_method": "standard", "use_muon": True}
+    assert found == (block_matrices(model), expected)
+
+
+def test_a_method_decides_the_weight_decay_of_what_muon_steps_too(model: torch.nn.Module) -> None:
+    groups = groups_of(model, [Decay(role="up", value=0.0)], name="muon", muon={"scale": "spectral"}, weight_decay=0.3)
+    spared = [members for members, group in groups if group["use_muon"] and group["weight_decay"] == 0.0]
+    assert spared == [{"model.layers.0.mlp.up_proj.weight"}]
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_optimizer_gets_the_runs_numbers(model: torch.nn.Module, name: str) -> None:
+    config = config_with(name=name, betas=[0.8, 0.9], eps=1e-6)
+    groups = [g for g in build_optimizer(model, config).param_groups if not g.get("use_muon")]
+    assert {(g["lr"], g["betas"], g["eps"]) for g in groups} == {(0.01, (0.8, 0.9), 1e-6)}
+
+
+def test_deepspeed_is_told_of_every_parameter_whether_muon_steps_it(model: torch.nn.Module) -> None:
+    optimizer = build_optimizer(model, config_with(name="muon"))
+    assert type(optimizer).__name__ == "MuonWithAuxAdam"
+    assert {name for name, p in model.named_parameters() if p.use_muon} == block_matrices(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "muon"}, "grad_clip must be null: DeepSpeed clips after Muon"),
+        ({"muon": {"lr": 0.02}}, "keys of 'muon' have no effect"),
+    ],
+)
+def test_options_that_do_not_go_with_the_optimizer_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        OptimSection.model_validate({"lr": 0.01, **options})
