@@ -39,7 +39,8 @@ class TrainerState:
     """What the trainer itself must remember; everything else is a function of it, the configuration and the weights.
 
     step: optimizer steps done. samples: samples of the run's order consumed by all ranks. The rest identifies the
-    run, so that a checkpoint of another one is refused.
+    run, so that a checkpoint of another one is refused; None: an older trainer did not write it down. weights: a digest of
+    the names and shapes of all weights.
     """
 
     step: int
@@ -54,6 +55,7 @@ class TrainerState:
     seq_len: int
     global_batch_size: int
     tensor_parallel: int = 1
+    weights: str | None = None
 
 
 _WHY_EQUAL = {
@@ -62,6 +64,7 @@ _WHY_EQUAL = {
     "zero_stage": "DeepSpeed's shards of one stage cannot be loaded by another: name the same stage",
     "precision": "DeepSpeed's shards of one precision cannot be loaded in another: name the same precision",
     "model": "it is a checkpoint of another architecture",
+    "weights": "a method that gives the model weights of its own was added or removed",
     "data_fingerprint": "its sample order belongs to other token shards",
     "tokenizer_fingerprint": "it was trained with another tokenizer",
     "seed": "its sample order belongs to another seed",
@@ -309,7 +312,7 @@ def _read_matching_state(path: Path, expected: TrainerState) -> TrainerState:
     state = _read_state(path)
     for key, reason in _WHY_EQUAL.items():
         stored, wanted = getattr(state, key), getattr(expected, key)
-        if stored != wanted:
+        if stored not in (wanted, None):
             raise UserError(f"cannot resume from {path}: {_difference(key, stored, wanted)}; {reason}.")
     return state
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from hashlib import blake2b
 from math import prod
 
 import torch
@@ -36,6 +37,11 @@ _IN_BLOCK = {
     "mlp.c_proj": "down",
     "ln_1": "norm",
     "ln_2": "norm",
+    "self_attn.q_norm": "norm",
+    "self_attn.k_norm": "norm",
+    "attn_read": "query",
+    "mlp_read": "query",
+    "output_read": "query",
 }
 
 _OUTSIDE = {
@@ -45,10 +51,24 @@ _OUTSIDE = {
     "transformer.wpe": "position",
     "transformer.ln_f": "norm",
     "lm_head": "head",
+    "model.embed_projection": "projection",
+    "model.head_projection": "projection",
+}
+
+# What the last part of a name makes of its module's role; None keeps it.
+_KINDS = {
+    "weight": None,
+    "bias": "bias",
+    "weight_scale": "scale",
+    "alpha": "alpha",
+    "beta": "beta",
+    "query": "query",
+    "norm_weight": "norm",
+    "norm_bias": "bias",
 }
 
 # GPT-2's Conv1D stores its weight as [in, out], nn.Linear as [out, in].
-_INPUT_MAJOR = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+_INPUT_MAJOR = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
 @dataclass(frozen=True)
@@ -56,7 +76,9 @@ class Weight:
     """One parameter of the model, described without its values.
 
     name: its Hugging Face name (zero-based block numbers).
-    role: q, k, v, qkv, o, gate, up, down, embed, position, head, norm or bias.
+    role: q, k, v, qkv, o, gate, up, down, embed, position, head, norm, bias, scale (trained factors of a stored matrix),
+    alpha or beta (what makes a norm's gain depend on the token), query (what scores sub-layers' outputs), projection
+    (square, between the blocks and the embedding or the head).
     layer: the block it belongs to, counted from 1 as in the papers; None outside the blocks.
     shape: the FULL shape, whatever piece this rank owns.
     fan_in, fan_out: of a matrix; None for vectors.
@@ -78,6 +100,11 @@ class Weight:
         """True for the 2-D weights of the decoder blocks, which LIR and TVR act on."""
         return self.layer is not None and self.role in MATRIX_ROLES
 
+    @property
+    def input_major(self) -> bool:
+        """True for matrices that are stored as (inputs, outputs)."""
+        return self.name.endswith(_INPUT_MAJOR)
+
 
 def role_and_layer(name: str) -> tuple[str, int | None]:
     """The role of the weight called `name` and its block counted from 1 (None outside the blocks).
@@ -89,12 +116,12 @@ def role_and_layer(name: str) -> tuple[str, int | None]:
         layer, role = int(block[1]) + 1, _IN_BLOCK.get(block[2])
     else:
         layer, role = None, _OUTSIDE.get(module)
-    if role is None or kind not in ("weight", "bias"):
+    if role is None or kind not in _KINDS:
         raise UserError(
             f"the model has a weight called '{name}' whose role is unknown. No method could say what it does to it; "
             "add its module to the tables in pretrain/layout.py."
         )
-    return ("bias" if kind == "bias" else role), layer
+    return _KINDS[kind] or role, layer
 
 
 def describe(name: str, shape: Iterable[int]) -> Weight:
@@ -104,7 +131,7 @@ def describe(name: str, shape: Iterable[int]) -> Weight:
     fan_in = fan_out = None
     if len(shape) == 2:
         fan_out, fan_in = shape
-        if name.endswith(tuple(f"{module}.weight" for module in _INPUT_MAJOR)):
+        if name.endswith(_INPUT_MAJOR):
             fan_in, fan_out = shape
     return Weight(name, role, layer, shape, fan_in, fan_out)
 
@@ -118,3 +145,9 @@ def full_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
 def describe_model(model: torch.nn.Module) -> list[Weight]:
     """Every weight of `model` in the order of its definition; a tied weight appears once, under its first name."""
     return [describe(name, full_shape(parameter)) for name, parameter in model.named_parameters()]
+
+
+def digest(weights: Iterable[Weight]) -> str:
+    """A digest of the names and shapes of `weights`, in their order."""
+    text = "\n".join(f"{weight.name} {weight.shape}" for weight in weights)
+    return blake2b(text.encode(), digest_size=8).hexdigest()

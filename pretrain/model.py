@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
-from transformers.models.gpt2 import GPT2LMHeadModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from pretrain.config import Config
 from pretrain.errors import UserError
-from pretrain.layout import Weight, describe_model
+from pretrain.layout import Weight, describe, describe_model
 from pretrain.loss import with_loss_head
+from pretrain.methods import RunFacts
+from pretrain.optim import weight_decay
 from pretrain.sharded import Moments, ShardedWeights
 from pretrain.sharded.draws import Constant, Draw
-
-MODEL_CLASSES = {"llama": with_loss_head(LlamaForCausalLM), "gpt2": with_loss_head(GPT2LMHeadModel)}
 
 
 def hf_config(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
@@ -61,17 +61,65 @@ def hf_config(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedC
             f"data.seq_len {config.data.seq_len}."
         )
     for method in config.methods:
-        method.configure(result)
+        result = method.configure(result)
     return result
+
+
+def model_class(model_config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that is trained: the stock one of this configuration, with our loss in its head."""
+    return with_loss_head(MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)])
+
+
+def transformed(model: PreTrainedModel, config: Config) -> PreTrainedModel:
+    """The model as the run's methods want it, its loss included."""
+    for method in config.methods:
+        method.transform(model)
+    model.tie_weights()
+    for method in config.methods:
+        model.lm_head.terms.update(method.loss_terms())
+    return model
+
+
+def bind_methods(config: Config, model_config: PreTrainedConfig) -> Config:
+    """`config` with methods that know the run they are part of."""
+
+    def initial_std(weight: Weight) -> float:
+        return initial_rule(weight, bound, model_config.initializer_range)[0].std
+
+    def forward_factor(weight: Weight) -> float | str:
+        return next((found for method in bound.methods if (found := method.forward_factor(weight)) is not None), 1.0)
+
+    run = RunFacts(
+        family=config.model.family,
+        hidden_size=model_config.hidden_size,
+        layers=model_config.num_hidden_layers,
+        tied=model_config.tie_word_embeddings,
+        matrices=_matrices(model_config),
+        tokens_per_step=config.tokens_per_step,
+        total_steps=config.total_steps,
+        optim=config.optim,
+        initial_std=initial_std,
+        forward_factor=forward_factor,
+        weight_decay=lambda weight: weight_decay(weight, config.optim.weight_decay, bound.methods),
+    )
+    bound = config.model_copy(update={"methods": tuple(method.bound(run) for method in config.methods)})
+    return bound
+
+
+def _matrices(model_config: PreTrainedConfig) -> dict[str, Weight]:
+    """The matrices of the model before any method transforms it, by module; the head also where it is tied."""
+    with torch.device("meta"), no_init_weights():
+        model = model_class(model_config)(model_config)
+    found = {weight.name.removesuffix(".weight"): weight for weight in describe_model(model) if weight.fan_in}
+    return found | {"lm_head": describe("lm_head.weight", model.lm_head.weight.shape)}
 
 
 def build_model(config: Config, model_config: PreTrainedConfig, ds_config: dict[str, Any]) -> PreTrainedModel:
     """The model, with undefined values; under ZeRO-3 each rank holds only its partition of every weight."""
     stage = ds_config["zero_optimization"].get("stage", 0)
+    trained_class = model_class(model_config)
     with no_init_weights(), _partitioned(ds_config) if stage == 3 else nullcontext():
-        model = MODEL_CLASSES[config.model.family](model_config)
-        for method in config.methods:
-            method.transform(model)
+        model = transformed(trained_class(model_config), config)
     if stage == 3:
         _restore_rotary_tables(model)
     if config.activation_checkpointing:
@@ -82,19 +130,20 @@ def build_model(config: Config, model_config: PreTrainedConfig, ds_config: dict[
 def outline(config: Config, model_config: PreTrainedConfig) -> list[Weight]:
     """Every weight of the model without building it: no memory is used."""
     with torch.device("meta"), no_init_weights():
-        model = MODEL_CLASSES[config.model.family](model_config)
-        for method in config.methods:
-            method.transform(model)
+        model = transformed(model_class(model_config)(model_config), config)
     return describe_model(model)
 
 
 def initial_rule(weight: Weight, config: Config, default_std: float) -> tuple[Draw, str]:
     """The distribution of a weight at initialization, and the rule in words.
 
-    Norm gains are 1 and biases 0. Matrices have the run's distribution, with deviation `default_std` unless a method
-    says otherwise; of several, the last in the run's list decides.
+    Norm gains and trained factors are 1, biases 0. Matrices have the run's distribution, with deviation `default_std`
+    unless a method says otherwise.
     """
-    if weight.role in ("bias", "norm"):
+    for method in config.methods:
+        if (draw := method.init_draw(weight)) is not None:
+            return draw, ", ".join(filter(None, (draw.description, method.init_rule(weight))))
+    if weight.role in ("bias", "norm", "scale"):
         constant = Constant(0.0 if weight.role == "bias" else 1.0)
         return constant, constant.description
     std, rule = default_std, f"initializer_range: {default_std:g}"
@@ -128,7 +177,7 @@ def _audit(weight: Weight, measured: Moments, draw: Draw) -> None:
     mean_error, std_error = std / sqrt(count), std * sqrt((draw.kurtosis - 1) / (4 * count))
     fits = (
         measured.count == count
-        and abs(measured.mean - mean) <= 6 * mean_error
+        and abs(measured.mean - mean) <= 6 * mean_error + 1e-6 * abs(mean)  # float32
         and abs(measured.std - std) <= 6 * std_error + 1e-6 * std
     )
     if not fits:

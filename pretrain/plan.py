@@ -22,8 +22,9 @@ from pretrain.data import TokenShards, check_tokenizer, load_tokenizer, open_sha
 from pretrain.data.loader import Loader, check_enough_samples, eval_batches
 from pretrain.deepspeed_config import accumulation_steps, deepspeed_config, read_deepspeed
 from pretrain.errors import UserError
-from pretrain.layout import Weight
-from pretrain.model import hf_config, initial_rule, outline
+from pretrain.layout import Weight, digest
+from pretrain.methods import Method
+from pretrain.model import bind_methods, hf_config, initial_rule, outline
 from pretrain.monitor.throughput import flops_per_token
 from pretrain.precision import precision_of
 from pretrain.probe import probe_batch
@@ -88,6 +89,7 @@ class Plan:
             zero_stage=self.zero_stage,
             precision=self.precision,
             model=self.model_config.to_diff_dict(),
+            weights=digest(self.weights),
             data_fingerprint=self.train_shards.fingerprint,
             tokenizer_fingerprint=self.train_shards.tokenizer_fingerprint,
             seed=self.config.seed,
@@ -107,9 +109,11 @@ def make_plan(config: Config, world_size: int, rank: int | None = None) -> Plan:
     tokenizer = load_tokenizer(config.tokenizer)
     model_config = hf_config(config, tokenizer)
     check_model(config, model_config)
+    config = bind_methods(config, model_config)
     weights = outline(config, model_config)
     for method in config.methods:
         method.check(weights)
+        _check_touches(method, weights)
     shards = {}
     for split in ("train", "val"):
         folder = getattr(config.data, split)
@@ -121,6 +125,12 @@ def make_plan(config: Config, world_size: int, rank: int | None = None) -> Plan:
     _check_batches(plan)
     _check_disk(plan)
     return plan
+
+
+def _check_touches(method: Method, weights: list[Weight]) -> None:
+    """UserError if the method has no rule for any weight: it would be listed and do nothing."""
+    if not any(method.init_rule(weight) or method.training_rule(weight) for weight in weights):
+        raise UserError(f"methods: {method.name} matches no weight of the model, so it would do nothing. Remove it.")
 
 
 def _check_batches(plan: Plan) -> None:
@@ -201,7 +211,7 @@ def describe_weights(
     groups: dict[tuple[str, ...], list[tuple[Weight, float]]] = {}
     for weight in weights:
         draw, rule = initial(weight)
-        steps = "; ".join(filter(None, (method.step_rule(weight) for method in config.methods))) or "-"
+        steps = "; ".join(filter(None, (method.training_rule(weight) for method in config.methods))) or "-"
         value = measured[weight.name].std if measured else draw.std
         groups.setdefault((weight.role, rule, steps), []).append((weight, value))
     header = ("role", "layers", "weights", "shape", "initial values", "std", "during training")

@@ -33,6 +33,8 @@ from pretrain.distributed import (
 from pretrain.engine import Step, build_engine, grad_norm, train_step, validation_loss
 from pretrain.errors import SharedUserError, UserError
 from pretrain.files import write_text
+from pretrain.loss import CROSS_ENTROPY
+from pretrain.method_state import load_method_state, save_method_state
 from pretrain.model import initialize_weights
 from pretrain.monitor.activations import record_activations
 from pretrain.monitor.console import memory_bytes, progress_line
@@ -67,10 +69,10 @@ def train(plan: Plan, folder: RunFolder, ranks: Ranks) -> None:
     torch.manual_seed(config.seed * plan.data_ranks + data_rank(config, ranks.rank))
     engine = build_engine(plan)
     weights = ShardedWeights(engine)
-    for method in config.methods:
-        method.prepare(weights)
     checkpoints = Checkpoints(folder.path / "checkpoints", config.checkpoint, ranks, log.info)
     step = start(plan, engine, weights, checkpoints)
+    for method in config.methods:
+        method.prepare(weights)
     folder.begin(config, step)
     metrics = Metrics(config, enabled=ranks.is_first)
     metrics.event(step, "resumed" if step else "started", parameters=plan.parameters, world_size=ranks.world_size)
@@ -114,12 +116,12 @@ def train(plan: Plan, folder: RunFolder, ranks: Ranks) -> None:
 
 def start(plan: Plan, engine, weights: ShardedWeights, checkpoints: Checkpoints) -> int:
     """Load the checkpoint to go on from, or initialize the weights; returns the steps already done."""
-    found = checkpoints.find()
+    config, found = plan.config, checkpoints.find()
     if found is not None:
         step = checkpoints.load(found, engine, plan.state_at(0)).step
+        load_method_state(found, config.methods, engine.module)
         log.info(f"resumed from {found} at step {step}")
         return step
-    config = plan.config
     measured = initialize_weights(weights, config, plan.model_config.initializer_range)
     log.info("\n" + describe_weights(plan.weights, initial_rule_of(plan), config, measured) + "\n")
     return 0
@@ -128,10 +130,13 @@ def start(plan: Plan, engine, weights: ShardedWeights, checkpoints: Checkpoints)
 def report(metrics: Metrics, plan: Plan, step: int, engine, done: Step, lr: float, pace: Pace) -> None:
     """One console line and one `train` row for the interval that ends at `step`.
 
-    fp16 adds the loss scale of this step, and how many steps have been skipped so far because a gradient overflowed.
+    `loss` is the plain cross-entropy; `loss_terms` holds what methods add to it. fp16 adds the loss scale of this step,
+    and how many steps have been skipped so far because a gradient overflowed.
     """
-    loss, norm = float(done.loss), grad_norm(engine, done)
+    terms = {name: float(value) for name, value in done.losses.items()}
+    total, loss, norm = terms.pop("total"), terms.pop(CROSS_ENTROPY), grad_norm(engine, done)
     log.info(progress_line(step, plan.config.total_steps, loss, norm, lr, pace))
+    added = {"loss_terms": terms} if terms else {}
     scaling = {"loss_scale": done.loss_scale, "skipped": engine.skipped_steps} if plan.precision == "fp16" else {}
     metrics.write(
         "train",
@@ -145,10 +150,12 @@ def report(metrics: Metrics, plan: Plan, step: int, engine, done: Step, lr: floa
         data_wait=pace.data_wait,
         mfu=pace.mfu,
         memory_bytes=memory_bytes(),
+        **added,
         **scaling,
     )
-    if not isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss} at step {step}")
+    if not isfinite(total):
+        found = ", ".join(f"{name} {value}" for name, value in {CROSS_ENTROPY: loss, **terms}.items())
+        raise FloatingPointError(f"the loss is not finite at step {step}: {found}")
 
 
 def evaluate(plan: Plan, engine, ranks: Ranks, metrics: Metrics, step: int) -> None:
@@ -177,6 +184,7 @@ def save(
         plan.model_config.save_pretrained(folder / "hf")
         plan.tokenizer.save_pretrained(folder / "hf")
         save_probe(folder, probe, logits, moments)
+        save_method_state(folder, plan.config.methods, engine.module)
 
     path = checkpoints.save(engine, plan.state_at(step), add_files)
     seconds = time.perf_counter() - began

@@ -1,11 +1,11 @@
-"""The chunked loss against torch's own cross-entropy on the full logits."""
+"""The chunked loss and the terms that methods add, against torch's own cross-entropy on the full logits."""
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from pretrain import loss as loss_module
-from pretrain.loss import LossHead
+from pretrain.loss import HeadTerm, LossHead, TokenTerm
 
 
 @pytest.fixture(params=[1, 7, 1 << 25], ids=["one token a chunk", "ragged chunks", "one chunk"])
@@ -15,7 +15,7 @@ def chunk(request, monkeypatch):
 
 def head_and_input(dtype: torch.dtype) -> tuple[LossHead, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    head = LossHead(12, 53, bias=False).to(dtype)
+    head = LossHead(12, 53).to(dtype)
     hidden = torch.randn(2, 10, 12).to(dtype).requires_grad_()
     return head, hidden, torch.randint(0, 53, (2, 10))
 
@@ -25,7 +25,7 @@ def test_loss_and_gradients_equal_those_of_the_full_logits(chunk):
     targets[0, 3] = -100
     expected = F.cross_entropy(F.linear(hidden, head.weight).flatten(0, 1).float(), targets.flatten())
     expected_gradients = torch.autograd.grad(3.0 * expected, (hidden, head.weight))
-    loss = head(hidden, targets)
+    loss = head(hidden, targets)["total"]
     gradients = torch.autograd.grad(3.0 * loss, (hidden, head.weight))
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
@@ -35,7 +35,7 @@ def test_loss_and_gradients_equal_those_of_the_full_logits(chunk):
 def test_the_loss_of_a_bf16_model_keeps_float32_digits(chunk):
     head, hidden, targets = head_and_input(torch.bfloat16)
     expected = F.cross_entropy(F.linear(hidden, head.weight).flatten(0, 1).float(), targets.flatten())
-    loss = head(hidden, targets)
+    loss = head(hidden, targets)["cross_entropy"]
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     assert loss.item() != loss.bfloat16().item()
@@ -47,11 +47,11 @@ def test_small_fp16_gradients_survive_at_the_loss_scale_and_only_there():
     scale = 2.0**14
 
     def gradient(dtype: torch.dtype, gradient_scale: float) -> torch.Tensor:
-        head = LossHead(12, 53, bias=False).to(dtype)
+        head = LossHead(12, 53).to(dtype)
         head.gradient_scale = gradient_scale
         head.weight.data.copy_(weight)
         given = hidden.to(dtype).requires_grad_()
-        (head(given, targets) * scale).backward()
+        (head(given, targets)["total"] * scale).backward()
         return given.grad.double() / scale
 
     exact = gradient(torch.float64, 1.0)
@@ -63,11 +63,50 @@ def test_small_fp16_gradients_survive_at_the_loss_scale_and_only_there():
 def test_without_gradients_nothing_is_kept(chunk):
     head, hidden, targets = head_and_input(torch.float32)
     with torch.no_grad():
-        loss = head(hidden, targets)
+        loss = head(hidden, targets)["total"]
     assert not loss.requires_grad
-    torch.testing.assert_close(loss, head(hidden, targets).detach())
+    torch.testing.assert_close(loss, head(hidden, targets)["total"].detach())
 
 
 def test_all_targets_ignored_gives_zero():
     head, hidden, targets = head_and_input(torch.float32)
-    assert head(hidden, torch.full_like(targets, -100)).item() == 0.0
+    assert head(hidden, torch.full_like(targets, -100))["total"].item() == 0.0
+
+
+TERMS = {
+    "spread": TokenTerm(lambda logits: 0.3 * logits.std(-1)),
+    "size": HeadTerm(lambda weight: 0.7 * weight.square().mean()),
+    "peak": TokenTerm(lambda logits: 0.1 * logits.amax(-1)),
+}
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_terms_are_means_over_the_tokens_that_count_and_reported_apart(chunk, cap):
+    head, hidden, targets = head_and_input(torch.float64)
+    head.terms, head.cap = TERMS, cap
+    targets[:, ::3] = -100
+    logits = F.linear(hidden, head.weight).flatten(0, 1)
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    counts = targets.flatten() != -100
+    expected = {
+        "cross_entropy": F.cross_entropy(logits[counts], targets.flatten()[counts]),
+        "spread": 0.3 * logits[counts].std(-1).mean(),
+        "peak": 0.1 * logits[counts].amax(-1).mean(),
+        "size": 0.7 * head.weight.square().mean(),
+    }
+    expected_gradients = torch.autograd.grad(sum(expected.values()), (hidden, head.weight), retain_graph=True)
+    found = head(hidden, targets)
+    gradients = torch.autograd.grad(found["total"], (hidden, head.weight))
+    assert found["total"].item() == pytest.approx(sum(expected.values()).item(), rel=1e-6)
+    for name, value in expected.items():
+        assert found[name].item() == pytest.approx(value.item(), rel=1e-6)
+        assert not found[name].requires_grad
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_capped_logits_come_out_where_no_targets_go_in():
+    head, hidden, _ = head_and_input(torch.float32)
+    plain = head(hidden)
+    head.cap = 1.5
+    torch.testing.assert_close(head(hidden), 1.5 * torch.tanh(plain / 1.5))

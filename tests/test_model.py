@@ -40,6 +40,7 @@ class WiderNorm(Method):
 
     def configure(self, hf_config):
         hf_config.rms_norm_eps = 0.25
+        return hf_config
 
     def transform(self, model):
         for block in model.model.layers:
@@ -102,7 +103,7 @@ def test_the_training_model_is_the_stock_model_but_for_its_loss():
     tokens = torch.randint(0, 100, (2, 17))
     assert torch.equal(ours(tokens).logits, stock(tokens).logits)
     expected = torch.nn.functional.cross_entropy(stock(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
-    torch.testing.assert_close(ours(tokens[:, :-1], tokens[:, 1:]), expected)
+    torch.testing.assert_close(ours(tokens[:, :-1], tokens[:, 1:])["total"], expected)
 
 
 def test_tied_embeddings_stay_tied():
@@ -111,7 +112,7 @@ def test_tied_embeddings_stay_tied():
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_norms_are_one_biases_zero_and_the_last_method_decides_the_deviation_of_the_rest():
+def test_norms_are_one_biases_zero_and_a_method_decides_the_deviation_of_the_rest():
     norm = describe("model.layers.0.input_layernorm.weight", (32,))
     bias = describe("model.layers.0.mlp.up_proj.bias", (48,))
     up = describe("model.layers.0.mlp.up_proj.weight", (48, 32))

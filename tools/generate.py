@@ -1,4 +1,4 @@
-"""Continue a prompt with an exported model, by stock transformers.
+"""Continue a prompt with an exported model, by transformers.
 
 python tools/generate.py --model hf/tiny_tvr --prompt "def read(path):"
 """
@@ -22,6 +22,8 @@ def main() -> None:
         raise UserError(f"{arguments.model} holds no config.json. Make it with tools/convert_to_hf.py.")
 
     from transformers import pipeline
+
+    import pretrain.modeling  # noqa: F401  (a model that no stock class holds loads without running a file of its folder)
 
     generate = pipeline("text-generation", model=arguments.model)
     result = generate(arguments.prompt, max_new_tokens=arguments.max_new_tokens, max_length=None, do_sample=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,9 +16,17 @@ if TYPE_CHECKING:
 
 
 def model_card(
-    config: Config, hf_config: PreTrainedConfig, step: int, parameters: int, dtype: torch.dtype, proof: Proof
+    config: Config,
+    hf_config: PreTrainedConfig,
+    reasons: Mapping[str, str],
+    step: int,
+    parameters: int,
+    dtype: torch.dtype,
+    proof: Proof,
 ) -> str:
-    """README.md, with the front matter that the Hugging Face hub reads."""
+    """README.md, with the front matter that the Hugging Face hub reads. reasons: see `Written` in convert.py."""
+    own, trust = is_own(hf_config), ", trust_remote_code=True" if is_own(hf_config) else ""
+    loaded_by = "with `trust_remote_code=True`" if own else "by stock transformers"
     head = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -36,12 +45,12 @@ def model_card(
 
 # {config.name}
 
-A language model pretrained with Evenkeel. It is a stock {hf_config.architectures[0]}; no code of the trainer is needed.
+A language model pretrained with Evenkeel. {_class_in_words(hf_config)}
 
 ```python
 from transformers import pipeline
 
-generate = pipeline("text-generation", model="PATH_OR_NAME_OF_THIS_FOLDER")
+generate = pipeline("text-generation", model="PATH_OR_NAME_OF_THIS_FOLDER"{trust})
 print(generate("The", max_new_tokens=64)[0]["generated_text"])
 ```
 
@@ -53,23 +62,44 @@ print(generate("The", max_new_tokens=64)[0]["generated_text"])
 
 ## Methods
 
-{_methods(config)}
+{_methods(config, reasons)}
 
 ## Proof of conversion
 
-These files, loaded by stock transformers, give the trainer's own logits on a fixed batch:
+These files, loaded {loaded_by}, give the trainer's own logits on a fixed batch:
 {proof}.
 """
+
+
+def is_own(hf_config: PreTrainedConfig) -> bool:
+    """Whether an exported model's class comes with it, because no stock class can hold the model."""
+    return bool(getattr(hf_config, "auto_map", None))
+
+
+def _class_in_words(hf_config: PreTrainedConfig) -> str:
+    name = hf_config.architectures[0]
+    if not is_own(hf_config):
+        return f"It is a stock {name}; no code of the trainer is needed."
+    file = hf_config.auto_map["AutoModelForCausalLM"].partition(".")[0]
+    return (
+        f"No class of transformers can hold it (Methods, below, says why), so its own, {name}, lies beside the weights in "
+        f"`{file}.py`. That file needs only torch and transformers; read it, then allow it with `trust_remote_code=True`:"
+    )
 
 
 def _rows(facts: dict[str, str]) -> str:
     return "\n".join(f"| {name} | {value} |" for name, value in facts.items())
 
 
-def _methods(config: Config) -> str:
+def _methods(config: Config, reasons: Mapping[str, str]) -> str:
     if not config.methods:
         return "None: a plain baseline."
     listed = [method.model_dump(mode="json") for method in config.methods]
+    made = "\n".join(
+        f"- `{method.name}`: {reasons.get(method.name, 'the weights are plain, nothing had to be changed')}"
+        for method in config.methods
+    )
     return (
         f"In the order in which they act, with their options:\n\n```yaml\n{yaml.safe_dump(listed, sort_keys=False)}```"
+        f"\n\nWhat the conversion made of them:\n\n{made}"
     )

@@ -21,15 +21,35 @@ from pretrain.export.masters import master_weights
 from pretrain.export.proof import Proof, checked, prove
 from pretrain.export.weights import Shapes, write_weights
 from pretrain.files import write_text
+from pretrain.folding import as_lazy, change
+from pretrain.layout import role_and_layer
+from pretrain.method_state import read_method_state
+from pretrain.methods import Method
+from pretrain.methods.base import LazyTensors
+from pretrain.model import bind_methods
+from pretrain.modeling import bring_modeling_file
 from pretrain.probe import load_probe
+
+
+@dataclass(frozen=True)
+class Written:
+    """A model without its tokenizer and card.
+
+    hf_config: of the class that holds it. files: of weights. reasons: by method, what was done to the weights so that this
+    class computes what the trainer did, or why no stock class does; nothing of methods that leave plain weights.
+    """
+
+    hf_config: PreTrainedConfig
+    files: int
+    reasons: dict[str, str]
 
 
 @dataclass(frozen=True)
 class Exported:
     """What a conversion made."""
 
+    model: Written
     parameters: int
-    files: int
     dtype: torch.dtype
     proof: Proof
 
@@ -64,28 +84,44 @@ def verified(path: Path) -> Path:
     return checkpoint
 
 
-def write_model(checkpoint: Path, folder: Path, config: Config, dtype: torch.dtype) -> tuple[PreTrainedConfig, int]:
-    """Write the weights, folded into a stock architecture, and its configuration; returns it and the file count."""
+def write_model(checkpoint: Path, folder: Path, config: Config, dtype: torch.dtype) -> Written:
+    """Write the weights, folded into a stock architecture, and its configuration.
+
+    Where no stock architecture can hold what was trained, it is Evenkeel's own, whose modelling file is written as well.
+    """
     hf_config = AutoConfig.from_pretrained(checkpoint / "hf", local_files_only=True)
+    config = bind_methods(config, hf_config)
     tensors = checked(dict(master_weights(checkpoint / "deepspeed")), checkpoint)
-    # Methods transform the model in their order, each on top of those before, so the last is undone first.
-    for method in reversed(config.methods):
-        method.fold(tensors, hf_config)
-    shapes = stock_shapes(hf_config)
+    folding = [method for method in config.methods if type(method).fold is not Method.fold]
+    if folding:
+        as_forward_saw_them(tensors, load_probe(checkpoint)[1].dtype)
+        tensors |= as_lazy(read_method_state(checkpoint))
+    for method in sorted(folding, key=lambda method: method.fold_order):
+        hf_config = method.fold(tensors, hf_config)
+    shapes = shapes_of(hf_config)
     if shapes.keys() != tensors.keys():
         raise RuntimeError(
-            f"a stock {hf_config.architectures[0]} cannot hold these weights: it lacks {sorted(tensors.keys() - shapes)} "
+            f"a {hf_config.architectures[0]} cannot hold these weights: it lacks {sorted(tensors.keys() - shapes)} "
             f"and needs {sorted(shapes.keys() - tensors)}; a method that changes the architecture must fold its change"
         )
     files = write_weights(folder, tensors, shapes, dtype)
     hf_config.dtype = dtype
+    bring_modeling_file(hf_config, folder)
     hf_config.save_pretrained(folder)
     GenerationConfig(bos_token_id=hf_config.bos_token_id, eos_token_id=hf_config.eos_token_id).save_pretrained(folder)
-    return hf_config, files
+    reasons = {method.name: note for method in config.methods if (note := method.fold_note())}
+    return Written(hf_config, files, reasons)
 
 
-def stock_shapes(hf_config: PreTrainedConfig) -> Shapes:
-    """Name and shape of every weight of the stock model, a tied weight once; its class is noted in `hf_config`."""
+def as_forward_saw_them(tensors: LazyTensors, precision: torch.dtype) -> None:
+    """Round every master to the precision that forward computed in, but for trained factors, which it took in float32."""
+    for name in tensors:
+        if role_and_layer(name)[0] != "scale":
+            change(tensors, name, lambda master: master.to(precision).float())
+
+
+def shapes_of(hf_config: PreTrainedConfig) -> Shapes:
+    """Name and shape of every weight of an empty model, a tied weight once; its class is noted in `hf_config`."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)
     hf_config.architectures = [type(model).__name__]
@@ -95,13 +131,13 @@ def stock_shapes(hf_config: PreTrainedConfig) -> Shapes:
 def _export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> Exported:
     """Fill `folder` and prove it."""
     config = load_config(checkpoint / "config.yaml")
-    hf_config, files = write_model(checkpoint, folder, config, dtype)
+    model = write_model(checkpoint, folder, config, dtype)
     _copy_tokenizer(checkpoint / "hf", folder)
     proof = prove(folder, checkpoint, dtype)
-    parameters = sum(map(prod, stock_shapes(hf_config).values()))
+    parameters = sum(map(prod, shapes_of(model.hf_config).values()))
     step = read_json(checkpoint / "trainer.json")["step"]
-    write_text(folder / "README.md", model_card(config, hf_config, step, parameters, dtype, proof))
-    return Exported(parameters, files, dtype, proof)
+    write_text(folder / "README.md", model_card(config, model.hf_config, model.reasons, step, parameters, dtype, proof))
+    return Exported(model, parameters, dtype, proof)
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:

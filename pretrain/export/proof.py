@@ -1,5 +1,5 @@
 """Proves an export: every weight as it is read must have the mean and deviation that the trainer's had, to nine digits,
-and stock transformers must give the logits that the trainer gave on the checkpoint's probe.
+and transformers must give the logits that the trainer gave on the checkpoint's probe.
 
 How equal is equal depends on the model: the same weights give other last digits on other hardware, and depth amplifies
 them. So the measuring rod is the model itself. Its logits are computed twice here, in the trainer's precision and in a
@@ -17,7 +17,9 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from pretrain.data.contents import read_json
 from pretrain.methods.base import LazyTensors
 from pretrain.probe import load_moments, load_probe, probe_logits
 from pretrain.sharded import Moments
@@ -64,14 +66,14 @@ class Proof:
 
 
 def prove(folder: Path, checkpoint: Path, exported: torch.dtype) -> Proof:
-    """Load `folder` with stock transformers and compare its logits with those in the checkpoint's probe.
+    """Load `folder` as a user would and compare its logits with those in the checkpoint's probe.
 
     It computes in the trainer's precision, or in the `exported` one where that is coarser. Raises NotEqualError if the
     logits differ by more than rounding.
     """
     input_ids, trained = load_probe(checkpoint)
     precision = max(trained.dtype, exported, key=lambda dtype: torch.finfo(dtype).eps)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=precision, local_files_only=True)
+    model = model_class_of(folder).from_pretrained(folder, dtype=precision, local_files_only=True)
     found = probe_logits(model, input_ids).double()
     with computing_in(_HIGHER[precision], model):
         exact = probe_logits(model, input_ids).double()
@@ -89,6 +91,17 @@ def prove(folder: Path, checkpoint: Path, exported: torch.dtype) -> Proof:
             "files are as they were written, so the way its weights are read or its methods folded is wrong."
         )
     return proof
+
+
+def model_class_of(folder: Path) -> type:
+    """What loads the model in `folder`: an Auto class, or the very class whose modelling file lies there.
+
+    (The Auto classes would take the one that the trainer has registered, and leave the exported file untried.)
+    """
+    auto_map = read_json(folder / "config.json").get("auto_map")
+    if auto_map is None:
+        return AutoModelForCausalLM
+    return get_class_from_dynamic_module(auto_map["AutoModelForCausalLM"], folder, local_files_only=True)
 
 
 def checked(tensors: LazyTensors, checkpoint: Path) -> LazyTensors:

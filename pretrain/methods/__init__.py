@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterator
 
-from pretrain.methods.base import Method
+from pretrain.methods.base import Method, RunFacts, decisions_that_clash
 
 
 def _load() -> dict[str, type[Method]]:
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    return {cls.model_fields["name"].default: cls for cls in Method.__subclasses__()}
+    return {cls.model_fields["name"].default: cls for cls in _concrete(Method)}
+
+
+def _concrete(base: type[Method]) -> Iterator[type[Method]]:
+    """Every method class below `base`; a class without a name of its own only lends its hooks to others."""
+    for cls in base.__subclasses__():
+        if isinstance(cls.model_fields["name"].default, str):
+            yield cls
+        yield from _concrete(cls)
 
 
 REGISTRY: dict[str, type[Method]] = _load()
 
-__all__ = ["REGISTRY", "Method"]
+__all__ = ["REGISTRY", "Method", "RunFacts", "decisions_that_clash"]

@@ -12,12 +12,12 @@ release. Unlike the release it covers GPT-2's Conv1D matrices and can fail to fi
 from __future__ import annotations
 
 from math import sqrt
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
 from pretrain.layout import Weight
-from pretrain.methods.base import Method
+from pretrain.methods.base import INITIAL_DEVIATIONS, Method
 
 
 class LIR(Method):
@@ -26,6 +26,8 @@ class LIR(Method):
     initializer_range: σ. The release defaults to 0.02, the paper's best 1B run used 0.006.
     scale_factor: divides the variance of every block once more.
     """
+
+    decides: ClassVar[frozenset[str]] = frozenset({INITIAL_DEVIATIONS})
 
     name: Literal["lir"] = "lir"
     initializer_range: float = Field(0.02, gt=0)

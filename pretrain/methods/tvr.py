@@ -7,33 +7,51 @@ Every `interval_steps` optimizer steps, for each matrix W of the decoder blocks 
 
 The mean is kept, optimizer moments are left alone, a smaller deviation is left alone unless `two_sided`. Both the
 fp32 master and the working copy change: under DeepSpeed a change of the working copy alone is undone by the next
-optimizer step.
+optimizer step. W is the matrix that forward multiplies by: where another method has forward multiply the stored matrix
+by a factor α, it is the stored one that is rescaled, by the same ratio, as soon as |α| s is too large.
+
+The target may also be given relative to where the deviation would end if nothing held it. AdamW's updates of noisy
+gradients are a random walk with steps of one learning rate, and weight decay λ pulls it back:
+
+    s² ← s² (1 − lr_t λ)² + lr_t²    over all steps t of the run, from the initial s²
 
 Source: Owen et al. 2025 (arXiv 2503.17500) and its release. Where the release differs: it re-bases its interval on
-resume, wipes the bias of a rescaled module, computes in the storage dtype, and does nothing under ZeRO.
+resume, wipes the bias of a rescaled module, computes in the storage dtype, and does nothing under ZeRO. Relative targets
+and their warmup are ours.
 """
 
 from __future__ import annotations
 
-from math import sqrt
-from typing import Literal
+from collections.abc import Mapping
+from functools import cache
+from math import inf, sqrt
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr, model_validator
 
 from pretrain.errors import UserError
 from pretrain.layout import MATRIX_ROLES, Weight
 from pretrain.methods.base import Method
+from pretrain.optim import learning_rate
 from pretrain.sharded import GatheredWeights, ShardedWeights
-from pretrain.sharded.moments import require_finite
+from pretrain.sharded.moments import Moments, require_finite
+
+if TYPE_CHECKING:
+    from pretrain.config import OptimSection
+
+_ALTERNATIVES = {"target_std": "relative_target", "interval_steps": "interval_tokens"}  # of each pair one
 
 
 class TVR(Method):
     """TVR after optimizer steps; the weights stay plain, so nothing is left to fold.
 
     target_std: σ_t. The paper's best 1B run used 0.01, about 0.4 of the free-running deviation of its schedule; a
-        short run may never reach it, see docs/methods.md.
+        short run may never reach it, see docs/methods/tvr.md.
+    relative_target: instead of target_std, σ_t as a share of the free-running deviation that the learning rates predict.
+    target_warmup_steps: over so many steps σ_t goes linearly from the initial deviation of each matrix to its target.
     ratio_threshold: rescale when s / σ_t exceeds it, strictly. The release uses 1.2; the paper's curves suggest 1.
     interval_steps: act when the global step is a multiple of it, so a resumed run acts on the same steps.
+    interval_tokens: instead of interval_steps, as many steps as train on so many tokens.
     scale_with_depth: divide the target by √l (the paper found that it hurts).
     two_sided: also raise deviations below target / ratio_threshold.
     roles: which block matrices; all of them by default.
@@ -43,23 +61,62 @@ class TVR(Method):
     """
 
     name: Literal["tvr"] = "tvr"
-    target_std: float = Field(0.01, gt=0)
+    target_std: float | None = Field(0.01, gt=0)
+    relative_target: float | None = Field(None, gt=0)
+    target_warmup_steps: int = Field(0, ge=0)
     ratio_threshold: float = Field(1.2, ge=1)
-    interval_steps: int = Field(50, gt=0)
+    interval_steps: int | None = Field(50, gt=0)
+    interval_tokens: float | None = Field(None, gt=0, allow_inf_nan=False)
     scale_with_depth: bool = False
     two_sided: bool = False
     roles: tuple[Literal["q", "k", "v", "qkv", "o", "gate", "up", "down"], ...] = MATRIX_ROLES
     exclude: tuple[str, ...] = ()
     zero_bias: bool = False
     engine: Literal["sharded", "gathered"] = "sharded"
+    _normalized_queries: bool = PrivateAttr(False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_of_each_pair(cls, options: Any) -> Any:
+        """An alternative that is given takes the place of the default."""
+        if not isinstance(options, Mapping):
+            return options
+        given = {name for name, value in options.items() if value is not None}
+        for default, alternative in _ALTERNATIVES.items():
+            if {default, alternative} <= given:
+                raise ValueError(f"give either {default} or {alternative}, not both")
+            if default in options and not given & {default, alternative}:
+                raise ValueError(f"{default} null needs {alternative}")
+        return dict(options) | {default: None for default, other in _ALTERNATIVES.items() if other in given}
+
+    @property
+    def interval(self) -> int:
+        """Steps from one application to the next."""
+        if self.interval_steps is not None:
+            return self.interval_steps
+        return max(1, round(self.interval_tokens / self.run.tokens_per_step))
 
     def applies_to(self, weight: Weight) -> bool:
         """Whether this matrix is held at the target."""
         return weight.in_block_matrix and weight.role in self.roles and weight.name not in self.exclude
 
-    def target(self, weight: Weight) -> float:
-        """σ_t of this matrix."""
-        return self.target_std / sqrt(weight.layer) if self.scale_with_depth else self.target_std
+    def target(self, weight: Weight, step: int, factor: float = 1.0) -> float:
+        """σ_t of this matrix at one step, as a deviation of the stored one, which forward multiplies by `factor`."""
+        if self.relative_target is None:
+            final = self.target_std / abs(factor) if factor else inf
+        else:
+            final = self.relative_target * self.free_running(weight)
+        if self.scale_with_depth:
+            final /= sqrt(weight.layer)
+        if step >= self.target_warmup_steps:
+            return final
+        initial = self.run.initial_std(weight)
+        return initial + (final - initial) * step / self.target_warmup_steps
+
+    def free_running(self, weight: Weight) -> float:
+        """The deviation that this stored matrix is predicted to have at the end of the run if nothing holds it."""
+        kept, added = _random_walk(self.run.optim, self.run.total_steps, self.run.weight_decay(weight))
+        return sqrt(kept * self.run.initial_std(weight) ** 2 + added)
 
     def check(self, weights: list[Weight]) -> None:
         names = {weight.name for weight in weights}
@@ -72,44 +129,83 @@ class TVR(Method):
                 f"methods: tvr matches no weight. Its roles are {', '.join(self.roles)}; the model's block matrices are "
                 f"{', '.join(sorted({w.role for w in weights if w.in_block_matrix}))}."
             )
+        if self.relative_target is not None and self.run.optim.name != "adamw":
+            raise UserError(
+                f"methods: tvr.relative_target predicts the deviations that AdamW leads to, and optim.name is "
+                f"{self.run.optim.name}. Give target_std: 0.3 to 0.5 of what a run without TVR ends with."
+            )
+        self._normalized_queries = any(name.endswith("q_norm.weight") for name in names)
 
     def prepare(self, weights: ShardedWeights) -> None:
         self._reach(weights)
 
     def after_step(self, step: int, weights: ShardedWeights) -> dict[str, dict[str, float | bool]]:
-        if step % self.interval_steps:
+        """Facts: std and mean of the stored matrix before a rescale, its target, threshold (two-sided: also
+        lower_threshold), rescaled.
+        """
+        if step % self.interval:
             return {}
         reached = self._reach(weights)
         chosen = [weight for weight in reached.layout.values() if self.applies_to(weight)]
-        moments = reached.moments([weight.name for weight in chosen])
+        factors = {weight.name: self._factor(weight) for weight in chosen}
+        trained = {factor for factor in factors.values() if isinstance(factor, str)}
+        moments = reached.moments([*factors, *sorted(trained)])
         require_finite(moments, f"at step {step} (found by tvr)")
         facts, changes = {}, {}
         for weight in chosen:
-            std, mean = moments[weight.name].std, moments[weight.name].mean
-            if rescaled := self._is_off_target(std, self.target(weight)):
-                scale = self.target(weight) / std
-                changes[weight.name] = (scale, mean * (1.0 - scale))
+            factor = factors[weight.name]
+            target = self.target(weight, step, moments[factor].mean if isinstance(factor, str) else factor)
+            facts[weight.name] = seen = self._judged(moments[weight.name], target)
+            if seen["rescaled"]:
+                scale = target / seen["std"]
+                changes[weight.name] = (scale, seen["mean"] * (1.0 - scale))
                 changes.update(self._zeroed_bias(weight, reached.layout))
-            facts[weight.name] = {"std": std, "mean": mean, "rescaled": rescaled}
         reached.rescale_(changes)
         return facts
 
-    def step_rule(self, weight: Weight) -> str | None:
+    def training_rule(self, weight: Weight) -> str | None:
         if not self.applies_to(weight):
             return None
-        target = f"{self.target_std:g}" + (" / sqrt(l)" if self.scale_with_depth else "")
-        bound = f"above {self.ratio_threshold:g}x" + (
-            f" or below 1/{self.ratio_threshold:g}x" if self.two_sided else ""
+        low = f" or below 1/{self.ratio_threshold:g}x" if self.two_sided else ""
+        rule = (
+            f"tvr: std above {self.ratio_threshold:g}x{low} -> {self._target_rule(weight)}, every {self.interval} steps"
         )
-        return f"tvr: std {bound} -> {target}, every {self.interval_steps} steps"
+        if self._normalized_queries and weight.role in ("q", "k"):
+            return f"{rule} (queries and keys are normalized: this changes its relative updates alone)"
+        return rule
+
+    def _target_rule(self, weight: Weight) -> str:
+        depth = " / sqrt(l)" * self.scale_with_depth
+        warmup = f" from step {self.target_warmup_steps} on" if self.target_warmup_steps else ""
+        if self.relative_target is None:
+            return f"{self.target_std:g}{depth}{warmup}"
+        return f"{self.relative_target:g} x {self.free_running(weight):.2g}{depth}{warmup}"
 
     def _reach(self, weights: ShardedWeights) -> ShardedWeights | GatheredWeights:
         return weights if self.engine == "sharded" else GatheredWeights(weights.engine)
 
-    def _is_off_target(self, std: float, target: float) -> bool:
-        ratio = std / target
-        return ratio > self.ratio_threshold or (self.two_sided and 0.0 < ratio < 1.0 / self.ratio_threshold)
+    def _factor(self, weight: Weight) -> float | str:
+        """What forward multiplies the stored matrix by; 1 outside of a run, where no other method is."""
+        return 1.0 if self._run is None else self.run.forward_factor(weight)
+
+    def _judged(self, found: Moments, target: float) -> dict[str, float | bool]:
+        ratio, threshold = found.std / target, self.ratio_threshold
+        is_off = ratio > threshold or (self.two_sided and 0.0 < ratio < 1.0 / threshold)
+        lower = {"lower_threshold": target / threshold} if self.two_sided else {}
+        limits = {"target": target, "threshold": target * threshold, **lower}
+        return {"std": found.std, "mean": found.mean, **limits, "rescaled": is_off}
 
     def _zeroed_bias(self, weight: Weight, layout: dict[str, Weight]) -> dict[str, tuple[float, float]]:
         bias = weight.name.removesuffix("weight") + "bias"
         return {bias: (0.0, 0.0)} if self.zero_bias and bias in layout else {}
+
+
+@cache
+def _random_walk(optim: OptimSection, total_steps: int, weight_decay: float) -> tuple[float, float]:
+    """(kept, added): the recurrence above over a whole run makes s² into kept · s² + added."""
+    kept, added = 1.0, 0.0
+    for step in range(1, total_steps + 1):
+        lr = learning_rate(optim, step, total_steps)
+        shrink = (1.0 - lr * weight_decay) ** 2
+        kept, added = kept * shrink, added * shrink + lr**2
+    return kept, added

@@ -22,7 +22,7 @@ _PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250
 
 def flops_per_token(weights: list[Weight], config: PreTrainedConfig, seq_len: int) -> float:
     """FLOPs that training spends on one token of a sequence of `seq_len` tokens."""
-    multiplied = sum(w.numel for w in weights if w.in_block_matrix or w.role == "head")
+    multiplied = sum(w.numel for w in weights if w.in_block_matrix or w.role in ("head", "projection"))
     if not any(w.role == "head" for w in weights):  # tied: the embedding serves as head
         multiplied += sum(w.numel for w in weights if w.role == "embed")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -57,15 +58,13 @@ def by_layer(weights: list[WeightSeries]) -> Figure:
                 *thinned(weight.steps[weight.rescaled], weight.std[weight.rescaled], _POINTS),
                 color=color, linestyle="none", marker="o", markersize=1.8, markeredgewidth=0,
             )  # fmt: skip
-        for target in {weight.target for weight in chosen if weight.target}:
-            axes.axhline(target, **_TARGET, zorder=3)
-        for threshold in {threshold for weight in chosen for threshold in weight.thresholds}:
-            axes.axhline(threshold, **_THRESHOLD, zorder=3)
+        _limits(axes, chosen, lambda weight: (weight.target,), **_TARGET, zorder=3)
+        _limits(axes, chosen, lambda weight: weight.thresholds, **_THRESHOLD, zorder=3)
         if count := sum(int(weight.rescaled.sum()) for weight in chosen):
             axes.set_title(f"{count:,} rescales", loc="right", fontsize=8.5, color=MUTED)
 
     keys = []
-    if any(weight.target for weight in weights):
+    if any(weight.held for weight in weights):
         keys += [Line2D([], [], label="TVR target", **_TARGET), Line2D([], [], label="TVR threshold", **_THRESHOLD)]
     if any(weight.rescaled.any() for weight in weights):
         keys += [Line2D([], [], color=MUTED, marker="o", markersize=3.5, linestyle="none", label="rescaled")]
@@ -87,16 +86,36 @@ def compared(runs: list[list[WeightSeries]], labels: list[str]) -> Figure:
             steps, std = _by_step(chosen)
             axes.fill_between(steps, np.nanmin(std, 1), np.nanmax(std, 1), color=color, alpha=0.16, linewidth=0)
             axes.plot(steps, np.nanmedian(std, 1), color=color, linewidth=1.4)
-            for target in {weight.target for weight in chosen if weight.target}:
-                axes.axhline(target, color=color, linewidth=1.0, linestyle=_TARGET["linestyle"])
+            _limits(
+                axes, chosen, lambda weight: (weight.target,),
+                color=color, linewidth=1.0, linestyle=_TARGET["linestyle"],
+            )  # fmt: skip
 
     keys = [Line2D([], [], color=run_color(index), linewidth=2.5, label=label) for index, label in enumerate(labels)]
     weights = [weight for weights in runs for weight in weights]
-    if any(weight.target for weight in weights):
+    if any(weight.held for weight in weights):
         keys += [Line2D([], [], label="TVR target", **_TARGET | {"color": MUTED})]
     figure = _panels(weights, draw)
     legend(figure, keys)
     return figure
+
+
+def _limits(
+    axes: Axes, weights: list[WeightSeries], limits: Callable[[WeightSeries], tuple[np.ndarray, ...]], **style: Any
+) -> None:
+    """Targets or thresholds, over the whole width where they stay the same; what several weights share once."""
+    drawn = set()
+    for weight in weights:
+        for limit in limits(weight):
+            known = np.isfinite(limit)
+            steps, values = weight.steps[known], limit[known]
+            if not len(values) or (line := (steps.tobytes(), values.tobytes())) in drawn:
+                continue
+            drawn.add(line)
+            if np.all(values == values[0]):
+                axes.axhline(values[0], **style)
+            else:
+                axes.plot(*thinned(steps, values, _POINTS), **style)
 
 
 def _panels(weights: list[WeightSeries], draw: Callable[[Axes, str], None]) -> Figure:
@@ -141,8 +160,9 @@ def _tops(weights: list[WeightSeries]) -> dict[str, float]:
     """The top of each role's y axis, one for all roles that share a scale."""
     tops = {}
     for roles in _SCALES:
-        values = [value for w in weights if w.role in roles for value in (*w.std, *w.thresholds) if np.isfinite(value)]
-        tops |= dict.fromkeys(roles, 1.08 * max(values, default=0.0) or 1.0)
+        lines = [line for weight in weights if weight.role in roles for line in (weight.std, *weight.thresholds)]
+        values = np.concatenate([np.zeros(1), *lines])
+        tops |= dict.fromkeys(roles, 1.08 * float(values[np.isfinite(values)].max()) or 1.0)
     return tops
 
 

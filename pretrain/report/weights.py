@@ -1,4 +1,4 @@
-"""The standard deviation of every weight over time, sorted by role, and the rule that TVR holds it to."""
+"""The standard deviation of every weight over time, sorted by role, and the target that TVR holds it to."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from pretrain.report.runs import Run, number
 
 OTHER = "other"
 
+_LIMITS = ("target", "threshold", "lower_threshold")  # as TVR writes them into the rows
+
 
 @dataclass(frozen=True)
 class WeightSeries:
@@ -21,7 +23,8 @@ class WeightSeries:
 
     role: as in `pretrain.layout`, or "other" for a name the layout does not know; layer: from 1, None outside blocks.
     steps, std, rescaled: (rows,); std is measured before a rescale of the same step.
-    target: the deviation TVR rescales to, None where it leaves the weight; thresholds: those beyond which it acts.
+    target: (rows,) the deviation TVR rescales to, NaN where it does not look at the weight.
+    thresholds: those beyond which it acts, each (rows,); none where it never looks at the weight.
     """
 
     name: str
@@ -30,15 +33,19 @@ class WeightSeries:
     steps: np.ndarray
     std: np.ndarray
     rescaled: np.ndarray
-    target: float | None
-    thresholds: tuple[float, ...]
+    target: np.ndarray
+    thresholds: tuple[np.ndarray, ...]
+
+    @property
+    def held(self) -> bool:
+        """Whether TVR looks at this weight."""
+        return bool(np.isfinite(self.target).any())
 
     def path(self) -> tuple[np.ndarray, np.ndarray]:
         """Steps and deviations to draw: after each rescaled point the target, so that a rescale shows as a drop."""
-        if self.target is None:
-            return self.steps, self.std
-        after = np.flatnonzero(self.rescaled) + 1
-        return np.insert(self.steps, after, self.steps[after - 1]), np.insert(self.std, after, self.target)
+        rescaled = np.flatnonzero(self.rescaled & np.isfinite(self.target))
+        steps = np.insert(self.steps, rescaled + 1, self.steps[rescaled])
+        return steps, np.insert(self.std, rescaled + 1, self.target[rescaled])
 
 
 def read_weights(run: Run) -> list[WeightSeries]:
@@ -56,7 +63,9 @@ def of_role(weights: Iterable[WeightSeries], role: str) -> list[WeightSeries]:
 def _series(name: str, rows: list[dict], methods: list[dict]) -> WeightSeries:
     role, layer = _role_and_layer(name)
     facts = [(row["step"], row[name]) for row in rows if name in row]
-    target, thresholds = _tvr_rule(name, role, layer, methods)
+    limits = {key: np.array([number(fact.get(key)) for _, fact in facts]) for key in _LIMITS}
+    if not any(np.isfinite(values).any() for values in limits.values()):
+        limits = {key: np.full(len(facts), value) for key, value in _old_limits(name, role, layer, methods).items()}
     return WeightSeries(
         name=name,
         role=role,
@@ -64,8 +73,8 @@ def _series(name: str, rows: list[dict], methods: list[dict]) -> WeightSeries:
         steps=np.array([step for step, _ in facts], dtype=float),
         std=np.array([number(fact.get("std")) for _, fact in facts]),
         rescaled=np.array([bool(fact.get("rescaled")) for _, fact in facts]),
-        target=target,
-        thresholds=thresholds,
+        target=limits["target"],
+        thresholds=tuple(limits[key] for key in _LIMITS[1:] if np.isfinite(limits[key]).any()),
     )
 
 
@@ -76,11 +85,15 @@ def _role_and_layer(name: str) -> tuple[str, int | None]:
         return OTHER, None
 
 
-def _tvr_rule(name: str, role: str, layer: int | None, methods: list[dict]) -> tuple[float | None, tuple[float, ...]]:
-    """TVR's target and thresholds for one weight, from the options in the resolved configuration."""
+def _old_limits(name: str, role: str, layer: int | None, methods: list[dict]) -> dict[str, float]:
+    """What TVR held one weight to, from the options of a run whose rows do not say it; NaN for nothing."""
+    nothing = dict.fromkeys(_LIMITS, float("nan"))
     tvr = next((method for method in methods if method.get("name") == "tvr"), None)
     if tvr is None or layer is None or role not in tvr.get("roles", MATRIX_ROLES) or name in tvr.get("exclude", ()):
-        return None, ()
+        return nothing
+    if not tvr.get("target_std"):
+        return nothing
     target = tvr["target_std"] / (sqrt(layer) if tvr.get("scale_with_depth") else 1.0)
     ratio = tvr["ratio_threshold"]
-    return target, (target / ratio, target * ratio) if tvr.get("two_sided") else (target * ratio,)
+    lower = {"lower_threshold": target / ratio} if tvr.get("two_sided") else {}
+    return nothing | {"target": target, "threshold": target * ratio} | lower

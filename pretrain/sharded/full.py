@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from math import prod
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,26 @@ def gathered(weights: ShardedWeights, names: Iterable[str] | None = None) -> Ite
             part = piece.slice.of(full)
             piece.master.copy_(part.reshape(-1)[piece.start : piece.start + piece.master.numel()])
             weights.placement.put(piece.name, part)
+
+
+@torch.no_grad()
+def small_weights(weights: ShardedWeights, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The named weights in full, float32, on every rank and its device, by one all-reduce for all of them. Collective.
+
+    Meant for scalars and vectors: the memory is that of all of them at once. Not for weights that tensor parallelism cuts.
+    """
+    chosen = check_call(weights, "small_weights", names)
+    if not chosen:
+        return {}
+    shapes = {
+        name: weight.shape for name, weight in weights.layout.items() if name in chosen
+    }  # in one order everywhere
+    flat = torch.zeros(sum(map(prod, shapes.values())), dtype=torch.float32, device=weights.engine.device)
+    places = dict(zip(shapes, flat.split([prod(shape) for shape in shapes.values()]), strict=True))
+    for piece in weights.placement.pieces(chosen):
+        places[piece.name][piece.counted_start : piece.counted_start + piece.counted.numel()] = piece.counted
+    dist.all_reduce(flat)
+    return {name: places[name].view(shape) for name, shape in shapes.items()}
 
 
 def _assemble(piece: Piece) -> torch.Tensor:

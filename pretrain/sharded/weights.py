@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
+import torch.distributed as dist
 
 from pretrain.layout import Weight, describe_model
+from pretrain.sharded.columns import add_column_sums_, columns, subtract_from_rows_
 from pretrain.sharded.draws import Draw, fill_slice_
 from pretrain.sharded.guard import all_gather, check_call, require_known
 from pretrain.sharded.moments import (
@@ -70,6 +72,24 @@ class ShardedWeights:
         self.placement.refresh(stale)
 
     @torch.no_grad()
+    def center_rows_(self, names: Iterable[str]) -> None:
+        """Subtract from each row of each named matrix the mean over all its rows, in every copy; from a vector its mean.
+
+        The means are summed in float64, in one all-reduce of a number per column for the whole list; they are subtracted
+        in float32. The refresh of half-precision working copies comes on top, as for `rescale_`.
+        """
+        chosen = check_call(self, "center_rows_", names)
+        if not chosen:
+            return
+        means, stale = self._mean_rows(chosen), set(chosen)
+        for piece in self.placement.edit(chosen):
+            subtract_from_rows_(piece.master, piece.start, piece, means[piece.name])
+            if (copy := self.placement.exact_copy(piece.name)) is not None:
+                subtract_from_rows_(copy.view(-1), 0, piece, means[piece.name])  # the same bits
+                stale.remove(piece.name)
+        self.placement.refresh(stale)
+
+    @torch.no_grad()
     def fill_(self, seed: int, rule: Callable[[Weight], Draw]) -> None:
         """Give every weight its initial values; `rule` maps a weight to the distribution that it is drawn from.
 
@@ -103,6 +123,19 @@ class ShardedWeights:
         wanted = set(self.layout if names is None else names)
         require_known(wanted, self.layout)
         return self.placement.pieces(wanted)
+
+    def _mean_rows(self, names: set[str]) -> dict[str, torch.Tensor]:
+        """The mean over all rows of each named weight, (columns,) float64."""
+        shapes = {name: weight.shape for name, weight in self.layout.items() if name in names}
+        widths = [columns(shape) for shape in shapes.values()]
+        sums = torch.zeros(sum(widths), dtype=torch.float64, device=self.engine.device)
+        of_weight = dict(zip(shapes, sums.split(widths), strict=True))
+        for piece in self.placement.pieces(names):
+            mine = torch.zeros(len(of_weight[piece.name]), dtype=torch.float64, device=piece.counted.device)
+            add_column_sums_(mine, piece)
+            of_weight[piece.name] += mine.to(sums.device)
+        dist.all_reduce(sums)
+        return {name: sums_of_one / shapes[name][0] for name, sums_of_one in of_weight.items()}
 
     def _merged(
         self, what: str, partial: Callable[[Iterable[torch.Tensor]], torch.Tensor], names: Iterable[str] | None

@@ -21,6 +21,10 @@ from pretrain.sharded.piece import Piece
 class _FullWorkingCopies(Owner):
     """Both kinds keep every working copy in full on every rank."""
 
+    def __init__(self, engine) -> None:
+        super().__init__(engine)
+        self.group = engine.data_parallel_group
+
     def edit(self, names: Set[str]) -> Iterator[Piece]:
         return self.pieces(names)
 
@@ -29,8 +33,15 @@ class _FullWorkingCopies(Owner):
         return copy if copy.dtype == torch.float32 else None
 
     def refresh(self, names: Set[str]) -> None:
-        if names:
-            self.optimizer.update_lp_params()  # as the optimizer's own step: copy the slice, all-gather
+        named = sum(self.parameters[name].numel() for name in names)
+        if 2 * named > sum(parameter.numel() for parameter in self.parameters.values()):
+            self.optimizer.update_lp_params()  # as the optimizer's own step: copy the slice, all-gather all weights
+            return
+        for piece in self.pieces(names):
+            copy = self.parameters[piece.name].data.view(-1)
+            copy.zero_()
+            copy[piece.start : piece.start + piece.master.numel()].copy_(piece.master)
+            dist.all_reduce(copy, group=self.group)  # each element comes from one rank: nothing is rounded
 
     def put(self, name: str, part: torch.Tensor) -> None:
         self.parameters[name].data.copy_(part)

@@ -18,7 +18,7 @@ from pretrain import quiet  # noqa: F401
 from pretrain.config import Config
 from pretrain.deepspeed_config import deepspeed_config
 from pretrain.distributed import initialize
-from pretrain.model import build_model, hf_config, initialize_weights
+from pretrain.model import bind_methods, build_model, hf_config, initialize_weights
 from pretrain.optim import build_optimizer
 from pretrain.sharded import GatheredWeights, ShardedWeights, gathered
 from pretrain.sharded.draws import Constant
@@ -60,7 +60,7 @@ def run_config(case: dict) -> Config:
         deepspeed["fp16"]["loss_scale"] = 64  # no step is skipped while a dynamic scale finds its place
     deepspeed |= {"data_types": {"grad_accum_dtype": accumulate}} if accumulate else {}
     tensor = case.get("tensor", 1)
-    return Config.model_validate(
+    config = Config.model_validate(
         {
             "name": "case",
             "model": gpt2 if case.get("family") == "gpt2" else llama,
@@ -78,6 +78,7 @@ def run_config(case: dict) -> Config:
             "deepspeed": deepspeed,
         }
     )
+    return bind_methods(config, hf_config(config, Tokenizer()))
 
 
 def accumulating(data):
@@ -93,7 +94,7 @@ def build(config: Config, nvme_path: str | None = None):
         ds_config["zero_optimization"]["offload_optimizer"] = {"device": "nvme", "nvme_path": nvme_path}
     model_config = hf_config(config, Tokenizer())
     model = build_model(config, model_config, ds_config)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(model, config.optim), config=ds_config)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(model, config), config=ds_config)
     weights = ShardedWeights(engine)
     initialize_weights(weights, config, model_config.initializer_range)
     return engine, weights
@@ -151,7 +152,7 @@ def step(engine, seed: int, lr: float) -> float:
     mine = tokens[reader * share : (reader + 1) * share]
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
-    loss = engine(mine[:, :-1], mine[:, 1:])
+    loss = engine(mine[:, :-1], mine[:, 1:])["total"]
     engine.backward(loss)
     engine.step()
     total = loss.detach().double()
@@ -164,7 +165,7 @@ def validation_loss(engine) -> float:
     """Of one fixed batch, the same on every rank: a forward that no backward follows."""
     engine.eval()
     tokens = torch.randint(0, VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(99))
-    loss = float(engine(tokens[:, :-1], tokens[:, 1:]))
+    loss = float(engine(tokens[:, :-1], tokens[:, 1:])["total"])
     engine.train()
     return loss
 
@@ -243,7 +244,40 @@ def examine(config: Config, case: dict) -> dict:
     seen["hook_left_early"], seen["hook_left_early_working_follows"] = _compare(engine, edited)
     step(engine, 3, 0.0)
     seen["hook_survives"], seen["hook_working_follows_after_step"] = _compare(engine, edited)
+    return seen | center(engine, weights)
+
+
+def center(engine, weights: ShardedWeights) -> dict:
+    """Centre the rows of the head, which leaves the probabilities, and then those of every weight."""
+    head, seen = "lm_head.weight", {}
+    if head in weights.layout:
+        weights.rescale_({head: (1.0, 0.02)})  # a mean that shows in the logits
+        before = validation_logits(engine)
+        weights.center_rows_([head])
+        after = validation_logits(engine)
+        seen["logits_moved"] = float((after - before).abs().max())
+        seen["probabilities_moved"] = float((after.log_softmax(-1) - before.log_softmax(-1)).abs().max())
+    expected = {name: centered(values) for name, values in masters(engine).items()}
+    weights.center_rows_(weights.layout)
+    seen["centered_exact"], seen["centered_working_follows"] = _compare(engine, expected)
+    step(engine, 4, 0.0)
+    seen["centered_survives"], seen["centered_working_follows_after_step"] = _compare(engine, expected)
     return seen
+
+
+def centered(values: np.ndarray) -> np.ndarray:
+    """Less the mean row, or a vector's mean, which is computed in float64."""
+    return values - values.astype(np.float64).mean(0).astype(np.float32)
+
+
+@torch.no_grad()
+def validation_logits(engine) -> torch.Tensor:
+    """Of one fixed batch, float64: a forward that no backward follows."""
+    engine.eval()
+    tokens = torch.randint(0, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(98))
+    logits = engine(tokens, use_cache=False).logits.double().cpu()
+    engine.train()
+    return logits
 
 
 def compare_with_gathered(engine, weights: ShardedWeights, chosen: list[str], expected: dict) -> dict:
@@ -280,7 +314,7 @@ def misuse(config: Config) -> dict[str, str]:
     for what, call in calls.items():
         raised[what] = _raised_by(call)
     tokens = torch.zeros(1, 17, dtype=torch.long)
-    engine.backward(engine(tokens[:, :-1], tokens[:, 1:]))
+    engine.backward(engine(tokens[:, :-1], tokens[:, 1:])["total"])
     engine.step()
     raised["mid accumulation"] = _raised_by(lambda: weights.rescale_({name: (0.5, 0.0)}))
     raised["changed"] = str(any(not np.array_equal(w, before[n]) for n, w in masters(engine).items()))
@@ -314,6 +348,8 @@ def _compare(engine, expected: dict[str, np.ndarray]) -> tuple[bool, bool]:
 def train_with_methods(config: Config, path: str) -> None:
     """Four steps with the run's methods; the weights before and after, losses and rescales go to `path`."""
     engine, weights = build(config)
+    for method in config.methods:
+        method.prepare(weights)
     start = masters(engine)
     losses, rescaled = [], []
     for number in range(1, 5):

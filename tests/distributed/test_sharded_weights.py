@@ -208,6 +208,28 @@ def test_the_hook_gives_the_full_weight_and_keeps_what_is_written_to_it(seen, wo
     assert found["hook_working_follows_after_step"]
 
 
+@every_case
+def test_centring_rows_changes_every_copy_as_the_dense_formula_and_survives_the_next_step(seen, world, case):
+    found = seen(world)[0][case]
+    assert found["centered_exact"]
+    assert found["centered_working_follows"]
+    assert found["centered_survives"]
+    assert found["centered_working_follows_after_step"]
+
+
+def untied_in_fp32(world: tuple[int, int]) -> list[str]:
+    """The cases whose head is a matrix of its own."""
+    plain = {"precision": "fp32", "tied": False, "family": "llama"}
+    return [name for name, case in cases(world).items() if plain.items() <= (plain | case).items()]
+
+
+@pytest.mark.parametrize(("world", "case"), every(untied_in_fp32))
+def test_centring_the_rows_of_an_untied_head_shifts_all_logits_of_a_token_alike(seen, world, case):
+    found = seen(world)[0][case]
+    assert found["logits_moved"] > 0.1
+    assert found["probabilities_moved"] < 3e-5
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_a_bad_call_raises_the_same_error_on_every_rank_and_changes_nothing(seen, world_size):
     expected = {

@@ -1,12 +1,20 @@
 """TVR's decisions: which weights, when, and by how much. What it does to real shards is in tests/distributed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
+from pretrain.config import OptimSection
 from pretrain.errors import UserError
 from pretrain.layout import describe
+from pretrain.methods import RunFacts
 from pretrain.methods.tvr import TVR
 from pretrain.sharded.moments import Moments
+
+# The schedule of the paper's 1B run.
+PAPER = {"lr": 6e-4, "schedule": {"name": "cosine", "warmup_steps": 121, "min_lr_ratio": 0.1}}
 
 SHAPES = {
     "model.embed_tokens.weight": (50, 8),
@@ -16,6 +24,7 @@ SHAPES = {
     "model.layers.3.mlp.up_proj.weight": (24, 8),
     "model.layers.3.input_layernorm.weight": (8,),
     "lm_head.weight": (50, 8),
+    "model.layers.0.mlp.up_proj.weight_scale": (1,),
 }
 LAYOUT = {name: describe(name, shape) for name, shape in SHAPES.items()}
 Q, UP1, UP4 = (name for name, weight in LAYOUT.items() if weight.in_block_matrix)
@@ -44,7 +53,28 @@ class DenseWeights:
 def arrays():
     generator = np.random.default_rng(0)
     weights = {name: generator.standard_normal(shape) for name, shape in SHAPES.items()}
-    return {name: 0.02 * (w - w.mean()) / w.std(ddof=1) + 0.003 for name, w in weights.items()}
+    return {
+        name: 0.02 * (w - w.mean()) / w.std(ddof=1) + 0.003 if w.size > 1 else np.array([-0.5])
+        for name, w in weights.items()
+    }
+
+
+def facts_of_run(std: float = 0.006, weight_decay: float = 0.1, **optim) -> RunFacts:
+    """The paper's run, with other values where they are given."""
+    optim = OptimSection(**PAPER | optim)
+    return RunFacts(
+        family="llama",
+        hidden_size=8,
+        layers=4,
+        tied=False,
+        matrices={},
+        tokens_per_step=8_257_536,
+        total_steps=12_100,
+        optim=optim,
+        initial_std=lambda weight: std,
+        forward_factor=lambda weight: 1.0,
+        weight_decay=lambda weight: weight_decay,
+    )
 
 
 def stds(arrays):
@@ -55,7 +85,13 @@ def test_a_matrix_above_the_threshold_gets_the_target_and_keeps_its_mean(arrays)
     facts = TVR(target_std=0.01, interval_steps=5).after_step(10, DenseWeights(arrays))
     assert stds(arrays) == pytest.approx({Q: 0.01, UP1: 0.01, UP4: 0.01})
     assert arrays[UP1].mean() == pytest.approx(0.003)
-    assert facts[UP1] == {"std": pytest.approx(0.02), "mean": pytest.approx(0.003), "rescaled": True}
+    assert facts[UP1] == {
+        "std": pytest.approx(0.02),
+        "mean": pytest.approx(0.003),
+        "target": 0.01,
+        "threshold": pytest.approx(0.012),
+        "rescaled": True,
+    }
 
 
 def test_nothing_outside_the_block_matrices_is_touched(arrays):
@@ -120,3 +156,84 @@ def test_matching_nothing_and_unknown_names_are_errors():
         TVR(roles=("qkv",)).check(weights)
     with pytest.raises(UserError, match=r"layers\.9"):
         TVR(exclude=("model.layers.9.mlp.up_proj.weight",)).check(weights)
+
+
+@pytest.mark.parametrize(
+    ("std", "weight_decay", "simulated"),
+    [
+        (0.006, 0.1, 0.0332),
+        (0.02, 0.1, 0.0359),
+        (0.03, 0.1, 0.0391),
+        (0.006, 0.0, 0.0416),
+        (0.02, 0.0, 0.0460),
+        (0.03, 0.0, 0.0515),
+    ],
+)
+def test_the_predicted_deviation_is_that_of_a_simulation(std, weight_decay, simulated):
+    """AdamW (0.9, 0.95) on gradients of pure noise, 12,100 steps of the paper's schedule."""
+    method = TVR(relative_target=0.3).bound(facts_of_run(std, weight_decay))
+    assert method.free_running(LAYOUT[Q]) == pytest.approx(simulated, rel=0.02)
+
+
+def test_a_relative_target_is_a_share_of_the_prediction():
+    method = TVR(relative_target=0.3, scale_with_depth=True).bound(facts_of_run())
+    predicted = method.free_running(LAYOUT[UP4])
+    assert method.target(LAYOUT[UP1], step=1) == pytest.approx(0.3 * predicted)
+    assert method.target(LAYOUT[UP4], step=1) == pytest.approx(0.3 * predicted / 2)
+
+
+def test_the_target_warms_up_from_the_initial_deviation():
+    method = TVR(target_std=0.01, target_warmup_steps=100).bound(facts_of_run(std=0.006))
+    found = [method.target(LAYOUT[Q], step) for step in (1, 50, 99, 100, 5000)]
+    assert found == pytest.approx([0.00604, 0.008, 0.00996, 0.01, 0.01])
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(1e9, 121), (1e6, 1), (12.6e6, 2)])
+def test_an_interval_in_tokens_is_rounded_to_steps(tokens, steps):
+    method = TVR(interval_tokens=tokens).bound(facts_of_run())
+    assert method.interval == steps
+    assert f"every {steps} steps" in method.training_rule(LAYOUT[Q])
+
+
+@pytest.mark.parametrize("factor", [-0.5, "model.layers.0.mlp.up_proj.weight_scale"])
+@pytest.mark.parametrize("target", [{"target_std": 0.005}, {"relative_target": 0.3}])
+def test_it_holds_what_forward_multiplies_by(arrays, factor, target):
+    """The factor, a number or trained, is -0.5; a relative target does not depend on it."""
+    run = replace(facts_of_run(), forward_factor=lambda weight: factor if weight.name == UP1 else 1.0)
+    method = TVR(**target, roles=("up",), interval_steps=1).bound(run)
+    facts = method.after_step(1, DenseWeights(arrays))
+    expected = 0.01 if "target_std" in target else 0.3 * method.free_running(LAYOUT[UP1])
+    assert facts[UP1]["target"] == pytest.approx(expected)
+    assert stds(arrays)[UP1] == pytest.approx(expected)
+    assert arrays[UP1].mean() == pytest.approx(0.003)
+
+
+def test_a_matrix_that_forward_multiplies_by_zero_is_left_alone(arrays):
+    run = replace(facts_of_run(), forward_factor=lambda weight: 0.0)
+    facts = TVR(interval_steps=1, two_sided=True).bound(run).after_step(1, DenseWeights(arrays))
+    assert not any(seen["rescaled"] for seen in facts.values())
+
+
+def test_alternatives_exclude_each_other_and_survive_being_written_down():
+    for both in ({"target_std": 0.01, "relative_target": 0.3}, {"interval_steps": 50, "interval_tokens": 1e9}):
+        with pytest.raises(ValidationError, match="not both"):
+            TVR(**both)
+    with pytest.raises(ValidationError, match="target_std null needs relative_target"):
+        TVR(target_std=None)
+    method = TVR(relative_target=0.3, interval_tokens=1e9)
+    assert (method.target_std, method.interval_steps) == (None, None)
+    assert TVR.model_validate(method.model_dump(mode="json")) == method
+    assert TVR.model_validate(TVR().model_dump(mode="json")) == TVR()
+
+
+def test_a_relative_target_is_refused_with_muon():
+    method = TVR(relative_target=0.3).bound(facts_of_run(name="muon", grad_clip=None))
+    with pytest.raises(UserError, match="Give target_std"):
+        method.check(list(LAYOUT.values()))
+
+
+def test_normalized_queries_are_told_of():
+    method, weights = TVR().bound(facts_of_run()), list(LAYOUT.values())
+    method.check([*weights, describe("model.layers.0.self_attn.q_norm.weight", (8,))])
+    assert "relative updates alone" in method.training_rule(LAYOUT[Q])
+    assert "relative updates" not in method.training_rule(LAYOUT[UP1])

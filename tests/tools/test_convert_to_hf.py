@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 import weakref
 from collections.abc import Callable
@@ -18,8 +20,10 @@ import torch
 import yaml
 from runs import launch, run_ranks
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM, pipeline
 
+from pretrain import modeling
 from pretrain.errors import UserError
 from pretrain.export import convert as conversion
 from pretrain.export import weights as writing
@@ -29,7 +33,7 @@ from pretrain.export.proof import NotEqualError, computing_in
 from pretrain.files import checksum
 from pretrain.methods.lir import LIR
 from pretrain.methods.tvr import TVR
-from pretrain.probe import load_probe, probe_logits
+from pretrain.probe import load_probe, probe_logits, probe_positions
 from pretrain.sharded import Moments
 
 # No dimension divides by 3 ranks, and few by 2: every kind of padding occurs.
@@ -48,11 +52,12 @@ BF16 = {"bf16": {"enabled": True}}
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a checkpoint is made: ranks, the model, and DeepSpeed's JSON."""
+    """How a checkpoint is made: ranks, the model, DeepSpeed's JSON, and methods where not those of the tiny run."""
 
     ranks: int
     model: dict
     deepspeed: dict
+    methods: tuple[dict, ...] | None = None
 
 
 SHARDINGS = {
@@ -83,6 +88,14 @@ MORE_SHARDINGS = {
         },
     ),
 }
+# What no stock class can hold.
+OWN_CLASS = Sharding(
+    2,
+    TIED_LLAMA,
+    {**BF16, "zero_optimization": {"stage": 3}},
+    methods=({"name": "wesar"}, {"name": "seednorm"}, {"name": "attention_residuals", "blocks": 3}),
+)
+ALL_SHARDINGS = {**SHARDINGS, **MORE_SHARDINGS, "own_class": OWN_CLASS}
 EVERY = [*SHARDINGS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_SHARDINGS)]
 STOCK = {"llama": LlamaForCausalLM, "gpt2": GPT2LMHeadModel}
 
@@ -96,9 +109,11 @@ def checkpoint_of(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> C
 
     def make(name: str) -> Path:
         if name not in made:
-            sharding = (SHARDINGS | MORE_SHARDINGS)[name]
+            sharding = ALL_SHARDINGS[name]
             data = {**template["data"], "global_batch_size": 2 * sharding.ranks}
             content = {"name": name, "out": str(out), "steps": 2, "model": sharding.model, "data": data}
+            if sharding.methods is not None:
+                content["methods"] = list(sharding.methods)
             path = out / f"{name}.yaml"
             path.write_text(yaml.safe_dump({**template, **content, "deepspeed": sharding.deepspeed}))
             assert run_ranks(["--config", str(path)], out / f"{name}_logs", sharding.ranks).code == 0
@@ -121,6 +136,7 @@ def exported(fp32_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     assert ended.code == 0, ended.stderr
     assert "largest |difference| " in ended.stdout
     assert "largest |logit| " in ended.stdout
+    assert "class: LlamaForCausalLM (stock transformers)\n  nothing to fold: the weights are plain\n" in ended.stdout
     assert ended.stderr == ""
     return out
 
@@ -188,7 +204,7 @@ def visible(folder: Path) -> list[str]:
 def test_every_master_is_what_deepspeed_itself_reads(name: str, checkpoint_of) -> None:
     found = master_weights(checkpoint_of(name) / "deepspeed")
     expected, precision = deepspeed_says(checkpoint_of(name))
-    tied = {"lm_head.weight"} if (SHARDINGS | MORE_SHARDINGS)[name].model.get("tie_word_embeddings") else set()
+    tied = {"lm_head.weight"} if ALL_SHARDINGS[name].model.get("tie_word_embeddings") else set()
     assert found.keys() == expected.keys() - tied
     for weight, read in found.items():
         assert read().dtype == torch.float32
@@ -197,7 +213,7 @@ def test_every_master_is_what_deepspeed_itself_reads(name: str, checkpoint_of) -
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_sharding_converts_and_is_proved_equal(name: str, checkpoint_of, tmp_path: Path) -> None:
-    sharding = (SHARDINGS | MORE_SHARDINGS)[name]
+    sharding = ALL_SHARDINGS[name]
     made = convert(checkpoint_of(name), tmp_path / "hf")
     assert made.dtype == (torch.bfloat16 if "bf16" in sharding.deepspeed else torch.float32)
     model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
@@ -246,6 +262,7 @@ def test_the_folder_is_a_stock_model_with_nothing_of_the_trainer(exported: Path)
     assert yaml.safe_load(card.split("---")[1])["tags"] == ["evenkeel", "llama", "lir", "tvr"]
     assert "2 of 2 steps, 384 tokens" in card
     assert "target_std: 0.01" in card
+    assert "- `tvr`: the weights are plain, nothing had to be changed" in card
 
 
 def test_a_pipeline_loads_the_folder_as_it_is(exported: Path) -> None:
@@ -271,10 +288,10 @@ def test_weights_are_shared_out_over_files_that_the_index_names(
 ) -> None:
     monkeypatch.setattr(writing, "SHARD_BYTES", 40_000)  # the embedding is larger, most weights are smaller
     made = convert(fp32_checkpoint, tmp_path / "hf")
-    assert made.files > 3
+    assert made.model.files > 3
     index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {
-        f"model-{i:05}-of-{made.files:05}.safetensors" for i in range(1, made.files + 1)
+        f"model-{i:05}-of-{made.model.files:05}.safetensors" for i in range(1, made.model.files + 1)
     }
     held = 0
     for file in set(index["weight_map"].values()):
@@ -387,29 +404,121 @@ def test_a_method_folds_the_weights_before_they_are_written(
     with pytest.raises(NotEqualError):
         convert(copied, tmp_path / "unfolded")
 
-    def fold(self, tensors, hf_config) -> None:
+    def fold(self, tensors, hf_config):
         half = tensors[name]
         tensors[name] = lambda: half() * 2
+        return hf_config
 
     monkeypatch.setattr(LIR, "fold", fold)
     assert convert(copied, tmp_path / "folded").proof.holds
 
 
-def test_methods_fold_in_the_reverse_of_their_order(
+def test_methods_fold_by_their_fold_order_and_then_as_listed(
     fp32_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    order: list[str] = []
+    done: list[str] = []
     for method in (LIR, TVR):
-        monkeypatch.setattr(method, "fold", lambda self, tensors, hf_config: order.append(self.name))
-    convert(fp32_checkpoint, tmp_path / "hf")
-    assert order == ["tvr", "lir"]
+        monkeypatch.setattr(method, "fold", lambda self, tensors, hf_config: done.append(self.name) or hf_config)
+    convert(fp32_checkpoint, tmp_path / "as_listed")
+    monkeypatch.setattr(LIR, "fold_order", 3)
+    convert(fp32_checkpoint, tmp_path / "lir_last")
+    assert done == ["lir", "tvr", "tvr", "lir"]
+
+
+def test_a_fold_gets_the_weights_as_forward_saw_them(
+    checkpoint_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, but rounded as the working copies were: the function of a rounded weight is what forward computed."""
+    checkpoint, seen = checkpoint_of("zero1_bf16"), {}
+
+    def fold(self, tensors, hf_config):
+        seen.update({name: load() for name, load in tensors.items()})
+        return hf_config
+
+    monkeypatch.setattr(LIR, "fold", fold)
+    convert(checkpoint, tmp_path / "hf")
+    masters = master_weights(checkpoint / "deepspeed")
+    assert seen.keys() == masters.keys()
+    for name, weight in seen.items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, masters[name]().bfloat16().float()), name
+
+
+# Models that no stock class can hold
+
+
+@pytest.fixture(scope="module")
+def own_class(checkpoint_of, tmp_path_factory: pytest.TempPathFactory):
+    """(checkpoint, folder, output of the command line)."""
+    out = tmp_path_factory.mktemp("hf") / "model"
+    ended = command_line(checkpoint_of("own_class"), out)
+    assert ended.code == 0, ended.stderr
+    return checkpoint_of("own_class"), out, ended.stdout
+
+
+def test_the_command_line_and_the_card_say_which_class_and_why(own_class) -> None:
+    _, folder, output = own_class
+    assert "class: EvenkeelLlamaForCausalLM (its own, no stock class holds it: trust_remote_code=True)" in output
+    card = (folder / "README.md").read_text()
+    for line in ("seednorm: no stock class has norms", "wesar: each matrix is multiplied by its factor"):
+        assert line in output
+        assert line.partition(": ")[2] in card
+    assert 'model="PATH_OR_NAME_OF_THIS_FOLDER", trust_remote_code=True)' in card
+    assert "stock EvenkeelLlamaForCausalLM" not in card
+
+
+def test_the_folder_loads_where_evenkeel_is_not_installed(own_class, tmp_path: Path) -> None:
+    checkpoint, folder, _ = own_class
+    program = """
+import sys
+sys.modules["pretrain"] = None  # importing it fails
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+folder, probe, out = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+ids = load_file(probe)["input_ids"]
+with torch.no_grad():
+    logits = model(ids, use_cache=False).logits
+tokens = model.generate(ids[:1, :5], max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
+assert tokens.shape == (1, 13)
+model.save_pretrained(out)
+save_file({"logits": logits}, out + "/logits.safetensors")
+print(type(model).__module__)
+again = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=True)
+assert torch.equal(again(ids, use_cache=False).logits, logits)
+"""
+    words = [sys.executable, "-c", program, str(folder), str(checkpoint / "probe.safetensors"), str(tmp_path / "again")]
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("transformers_modules."), ended.stdout
+    input_ids, trained = load_probe(checkpoint)
+    found = load_file(tmp_path / "again/logits.safetensors")["logits"][:, probe_positions(input_ids.shape[1])]
+    scale = float(trained.abs().max())
+    torch.testing.assert_close(found, trained, rtol=0, atol=2e-2 * scale)  # bf16, and a tied head's factor folded
+    assert (tmp_path / "again/modeling_evenkeel.py").exists()
+
+
+def test_the_proof_runs_the_exported_file_and_not_the_trainers_class(
+    own_class, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = tmp_path / modeling.MODELING_FILE.name
+    wrong.write_text(modeling.MODELING_FILE.read_text().replace(".softmax(0)", ".sigmoid()"))
+    monkeypatch.setattr(modeling, "MODELING_FILE", wrong)
+    with pytest.raises(NotEqualError):
+        convert(own_class[0], tmp_path / "hf")
+    assert visible(tmp_path) == [wrong.name]
 
 
 def test_a_weight_that_no_stock_model_has_is_an_error(
     fp32_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        LIR, "fold", lambda self, tensors, hf_config: tensors.update({"model.gate": lambda: torch.zeros(1)})
+        LIR,
+        "fold",
+        lambda self, tensors, hf_config: tensors.update({"model.gate": lambda: torch.zeros(1)}) or hf_config,
     )
     with pytest.raises(RuntimeError, match=re.escape("it lacks ['model.gate']")):
         convert(fp32_checkpoint, tmp_path / "hf")

@@ -350,13 +350,32 @@ def test_weight_path_drops_to_the_target_of_its_layer_at_each_rescale(tmp_path):
     rows = [{"kind": "weights", "step": 50 * n, name: fact, other: fact} for n, fact in enumerate(facts, start=1)]
     rows.append({"kind": "train", "step": 150, "tokens": 1, "loss": 1.0})
     held, left = read_weights(read_runs([write_run(tmp_path / "tiny", run, rows)])[0])
-    assert (held.role, held.layer, held.target) == ("down", 4, pytest.approx(0.005))
-    assert held.thresholds == pytest.approx((0.006,))
+    assert (held.role, held.layer, held.target.tolist()) == ("down", 4, pytest.approx([0.005] * 3))
+    assert [threshold.tolist() for threshold in held.thresholds] == [pytest.approx([0.006] * 3)]
     steps, std = held.path()
     assert steps.tolist() == [50, 100, 100, 150]
     assert std == pytest.approx([0.004, 0.007, 0.005, 0.0055])
-    assert (left.target, left.thresholds) == (None, ())
+    assert (left.held, left.thresholds) == (False, ())
     assert left.path()[0].tolist() == [50, 100, 150]
+
+
+def test_targets_that_the_rows_hold_count_more_than_the_options(tmp_path):
+    name = "model.layers.3.mlp.down_proj.weight"
+    run = config(methods=[TVR | {"target_std": None, "relative_target": 0.3, "target_warmup_steps": 100}])
+    limits = {"target": 0.004, "threshold": 0.006, "lower_threshold": 0.002}
+    facts = [
+        {"std": 0.004, "rescaled": False},  # a row of the monitor alone
+        {"std": 0.007, "rescaled": True, **limits},
+        {"std": 0.0055, "rescaled": False, **limits, "target": 0.005},
+    ]
+    rows = [{"kind": "weights", "step": 50 * n, name: fact} for n, fact in enumerate(facts, start=1)]
+    rows.append({"kind": "train", "step": 150, "tokens": 1, "loss": 1.0})
+    folder = write_run(tmp_path / "tiny", run, rows)
+    (held,) = read_weights(read_runs([folder])[0])
+    np.testing.assert_array_equal(held.target, [np.nan, 0.004, 0.005])
+    np.testing.assert_array_equal(held.thresholds, [[np.nan, 0.006, 0.006], [np.nan, 0.002, 0.002]])
+    assert held.path()[1].tolist() == [0.004, 0.007, 0.004, 0.0055]
+    assert "TVR target" in drawn(folder, out=tmp_path / "page.html").source
 
 
 def test_thinning_keeps_every_spike_and_the_running_mean_is_a_mean():

@@ -1,0 +1,71 @@
+"""Attention Residuals: a sub-layer chooses among what earlier ones wrote, instead of reading their sum.
+
+    h_l = Σ_i a_i v_i,    a = softmax_i(w_l · RMSNorm(v_i))      computed in float32 for each token
+
+v_0 is the embedding's output, v_1, v_2, ... are those of the attentions and MLPs so far; h_l is what sub-layer l
+normalizes and computes with. The final norm reads in the same way. w_l is one trained vector for each reader, 0 at
+first, so that training starts from the plain average (which is the sum divided by the number of terms). RMSNorm keeps
+large outputs from winning by their size.
+
+With `blocks`: N blocks of consecutive sub-layers, within which outputs are summed as usual. A sub-layer reads v_0, the sums
+of the blocks before its own, and what its own block has summed up so far: at most N + 1 things, instead of up to
+2 x layers + 1. (Where N does not divide the sub-layers, the first blocks have one more.)
+
+Source: Kimi Team 2026, "Attention Residuals" (arXiv 2603.15031), equations 2 to 6; about 8 blocks there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from transformers import PreTrainedConfig
+
+from pretrain.errors import UserError
+from pretrain.layout import Weight
+from pretrain.methods.base import RESIDUAL_STREAM, Method
+from pretrain.modeling import UNLIKE_SOFTCAP, evenkeel_llama
+from pretrain.sharded.draws import Constant, Draw
+
+
+class AttentionResiduals(Method):
+    """Attention Residuals; the mixture depends on the token, so nothing can be folded and the export brings its own file.
+
+    blocks: N; null reads every output for itself.
+    """
+
+    decides: ClassVar[frozenset[str]] = frozenset({RESIDUAL_STREAM})
+    conflicts: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            **UNLIKE_SOFTCAP,
+            "pre_ln": "pre_ln's export takes the mean out of what each sub-layer writes, which the RMSNorm that "
+            "attention_residuals compares the outputs by would see",
+        }
+    )
+    families: ClassVar[tuple[str, ...]] = ("llama",)
+
+    name: Literal["attention_residuals"] = "attention_residuals"
+    blocks: int | None = Field(None, gt=0)
+
+    def configure(self, hf_config: PreTrainedConfig) -> PreTrainedConfig:
+        return evenkeel_llama(hf_config, attention_residuals=True, attention_residual_blocks=self.blocks)
+
+    def check(self, weights: list[Weight]) -> None:
+        sublayers = 2 * self.run.layers
+        if self.blocks is not None and self.blocks > sublayers:
+            raise UserError(
+                f"methods: attention_residuals.blocks is {self.blocks}, but the model has {sublayers} sub-layers "
+                f"(an attention and an MLP in each of {self.run.layers} layers). Give at most {sublayers}, or null to "
+                "read each for itself."
+            )
+
+    def init_draw(self, weight: Weight) -> Draw | None:
+        return Constant(0.0) if weight.role == "query" else None
+
+    def fold_note(self) -> str | None:
+        return "no stock class has sub-layers that weigh what earlier ones wrote"
+
+    def training_rule(self, weight: Weight) -> str | None:
+        return "attention_residuals: scores what is read" if weight.role == "query" else None

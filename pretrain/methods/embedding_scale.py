@@ -1,0 +1,89 @@
+"""Scaled embedding: the residual stream starts at about unit scale.
+
+    x₀ = m · E[t],    m = √d unless `multiplier` says otherwise
+
+d the hidden size. A pre-norm block's gradient is divided by the scale of the stream, so a stream that starts at 0.02
+amplifies the first blocks' gradients fifty times; at about 1 it does not. Only the input is scaled: where the head's
+matrix is the embedding's, the head multiplies by E. The product is computed in float32 on the rows that are looked up
+and then cast, so the fold is exact to the bit. GPT-2's learned positions are added afterwards, unscaled.
+
+Source: Takase et al. 2023, "Spike No More" (arXiv 2312.16903), as Scaled Embed; Vaswani et al. 2017, section 3.4.
+"""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from transformers import GraniteConfig, LlamaConfig, PreTrainedConfig
+
+from pretrain.errors import UserError
+from pretrain.folding import change, scale_final_norm
+from pretrain.layout import Weight
+from pretrain.methods.base import EMBEDDING, LazyTensors, Method
+from pretrain.reparameterization import Multiple, reparameterize
+
+
+class EmbeddingScale(Method):
+    """Scaled embedding; folds into E ← m E, where the head shares E into a Granite, which has the factor built in.
+
+    multiplier: m; null is √d.
+    """
+
+    decides: ClassVar[frozenset[str]] = frozenset({EMBEDDING})
+
+    name: Literal["embedding_scale"] = "embedding_scale"
+    multiplier: float | None = Field(None, gt=0)
+
+    def transform(self, model: torch.nn.Module) -> None:
+        reparameterize(model, self.run.embedding, self._multiple)
+
+    def check(self, weights: list[Weight]) -> None:
+        std = self.run.initial_std(self.run.matrices[self.run.embedding])
+        if self.multiplier is None and std >= 1:
+            raise UserError(
+                f"methods: embedding_scale, with sqrt(hidden_size), cannot be combined with an embedding that is drawn with "
+                f"deviation {std:g}: it is at unit scale already, as he_init and whatever builds on it have it. Remove "
+                "embedding_scale, or say what you want by its 'multiplier'."
+            )
+
+    def forward_factor(self, weight: Weight) -> float | str | None:
+        return self._multiple.factor if weight.role == "embed" else None
+
+    def training_rule(self, weight: Weight) -> str | None:
+        where = " as input" if self.run.tied else ""
+        return f"embedding_scale: times {self._multiple.factor:.4g}{where}" if weight.role == "embed" else None
+
+    def fold(self, tensors: LazyTensors, hf_config: PreTrainedConfig) -> PreTrainedConfig:
+        if hf_config.tie_word_embeddings and type(hf_config) is LlamaConfig:
+            return _granite(hf_config, self._multiple.factor)
+        change(tensors, f"{self.run.embedding}.weight", self._multiple)
+        if hf_config.tie_word_embeddings:
+            scale_final_norm(tensors, 1 / self._multiple.factor)
+        return hf_config
+
+    def fold_note(self) -> str | None:
+        if not self.run.tied:
+            return "the embedding is multiplied by its factor"
+        return (
+            "the embedding's factor, which the head does not share, is Granite's embedding_multiplier; in other classes it "
+            "multiplies the matrix and divides the final norm's gain"
+        )
+
+    @property
+    def _multiple(self) -> Multiple:
+        return Multiple(self.multiplier or sqrt(self.run.hidden_size))
+
+
+def _granite(hf_config: LlamaConfig, embedding_multiplier: float) -> GraniteConfig:
+    """The same model as a Granite: a Llama with four factors, of which only the embedding's is not what Llama has."""
+    shared = {key: value for key, value in hf_config.to_dict().items() if key not in ("model_type", "architectures")}
+    return GraniteConfig(
+        **shared,
+        embedding_multiplier=embedding_multiplier,
+        attention_multiplier=hf_config.head_dim**-0.5,
+        residual_multiplier=1.0,
+        logits_scaling=1.0,
+    )

@@ -1,0 +1,50 @@
+"""Generalized Gaussian initialization: trained weights have heavier tails than a normal; so may the initial ones.
+
+    W ~ GG(ν, α),   density ∝ exp(-(|x| / α)^ν),   α = √(gain / fan · Γ(1/ν) / Γ(3/ν))
+
+for every matrix, embeddings and head included; its variance is gain / fan whatever ν is. ν = 2 is the normal, 1 is
+Laplace's. gain: 2 for ReLU-like activations (He), 1 for none. fan: inputs or outputs of the matrix; GPT-2's fused qkv
+counts as the three matrices that it holds. Biases 0, norms 1.
+
+Source: the generalized Gaussian prior of arXiv 2506.00486 in its released gg_init.py, whose defaults these are: ν = 2,
+gain 2 and the rows of the tensor for the fan. Rows are outputs of an nn.Linear, but of an embedding they are the
+vocabulary: V = 65,536 gives it a deviation of 0.0055. `fan: in` counts the hidden size there. (Rows of GPT-2's Conv1D
+are inputs; here `out` means outputs for it as well.)
+"""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from pretrain.layout import Weight
+from pretrain.methods.base import INITIAL_DEVIATIONS, INITIAL_DISTRIBUTION, Method
+from pretrain.methods.xavier_init import single_fan_out
+from pretrain.sharded.draws import Draw, GeneralizedGaussian
+
+
+class GGInit(Method):
+    """Generalized Gaussian initialization; nothing happens during training and nothing is left to fold. shape: ν."""
+
+    decides: ClassVar[frozenset[str]] = frozenset({INITIAL_DEVIATIONS, INITIAL_DISTRIBUTION})
+
+    name: Literal["gg_init"] = "gg_init"
+    shape: float = Field(2.0, ge=0.5, le=100)
+    gain: float = Field(2.0, gt=0)
+    fan: Literal["out", "in"] = "out"
+
+    def init_draw(self, weight: Weight) -> Draw | None:
+        return GeneralizedGaussian(self._std(weight), self.shape) if _is_drawn(weight) else None
+
+    def init_rule(self, weight: Weight) -> str | None:
+        return f"gg_init: sqrt({self.gain:g} / fan_{self.fan})" if _is_drawn(weight) else None
+
+    def _std(self, weight: Weight) -> float:
+        return sqrt(self.gain / (single_fan_out(weight) if self.fan == "out" else weight.fan_in))
+
+
+def _is_drawn(weight: Weight) -> bool:
+    """The matrices of a stock model; what other methods add is theirs to draw."""
+    return weight.in_block_matrix or weight.role in ("embed", "position", "head")

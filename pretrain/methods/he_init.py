@@ -1,0 +1,51 @@
+"""He initialization with the gains that WeSaR's table gives it: every module starts with outputs of about unit scale.
+
+    embeddings          1
+    q, k, v, gate, up   √(1 / fan_in)
+    o                   √(1 / (2N · fan_in))
+    down                √(2 / (2N · fan_in))        the 2 makes up for the activation before it
+    head                √(1 / fan_in)
+
+N blocks; 1/(2N) keeps the residual stream from growing with depth. Biases 0, norms 1.
+
+Source: He et al. 2015 (arXiv 1502.01852); Nishida et al. 2024, "Initialization of Large Language Models via
+Reparameterization to Mitigate Loss Spikes" (arXiv 2410.05052), Table 1. An embedding of deviation 1 is what the paper
+calls embedding scaling.
+"""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import ClassVar, Literal
+
+from pretrain.layout import Weight
+from pretrain.methods.base import INITIAL_DEVIATIONS, Method
+
+
+def he_std(weight: Weight, layers: int) -> float:
+    """The deviation of a matrix in a model of `layers` blocks."""
+    if weight.role in ("embed", "position"):
+        return 1.0
+    gain = {"o": 1 / (2 * layers), "down": 2 / (2 * layers)}.get(weight.role, 1.0)
+    return sqrt(gain / weight.fan_in)
+
+
+def he_rule(weight: Weight) -> str:
+    """`he_std` in words."""
+    if weight.role in ("embed", "position"):
+        return "1"
+    return {"o": "sqrt(1 / (2N fan_in))", "down": "sqrt(1 / (N fan_in))"}.get(weight.role, "sqrt(1 / fan_in)")
+
+
+class HeInit(Method):
+    """He initialization; nothing happens during training and nothing is left to fold."""
+
+    decides: ClassVar[frozenset[str]] = frozenset({INITIAL_DEVIATIONS})
+
+    name: Literal["he_init"] = "he_init"
+
+    def init_std(self, weight: Weight) -> float | None:
+        return he_std(weight, self.run.layers)
+
+    def init_rule(self, weight: Weight) -> str | None:
+        return f"he_init: {he_rule(weight)}" if weight.fan_in else None

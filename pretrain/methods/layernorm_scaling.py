@@ -1,0 +1,82 @@
+"""LayerNorm Scaling (LNS): what the norms of block l give is divided by √l, so that deep blocks still matter.
+
+    h = Norm(x) / √l      both norms of block l, counted from 1; the final norm and those of q and k stay as they are
+
+In a pre-norm model the variance of the residual stream can grow exponentially with depth, so that a deep block adds ever
+less to what it passes on ("the curse of depth"); so damped it grows linearly at most. Here the gain is divided,
+γ ← γ / √l, in float32 before the cast, which is the same formula and makes the fold exact to the bit.
+
+Source: Sun et al. 2025, "The Curse of Depth in Large Language Models" (arXiv 2502.05795). There is nothing to choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from math import sqrt
+from types import MappingProxyType
+from typing import ClassVar, Literal
+
+import torch
+from transformers import PreTrainedConfig
+
+from pretrain.folding import change
+from pretrain.layout import Weight, role_and_layer
+from pretrain.methods.base import LazyTensors, Method
+from pretrain.modeling.modeling_evenkeel import SeeDNorm
+from pretrain.norms import BLOCK_NORMS, ScaledLayerNorm, ScaledSeeDNorm, change_norm, scaled
+
+_TWICE = (
+    "{} already makes the residual branches start smaller, for the sake of depth, and LayerNorm Scaling does best "
+    "without that (perplexity 20.35 instead of 20.79 at 250M, arXiv 2502.05795). Draw matrices with plain "
+    "model.initializer_range, or with lir"
+)
+
+
+class LayerNormScaling(Method):
+    """LayerNorm Scaling; folds into the stock class by γ ← γ / √l, in GPT-2 the norm's bias too."""
+
+    conflicts: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            name: _TWICE.format(name)
+            for name in ("residual_init", "small_init", "he_init", "depth_scaled_init", "residual_scaling", "wesar")
+        }
+    )
+
+    name: Literal["layernorm_scaling"] = "layernorm_scaling"
+
+    def transform(self, model: torch.nn.Module) -> None:
+        for name, norm in list(model.named_modules()):
+            if not name.endswith(BLOCK_NORMS):
+                continue
+            factor = _factor(f"{name}.weight")
+            if isinstance(norm, torch.nn.LayerNorm):
+                model.set_submodule(name, ScaledLayerNorm(self.run.hidden_size, norm.eps, factor))
+            elif isinstance(norm, SeeDNorm):
+                model.set_submodule(name, ScaledSeeDNorm(self.run.hidden_size, norm.eps, factor))
+            else:
+                change_norm(model, name, factor=factor)
+
+    def fold(self, tensors: LazyTensors, hf_config: PreTrainedConfig) -> PreTrainedConfig:
+        for name in tensors:
+            if _is_scaled(name):
+                change(tensors, name, partial(scaled, factor=_factor(name)))
+        return hf_config
+
+    def fold_note(self) -> str | None:
+        what = "gains and biases" if self.run.family == "gpt2" else "gains"
+        return f"the {what} of block l's norms are divided by √l"
+
+    def training_rule(self, weight: Weight) -> str | None:
+        return "layernorm_scaling: / sqrt(l)" if _is_scaled(weight.name) else None
+
+
+def _is_scaled(name: str) -> bool:
+    """Whether the weight called `name` is the gain or the bias of a block's norm, or the α of its SeeDNorm."""
+    module, _, kind = name.rpartition(".")
+    return module.endswith(BLOCK_NORMS) and kind != "beta"
+
+
+def _factor(name: str) -> float:
+    """1 / √l for a weight of block l."""
+    return 1 / sqrt(role_and_layer(name)[1])

@@ -1,0 +1,68 @@
+"""Pre-LN: LayerNorm in place of RMSNorm, in the blocks and at the end, as before RMSNorm became usual.
+
+    LayerNorm(x) = γ (x - mean(x)) / sqrt(var(x) + eps)      without a bias; eps is the model's rms_norm_eps
+
+Such a model is the same function as an RMSNorm one whose residual stream has mean 0: LayerNorm never sees that mean, and
+var(x) = mean(x²) where it is 0, so eps stays. Hence the export takes the mean out of everything that is added to the
+stream: of each row of the embedding, and over the outputs of o and down. A tied model is exported untied: the final
+norm's gain makes the head see the mean of its rows.
+
+Source: Ba et al. 2016 (arXiv 1607.06450); Xiong et al. 2020 (arXiv 2002.04745); the equivalence: Jiang et al. 2023,
+"Pre-RMSNorm and Pre-CRMSNorm Transformers" (arXiv 2305.14858). A bias of the norms would fold into biases of q, k, v,
+gate and up, but the final norm's into none that Llama has; recent LayerNorm models do without.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from transformers import PreTrainedConfig
+
+from pretrain.folding import change
+from pretrain.layout import Weight
+from pretrain.methods.base import NORMALIZATION, LazyTensors, Method
+from pretrain.norms import change_norm, is_stream_norm, stream_norms
+
+_EMBEDDING = "model.embed_tokens.weight"
+_TO_THE_STREAM = ("o_proj.weight", "o_proj.bias", "down_proj.weight", "down_proj.bias")
+
+
+class PreLN(Method):
+    """LayerNorm; folds into the stock RMSNorm class by centring what is added to the residual stream."""
+
+    decides: ClassVar[frozenset[str]] = frozenset({NORMALIZATION})
+    families: ClassVar[tuple[str, ...]] = ("llama",)
+    fold_order: ClassVar[int] = 2  # once the embedding is what enters the stream
+
+    name: Literal["pre_ln"] = "pre_ln"
+
+    def transform(self, model: torch.nn.Module) -> None:
+        for name in stream_norms(model):
+            change_norm(model, name, centred=True)
+
+    def fold(self, tensors: LazyTensors, hf_config: PreTrainedConfig) -> PreTrainedConfig:
+        if hf_config.tie_word_embeddings:
+            tensors["lm_head.weight"] = tensors[_EMBEDDING]
+            hf_config.tie_word_embeddings = False
+        change(tensors, _EMBEDDING, partial(_centred, dim=1))
+        for name in tensors:
+            if name.endswith(_TO_THE_STREAM):
+                change(tensors, name, partial(_centred, dim=0))
+        return hf_config
+
+    def fold_note(self) -> str | None:
+        untied = "; the head keeps the embedding as it was trained, so the two are no longer tied"
+        return (
+            "the mean over the hidden channels is taken out of the embedding and of the outputs of o and down, after "
+            "which RMSNorm gives what LayerNorm gave" + (untied if self.run.tied else "")
+        )
+
+    def training_rule(self, weight: Weight) -> str | None:
+        return "pre_ln: gain of a LayerNorm" if is_stream_norm(weight.name.removesuffix(".weight")) else None
+
+
+def _centred(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """Less its mean over the hidden channels, which are dimension `dim`."""
+    return tensor - tensor.mean(dim, keepdim=True)

@@ -1,0 +1,48 @@
+"""qk-norm: queries and keys are normalized, so that attention logits cannot grow without bound.
+
+    q, k ← RMSNorm(q), RMSNorm(k)    over each head's own values, before the rotary embedding
+
+with one gain vector of a head's size for all query heads of a block and one for all its key heads. From then on the
+scale of W_q and W_k does nothing in forward; it only sets how large their relative updates are.
+
+Source: Henry et al. 2020 (arXiv 2010.04245); Dehghani et al. 2023 (arXiv 2302.05442); Wortsman et al. 2023
+(arXiv 2309.14322) with LayerNorm. This is the RMS form of Qwen3, whose stock class is what is trained and exported.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from transformers import PreTrainedConfig, Qwen3Config
+
+from pretrain.layout import Weight
+from pretrain.methods.base import Method
+from pretrain.modeling import EvenkeelLlamaConfig, evenkeel_llama
+
+
+class QKNorm(Method):
+    """qk-norm; the model is a Qwen3 from the start, so nothing is left to fold.
+
+    With a method that needs Evenkeel's own class, it is that class with Qwen3's attention.
+    """
+
+    families: ClassVar[tuple[str, ...]] = ("llama",)
+    tensor_parallel: ClassVar[bool] = False
+
+    name: Literal["qk_norm"] = "qk_norm"
+
+    def configure(self, hf_config: PreTrainedConfig) -> PreTrainedConfig:
+        if isinstance(hf_config, EvenkeelLlamaConfig):
+            return evenkeel_llama(hf_config, qk_norm=True)
+        shared = {
+            key: value for key, value in hf_config.to_dict().items() if key not in ("model_type", "architectures")
+        }
+        return Qwen3Config(**shared)
+
+    def fold_note(self) -> str | None:
+        return "queries and keys are normalized per head, as Qwen3's attention does"
+
+    def training_rule(self, weight: Weight) -> str | None:
+        return (
+            "qk_norm: RMS of each head's values" if weight.name.endswith(("q_norm.weight", "k_norm.weight")) else None
+        )

@@ -1,0 +1,80 @@
+"""Residual scaling: each residual branch is damped by a constant factor in forward instead of at initialization.
+
+    y = x + f(Norm(x)) / √(2N)      N blocks
+
+Each block adds two branches to the stream, so 2N of them have together the variance of one. GPT-2's initialization
+(`residual_init`) divides what starts; this divides what is computed, so the optimizer sees matrices of the same scale
+everywhere and the factor stays. It multiplies o and down, and their biases where the family has any, in float32 before
+the cast, so the fold is exact to the bit.
+
+Source: the comparison in Nishida et al. 2024 (arXiv 2410.05052), Tables 6 and 12: worse than the same factor at
+initialization in all but SuperGLUE. There is nothing to choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from math import sqrt
+from types import MappingProxyType
+from typing import ClassVar, Literal
+
+import torch
+from transformers import PreTrainedConfig
+
+from pretrain.folding import change
+from pretrain.layout import Weight
+from pretrain.methods.base import FORM_OF_MATRICES, LazyTensors, Method
+from pretrain.reparameterization import Multiple, applied, applied_to_bias, reparameterize
+
+_TWICE = (
+    "{} already makes the residual branches start smaller, for the sake of depth, and residual_scaling would do it again. "
+    "Draw matrices with plain model.initializer_range, xavier_init or gg_init"
+)
+
+
+class ResidualScaling(Method):
+    """Residual scaling; folds into the stock class by W ← W / √(2N) for o and down, and so for their biases."""
+
+    decides: ClassVar[frozenset[str]] = frozenset({FORM_OF_MATRICES})
+    conflicts: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {name: _TWICE.format(name) for name in ("residual_init", "small_init", "he_init", "depth_scaled_init", "lir")}
+        | {
+            "attention_residuals": "attention_residuals weighs what the sub-layers wrote instead of summing it up, so there "
+            "is no sum that grows with depth for residual_scaling to hold down"
+        }
+    )
+    tensor_parallel: ClassVar[bool] = False
+    fold_order: ClassVar[int] = 0
+
+    name: Literal["residual_scaling"] = "residual_scaling"
+
+    def transform(self, model: torch.nn.Module) -> None:
+        for module in self._outputs():
+            reparameterize(model, module, self._multiple)
+
+    def forward_factor(self, weight: Weight) -> float | str | None:
+        return self._multiple.factor if weight.role in ("o", "down") else None
+
+    def training_rule(self, weight: Weight) -> str | None:
+        if weight.name.rpartition(".")[0] not in self._outputs():
+            return None
+        return f"residual_scaling: times 1 / sqrt(2N) = {self._multiple.factor:.4g}"
+
+    def fold(self, tensors: LazyTensors, hf_config: PreTrainedConfig) -> PreTrainedConfig:
+        for module in self._outputs():
+            change(tensors, f"{module}.weight", partial(applied, self._multiple))
+            if f"{module}.bias" in tensors:
+                change(tensors, f"{module}.bias", partial(applied_to_bias, self._multiple))
+        return hf_config
+
+    def fold_note(self) -> str | None:
+        return "what writes to the residual stream, o and down with their biases, is multiplied by 1 / √(2N)"
+
+    @property
+    def _multiple(self) -> Multiple:
+        return Multiple(1 / sqrt(2 * self.run.layers), with_bias=True)
+
+    def _outputs(self) -> list[str]:
+        """The modules that write to the residual stream."""
+        return [module for module, weight in self.run.matrices.items() if weight.role in ("o", "down")]

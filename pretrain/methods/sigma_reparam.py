@@ -1,0 +1,234 @@
+"""Sigma reparameterization (σReparam): each matrix of the blocks has the spectral norm that a trained scalar says.
+
+    W̄ = γ · W / σ,    σ = uᵀ W v,    W ~ N(0, `variance`)
+
+u and v, unit vectors, follow the leading singular vectors of W by power iteration: v ← Wᵀu, u ← Wv, each to unit length,
+once for each optimizer step, in the first forward pass of training after it. All micro-batches of a step, recomputation
+in backward, evaluation and export use the same two vectors, so the model is one function of its checkpoint. They are
+float32, no parameters, and part of each checkpoint; 20 iterations from a u of equal elements come before the first.
+σ is summed in float64, and W̄ computed in float32 and then cast: the fold is exact to the bit.
+
+The gradient flows through σ, with u and v as constants, as its authors have it. It has no part along W then, which could
+not change W̄; without (`differentiate_sigma: false`, what Nishida et al. did) W drifts along itself.
+
+Embeddings and head are plain. The norms before the blocks stay, so this is the "Pre-LN" variant. γ decays no more than
+other gains do.
+
+Source: Zhai et al. 2023 (arXiv 2303.06296) and apple/ml-sigma-reparam. Default variance 64e-5: the best of 1, 4, 16, 64
+and 256e-5 at 1.3B, Nishida et al. 2024 (arXiv 2410.05052).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from math import sqrt
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from transformers import PreTrainedConfig
+
+from pretrain.errors import UserError
+from pretrain.folding import change
+from pretrain.layout import Weight
+from pretrain.methods.base import FORM_OF_MATRICES, INITIAL_DEVIATIONS, LazyTensors, Method
+from pretrain.methods.wesar import SCALE
+from pretrain.reparameterization import Effective, applied, follow_masters, reparameterize
+from pretrain.sharded import ShardedWeights, gathered
+
+FIRST_ITERATIONS = 20
+CHUNK = 1 << 20  # elements that are float64 at a time: 8 MB
+_VECTORS = (".left_singular_vector", ".right_singular_vector")
+
+
+class SpectralGate(Effective):
+    """W̄ = γ W / σ, with the state that σ needs.
+
+    left, right: u (outputs,) and v (inputs,), float32; None before the first forward pass, `start` or `take_up`.
+    """
+
+    def __init__(self, differentiate: bool) -> None:
+        self.differentiate = differentiate
+        self.left: torch.Tensor | None = None
+        self.right: torch.Tensor | None = None
+        self.after_step()
+
+    def scale_shape(self, outputs: int) -> tuple[int, ...]:
+        return (1,)
+
+    def start(self, weight: torch.Tensor) -> torch.Tensor:
+        """Find the first vectors for a matrix (outputs, inputs); returns σ."""
+        self.left = unit(torch.ones(len(weight), device=weight.device))
+        for _ in range(FIRST_ITERATIONS):
+            self.left, self.right = power_iteration(weight, self.left)
+        self.after_step()
+        return spectral_norm(weight, self.left, self.right)
+
+    def take_up(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Go on from vectors that were stored after an optimizer step."""
+        self.left, self.right = left, right
+        self.after_step()
+
+    def after_step(self) -> None:
+        """The weight has changed: σ is another, and the next forward pass of training advances the vectors."""
+        self.is_due = True
+        self._sigma: torch.Tensor | None = None
+
+    def advance(self, weight: torch.Tensor) -> None:
+        if self.is_due:
+            left, _ = self._vectors(weight)
+            self.left, self.right = power_iteration(weight, left)
+            self.is_due, self._sigma = False, None
+
+    def __call__(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        left, right = self._vectors(weight)
+        if self._sigma is None:
+            self._sigma = spectral_norm(weight, left, right)
+        sigma = _SpectralNorm.apply(weight, self._sigma, left, right) if self.differentiate else self._sigma
+        return weight * (scale / sigma)
+
+    def _vectors(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """u and v, where `weight` is."""
+        if self.left is None:
+            self.start(weight)
+        self.left, self.right = self.left.to(weight.device), self.right.to(weight.device)
+        return self.left, self.right
+
+
+class _SpectralNorm(torch.autograd.Function):
+    """A σ that is known already, with its gradient dσ/dW = u vᵀ."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: torch.Tensor, sigma: torch.Tensor, left: torch.Tensor, right: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(left, right)
+        return sigma.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        left, right = ctx.saved_tensors
+        return torch.outer(gradient * left, right), None, None, None
+
+
+@torch.no_grad()
+def power_iteration(weight: torch.Tensor, left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The next u (outputs,) and v (inputs,), float32, of a matrix (outputs, inputs) in any precision."""
+    right = unit(_product(weight.T, left))
+    return unit(_product(weight, right)), right
+
+
+@torch.no_grad()
+def spectral_norm(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """uᵀ W v, a float32 scalar."""
+    return (left.double() @ _product(weight, right)).float()
+
+
+def unit(vector: torch.Tensor) -> torch.Tensor:
+    """`vector` at length 1, float32."""
+    return (vector.double() / torch.linalg.vector_norm(vector.double())).float()
+
+
+def _product(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """matrix @ vector in float64, which rounds so little that the order of sums does not show in float32."""
+    rows, vector = max(1, CHUNK // matrix.shape[1]), vector.double()
+    return torch.cat([some.double() @ vector for some in matrix.split(rows)])
+
+
+class SigmaReparam(Method):
+    """σReparam; folds into the stock class by W ← γ W / σ.
+
+    variance: of the stored matrices. Only its ratio to the learning rate matters. initial_scale: γ starts at `one`, as in
+    the paper, or at the `spectral_norm` of the matrix, as in its release, so that W̄ starts as W with this variance.
+    differentiate_sigma: let the gradient flow through σ.
+    """
+
+    decides: ClassVar[frozenset[str]] = frozenset({INITIAL_DEVIATIONS, FORM_OF_MATRICES})
+    conflicts: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "tvr": "tvr rescales the stored matrix, and sigma_reparam divides it by its spectral norm, so tvr would do "
+            "nothing to the model"
+        }
+    )
+    tensor_parallel: ClassVar[bool] = False
+    fold_order: ClassVar[int] = 0
+
+    name: Literal["sigma_reparam"] = "sigma_reparam"
+    variance: float = Field(64e-5, gt=0)
+    initial_scale: Literal["one", "spectral_norm"] = "one"
+    differentiate_sigma: bool = True
+
+    def transform(self, model: torch.nn.Module) -> None:
+        for module in self._modules():
+            reparameterize(model, module, self._gate())
+
+    def init_std(self, weight: Weight) -> float | None:
+        return sqrt(self.variance) if weight.in_block_matrix else None
+
+    def init_rule(self, weight: Weight) -> str | None:
+        if weight.role == "scale" and self.initial_scale == "spectral_norm":
+            return "sigma_reparam: then the spectral norm"
+        return f"sigma_reparam: {sqrt(self.variance):.3g}" if weight.in_block_matrix else None
+
+    def training_rule(self, weight: Weight) -> str | None:
+        return "sigma_reparam: times its scale / spectral norm" if weight.in_block_matrix else None
+
+    def prepare(self, weights: ShardedWeights) -> None:
+        if self.initial_scale == "spectral_norm":
+            self._start_at_spectral_norms(weights)
+        follow_masters(weights)
+
+    def after_step(self, step: int, weights: ShardedWeights) -> dict[str, dict[str, float | bool]]:
+        for _, gate in self._gates(weights.engine.module):
+            gate.after_step()
+        follow_masters(weights)
+        return {}
+
+    def state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """u and v of each matrix."""
+        return {
+            module + name: vector
+            for module, gate in self._gates(model)
+            for name, vector in zip(_VECTORS, (gate.left, gate.right), strict=True)
+        }
+
+    def load_state(self, model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+        """Raises UserError where the checkpoint lacks a vector."""
+        for module, gate in self._gates(model):
+            if missing := [module + name for name in _VECTORS if module + name not in state]:
+                raise UserError(
+                    f"the checkpoint lacks {missing[0]}, so a run with sigma_reparam cannot go on from it. Start from "
+                    "another checkpoint, or from scratch with --set checkpoint.resume=never."
+                )
+            gate.take_up(*(state[module + name] for name in _VECTORS))
+
+    def fold(self, tensors: LazyTensors, hf_config: PreTrainedConfig) -> PreTrainedConfig:
+        for module, weight in self._modules().items():
+            gate, gamma = self._gate(), tensors.pop(module + SCALE)()
+            gate.take_up(*(tensors.pop(module + name)() for name in _VECTORS))
+            change(tensors, weight.name, partial(applied, gate, scale=gamma, input_major=weight.input_major))
+        return hf_config
+
+    def fold_note(self) -> str | None:
+        return "the blocks' matrices are divided by their spectral norms and multiplied by their scales"
+
+    def _start_at_spectral_norms(self, weights: ShardedWeights) -> None:
+        """Let γ, which is 1, be σ wherever training has not begun."""
+        new = {f"{module}.weight": gate for module, gate in self._gates(weights.engine.module) if gate.left is None}
+        changes = {}
+        for name, full in gathered(weights, new):
+            weight = weights.layout[name]
+            sigma = new[name].start(full.T if weight.input_major else full)
+            changes[name.removesuffix(".weight") + SCALE] = (float(sigma), 0.0)
+        weights.rescale_(changes)
+
+    def _gate(self) -> SpectralGate:
+        return SpectralGate(self.differentiate_sigma)
+
+    def _modules(self) -> dict[str, Weight]:
+        return {module: weight for module, weight in self.run.matrices.items() if weight.in_block_matrix}
+
+    def _gates(self, model: torch.nn.Module) -> list[tuple[str, SpectralGate]]:
+        return [(module, model.get_submodule(module).effective) for module in self._modules()]

@@ -1,0 +1,43 @@
+"""Small initialization: every matrix narrower than the usual, the outputs of the residual branches narrower still.
+
+    all matrices    √(2 / (5d))
+    o, down         √(2 / (5d)) / √(2N)
+
+d the hidden size, N blocks; 2/(5d) is Xavier's variance of a d x 4d matrix. Biases 0, norms 1.
+
+Source: Nguyen and Salazar 2019, "Transformers without Tears" (arXiv 1910.05895); used as the baseline by Nishida et
+al. 2024 (arXiv 2410.05052, section 2) and, with another rule for o and down, by GPT-NeoX.
+"""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import ClassVar, Literal
+
+from pretrain.layout import Weight
+from pretrain.methods.base import INITIAL_DEVIATIONS, Method
+
+
+def small_std(weight: Weight, hidden_size: int, layers: int) -> float:
+    """The deviation of a matrix in a model of `layers` blocks."""
+    std = sqrt(2 / (5 * hidden_size))
+    return std / sqrt(2 * layers) if weight.role in ("o", "down") else std
+
+
+def small_rule(weight: Weight) -> str:
+    """`small_std` in words."""
+    return "sqrt(2 / (5d)) / sqrt(2N)" if weight.role in ("o", "down") else "sqrt(2 / (5d))"
+
+
+class SmallInit(Method):
+    """Small initialization; nothing happens during training and nothing is left to fold."""
+
+    decides: ClassVar[frozenset[str]] = frozenset({INITIAL_DEVIATIONS})
+
+    name: Literal["small_init"] = "small_init"
+
+    def init_std(self, weight: Weight) -> float | None:
+        return small_std(weight, self.run.hidden_size, self.run.layers)
+
+    def init_rule(self, weight: Weight) -> str | None:
+        return f"small_init: {small_rule(weight)}" if weight.fan_in else None

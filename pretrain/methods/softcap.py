@@ -1,0 +1,134 @@
+"""Logit softcapping: no logit leaves the range of ± the cap.
+
+    z ← c · tanh(z / c)    for the logits z of the head, in training and afterwards
+
+Small logits pass as they are, large ones come to rest at c, so that they cannot run away. The loss computes it in
+float32. The probabilities are other ones, so a model that was trained with it has to be used with it.
+
+The one stock class with a cap and the rest of a LLaMA is VaultGemma, which differs in two things. It multiplies by
+1 + w where Llama multiplies by the norm's gain γ, so w = γ − 1 is stored; in 8 bits that would lose the digits of small
+gains, so of a gain outside [1/2, 2] a power of two goes into the columns of the matrices that read the norm, which is
+exact. And it multiplies the embedding by √d, so E / √d is stored; where the head shares E, its final norm makes up for
+it. √d is rounded to 8 bits where the class computes in bf16, which the logits do not show.
+
+Source: Bello et al. 2016 (arXiv 1611.09940) for the tanh; Gemma 2 (arXiv 2408.00118) for language models, whose final
+cap is the default, 30.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from math import sqrt
+from types import MappingProxyType
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from transformers import PreTrainedConfig, VaultGemmaConfig
+
+from pretrain.errors import UserError
+from pretrain.folding import as_lazy, change, scale_final_norm
+from pretrain.layout import Weight
+from pretrain.methods.base import LazyTensors, Method
+
+_EMBEDDING, _HEAD, _FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+_SHARED_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "rope_parameters",
+    "attention_bias",
+    "attention_dropout",
+    "tie_word_embeddings",
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+
+
+class Softcap(Method):
+    """Logit softcapping; folds into a VaultGemma: w = γ − 1, E ← E / √d.
+
+    cap: c.
+    """
+
+    conflicts: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "qk_norm": "no stock class has both normalized queries and keys, which Qwen3 has, and a cap, which VaultGemma has"
+        }
+    )
+    families: ClassVar[tuple[str, ...]] = ("llama",)
+    fold_order: ClassVar[int] = 3
+
+    name: Literal["softcap"] = "softcap"
+    cap: float = Field(30.0, gt=0, allow_inf_nan=False)
+
+    def transform(self, model: torch.nn.Module) -> None:
+        model.lm_head.cap = self.cap
+
+    def check(self, weights: list[Weight]) -> None:
+        if any(weight.role == "bias" and ".mlp." in weight.name for weight in weights):
+            raise UserError(
+                "methods: softcap is exported as a VaultGemma, whose MLPs have no biases. Set model.mlp_bias to false."
+            )
+
+    def training_rule(self, weight: Weight) -> str | None:
+        return f"softcap: {self.cap:g} tanh(logits / {self.cap:g})" if weight.name == self.run.head else None
+
+    def fold(self, tensors: LazyTensors, hf_config: PreTrainedConfig) -> PreTrainedConfig:
+        # Llama's, or Granite's with its own factor for the embedding
+        factor = getattr(hf_config, "embedding_multiplier", 1.0) / sqrt(hf_config.hidden_size)
+        change(tensors, _EMBEDDING, lambda rows: rows * factor)
+        if hf_config.tie_word_embeddings:
+            scale_final_norm(tensors, 1 / factor)
+        for layer in range(hf_config.num_hidden_layers):
+            block = f"model.layers.{layer}"
+            queries = [f"{block}.self_attn.{role}_proj.weight" for role in ("q", "k", "v")]
+            _move_gain(tensors, f"{block}.input_layernorm.weight", f"{block}.input_layernorm.weight", queries)
+            old, new = (f"{block}.{name}_layernorm.weight" for name in ("post_attention", "pre_feedforward"))
+            _move_gain(tensors, old, new, [f"{block}.mlp.{role}_proj.weight" for role in ("gate", "up")])
+        _move_gain(tensors, _FINAL_NORM, _FINAL_NORM, [] if hf_config.tie_word_embeddings else [_HEAD])
+        return _vault_gemma(hf_config, self.cap)
+
+    def fold_note(self) -> str | None:
+        return (
+            f"the logits are capped at {self.cap:g}, which VaultGemma does; its norms hold their gains less 1 and its "
+            "embedding is divided by the √d that it multiplies by"
+        )
+
+
+def _move_gain(tensors: LazyTensors, old: str, new: str, readers: list[str]) -> None:
+    """Store the norm `old` as the `new` one, which multiplies by 1 + its weight; `readers` multiply what it gives."""
+    gain = tensors.pop(old)()
+    power = _powers(gain) if readers else torch.ones_like(gain)
+    for name in readers:
+        change(tensors, name, partial(torch.mul, power))
+    tensors |= as_lazy({new: gain / power - 1.0})
+
+
+def _powers(gain: torch.Tensor) -> torch.Tensor:
+    """A power of two with the gain's sign for each gain, such that `gain` divided by it is 0 or in [1/2, 2]."""
+    fits = (gain == 0) | ((gain >= 0.5) & (gain <= 2.0))
+    exponent = torch.frexp(gain).exponent
+    return torch.where(fits, torch.ones_like(gain), torch.ldexp(gain.sign(), exponent))
+
+
+def _vault_gemma(hf_config: PreTrainedConfig, cap: float) -> VaultGemmaConfig:
+    """The same model as a VaultGemma. Its defaults are those of one model of Google's, so each field is given."""
+    return VaultGemmaConfig(
+        **{field: getattr(hf_config, field) for field in _SHARED_FIELDS},
+        hidden_activation=hf_config.hidden_act,
+        query_pre_attn_scalar=hf_config.head_dim,
+        layer_types=["full_attention"] * hf_config.num_hidden_layers,
+        final_logit_softcapping=cap,
+        attn_logit_softcapping=None,
+    )

@@ -1,0 +1,118 @@
+"""Weight normalization: the length of each row of a matrix is trained apart from its direction.
+
+    W̄_i = g_i · w_i / ‖w_i‖      w_i: all weights of output i;   W ~ N(0, σ²),   g_i starts at σ_target √fan_in
+
+for the matrices of the blocks; gradients flow through the norm. σ_target is what He's or Small's initialization
+(`backbone`) would give the matrix, which W̄ so has at the start, exactly in every row. The gains, one for each output,
+are trained in float32 without weight decay. W̄ is computed in float32 and then cast, the norm is summed in float64: so
+neither threads nor kernels show in it, and the fold is exact to the bit.
+
+Embeddings and head are plain, with the backbone's deviation: a row there is a token, and how long it is says how
+frequent the token is.
+
+Source: Salimans and Kingma 2016 (arXiv 1602.07868), who set g from the first batch. For transformers: Nishida et
+al. 2024 (arXiv 2410.05052), Tables 6 and 12, who normalize embeddings and head too; the default σ² = 16e-5 is their best
+of 1, 4, 16, 64 and 256e-5 at 1.3B. They do not say how g starts: at the backbone's scale here, as in `wesar`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from math import sqrt
+from types import MappingProxyType
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from transformers import PreTrainedConfig
+
+from pretrain.folding import change
+from pretrain.layout import Weight
+from pretrain.methods.base import FORM_OF_MATRICES, INITIAL_DEVIATIONS, LazyTensors, Method
+from pretrain.methods.wesar import SCALE, Backbone, backbone_rule, backbone_std
+from pretrain.reparameterization import Effective, applied, follow_masters, reparameterize
+from pretrain.sharded import ShardedWeights
+from pretrain.sharded.draws import Constant, Draw
+
+
+class RowGains(Effective):
+    """W̄_i = g_i w_i / ‖w_i‖."""
+
+    def scale_shape(self, outputs: int) -> tuple[int, ...]:
+        return (outputs,)
+
+    def __call__(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        lengths = torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=torch.float64).float()
+        return weight * (scale[:, None] / lengths)
+
+
+class WeightNorm(Method):
+    """Weight normalization; folds into the stock class by w_i ← g_i w_i / ‖w_i‖.
+
+    variance: σ². Only its ratio to the learning rate matters: it says how fast rows turn. backbone: `he` (with an
+    embedding of deviation 1) or `small`.
+    """
+
+    decides: ClassVar[frozenset[str]] = frozenset({INITIAL_DEVIATIONS, FORM_OF_MATRICES})
+    conflicts: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "tvr": "tvr rescales the stored matrix, and weight_norm divides it by its own norms, so tvr would do nothing to "
+            "the model",
+            "layernorm_scaling": "weight_norm lets the residual branches start smaller, for the sake of depth, and "
+            "LayerNorm Scaling does best without that",
+        }
+    )
+    tensor_parallel: ClassVar[bool] = False
+    fold_order: ClassVar[int] = 0
+
+    name: Literal["weight_norm"] = "weight_norm"
+    variance: float = Field(16e-5, gt=0)
+    backbone: Backbone = "he"
+
+    def transform(self, model: torch.nn.Module) -> None:
+        for module in self._modules():
+            reparameterize(model, module, RowGains())
+
+    def init_std(self, weight: Weight) -> float | None:
+        return sqrt(self.variance) if weight.in_block_matrix else backbone_std(self.backbone, weight, self.run)
+
+    def init_draw(self, weight: Weight) -> Draw | None:
+        if weight.role != "scale":
+            return None
+        matrix = self._matrix(weight)
+        return Constant(backbone_std(self.backbone, matrix, self.run) * sqrt(matrix.fan_in))
+
+    def init_rule(self, weight: Weight) -> str | None:
+        if weight.role == "scale":
+            return f"weight_norm: {backbone_rule(self.backbone, self._matrix(weight))} x sqrt(fan_in)"
+        if weight.in_block_matrix:
+            return f"weight_norm: {sqrt(self.variance):.3g}"
+        return f"weight_norm: {backbone_rule(self.backbone, weight)}" if weight.fan_in else None
+
+    def training_rule(self, weight: Weight) -> str | None:
+        return "weight_norm: each row of unit length, times its scale" if weight.in_block_matrix else None
+
+    def prepare(self, weights: ShardedWeights) -> None:
+        follow_masters(weights)
+
+    def after_step(self, step: int, weights: ShardedWeights) -> dict[str, dict[str, float | bool]]:
+        follow_masters(weights)
+        return {}
+
+    def fold(self, tensors: LazyTensors, hf_config: PreTrainedConfig) -> PreTrainedConfig:
+        for module, weight in self._modules().items():
+            gains = tensors.pop(module + SCALE)()
+            made = partial(applied, RowGains(), scale=gains, input_major=weight.input_major)
+            change(tensors, weight.name, made)
+        return hf_config
+
+    def fold_note(self) -> str | None:
+        return "each row of the blocks' matrices is brought to the length that its gain says"
+
+    def _modules(self) -> dict[str, Weight]:
+        return {module: weight for module, weight in self.run.matrices.items() if weight.in_block_matrix}
+
+    def _matrix(self, scale: Weight) -> Weight:
+        """The matrix that a vector of gains belongs to."""
+        return self.run.matrices[scale.name.removesuffix(SCALE)]

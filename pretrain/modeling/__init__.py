@@ -1,0 +1,50 @@
+"""The model class for what no class of transformers can hold; `modeling_evenkeel.py` is all of it and travels with exports.
+
+Importing this makes transformers' Auto classes know it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+
+from pretrain.modeling import modeling_evenkeel
+from pretrain.modeling.modeling_evenkeel import EvenkeelLlamaConfig, EvenkeelLlamaForCausalLM
+
+MODELING_FILE = Path(modeling_evenkeel.__file__)
+
+# Why no method that needs this class goes with softcap: as `conflicts` of a method has it.
+UNLIKE_SOFTCAP = {
+    "softcap": "capped logits are exported as a VaultGemma, which has stock norms and residuals; z_loss or mu_centering "
+    "keep logits small without a cap"
+}
+
+AutoConfig.register(EvenkeelLlamaConfig.model_type, EvenkeelLlamaConfig, exist_ok=True)
+AutoModelForCausalLM.register(EvenkeelLlamaConfig, EvenkeelLlamaForCausalLM, exist_ok=True)
+
+
+def bring_modeling_file(hf_config: PreTrainedConfig, folder: Path) -> None:
+    """Put the file that a model of `hf_config` needs into the exported `folder`, and say so in `hf_config`.
+
+    Nothing is done for a stock model.
+    """
+    if isinstance(hf_config, EvenkeelLlamaConfig):
+        shutil.copyfile(MODELING_FILE, folder / MODELING_FILE.name)
+        classes = {"AutoConfig": EvenkeelLlamaConfig, "AutoModelForCausalLM": EvenkeelLlamaForCausalLM}
+        hf_config.auto_map = {auto: f"{MODELING_FILE.stem}.{cls.__name__}" for auto, cls in classes.items()}
+
+
+def evenkeel_llama(hf_config: PreTrainedConfig, **parts: Any) -> EvenkeelLlamaConfig:
+    """`hf_config`, of a LLaMA, a Qwen3 or this class already, with the given `parts`, its fields, besides what it has."""
+    if isinstance(hf_config, EvenkeelLlamaConfig):
+        kept = hf_config.to_dict()
+    else:
+        known = {field.name for field in fields(LlamaConfig)}
+        kept = {key: value for key, value in hf_config.to_dict().items() if key in known}
+        kept["qk_norm"] = hf_config.model_type == "qwen3"
+    kept = {key: value for key, value in kept.items() if key not in ("model_type", "architectures")}
+    return EvenkeelLlamaConfig(**kept | parts)

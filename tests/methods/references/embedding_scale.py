@@ -1,0 +1,18 @@
+"""Scaled embedding: the stream starts as √d E[t]; a tied head does not see the factor (arXiv 2312.16903)."""
+
+from math import sqrt
+
+from dense import DenseLlama
+
+OPTIONS: dict = {}
+SETTINGS: dict = {}
+EXPORTS = "LlamaForCausalLM"
+EXPORTS_TIED = "GraniteForCausalLM"
+FOLD = "bit"
+FOLD_GPT2 = "round-off"
+CONTROL = "model.embed_tokens.weight"
+
+
+class Reference(DenseLlama):
+    def embed(self, ids):
+        return sqrt(self.facts.hidden) * super().embed(ids)

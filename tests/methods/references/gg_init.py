@@ -1,0 +1,20 @@
+"""Generalized Gaussian initialization, here Laplace's: the variance is gain / outputs for every shape of the density."""
+
+from math import sqrt
+
+from dense import DenseLlama
+
+OPTIONS = {"shape": 1.0, "gain": 1.5}
+SETTINGS: dict = {}
+EXPORTS = "LlamaForCausalLM"
+FOLD = "bit"
+CONTROL = "model.layers.1.mlp.down_proj.weight"
+
+
+def initial_std(name, shape, facts):
+    outputs = shape[0]
+    return sqrt(1.5 / outputs)
+
+
+class Reference(DenseLlama):
+    """Trains as any other."""

@@ -1,0 +1,26 @@
+"""He initialization with WeSaR's gains (arXiv 2410.05052, Table 1)."""
+
+from math import sqrt
+
+from dense import DenseLlama
+
+OPTIONS: dict = {}
+SETTINGS: dict = {}
+EXPORTS = "LlamaForCausalLM"
+FOLD = "bit"
+CONTROL = "model.layers.1.mlp.down_proj.weight"
+
+
+def initial_std(name, shape, facts):
+    if "embed_tokens" in name:
+        return 1.0
+    inputs = shape[1]
+    if "o_proj" in name:
+        return sqrt(1 / (2 * facts.layers * inputs))
+    if "down_proj" in name:
+        return sqrt(2 / (2 * facts.layers * inputs))
+    return sqrt(1 / inputs)
+
+
+class Reference(DenseLlama):
+    """Trains as any other."""

@@ -1,0 +1,15 @@
+"""mu-centering: the head's matrix less the mean of its rows, after every step (arXiv 2601.02031)."""
+
+from dense import DenseLlama
+
+OPTIONS: dict = {}
+SETTINGS: dict = {}
+EXPORTS = "LlamaForCausalLM"
+FOLD = "bit"
+CONTROL = "model.layers.1.mlp.down_proj.weight"
+
+
+class Reference(DenseLlama):
+    def after_step(self):
+        head = self.matrix("lm_head").data
+        head.sub_(head.double().mean(0).float())

@@ -1,0 +1,15 @@
+"""mu-loss: coefficient x the squared length of the head's mean row (arXiv 2601.02031)."""
+
+from dense import DenseLlama
+
+OPTIONS = {"coefficient": 200.0}
+SETTINGS: dict = {}
+EXPORTS = "LlamaForCausalLM"
+FOLD = "bit"
+CONTROL = "model.layers.1.mlp.down_proj.weight"
+
+
+class Reference(DenseLlama):
+    def terms(self, logits, targets):
+        mean_row = self.matrix("lm_head").sum(0) / self.facts.vocabulary
+        return {"mu_loss": self.options["coefficient"] * mean_row @ mean_row}

@@ -1,0 +1,28 @@
+"""OSP: norms with one gain, a square matrix after the embedding and one before the head (arXiv 2506.19697)."""
+
+from math import sqrt
+
+from dense import DenseLlama
+
+OPTIONS: dict = {}
+SETTINGS: dict = {}
+EXPORTS = "LlamaForCausalLM"
+FOLD = "round-off"
+CONTROL = "model.embed_tokens.weight"
+REFUSES_TIED = "an embedding and a head of their own"
+
+
+def initial_std(name, shape, facts):
+    return 1 / sqrt(facts.hidden) if "projection" in name else None
+
+
+class Reference(DenseLlama):
+    def gain(self, module):
+        (single,) = super().gain(module)
+        return single
+
+    def embed(self, ids):
+        return super().embed(ids) @ self.weights["model.embed_projection.weight"].T
+
+    def logits(self, hidden):
+        return super().logits(hidden @ self.weights["model.head_projection.weight"].T)

@@ -1,0 +1,15 @@
+"""Pre-LN: LayerNorm without a bias wherever Llama has an RMSNorm (arXiv 2002.04745)."""
+
+from dense import DenseLlama
+from torch.nn import functional as F
+
+OPTIONS: dict = {}
+SETTINGS: dict = {}
+EXPORTS = "LlamaForCausalLM"
+FOLD = "round-off"
+CONTROL = "model.layers.1.self_attn.o_proj.weight"
+
+
+class Reference(DenseLlama):
+    def norm(self, x, module):
+        return F.layer_norm(x, x.shape[-1:], self.gain(module), eps=self.facts.eps)

@@ -1,0 +1,15 @@
+"""qk-norm: RMSNorm over the values of each head of q and k, before the rotation, gains shared by the heads."""
+
+from dense import DenseLlama
+
+OPTIONS: dict = {}
+SETTINGS: dict = {}
+EXPORTS = "Qwen3ForCausalLM"
+FOLD = "bit"
+CONTROL = "model.layers.1.self_attn.q_norm.weight"
+
+
+class Reference(DenseLlama):
+    def queries_and_keys(self, q, k, layer):
+        attention = f"model.layers.{layer}.self_attn"
+        return self.norm(q, f"{attention}.q_norm"), self.norm(k, f"{attention}.k_norm")

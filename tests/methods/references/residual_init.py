@@ -1,0 +1,20 @@
+"""GPT-2's residual initialization: σ / √(2N) for what writes to the stream, σ for the rest."""
+
+from math import sqrt
+
+from dense import DenseLlama
+
+OPTIONS = {"std": 0.05}
+SETTINGS: dict = {}
+EXPORTS = "LlamaForCausalLM"
+FOLD = "bit"
+CONTROL = "model.layers.1.mlp.down_proj.weight"
+
+
+def initial_std(name, shape, facts):
+    writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+    return sqrt(0.05**2 / (2 * facts.layers)) if writes else 0.05
+
+
+class Reference(DenseLlama):
+    """Trains as any other."""

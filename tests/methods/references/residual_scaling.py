@@ -1,0 +1,17 @@
+"""Residual scaling: y = x + f(Norm(x)) / sqrt(2N), here as it is written, on the outputs of o and down."""
+
+from math import sqrt
+
+from dense import DenseLlama
+
+OPTIONS: dict = {}
+SETTINGS: dict = {}
+EXPORTS = "LlamaForCausalLM"
+FOLD = "bit"
+CONTROL = "model.layers.1.mlp.down_proj.weight"
+
+
+class Reference(DenseLlama):
+    def linear(self, x, module):
+        y = super().linear(x, module)
+        return y / sqrt(2 * self.facts.layers) if module.endswith(("o_proj", "down_proj")) else y

@@ -1,0 +1,22 @@
+"""Small initialization: √(2 / 5d), what writes to the stream 1/√(2N) of it (arXiv 1910.05895; 2410.05052, section 2)."""
+
+from math import sqrt
+
+from dense import DenseLlama
+
+OPTIONS: dict = {}
+SETTINGS: dict = {}
+EXPORTS = "LlamaForCausalLM"
+FOLD = "bit"
+CONTROL = "model.layers.1.mlp.down_proj.weight"
+
+
+def initial_std(name, shape, facts):
+    variance = 2 / (5 * facts.hidden)
+    if "o_proj" in name or "down_proj" in name:
+        variance /= 2 * facts.layers
+    return sqrt(variance)
+
+
+class Reference(DenseLlama):
+    """Trains as any other."""

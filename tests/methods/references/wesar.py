@@ -1,0 +1,33 @@
+"""WeSaR: W̄ = α W for every matrix; W ~ N(0, σ²) and α = σ_He / σ at the start (arXiv 2410.05052, Table 1)."""
+
+from math import sqrt
+
+from dense import DenseLlama
+
+OPTIONS = {"variance": 9e-5}
+SETTINGS: dict = {}
+EXPORTS = "LlamaForCausalLM"
+FOLD = "bit"
+FOLD_TIED = "round-off"
+CONTROL = "model.layers.1.mlp.down_proj.weight"
+
+
+def initial_std(name, shape, facts):
+    return sqrt(OPTIONS["variance"])
+
+
+def initial_value(name, facts):
+    if not name.endswith("weight_scale"):
+        return None
+    width = {"down_proj": facts.intermediate}.get(name.split(".")[-2], facts.hidden)
+    target = {
+        "embed_tokens": 1.0,
+        "o_proj": sqrt(1 / (2 * facts.layers * width)),
+        "down_proj": sqrt(2 / (2 * facts.layers * width)),
+    }.get(name.split(".")[-2], sqrt(1 / width))
+    return target / sqrt(OPTIONS["variance"])
+
+
+class Reference(DenseLlama):
+    def matrix(self, module):
+        return super().matrix(module) * self.weights[f"{module}.weight_scale"]

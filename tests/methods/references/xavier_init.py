@@ -1,0 +1,19 @@
+"""Xavier initialization, gain 1: the variance is 2 / (inputs + outputs), for embeddings as for any matrix."""
+
+from math import sqrt
+
+from dense import DenseLlama
+
+OPTIONS: dict = {}
+SETTINGS: dict = {}
+EXPORTS = "LlamaForCausalLM"
+FOLD = "bit"
+CONTROL = "model.layers.1.mlp.down_proj.weight"
+
+
+def initial_std(name, shape, facts):
+    return sqrt(2 / sum(shape))
+
+
+class Reference(DenseLlama):
+    """Trains as any other."""

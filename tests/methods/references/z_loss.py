@@ -1,0 +1,14 @@
+"""z-loss: coefficient x mean of squared log-partition functions (arXiv 2204.02311, section 5)."""
+
+from dense import DenseLlama
+
+OPTIONS = {"coefficient": 0.05}
+SETTINGS: dict = {}
+EXPORTS = "LlamaForCausalLM"
+FOLD = "bit"
+CONTROL = "model.layers.1.mlp.down_proj.weight"
+
+
+class Reference(DenseLlama):
+    def terms(self, logits, targets):
+        return {"z_loss": self.options["coefficient"] * logits.exp().sum(-1).log().square().mean()}

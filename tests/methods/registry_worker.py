@@ -1,0 +1,72 @@
+"""One rank that runs many trainings after another: torchrun ... registry_worker.py CASES.json
+
+CASES: {name: {"config": run configuration, "resume_at": step or null}}. Each is trained by `pretrain.train.train` in its
+run folder, after the initial weights were written to <run folder>.initial.pt. With `resume_at`, a second run, called
+<name>_resumed, starts from the first one's checkpoint of that step in a new engine. What a run raises is written to
+<run folder>.error instead of being raised.
+"""
+
+import gc
+import json
+import os
+import shutil
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from pretrain import quiet  # noqa: F401
+from pretrain.config import Config
+from pretrain.distributed import initialize
+from pretrain.engine import build_engine
+from pretrain.model import initialize_weights
+from pretrain.plan import make_plan
+from pretrain.run_folder import RunFolder
+from pretrain.sharded import ShardedWeights, gathered
+from pretrain.train import train
+
+
+def run(config: Config, ranks) -> None:
+    train(make_plan(config, ranks.world_size, ranks.rank), RunFolder(config.folder, ranks), ranks)
+
+
+def write_initial(config: Config, ranks) -> None:
+    plan = make_plan(config, ranks.world_size, ranks.rank)
+    weights = ShardedWeights(build_engine(plan))
+    initialize_weights(weights, plan.config, plan.model_config.initializer_range)
+    initial = {name: full.clone() for name, full in gathered(weights)}
+    if ranks.is_first:
+        config.folder.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(initial, f"{config.folder}.initial.pt")
+
+
+def resumed(config: Config, step: int, ranks) -> Config:
+    again = config.model_copy(update={"name": f"{config.name}_resumed"})
+    if ranks.is_first:
+        shutil.copytree(config.folder / f"checkpoints/step_{step:08d}", again.folder / f"checkpoints/step_{step:08d}")
+    dist.barrier()
+    return again
+
+
+def main() -> None:
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    ranks = initialize()
+    gc.freeze()  # DeepSpeed collects garbage whenever it makes an engine: not in the libraries, please
+    for case in cases.values():
+        config = Config.model_validate(case["config"])
+        try:
+            if case["initial"]:
+                write_initial(config, ranks)
+            run(config, ranks)
+            if case["resume_at"]:
+                run(resumed(config, case["resume_at"], ranks), ranks)
+        except Exception:
+            Path(f"{config.folder}.error").write_text(traceback.format_exc())
+        gc.collect()
+    os._exit(0)  # gloo's teardown now and then aborts a process that has had dozens of engines
+
+
+if __name__ == "__main__":
+    main()

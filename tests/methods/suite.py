@@ -1,0 +1,270 @@
+"""What the tests over the registry share: the cases of every method, started together on real ranks."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from corpus import Corpus
+from runs import free_port, launch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from dense import DenseLlama, Facts
+
+from pretrain.config import Config
+from pretrain.export.masters import master_weights
+from pretrain.methods import REGISTRY
+from pretrain.model import _restore_rotary_tables, build_model
+from pretrain.optim import learning_rate
+from pretrain.plan import Plan, make_plan, training_batches
+
+WORKER = Path(__file__).with_name("registry_worker.py")
+STEPS = 4
+LLAMA = {
+    "family": "llama",
+    "hidden_size": 36,
+    "intermediate_size": 70,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 128,
+}
+GPT2 = {"family": "gpt2", "n_embd": 36, "n_layer": 3, "n_head": 3, "n_positions": 128}
+BF16 = {"bf16": {"enabled": True}}
+
+
+def reference(method: str) -> ModuleType:
+    """The reference file of a method."""
+    return importlib.import_module(f"references.{method}")
+
+
+def has_reference(method: str) -> bool:
+    return importlib.util.find_spec(f"references.{method}") is not None
+
+
+METHODS = [name for name in os.environ.get("METHODS", ",".join(sorted(REGISTRY))).split(",") if has_reference(name)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run. methods: names. label: what else is said about it."""
+
+    methods: tuple[str, ...]
+    label: str
+    stage: int = 3
+    tensor: int = 1
+    tied: bool = False
+    bf16: bool = False
+    gpt2: bool = False
+    resume_at: int | None = None
+    initial: bool = False
+
+    @property
+    def name(self) -> str:
+        return "-".join([*self.methods, self.label])
+
+    def config(self, corpus: Corpus, out: Path) -> dict[str, Any]:
+        content = {
+            "name": self.name,
+            "out": str(out),
+            "seed": 11,
+            "model": {**(GPT2 if self.gpt2 else LLAMA), "tie_word_embeddings": self.tied or self.gpt2},
+            "tokenizer": str(corpus.tokenizer),
+            "data": {
+                "train": str(corpus.train),
+                "seq_len": 24,
+                "global_batch_size": 12,
+                "micro_batch_size": 2,
+            },
+            "steps": STEPS,
+            "optim": {"lr": 4e-3, "eps": 1e-6, "schedule": {"name": "cosine", "warmup_steps": 2}},
+            "methods": [{"name": name, **reference(name).OPTIONS} for name in self.methods],
+            "parallel": {"tensor": self.tensor},
+            "deepspeed": {"zero_optimization": {"stage": self.stage}, **(BF16 if self.bf16 else {})},
+            "checkpoint": {"interval_steps": self.resume_at or STEPS},
+            "log": {"interval_steps": 1, "weights_interval_steps": STEPS, "activations_interval_steps": STEPS},
+        }
+        for method in self.methods:
+            for key, value in reference(method).SETTINGS.items():
+                *parents, last = key.split(".")
+                place = content
+                for parent in parents:
+                    place = place.setdefault(parent, {})
+                place[last] = value
+        return content
+
+
+def cases_of(method: str) -> list[Case]:
+    """Everything that one method is put through on two ranks."""
+    alone, cls, told = (method,), REGISTRY[method], reference(method)
+    cases = [
+        Case(alone, "zero3", initial=True, resume_at=2),
+        Case(alone, "zero3_bf16", bf16=True),
+        *(Case(alone, f"zero{stage}", stage=stage) for stage in stages(told)),
+    ]
+    if not hasattr(told, "REFUSES_TIED"):
+        cases.append(Case(alone, "zero3_tied", tied=True, initial=True))
+    if "gpt2" in cls.families and not hasattr(told, "REFUSES_TIED"):
+        cases.append(Case(alone, "zero2_gpt2", stage=2, gpt2=True))
+    return cases
+
+
+def stages(told: ModuleType) -> tuple[int, ...]:
+    """The ZeRO stages besides 3 that the method's run file can have."""
+    return getattr(told, "STAGES", (0, 1, 2))
+
+
+class Runs:
+    """The run folders of cases that were started together on `ranks` ranks."""
+
+    def __init__(self, cases: list[Case], ranks: int, corpus: Corpus, folder: Path) -> None:
+        self.cases = {case.name: case for case in cases}
+        self.configs = {case.name: case.config(corpus, folder / "runs") for case in cases}
+        self.folder = folder
+        todo = {
+            case.name: {"config": self.configs[case.name], "resume_at": case.resume_at, "initial": case.initial}
+            for case in cases
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "cases.json").write_text(json.dumps(todo))
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+        self.ended = launch([*command, f"--master-port={free_port()}", str(WORKER), str(folder / "cases.json")])
+
+    def run(self, case: str) -> Run:
+        """What the run of a case left; fails with what it raised."""
+        folder = self.folder / "runs" / case
+        error = Path(f"{folder}.error")
+        assert not error.exists(), f"{case}: {error.read_text()}"
+        assert folder.exists(), self.ended.stderr[-5000:]
+        return Run(folder, self.configs[case])
+
+
+@dataclass
+class Run:
+    """One run folder."""
+
+    folder: Path
+    content: dict[str, Any]
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / f"checkpoints/step_{STEPS:08d}"
+
+    @cached_property
+    def plan(self) -> Plan:
+        return make_plan(Config.model_validate(self.content), world_size=self.content["parallel"]["tensor"])
+
+    @cached_property
+    def initial(self) -> dict[str, torch.Tensor]:
+        return torch.load(f"{self.folder}.initial.pt")
+
+    @cached_property
+    def final(self) -> dict[str, torch.Tensor]:
+        """The fp32 masters after the last step."""
+        return masters(self.checkpoint)
+
+    @cached_property
+    def resumed(self) -> dict[str, torch.Tensor]:
+        return masters(self.folder.with_name(f"{self.folder.name}_resumed") / self.checkpoint.relative_to(self.folder))
+
+    @cached_property
+    def losses(self) -> list[dict[str, float]]:
+        """Of each step: `cross_entropy` and the terms."""
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        rows = [row for row in map(json.loads, lines) if row["kind"] == "train"]
+        return [{"cross_entropy": row["loss"], **row.get("loss_terms", {})} for row in rows]
+
+    def facts(self) -> Facts:
+        model, optim = self.plan.model_config, self.plan.config.optim
+        return Facts(
+            hidden=model.hidden_size,
+            intermediate=model.intermediate_size,
+            layers=model.num_hidden_layers,
+            heads=model.num_attention_heads,
+            kv_heads=model.num_key_value_heads,
+            vocabulary=model.vocab_size,
+            tied=model.tie_word_embeddings,
+            eps=model.rms_norm_eps,
+            theta=10000.0,
+            std=0.02,
+            lrs=tuple(learning_rate(optim, step, STEPS) for step in range(1, STEPS + 1)),
+            peak_lr=optim.lr,
+            betas=optim.betas,
+            adam_eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            clip=optim.grad_clip,
+        )
+
+    def batches(self) -> list[torch.Tensor]:
+        """The global batch of each step, (sequences, seq_len + 1)."""
+        loader = training_batches(self.plan, rank=0, step=0)
+        try:
+            return [torch.cat(loader.next_batch()) for _ in range(STEPS)]
+        finally:
+            loader.close()
+
+
+def masters(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return {name: load() for name, load in master_weights(checkpoint / "deepspeed").items()}
+
+
+def trained_densely(
+    run: Run, method: str, initial: dict[str, torch.Tensor]
+) -> tuple[DenseLlama, list[dict[str, float]]]:
+    """The reference after the run's steps, and its losses."""
+    told = reference(method)
+    dense = told.Reference(run.facts(), initial, told.OPTIONS)
+    return dense, [dense.step(batch) for batch in run.batches()]
+
+
+def trainer_model(plan: Plan, weights: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """The very module that trains, unsharded, with given fp32 weights and method state, in the run's precision."""
+    model = build_model(plan.config, plan.model_config, {"zero_optimization": {"stage": 0}})
+    _restore_rotary_tables(model)
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == weights.keys()
+    for name, parameter in parameters.items():
+        parameter.data.copy_(weights[name])
+    if plan.precision == "bf16":
+        for name, parameter in parameters.items():
+            parameter.data = weights[name].to(torch.bfloat16)
+            if name.endswith("weight_scale"):
+                model.get_submodule(name.removesuffix(".weight_scale")).exact_scale = weights[name]
+    for method in plan.config.methods:
+        method.load_state(model, state)
+    return model.eval()
+
+
+@torch.no_grad()
+def assert_same_logits(found, expected, vocabulary: int, bit_equal: bool) -> None:
+    """Two causal models on three batches: a full context, a short one, a padded one.
+
+    What they give for the padding itself is not looked at: it attends to nothing, and the classes differ in what that is.
+    """
+    generator = torch.Generator().manual_seed(5)
+    full, short = (torch.randint(0, vocabulary, shape, generator=generator) for shape in ((2, 128), (3, 7)))
+    mask = torch.ones_like(short)
+    mask[0, :3] = 0
+    for batch in ({"input_ids": full}, {"input_ids": short}, {"input_ids": short, "attention_mask": mask}):
+        attended = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        a, b = (model(**batch, use_cache=False).logits[attended] for model in (found, expected))
+        difference = f"{', '.join(batch)}: largest difference {(a - b).abs().max():.2e} of {b.abs().max():.2e}"
+        assert torch.equal(a, b) if bit_equal else (a - b).abs().max() <= 1e-4 * b.abs().max(), difference
+
+
+@torch.no_grad()
+def generated(model, vocabulary: int) -> list[int]:
+    """64 tokens by greedy decoding, with the cache."""
+    prompt = torch.randint(0, vocabulary, (1, 5), generator=torch.Generator().manual_seed(6))
+    return model.generate(
+        prompt, max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0, use_cache=True
+    )[0].tolist()

@@ -1,0 +1,103 @@
+"""Every registered method's trained model against what is exported: a stock class, the same logits, the same text."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from suite import METHODS, Run, assert_same_logits, generated, reference, trainer_model
+from transformers import AutoModelForCausalLM
+
+from pretrain.export.convert import convert
+from pretrain.method_state import read_method_state
+from pretrain.methods import REGISTRY
+
+
+class Pair:
+    """The model that was trained in a run, and the exported one."""
+
+    def __init__(self, run: Run, folder) -> None:
+        convert(run.checkpoint, folder)
+        self.folder, self.vocabulary = folder, run.plan.model_config.vocab_size
+        self.trained = trainer_model(run.plan, run.final, read_method_state(run.checkpoint))
+        self.exported = load(folder)
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto").eval()
+
+
+@pytest.fixture(scope="session")
+def pair_of(on_two, tmp_path_factory):
+    made = {}
+
+    def of(case: str) -> Pair:
+        if case not in made:
+            made[case] = Pair(on_two.run(case), tmp_path_factory.mktemp("exported") / case)
+        return made[case]
+
+    return of
+
+
+def variants(*labels: str):
+    """(method, label) for those variants that a method can have."""
+    found = []
+    for method in METHODS:
+        told = reference(method)
+        for label in labels:
+            if label == "zero3_tied" and hasattr(told, "REFUSES_TIED"):
+                continue
+            if label == "zero2_gpt2" and ("gpt2" not in REGISTRY[method].families or hasattr(told, "REFUSES_TIED")):
+                continue
+            found.append((method, label))
+    return pytest.mark.parametrize(("method", "label"), found)
+
+
+def is_bit_equal(method: str, label: str) -> bool:
+    told = reference(method)
+    tied = getattr(told, "FOLD_TIED", told.FOLD)
+    grades = {"zero3_tied": tied, "zero2_gpt2": getattr(told, "FOLD_GPT2", tied)}
+    return grades.get(label, told.FOLD) == "bit"
+
+
+@variants("zero3", "zero3_tied", "zero2_gpt2")
+def test_logits_are_the_trainers(pair_of, method, label):
+    pair = pair_of(f"{method}-{label}")
+    assert_same_logits(pair.exported, pair.trained, pair.vocabulary, is_bit_equal(method, label))
+
+
+@variants("zero3_bf16")
+def test_in_bf16_logits_are_the_trainers_to_the_bit(pair_of, method, label):
+    """A fold that is not exact to the bit is proved equal within the model's own rounding by `convert`."""
+    pair = pair_of(f"{method}-{label}")
+    assert next(pair.exported.parameters()).dtype == torch.bfloat16
+    if is_bit_equal(method, label):
+        assert_same_logits(pair.exported, pair.trained, pair.vocabulary, bit_equal=True)
+
+
+@variants("zero3", "zero3_tied", "zero2_gpt2")
+def test_greedy_decoding_gives_the_same_64_tokens(pair_of, method, label):
+    pair = pair_of(f"{method}-{label}")
+    assert generated(pair.exported, pair.vocabulary) == generated(pair.trained, pair.vocabulary)
+
+
+@variants("zero3", "zero3_tied")
+def test_the_class_is_the_one_that_holds_it(pair_of, method, label):
+    told = reference(method)
+    expected = getattr(told, "EXPORTS_TIED", told.EXPORTS) if label.endswith("tied") else told.EXPORTS
+    assert type(pair_of(f"{method}-{label}").exported).__name__ == expected
+
+
+@variants("zero3", "zero3_tied")
+def test_saving_and_loading_again_changes_nothing(pair_of, method, label, tmp_path):
+    pair = pair_of(f"{method}-{label}")
+    pair.exported.save_pretrained(tmp_path)
+    assert_same_logits(load(tmp_path), pair.exported, pair.vocabulary, bit_equal=True)
+
+
+@variants("zero3")
+def test_one_percent_off_in_one_folded_weight_is_noticed(pair_of, method, label):
+    pair = pair_of(f"{method}-{label}")
+    wrong = load(pair.folder)
+    wrong.get_parameter(reference(method).CONTROL).data.mul_(1.01)
+    with pytest.raises(AssertionError):
+        assert_same_logits(wrong, pair.trained, pair.vocabulary, bit_equal=False)

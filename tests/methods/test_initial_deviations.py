@@ -1,0 +1,163 @@
+"""The methods that choose initial deviations, weight by weight, and what they can be combined with."""
+
+from __future__ import annotations
+
+from math import gamma, sqrt
+
+import pytest
+from pydantic import ValidationError
+
+from pretrain.config import Config
+from pretrain.errors import UserError
+from pretrain.layout import describe_model
+from pretrain.model import bind_methods, hf_config, initial_rule, model_class, outline
+from pretrain.sharded.draws import Constant, Draw, GeneralizedGaussian, Normal, TruncatedNormal
+
+DECIDING = ("lir", "residual_init", "small_init", "he_init", "xavier_init", "depth_scaled_init")
+LLAMA = {
+    "family": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+GPT2 = {"family": "gpt2", "n_embd": 32, "n_layer": 8, "n_head": 4}
+
+
+class Tokenizer:
+    bos_token_id, eos_token_id = 1, 2
+
+    def __len__(self) -> int:
+        return 96
+
+
+def config(*methods: dict, model: dict = LLAMA, **changes) -> Config:
+    return Config.model_validate(
+        {
+            "name": "case",
+            "model": model,
+            "tokenizer": "none",
+            "data": {"train": "none", "seq_len": 16, "global_batch_size": 1, "micro_batch_size": 1},
+            "steps": 1,
+            "optim": {"lr": 1e-3},
+            "methods": methods,
+            "deepspeed": {"zero_optimization": {"stage": 0}},
+            **changes,
+        }
+    )
+
+
+def draws(run: Config) -> dict[str, Draw]:
+    """What every weight is drawn from, by name."""
+    model_config = hf_config(run, Tokenizer())
+    bound = bind_methods(run, model_config)
+    return {weight.name: initial_rule(weight, bound, 0.02)[0] for weight in outline(bound, model_config)}
+
+
+def block(layer: int, module: str) -> str:
+    return f"model.layers.{layer - 1}.{module}.weight"
+
+
+def test_residual_init_divides_what_writes_to_the_stream_by_the_root_of_all_branches():
+    found = draws(config({"name": "residual_init", "std": 0.04}))
+    for layer in (1, 8):
+        assert found[block(layer, "self_attn.o_proj")].std == pytest.approx(0.01)
+        assert found[block(layer, "mlp.down_proj")].std == pytest.approx(0.01)
+        assert found[block(layer, "mlp.up_proj")].std == 0.04
+    assert found["model.embed_tokens.weight"].std == found["lm_head.weight"].std == 0.04
+
+
+def test_depth_scaled_init_divides_it_by_the_root_of_the_branches_so_far():
+    found = draws(config({"name": "depth_scaled_init"}))
+    expected = {1: 0.02 / sqrt(2), 2: 0.01, 8: 0.005}
+    for layer, std in expected.items():
+        assert found[block(layer, "self_attn.o_proj")].std == pytest.approx(std)
+        assert found[block(layer, "mlp.down_proj")].std == pytest.approx(std)
+        assert found[block(layer, "self_attn.q_proj")].std == 0.02
+
+
+def test_gpt2s_outputs_are_its_two_projections():
+    for name in ("residual_init", "depth_scaled_init"):
+        found = draws(config({"name": name}, model=GPT2))
+        outputs = {weight for weight, draw in found.items() if 0 < draw.std < 0.02}
+        assert outputs == {f"transformer.h.{i}.{m}.c_proj.weight" for i in range(8) for m in ("attn", "mlp")}
+
+
+def test_xavier_counts_each_matrixs_own_fans():
+    found = draws(config({"name": "xavier_init"}))
+    assert found[block(1, "self_attn.q_proj")].std == pytest.approx(sqrt(2 / 64))
+    assert found[block(1, "self_attn.k_proj")].std == pytest.approx(sqrt(2 / 48))  # two of four heads
+    assert found[block(1, "mlp.down_proj")].std == pytest.approx(sqrt(2 / 80))
+    assert found["model.embed_tokens.weight"].std == found["lm_head.weight"].std == pytest.approx(sqrt(2 / 128))
+
+
+def test_xavier_counts_a_fused_matrix_as_three():
+    found = draws(config({"name": "xavier_init"}, model=GPT2))
+    assert found["transformer.h.0.attn.c_attn.weight"].std == pytest.approx(sqrt(2 / 64))
+    assert found["transformer.h.0.mlp.c_fc.weight"].std == pytest.approx(sqrt(2 / 160))
+    assert found["transformer.wpe.weight"].std == pytest.approx(sqrt(2 / 48))
+
+
+@pytest.mark.parametrize(("fan", "embedding", "up"), [("out", 96, 48), ("in", 32, 32)])
+def test_gg_init_has_the_variance_of_its_fan_whatever_its_shape(fan, embedding, up):
+    for shape in (0.7, 2.0):
+        found = draws(config({"name": "gg_init", "shape": shape, "fan": fan}))
+        assert found["model.embed_tokens.weight"] == GeneralizedGaussian(pytest.approx(sqrt(2 / embedding)), shape)
+        assert found[block(3, "mlp.up_proj")].std == pytest.approx(sqrt(2 / up))
+        assert found["model.norm.weight"] == Constant(1.0)
+
+
+def test_gg_inits_scale_is_the_published_one():
+    up = draws(config({"name": "gg_init", "shape": 1.3, "gain": 1.0}))[block(1, "mlp.up_proj")]
+    assert up.scale == pytest.approx(sqrt(1 / 48 * gamma(1 / 1.3) / gamma(3 / 1.3)))
+
+
+def test_gg_init_takes_outputs_for_the_fan_where_gpt2_stores_them_last():
+    found = draws(config({"name": "gg_init"}, model=GPT2))
+    assert found["transformer.h.0.mlp.c_fc.weight"].std == pytest.approx(sqrt(2 / 128))
+    assert found["transformer.h.0.attn.c_attn.weight"].std == pytest.approx(sqrt(2 / 32))
+
+
+@pytest.mark.parametrize("name", DECIDING)
+def test_a_truncated_variant_has_the_same_deviations(name):
+    plain = draws(config({"name": name}))
+    cut = draws(config({"name": name}, init={"distribution": "truncated_normal", "bound": 2}))
+    for weight, draw in plain.items():
+        assert cut[weight] == (TruncatedNormal(draw.std, 2) if isinstance(draw, Normal) else draw)
+
+
+def test_gg_init_is_a_distribution_itself():
+    with pytest.raises(ValidationError, match="gg_init draws from a distribution of its own, and so does 'init'"):
+        config({"name": "gg_init"}, init={"distribution": "truncated_normal"})
+
+
+def test_two_methods_that_choose_deviations_are_refused():
+    with pytest.raises(
+        ValidationError, match="residual_init and gg_init cannot be combined: both decide the initial dev"
+    ):
+        config({"name": "residual_init"}, {"name": "gg_init"})
+
+
+def checked(run: Config) -> None:
+    model_config = hf_config(run, Tokenizer())
+    bound = bind_methods(run, model_config)
+    for method in bound.methods:
+        method.check(outline(bound, model_config))
+
+
+def test_an_embedding_at_unit_scale_is_not_scaled_again():
+    scaled = {"name": "embedding_scale"}
+    with pytest.raises(UserError, match="drawn with deviation 1: it is at unit scale already"):
+        checked(config(scaled, {"name": "he_init"}))
+    checked(config(scaled, {"name": "small_init"}))
+    checked(config({**scaled, "multiplier": 2.0}, {"name": "he_init"}))
+
+
+def test_the_scaled_embedding_says_its_factor():
+    run = config({"name": "embedding_scale"})
+    model_config = hf_config(run, Tokenizer())
+    (method,) = bind_methods(run, model_config).methods
+    factors = {w.name: method.forward_factor(w) for w in describe_model(model_class(model_config)(model_config))}
+    assert factors.pop("model.embed_tokens.weight") == pytest.approx(sqrt(32))
+    assert set(factors.values()) == {None}

@@ -1,0 +1,96 @@
+"""Every pair of registered methods, generated: it trains and folds into a stock class, or is refused with a sentence."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+from pydantic import ValidationError
+from suite import METHODS, STEPS, Case, Runs, assert_same_logits
+from transformers import AutoModelForCausalLM
+
+from pretrain.config import Config
+from pretrain.errors import UserError
+from pretrain.export.convert import convert
+from pretrain.folding import as_lazy
+from pretrain.model import build_model, initial_rule
+from pretrain.plan import Plan, make_plan
+
+PAIRS = list(combinations(METHODS, 2))
+TIED = [pytest.param(False, id="untied"), pytest.param(True, id="tied")]
+
+
+def accepted(pair, tied, corpus, folder) -> Plan | None:
+    """The plan of the pair's run; None where it is refused, with a sentence that names what is at fault."""
+    content = Case(pair, "pair", tied=tied).config(corpus, folder)
+    try:
+        return make_plan(Config.model_validate(content), world_size=1)
+    except (ValidationError, UserError) as error:
+        message = str(error)
+    assert "cannot be combined" in message or tied, message
+    assert any(name in message for name in pair), message
+    assert len(message.split()) > 8, message
+    return None
+
+
+def random_model(plan: Plan) -> torch.nn.Module:
+    """The model that trains, its weights off their initial values, so that no gain is 1 and nothing is symmetric."""
+    model = build_model(plan.config, plan.model_config, {"zero_optimization": {"stage": 0}})
+    generator = torch.Generator().manual_seed(3)
+    for weight, parameter in zip(plan.weights, model.parameters(), strict=True):
+        draw, _ = initial_rule(weight, plan.config, 0.05)
+        noise = torch.randn(weight.shape, generator=generator)
+        parameter.data.copy_(draw.mean + noise * (draw.std or 0.1 * max(abs(draw.mean), 0.5)))
+    return model
+
+
+def state_of(plan: Plan, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    state = {}
+    for method in plan.config.methods:
+        state |= method.state(model)
+    return state
+
+
+def folded(plan: Plan, model: torch.nn.Module) -> torch.nn.Module:
+    """The stock model that the methods' folds make of it."""
+    tensors = as_lazy(
+        {name: value.detach().clone() for name, value in model.named_parameters()} | state_of(plan, model)
+    )
+    config = plan.model_config
+    for method in sorted(plan.config.methods, key=lambda method: method.fold_order):
+        config = method.fold(tensors, config)
+    stock = AutoModelForCausalLM.from_config(config)
+    assert dict(stock.named_parameters()).keys() == tensors.keys()
+    for name, parameter in stock.named_parameters():
+        parameter.data.copy_(tensors[name]())
+    return stock.eval()
+
+
+@pytest.mark.parametrize("tied", TIED)
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_a_pair_learns_and_folds_or_is_refused(pair, tied, corpus, tmp_path):
+    plan = accepted(pair, tied, corpus, tmp_path)
+    if plan is None:
+        return
+    model = random_model(plan)
+    tokens = torch.randint(0, plan.model_config.vocab_size, (2, 25), generator=torch.Generator().manual_seed(4))
+    losses = model.train()(tokens[:, :-1], tokens[:, 1:])
+    losses["total"].backward()
+    assert all(loss.isfinite() for loss in losses.values())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    assert_same_logits(folded(plan, model.eval()), model, plan.model_config.vocab_size, bit_equal=False)
+
+
+@pytest.mark.slow
+def test_every_pair_trains_on_zero3_and_converts(corpus, tmp_path):
+    """The whole way of a user: two ranks, four steps, a resume half way, conversion with its proof."""
+    pairs = [pair for pair in PAIRS if accepted(pair, False, corpus, tmp_path)]
+    runs = Runs([Case(pair, "zero3", resume_at=2) for pair in pairs], 2, corpus, tmp_path / "runs")
+    for pair in pairs:
+        run = runs.run(f"{'-'.join(pair)}-zero3")
+        assert len(run.losses) == STEPS
+        assert all(torch.equal(run.resumed[name], value) for name, value in run.final.items()), pair
+        convert(run.checkpoint, tmp_path / "exported" / "-".join(pair))

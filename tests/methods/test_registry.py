@@ -1,0 +1,105 @@
+"""Every registered method against the formula, on real ranks: a new file in pretrain/methods is covered at once.
+
+It needs a reference file (see dense.py). Expected values come from there, never from the code under test.
+`METHODS=lir,tvr pytest tests/methods` runs those of some methods only.
+"""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import pytest
+import torch
+from pydantic import ValidationError
+from suite import METHODS, Case, has_reference, reference, stages, trained_densely
+
+from pretrain.config import Config
+from pretrain.methods import REGISTRY
+
+# A weight of n steps in float32, ranks adding up in another order, Adam dividing small gradients by their own size.
+WEIGHTS = 2e-4  # of the norm of the change
+LOSSES = 2e-5
+
+
+def test_every_method_has_a_reference():
+    """`METHODS` below are those that have one."""
+    assert [method for method in REGISTRY if not has_reference(method)] == []
+
+
+def assert_trained_alike(run, method, initial):
+    dense, losses = trained_densely(run, method, initial)
+    assert dense.weights.keys() == run.final.keys()
+    for step, (found, expected) in enumerate(zip(run.losses, losses, strict=True), start=1):
+        assert found == pytest.approx(expected, rel=LOSSES), f"losses of step {step}"
+    for name, expected in dense.weights.items():
+        expected = expected.detach()
+        moved = (expected - initial[name]).norm()
+        error = (run.final[name] - expected).norm()
+        assert error <= WEIGHTS * moved + 5e-7 * expected.norm(), f"{name}: off by {error:.2e}, moved by {moved:.2e}"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_zero3_trains_as_the_dense_reference(on_two, method):
+    run = on_two.run(f"{method}-zero3")
+    assert_trained_alike(run, method, run.initial)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_three_ranks_train_as_the_dense_reference(on_two, on_three, method):
+    assert_trained_alike(on_three.run(f"{method}-zero3"), method, on_two.run(f"{method}-zero3").initial)
+
+
+@pytest.mark.parametrize(
+    ("method", "stage"),
+    [(method, stage) for method in METHODS for stage in stages(reference(method))],
+)
+def test_other_stages_train_as_the_dense_reference(on_two, method, stage):
+    assert_trained_alike(on_two.run(f"{method}-zero{stage}"), method, on_two.run(f"{method}-zero3").initial)
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if REGISTRY[method].tensor_parallel])
+def test_matrices_cut_by_tensor_parallelism_train_as_the_dense_reference(on_two, cut_in_two, method):
+    assert_trained_alike(cut_in_two.run(f"{method}-cut"), method, on_two.run(f"{method}-zero3").initial)
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if not hasattr(reference(method), "REFUSES_TIED")])
+def test_a_tied_model_trains_as_the_dense_reference(on_two, method):
+    run = on_two.run(f"{method}-zero3_tied")
+    assert_trained_alike(run, method, run.initial)
+
+
+@pytest.mark.parametrize("method", [method for method in METHODS if hasattr(reference(method), "REFUSES_TIED")])
+def test_a_tied_model_is_refused(corpus, tmp_path, method):
+    from pretrain.errors import UserError
+    from pretrain.plan import make_plan
+
+    content = Case((method,), "tied", tied=True).config(corpus, tmp_path)
+    with pytest.raises((UserError, ValidationError), match=reference(method).REFUSES_TIED):
+        make_plan(Config.model_validate(content), world_size=1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_weight_starts_as_the_formula_says(on_two, method):
+    run, told = on_two.run(f"{method}-zero3"), reference(method)
+    std_of, value_of = getattr(told, "initial_std", None), getattr(told, "initial_value", None)
+    for name, weight in run.initial.items():
+        constant = value_of(name, run.facts()) if value_of else None
+        if constant is None and weight.dim() == 1:
+            constant = 0.0 if name.endswith("bias") else 1.0
+        if constant is not None:
+            torch.testing.assert_close(weight, torch.full_like(weight, constant), rtol=1e-6, atol=0, msg=name)
+            continue
+        std = std_of(name, tuple(weight.shape), run.facts()) if std_of else None
+        expected = run.facts().std if std is None else std
+        values = weight.double().flatten()
+        kurtosis = float(((values - values.mean()) ** 4).mean() / values.var() ** 2)
+        error = 5 * sqrt(max(kurtosis - 1, 0.5) / (4 * values.numel()))
+        assert float(values.std()) == pytest.approx(expected, rel=error), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_ends_with_the_same_bits(on_two, method):
+    run = on_two.run(f"{method}-zero3")
+    assert run.resumed.keys() == run.final.keys()
+    for name, expected in run.final.items():
+        assert torch.equal(run.resumed[name], expected), name

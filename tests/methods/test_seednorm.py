@@ -1,0 +1,89 @@
+"""SeeDNorm: what decays, what is refused, and that it is RMSNorm before it has learned anything."""
+
+from math import sqrt
+
+import pytest
+import torch
+from pydantic import ValidationError
+from suite import Case
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from pretrain.config import Config
+from pretrain.folding import as_lazy
+from pretrain.layout import describe
+from pretrain.methods import decisions_that_clash
+from pretrain.methods.layernorm_scaling import LayerNormScaling
+from pretrain.methods.seednorm import SeeDNormMethod
+from pretrain.modeling.modeling_evenkeel import SeeDNorm
+from pretrain.norms import ScaledSeeDNorm
+from pretrain.plan import make_plan
+
+
+def configured(corpus, folder, *methods):
+    content = Case((), "tiny").config(corpus, folder) | {"methods": list(methods)}
+    return Config.model_validate(content)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_at_its_initial_values_it_is_rmsnorm_to_the_bit(dtype):
+    torch.manual_seed(0)
+    x = (3 * torch.randn(4, 7, 24)).to(dtype)
+    dynamic, stock = SeeDNorm(24, 1e-5).to(dtype), LlamaRMSNorm(24, 1e-5).to(dtype)
+    assert torch.equal(dynamic(x), stock(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_layernorm_scaling_both_terms_of_the_gain_are_divided_to_the_bit(dtype):
+    torch.manual_seed(0)
+    trained = ScaledSeeDNorm(24, 1e-5, 1 / sqrt(3)).to(dtype)
+    for parameter in trained.parameters():
+        parameter.data.normal_()
+    tensors = as_lazy({f"model.layers.2.input_layernorm.{kind}": value for kind, value in trained.state_dict().items()})
+    LayerNormScaling().fold(tensors, None)
+    exported = SeeDNorm(24, 1e-5).to(dtype)
+    exported.load_state_dict({name.rpartition(".")[2]: load() for name, load in tensors.items()})
+    x = torch.randn(5, 7, 24).to(dtype)
+    assert torch.equal(trained(x), exported(x))
+    unscaled = SeeDNorm(24, 1e-5).to(dtype)
+    unscaled.load_state_dict(trained.state_dict())
+    torch.testing.assert_close(trained(x).float() * sqrt(3), unscaled(x).float(), rtol=2e-2, atol=2e-2)
+
+
+def test_alpha_and_beta_decay_like_matrices_and_gamma_does_not(corpus, tmp_path):
+    plan = make_plan(configured(corpus, tmp_path, {"name": "seednorm"}), world_size=1)
+    (method,) = plan.config.methods
+    decays = {kind: method.weight_decay(describe(f"model.norm.{kind}", (8,))) for kind in ("alpha", "beta", "weight")}
+    assert decays == {"alpha": 0.1, "beta": 0.1, "weight": None}
+
+
+def test_every_norm_of_the_stream_becomes_one_and_those_of_heads_do_not(corpus, tmp_path):
+    plan = make_plan(configured(corpus, tmp_path, {"name": "qk_norm"}, {"name": "seednorm"}), world_size=1)
+    with_beta = {weight.name.rpartition(".")[0] for weight in plan.weights if weight.role == "beta"}
+    blocks = {f"model.layers.{i}.{norm}" for i in range(3) for norm in ("input_layernorm", "post_attention_layernorm")}
+    assert with_beta == blocks | {"model.norm"}
+
+
+@pytest.mark.parametrize("start", [0, -1.0])
+def test_alpha_must_start_above_0(corpus, tmp_path, start):
+    with pytest.raises(ValidationError, match="alpha_init"):
+        configured(corpus, tmp_path, {"name": "seednorm", "alpha_init": start})
+
+
+@pytest.mark.parametrize("other", ["pre_ln", "osp"])
+def test_another_kind_of_norm_is_refused(corpus, tmp_path, other):
+    with pytest.raises(ValidationError, match="both decide the kind of normalization"):
+        configured(corpus, tmp_path, {"name": "seednorm"}, {"name": other})
+
+
+def test_options_of_a_llama_survive():
+    given = LlamaConfig(
+        hidden_size=48, num_attention_heads=4, head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 5e5}
+    )
+    made = SeeDNormMethod().configure(given)
+    kept = {key: value for key, value in given.to_dict().items() if key not in ("model_type", "architectures")}
+    assert {key: made.to_dict()[key] for key in kept} == kept
+
+
+def test_it_may_be_listed_alone():
+    assert decisions_that_clash((SeeDNormMethod(),)) == []
