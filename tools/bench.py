@@ -3,6 +3,7 @@
 python tools/bench.py trainer --config configs/tiny_tvr.yaml
 python tools/bench.py tvr
 python tools/bench.py trap
+python tools/bench.py methods
 python tools/bench.py fill
 python tools/bench.py convert --checkpoint runs/tiny_tvr/checkpoints/latest
 """
@@ -28,6 +29,11 @@ def main() -> None:
     tvr.add_argument("--tokens", type=int, default=4096, help="of the training step (default: 4096, as in the demo)")
     tvr.add_argument("--resident-below", type=int, default=100_000, help="stage3_param_persistence_threshold")
     what.add_parser("trap", help="what the published TVR callback does under DeepSpeed")
+    methods = what.add_parser("methods", help="cost of each method as a share of a step")
+    methods.add_argument("--methods", nargs="*", default=[], help="names (default: all, and Muon)")
+    methods.add_argument("--ranks", type=int, default=1)
+    methods.add_argument("--rounds", type=int, default=7)
+    methods.add_argument("--tokens", type=int, default=4096, help="of the training step")
     fill = what.add_parser("fill", help="drawing a 7B model's initial weights, by ranks and distribution")
     fill.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     fill.add_argument("--blocks", type=int, default=1, help="of the model's 32, filled and counted for all")
@@ -48,6 +54,10 @@ def main() -> None:
         from pretrain.bench.trap import bench_trap
 
         print(bench_trap())
+    elif arguments.what == "methods":
+        from pretrain.bench.methods import bench_methods
+
+        print(bench_methods(arguments.methods, arguments.ranks, arguments.rounds, arguments.tokens))
     elif arguments.what == "fill":
         from pretrain.bench.fill import bench_fill
 

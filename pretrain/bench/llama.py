@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from pretrain.config import Config
 from pretrain.deepspeed_config import deepspeed_config
-from pretrain.model import build_model, hf_config, initialize_weights
+from pretrain.model import bind_methods, build_model, hf_config, initialize_weights
 from pretrain.optim import build_optimizer
 from pretrain.sharded import ShardedWeights
 
@@ -32,16 +32,20 @@ class _Tokenizer:
 class Llama:
     """The model of `hidden_size` and `layers`; heads are 64 wide, micro-batches at most 8 sequences a rank.
 
-    tokens: of one optimizer step, a multiple of SEQ_LEN times the number of ranks.
+    tokens: of one optimizer step, a multiple of SEQ_LEN times the number of ranks. changes: of the run's configuration.
     """
 
-    def __init__(self, hidden_size: int, layers: int, tokens: int, deepspeed_json: dict[str, Any]) -> None:
+    def __init__(
+        self, hidden_size: int, layers: int, tokens: int, deepspeed_json: dict[str, Any], changes: dict | None = None
+    ) -> None:
         import deepspeed
 
-        self.config = _config(hidden_size, layers, tokens, deepspeed_json)
-        ds_config = deepspeed_config(self.config, dist.get_world_size())
-        model = build_model(self.config, hf_config(self.config, _Tokenizer()), ds_config)
-        optimizer = build_optimizer(model, self.config.optim)
+        config = _config(hidden_size, layers, tokens, deepspeed_json, changes or {})
+        ds_config = deepspeed_config(config, dist.get_world_size())
+        model_config = hf_config(config, _Tokenizer())
+        self.config = bind_methods(config, model_config)
+        model = build_model(self.config, model_config, ds_config)
+        optimizer = build_optimizer(model, self.config)
         with redirect_stdout(StringIO()):
             self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
         self.weights = ShardedWeights(self.engine)
@@ -63,11 +67,11 @@ class Llama:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         for _ in range(self.engine.gradient_accumulation_steps()):
-            self.engine.backward(self.engine(self.tokens[:, :-1], self.tokens[:, 1:]))
+            self.engine.backward(self.engine(self.tokens[:, :-1], self.tokens[:, 1:])["total"])
             self.engine.step()
 
 
-def _config(hidden_size: int, layers: int, tokens: int, deepspeed_json: dict[str, Any]) -> Config:
+def _config(hidden_size: int, layers: int, tokens: int, deepspeed_json: dict[str, Any], changes: dict) -> Config:
     sequences = tokens // SEQ_LEN
     share = sequences // dist.get_world_size()
     return Config.model_validate(
@@ -88,7 +92,8 @@ def _config(hidden_size: int, layers: int, tokens: int, deepspeed_json: dict[str
                 "micro_batch_size": max(size for size in range(1, 9) if share % size == 0),
             },
             "steps": 1,
-            "optim": {"lr": 1e-4, "weight_decay": 0.0},
+            "optim": {"lr": 1e-4, "weight_decay": 0.0, **changes.get("optim", {})},
+            "methods": changes.get("methods", []),
             "deepspeed": deepspeed_json,
         }
     )
