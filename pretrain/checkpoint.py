@@ -14,7 +14,7 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,6 +56,7 @@ class TrainerState:
     global_batch_size: int
     tensor_parallel: int = 1
     weights: str | None = None
+    optimizer: str | None = None
 
 
 _WHY_EQUAL = {
@@ -64,7 +65,9 @@ _WHY_EQUAL = {
     "zero_stage": "DeepSpeed's shards of one stage cannot be loaded by another: name the same stage",
     "precision": "DeepSpeed's shards of one precision cannot be loaded in another: name the same precision",
     "model": "it is a checkpoint of another architecture",
-    "weights": "a method that gives the model weights of its own was added or removed",
+    "weights": "the model has other weights with this run's. Give back the methods, or start anew: checkpoint.resume=never "
+    "and another name",
+    "optimizer": "its optimizer state belongs to another optimizer. Give back optim.name",
     "data_fingerprint": "its sample order belongs to other token shards",
     "tokenizer_fingerprint": "it was trained with another tokenizer",
     "seed": "its sample order belongs to another seed",
@@ -140,16 +143,21 @@ class Checkpoints:
             )
         return None
 
-    def load(self, path: Path, engine, expected: TrainerState) -> TrainerState:
+    def load(self, path: Path, engine, expected: TrainerState, changed: Sequence[str] = ()) -> TrainerState:
         """Load weights, optimizer and random states; returns the stored state.
 
-        Raises UserError naming the first difference where the checkpoint belongs to another run than `expected`
-        (whose step and samples are not compared).
+        The optimizer's options (weight decay, betas, ...) stay those of this run. changed: what the run file asks
+        otherwise than the checkpoint's, to explain a refusal. Raises UserError naming the first difference where the
+        checkpoint belongs to another run than `expected` (whose step and samples are not compared).
         """
-        state = on_every_rank(lambda: _read_matching_state(path, expected))
+        state = on_every_rank(lambda: _read_matching_state(path, expected, changed))
+        groups = engine.optimizer.param_groups
+        options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         loaded, _ = engine.load_checkpoint(str(path), tag=_SHARDS)
         if loaded is None:
             raise UserError(f"DeepSpeed found no checkpoint in {path}.")
+        for group, own in zip(engine.optimizer.param_groups, options, strict=True):
+            group.update(own)
         _restore_random_states(torch.load(path / f"rng_rank_{self.ranks.rank}.pt", weights_only=False))
         return state
 
@@ -308,12 +316,17 @@ def _read_state(path: Path) -> TrainerState:
         raise UserError(f"{path / 'trainer.json'} was written by another version of the trainer: {error}.") from error
 
 
-def _read_matching_state(path: Path, expected: TrainerState) -> TrainerState:
+def _read_matching_state(path: Path, expected: TrainerState, changed: Sequence[str]) -> TrainerState:
     state = _read_state(path)
     for key, reason in _WHY_EQUAL.items():
         stored, wanted = getattr(state, key), getattr(expected, key)
-        if stored not in (wanted, None):
-            raise UserError(f"cannot resume from {path}: {_difference(key, stored, wanted)}; {reason}.")
+        if stored in (wanted, None):
+            continue
+        if key == "weights":
+            found = f"it was trained with other methods ({'; '.join(changed) or 'in another order'})"
+        else:
+            found = _difference(key, stored, wanted)
+        raise UserError(f"cannot resume from {path}: {found}; {reason}.")
     return state
 
 

@@ -145,7 +145,8 @@ def initial_rule(weight: Weight, config: Config, default_std: float) -> tuple[Dr
             return draw, ", ".join(filter(None, (draw.description, method.init_rule(weight))))
     if weight.role in ("bias", "norm", "scale"):
         constant = Constant(0.0 if weight.role == "bias" else 1.0)
-        return constant, constant.description
+        rules = (method.init_rule(weight) for method in config.methods)
+        return constant, ", ".join(filter(None, (constant.description, *rules)))
     std, rule = default_std, f"initializer_range: {default_std:g}"
     for method in config.methods:
         chosen = method.init_std(weight)

@@ -48,14 +48,25 @@ def _is_vector(weight: Weight) -> bool:
     return len(weight.shape) != 2 or weight.role in ("norm", "bias", "scale")
 
 
+def optimizer_rule(weight: Weight, config: Config) -> str:
+    """Who steps this weight and how it decays, for the table that is printed at start."""
+    by_muon = config.optim.name == "muon" and muon.steps(weight)
+    decay = weight_decay(weight, _decay_of_matrices(config.optim, by_muon), config.methods)
+    return ("muon" if by_muon else "adamw") + (f", decay {decay:g}" if decay else "")
+
+
+def _decay_of_matrices(config: OptimSection, by_muon: bool) -> float:
+    own = config.muon.weight_decay if by_muon else None
+    return config.weight_decay if own is None else own
+
+
 def _options(weight: Weight, config: OptimSection, methods: Sequence[Method]) -> dict[str, Any]:
     """What the group of this weight says: a group holds the weights that agree in it."""
     if config.name == "adamw":
         return {"weight_decay": weight_decay(weight, config.weight_decay, methods)}
     if not muon.steps(weight):
         return {"use_muon": False, "weight_decay": weight_decay(weight, config.weight_decay, methods)}
-    own = config.muon.weight_decay
-    decay = weight_decay(weight, config.weight_decay if own is None else own, methods)
+    decay = weight_decay(weight, _decay_of_matrices(config, by_muon=True), methods)
     return {"use_muon": True, **muon.group_options(weight, config, decay)}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,10 @@ from pretrain.deepspeed_config import accumulation_steps, deepspeed_config, read
 from pretrain.errors import UserError
 from pretrain.layout import Weight, digest
 from pretrain.methods import Method
-from pretrain.model import bind_methods, hf_config, initial_rule, outline
+from pretrain.model import bind_methods, hf_config, outline
 from pretrain.monitor.throughput import flops_per_token
 from pretrain.precision import precision_of
 from pretrain.probe import probe_batch
-from pretrain.sharded import Moments
-from pretrain.sharded.draws import Draw
 from pretrain.tensor_parallel import check_model, data_rank, data_ranks, elements_per_rank
 
 
@@ -90,6 +88,7 @@ class Plan:
             precision=self.precision,
             model=self.model_config.to_diff_dict(),
             weights=digest(self.weights),
+            optimizer=self.config.optim.name,
             data_fingerprint=self.train_shards.fingerprint,
             tokenizer_fingerprint=self.train_shards.tokenizer_fingerprint,
             seed=self.config.seed,
@@ -193,45 +192,10 @@ def describe_plan(plan: Plan) -> str:
         + ("weights, the rest on the CPU " if plan.optimizer_on_cpu else "weights, gradients and optimizer ")
         + "(activations come on top)",
         "disk": _describe_disk(plan),
+        "optimizer": config.optim.name if config.optim.name == "adamw" else "muon on block matrices, adamw on the rest",
         "methods": ", ".join(method.name for method in config.methods) or "none",
     }
     return "\n".join(f"{key:<9} {value}" for key, value in lines.items())
-
-
-def describe_weights(
-    weights: list[Weight],
-    initial: Callable[[Weight], tuple[Draw, str]],
-    config: Config,
-    measured: dict[str, Moments] | None = None,
-) -> str:
-    """A table, one row per role and rule: which layers, how many weights, their rule, standard deviation and method.
-
-    With `measured` moments the standard deviations are the measured ones, first to last layer.
-    """
-    groups: dict[tuple[str, ...], list[tuple[Weight, float]]] = {}
-    for weight in weights:
-        draw, rule = initial(weight)
-        steps = "; ".join(filter(None, (method.training_rule(weight) for method in config.methods))) or "-"
-        value = measured[weight.name].std if measured else draw.std
-        groups.setdefault((weight.role, rule, steps), []).append((weight, value))
-    header = ("role", "layers", "weights", "shape", "initial values", "std", "during training")
-    rows = [header]
-    for (role, rule, steps), members in groups.items():
-        layers = [weight.layer for weight, _ in members if weight.layer is not None]
-        span = "-" if not layers else f"{min(layers)}-{max(layers)}" if len(set(layers)) > 1 else str(layers[0])
-        shapes = sorted({"x".join(map(str, weight.shape)) for weight, _ in members})
-        first, last = members[0][1], members[-1][1]
-        std = (
-            "-"
-            if first == last == 0.0
-            else f"{first:.5f}"
-            if abs(first - last) < 1e-9
-            else f"{first:.5f} .. {last:.5f}"
-        )
-        rows.append((role, span, str(len(members)), ", ".join(shapes), rule, std, steps))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def short(count: float) -> str:
@@ -240,11 +204,6 @@ def short(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g}{unit}"
     return f"{count:.0f}"
-
-
-def initial_rule_of(plan: Plan) -> Callable[[Weight], tuple[Draw, str]]:
-    """`initial_rule` with the run's configuration and the model's own `initializer_range`."""
-    return lambda weight: initial_rule(weight, plan.config, plan.model_config.initializer_range)
 
 
 def _state_bytes(plan: Plan) -> float:

@@ -45,18 +45,18 @@ from pretrain.optim import learning_rate
 from pretrain.plan import (
     Plan,
     describe_plan,
-    describe_weights,
     fixed_probe,
-    initial_rule_of,
     make_plan,
     training_batches,
 )
 from pretrain.precision import check_accelerator
 from pretrain.probe import probe_logits, save_probe
 from pretrain.resilience.signals import StopFlag
+from pretrain.resumed import changes
 from pretrain.run_folder import RunFolder, log
 from pretrain.sharded import ShardedWeights
 from pretrain.tensor_parallel import data_rank
+from pretrain.weight_table import describe_weights
 
 
 def train(plan: Plan, folder: RunFolder, ranks: Ranks) -> None:
@@ -118,12 +118,14 @@ def start(plan: Plan, engine, weights: ShardedWeights, checkpoints: Checkpoints)
     """Load the checkpoint to go on from, or initialize the weights; returns the steps already done."""
     config, found = plan.config, checkpoints.find()
     if found is not None:
-        step = checkpoints.load(found, engine, plan.state_at(0)).step
+        changed = on_every_rank(lambda: changes(found, config))
+        step = checkpoints.load(found, engine, plan.state_at(0), changed).step
         load_method_state(found, config.methods, engine.module)
-        log.info(f"resumed from {found} at step {step}")
+        log.info(f"resumed from {found} at step {step}" + f"; changed since then: {'; '.join(changed)}" * bool(changed))
         return step
-    measured = initialize_weights(weights, config, plan.model_config.initializer_range)
-    log.info("\n" + describe_weights(plan.weights, initial_rule_of(plan), config, measured) + "\n")
+    default_std = plan.model_config.initializer_range
+    measured = initialize_weights(weights, config, default_std)
+    log.info("\n" + describe_weights(plan.weights, config, default_std, measured) + "\n")
     return 0
 
 
@@ -213,7 +215,7 @@ def dry_run(config: Config) -> None:
     if rank_from_environment() == 0:
         plan = make_plan(config, int(os.environ["WORLD_SIZE"]))
         print(describe_plan(plan))
-        print("\n" + describe_weights(plan.weights, initial_rule_of(plan), config))
+        print("\n" + describe_weights(plan.weights, plan.config, plan.model_config.initializer_range))
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -13,9 +13,9 @@ from pretrain.layout import Weight, describe
 from pretrain.methods.base import Method
 from pretrain.methods.lir import LIR
 from pretrain.model import _audit, build_model, hf_config, initial_rule, initialize_weights, outline
-from pretrain.plan import describe_weights
 from pretrain.sharded import Moments
 from pretrain.sharded.draws import Constant, GeneralizedGaussian, Normal, Uniform
+from pretrain.weight_table import describe_weights
 
 MODEL = {
     "family": "llama",
@@ -181,7 +181,7 @@ def test_the_audit_expects_more_spread_of_heavier_tails():
 def test_the_table_accounts_for_every_weight():
     run = config(methods=[{"name": "lir"}, {"name": "tvr", "roles": ["up"]}])
     weights = outline(run, hf_config(run, Tokenizer()))
-    table = describe_weights(weights, lambda weight: initial_rule(weight, run, 0.02), run)
+    table = describe_weights(weights, run, 0.02)
     rows = [line.split() for line in table.splitlines()[2:]]
     assert sum(int(row[2]) for row in rows) == len(weights)
     during = {row[0]: "tvr:" in row for row in rows}
@@ -190,9 +190,7 @@ def test_the_table_accounts_for_every_weight():
 
 def test_the_table_says_which_distribution_each_weight_has():
     run = config(methods=[{"name": "lir"}], init={"distribution": "truncated_normal", "bound": 2})
-    table = describe_weights(
-        outline(run, hf_config(run, Tokenizer())), lambda weight: initial_rule(weight, run, 0.02), run
-    )
+    table = describe_weights(outline(run, hf_config(run, Tokenizer())), run, 0.02)
     rows = {line.split()[0]: line for line in table.splitlines()[2:]}
     assert "normal cut at 2 deviations, lir: 0.02 / sqrt(l)" in rows["up"]
     assert "constant 1" in rows["norm"]

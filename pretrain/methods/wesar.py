@@ -108,9 +108,8 @@ class WeSaR(Method):
             if f"{module}.weight" in tensors:
                 change(tensors, f"{module}.weight", partial(self._gate(module), scale=scale))
         if self.run.tied:
-            (embedding,) = (module for module, weight in self.run.matrices.items() if weight.role == "embed")
             alpha = {module: self._alpha(module) if scales[module] is None else scales[module] for module in scales}
-            scale_final_norm(tensors, alpha["lm_head"] / alpha[embedding])
+            scale_final_norm(tensors, alpha["lm_head"] / alpha[self.run.embedding])
         return hf_config
 
     def fold_note(self) -> str | None:

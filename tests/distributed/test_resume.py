@@ -219,6 +219,23 @@ REFUSALS = {
     ),
     "other stage": (None, {"deepspeed": {"zero_optimization": {"stage": 2}}}, 2, (*OTHER_RUN, "name the same stage")),
     "other precision": (None, {"deepspeed": LAYOUTS["zero3_bf16"]}, 2, (*OTHER_RUN, "name the same precision")),
+    "other methods": (
+        None,
+        {"methods": [{"name": "wesar"}]},
+        2,
+        (
+            *OTHER_RUN,
+            "methods.lir.name: lir -> absent",
+            "methods.wesar.name: absent -> wesar",
+            "checkpoint.resume=never",
+        ),
+    ),
+    "other optimizer": (
+        None,
+        {"optim.name": "muon", "optim.grad_clip": None},
+        2,
+        (*OTHER_RUN, "optimizer adamw, this run muon", "Give back optim.name"),
+    ),
     "other data": (None, {"data.train": "other shards"}, 2, (*OTHER_RUN, "other token shards")),
 }
 
@@ -262,6 +279,29 @@ def test_another_run_can_start_from_a_named_checkpoint(run_file: Path, folder: P
         assert [event["step"] for event in events(branch, "resumed")] == [step]
         assert list(losses(branch)) == list(range(step + 1, 7))
     assert losses(folder.with_name("two"))[5] == losses(folder.with_name("four"))[5]
+
+
+def test_what_the_optimizer_is_told_anew_is_said_and_done(run_file: Path, folder: Path) -> None:
+    """lr x decay = 0.2 a step or so: without the checkpoint's own decay of 0.1 weights fade within two steps."""
+    names = {"as_before": {}, "fading": {"optim.weight_decay": 50.0}}
+    commands = {
+        name: (
+            arguments(
+                run_file,
+                go_on(folder.with_name(name), **{"checkpoint.resume": str(folder / "checkpoints/latest")}, **change),
+            ),
+            2,
+        )
+        for name, change in names.items()
+    }
+    ended = run_together(commands, folder.parent / "logs")
+    assert "changed since then: optim.weight_decay: 0.1 -> 50.0" in ended["fading"].stdout + ended["fading"].stderr
+    assert "changed since then" not in ended["as_before"].stdout + ended["as_before"].stderr
+    fading, as_before = (
+        json.loads((folder.with_name(name) / "checkpoints/step_00000006/moments.json").read_text())["lm_head.weight"]
+        for name in ("fading", "as_before")
+    )
+    assert fading["centred_squares"] < 0.7 * as_before["centred_squares"]
 
 
 def test_only_the_newest_checkpoints_and_the_chosen_multiples_are_kept(run_file: Path, tmp_path: Path) -> None:

@@ -1,15 +1,36 @@
 """The runs that the tests over the registry look at, started once."""
 
+from collections.abc import Callable
+
 import pytest
-from suite import METHODS, Case, Runs, cases_of
+from suite import METHODS, Case, Run, Runs, cases_of
 
 from pretrain.methods import REGISTRY
 
 
+class Lazily:
+    """Cases on two ranks, started when one of them is first asked for, together with those of its group."""
+
+    def __init__(self, groups: list[list[Case]], start: Callable[[list[Case]], Runs]) -> None:
+        self.groups, self.start = groups, start
+        self.started: dict[int, Runs] = {}
+
+    def run(self, name: str) -> Run:
+        number = next(n for n, cases in enumerate(self.groups) if any(case.name == name for case in cases))
+        if number not in self.started:
+            self.started[number] = self.start(self.groups[number])
+        return self.started[number].run(name)
+
+
 @pytest.fixture(scope="session")
-def on_two(corpus, tmp_path_factory) -> Runs:
-    cases = [case for method in METHODS for case in cases_of(method)]
-    return Runs(cases, 2, corpus, tmp_path_factory.mktemp("two_ranks"))
+def on_two(corpus, tmp_path_factory) -> Lazily:
+    def start(cases: list[Case]) -> Runs:
+        return Runs(cases, 2, corpus, tmp_path_factory.mktemp("two_ranks"))
+
+    every = [case for method in METHODS for case in cases_of(method)]
+    plain = [case for case in every if case.label == "zero3"]
+    variants = [case for case in every if case.stage == 3 and case not in plain]
+    return Lazily([plain, variants, [case for case in every if case.stage != 3]], start)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ It needs a reference file (see dense.py). Expected values come from there, never
 
 from __future__ import annotations
 
+import re
 from math import sqrt
 
 import pytest
@@ -14,7 +15,9 @@ from pydantic import ValidationError
 from suite import METHODS, Case, has_reference, reference, stages, trained_densely
 
 from pretrain.config import Config
+from pretrain.errors import UserError
 from pretrain.methods import REGISTRY
+from pretrain.plan import make_plan
 
 # A weight of n steps in float32, ranks adding up in another order, Adam dividing small gradients by their own size.
 WEIGHTS = 2e-4  # of the norm of the change
@@ -70,9 +73,6 @@ def test_a_tied_model_trains_as_the_dense_reference(on_two, method):
 
 @pytest.mark.parametrize("method", [method for method in METHODS if hasattr(reference(method), "REFUSES_TIED")])
 def test_a_tied_model_is_refused(corpus, tmp_path, method):
-    from pretrain.errors import UserError
-    from pretrain.plan import make_plan
-
     content = Case((method,), "tied", tied=True).config(corpus, tmp_path)
     with pytest.raises((UserError, ValidationError), match=reference(method).REFUSES_TIED):
         make_plan(Config.model_validate(content), world_size=1)
@@ -103,3 +103,18 @@ def test_a_resumed_run_ends_with_the_same_bits(on_two, method):
     assert run.resumed.keys() == run.final.keys()
     for name, expected in run.final.items():
         assert torch.equal(run.resumed[name], expected), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_table_before_the_start_names_every_weight_and_the_method(corpus, tmp_path, method, monkeypatch, capsys):
+    """As `train.py --dry-run` prints it."""
+    from pretrain.train import dry_run
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = Config.model_validate(Case((method,), "table").config(corpus, tmp_path))
+    dry_run(config)
+    printed = capsys.readouterr().out
+    rows = printed[printed.index("\nweights ") :].splitlines()[3:]
+    counted = sum(int(re.match(r"\S+(?: of \S+)? +\S+ +(\d+)", row)[1]) for row in rows)
+    assert counted == len(make_plan(config, world_size=2).weights)
+    assert f"{method}: " in printed
