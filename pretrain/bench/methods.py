@@ -40,7 +40,7 @@ def measure_methods(names: list[str], ranks: int, rounds: int, tokens: int) -> d
     """The ratio of each round, by method; see methods_worker.measure."""
     rivals = {name: {"methods": [_options(name)]} for name in names or sorted(REGISTRY)}
     if not names:
-        rivals["optim.name: muon"] = {"optim": {"name": "muon"}}
+        rivals["optim.name: muon"] = {"optim": {"name": "muon", "grad_clip": None}}
     asked = {"rivals": rivals, "hidden_size": HIDDEN_SIZE, "layers": LAYERS, "rounds": rounds, "tokens": tokens}
     return {row["name"]: row["ratios"] for row in run_ranks("pretrain.bench.methods_worker", asked, ranks)}
 

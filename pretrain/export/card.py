@@ -100,6 +100,6 @@ def _methods(config: Config, reasons: Mapping[str, str]) -> str:
         for method in config.methods
     )
     return (
-        f"In the order in which they act, with their options:\n\n```yaml\n{yaml.safe_dump(listed, sort_keys=False)}```"
+        f"As listed in the run, with their options:\n\n```yaml\n{yaml.safe_dump(listed, sort_keys=False)}```"
         f"\n\nWhat the conversion made of them:\n\n{made}"
     )

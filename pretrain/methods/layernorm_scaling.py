@@ -29,7 +29,7 @@ from pretrain.norms import BLOCK_NORMS, ScaledLayerNorm, ScaledSeeDNorm, change_
 _TWICE = (
     "{} already makes the residual branches start smaller, for the sake of depth, and LayerNorm Scaling does best "
     "without that (perplexity 20.35 instead of 20.79 at 250M, arXiv 2502.05795). Draw matrices with plain "
-    "model.initializer_range, or with lir"
+    "model.initializer_range, or with xavier_init"
 )
 
 

@@ -1,13 +1,17 @@
-"""The method that docs/sharded_weights.md writes out does what the page says."""
+"""The method that docs/sharded_weights.md writes out does what the page says, in a run that lists it too."""
 
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from suite import Case
 
+from pretrain.config import Config
 from pretrain.errors import UserError
 from pretrain.layout import describe
+from pretrain.methods import Method
+from pretrain.plan import make_plan
 from pretrain.sharded import Moments
 
 PAGE = Path(__file__).parents[2] / "docs" / "sharded_weights.md"
@@ -30,12 +34,17 @@ class DenseHead:
             self.arrays[name] = self.arrays[name] * scale + shift
 
 
-def test_the_method_of_the_documentation_works():
+@pytest.fixture(scope="module")
+def head_anchor() -> type[Method]:
     code = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
     assert len(code.splitlines()) <= 30
     module = {"__name__": "head_anchor"}
     exec(code, module)
-    weights, method = DenseHead(), module["HeadAnchor"](std=0.5)
+    return module["HeadAnchor"]
+
+
+def test_the_method_of_the_documentation_works(head_anchor):
+    weights, method = DenseHead(), head_anchor(std=0.5)
     before = weights.arrays["model.embed_tokens.weight"].copy()
     method.check(list(weights.layout.values()))
     with pytest.raises(UserError, match="finds no head"):
@@ -44,3 +53,21 @@ def test_the_method_of_the_documentation_works():
     assert list(method.after_step(10, weights)) == ["lm_head.weight"]
     assert weights.arrays["lm_head.weight"].std(ddof=1) == pytest.approx(0.5)
     np.testing.assert_array_equal(weights.arrays["model.embed_tokens.weight"], before)
+
+
+def test_a_run_may_list_the_method_of_the_documentation(head_anchor, corpus, tmp_path):
+    config = Config.model_validate(Case((), "anchored").config(corpus, tmp_path))
+    plan = make_plan(config.model_copy(update={"methods": (head_anchor(std=0.5),)}), world_size=1)
+    (method,) = plan.config.methods
+    rules = {weight.name: method.training_rule(weight) for weight in plan.weights}
+    assert rules.pop("lm_head.weight") == "head_anchor: std 0.5 every 10 steps"
+    assert set(rules.values()) == {None}
+
+
+def test_a_method_without_a_rule_for_any_weight_is_refused_at_start(head_anchor, corpus, tmp_path):
+    class Silent(head_anchor):
+        training_rule = Method.training_rule
+
+    config = Config.model_validate(Case((), "silent").config(corpus, tmp_path))
+    with pytest.raises(UserError, match="head_anchor matches no weight"):
+        make_plan(config.model_copy(update={"methods": (Silent(),)}), world_size=1)
