@@ -39,8 +39,8 @@ class TrainerState:
     """What the trainer itself must remember; everything else is a function of it, the configuration and the weights.
 
     step: optimizer steps done. samples: samples of the run's order consumed by all ranks. The rest identifies the
-    run, so that a checkpoint of another one is refused; None: an older trainer did not write it down. weights: a digest of
-    the names and shapes of all weights.
+    run, so that a checkpoint of another one is refused; None: an older trainer did not write it down. forward: a digest of
+    what forward computes with besides `model`: names and shapes of all weights, methods that act there.
     """
 
     step: int
@@ -55,7 +55,7 @@ class TrainerState:
     seq_len: int
     global_batch_size: int
     tensor_parallel: int = 1
-    weights: str | None = None
+    forward: str | None = None
     optimizer: str | None = None
 
 
@@ -65,8 +65,8 @@ _WHY_EQUAL = {
     "zero_stage": "DeepSpeed's shards of one stage cannot be loaded by another: name the same stage",
     "precision": "DeepSpeed's shards of one precision cannot be loaded in another: name the same precision",
     "model": "it is a checkpoint of another architecture",
-    "weights": "the model has other weights with this run's. Give back the methods, or start anew: checkpoint.resume=never "
-    "and another name",
+    "forward": "the weights would serve another function with this run's. Give back the methods, or start anew: "
+    "checkpoint.resume=never and another name",
     "optimizer": "its optimizer state belongs to another optimizer. Give back optim.name",
     "data_fingerprint": "its sample order belongs to other token shards",
     "tokenizer_fingerprint": "it was trained with another tokenizer",
@@ -322,7 +322,7 @@ def _read_matching_state(path: Path, expected: TrainerState, changed: Sequence[s
         stored, wanted = getattr(state, key), getattr(expected, key)
         if stored in (wanted, None):
             continue
-        if key == "weights":
+        if key == "forward":
             found = f"it was trained with other methods ({'; '.join(changed) or 'in another order'})"
         else:
             found = _difference(key, stored, wanted)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from hashlib import blake2b
 from math import prod
 
 import torch
@@ -96,6 +95,11 @@ class Weight:
         return prod(self.shape)
 
     @property
+    def single_fan_out(self) -> int | None:
+        """The outputs of one matrix: GPT-2's fused qkv holds three."""
+        return self.fan_out // 3 if self.role == "qkv" else self.fan_out
+
+    @property
     def in_block_matrix(self) -> bool:
         """True for the 2-D weights of the decoder blocks, which LIR and TVR act on."""
         return self.layer is not None and self.role in MATRIX_ROLES
@@ -145,9 +149,3 @@ def full_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
 def describe_model(model: torch.nn.Module) -> list[Weight]:
     """Every weight of `model` in the order of its definition; a tied weight appears once, under its first name."""
     return [describe(name, full_shape(parameter)) for name, parameter in model.named_parameters()]
-
-
-def digest(weights: Iterable[Weight]) -> str:
-    """A digest of the names and shapes of `weights`, in their order."""
-    text = "\n".join(f"{weight.name} {weight.shape}" for weight in weights)
-    return blake2b(text.encode(), digest_size=8).hexdigest()

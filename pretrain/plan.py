@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from pretrain.data import TokenShards, check_tokenizer, load_tokenizer, open_sha
 from pretrain.data.loader import Loader, check_enough_samples, eval_batches
 from pretrain.deepspeed_config import accumulation_steps, deepspeed_config, read_deepspeed
 from pretrain.errors import UserError
-from pretrain.layout import Weight, digest
+from pretrain.layout import Weight
 from pretrain.methods import Method
 from pretrain.model import bind_methods, hf_config, outline
 from pretrain.monitor.throughput import flops_per_token
@@ -87,7 +88,7 @@ class Plan:
             zero_stage=self.zero_stage,
             precision=self.precision,
             model=self.model_config.to_diff_dict(),
-            weights=digest(self.weights),
+            forward=_digest_of_forward(self),
             optimizer=self.config.optim.name,
             data_fingerprint=self.train_shards.fingerprint,
             tokenizer_fingerprint=self.train_shards.tokenizer_fingerprint,
@@ -124,6 +125,18 @@ def make_plan(config: Config, world_size: int, rank: int | None = None) -> Plan:
     _check_batches(plan)
     _check_disk(plan)
     return plan
+
+
+def _digest_of_forward(plan: Plan) -> str:
+    """Of the weights' names and shapes, and of the methods that change what forward computes, with their options."""
+    acting = [method for method in plan.config.methods if _acts_in_forward(method)]
+    lines = [f"{weight.name} {weight.shape}" for weight in plan.weights]
+    lines += sorted(method.model_dump_json() for method in acting)
+    return blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
+
+
+def _acts_in_forward(method: Method) -> bool:
+    return any(getattr(type(method), hook) is not getattr(Method, hook) for hook in ("configure", "transform", "fold"))
 
 
 def _check_touches(method: Method, weights: list[Weight]) -> None:

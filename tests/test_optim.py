@@ -122,22 +122,28 @@ def test_adamw_has_one_group_of_matrices_that_decay_and_one_of_vectors_that_do_n
 
 
 class Decay(Method):
-    """Says how much the weights of one role decay."""
+    """Says whether the weights of one role decay, and by how much."""
 
     name: str = "decay"
     role: str
-    value: float | None
+    value: float | None = None
+    at_all: bool | None = None
+
+    def decays(self, weight: Weight) -> bool | None:
+        return self.at_all if weight.role == self.role else None
 
     def weight_decay(self, weight: Weight) -> float | None:
         return self.value if weight.role == self.role else None
 
 
-def test_the_last_method_that_names_a_weight_decay_wins(model: torch.nn.Module) -> None:
+def test_methods_say_what_decays_and_by_how_much_and_the_last_that_says_so_wins(model: torch.nn.Module) -> None:
     methods = [
         Decay(role="norm", value=0.7),
-        Decay(role="norm", value=0.5),
-        Decay(role="norm", value=None),
-        Decay(role="embed", value=0.0),
+        Decay(role="norm", value=0.5, at_all=True),
+        Decay(role="norm"),
+        Decay(role="embed", at_all=True),
+        Decay(role="embed", value=0.7, at_all=False),
+        Decay(role="bias", value=0.7),
     ]
     by_weight = {
         name: group["weight_decay"]

@@ -1,6 +1,7 @@
-"""The pictures of the weights: one small panel for each role, all roles of a group on the same scale.
+"""The pictures of the weights: one small panel for each role, and for the factors of each role's matrices.
 
-`by_layer` shows every weight of one run in the colour of its layer, `compared` the runs side by side.
+`by_layer` shows every weight of one run in the colour of its layer, `compared` the runs side by side. Deviations of the
+roles of a group share a scale that begins at 0; means have a scale of their own in each panel.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ from matplotlib.ticker import MaxNLocator
 
 from pretrain.report.style import ACCENT, MUTED, compact_axis, layer_color, legend, run_color
 from pretrain.report.traces import thinned
-from pretrain.report.weights import OTHER, WeightSeries, of_role
+from pretrain.report.weights import FACTOR, OTHER, WeightSeries
 
 _ATTENTION = ("q", "k", "v", "qkv", "o")
 _MLP = ("gate", "up", "down")
-_OUTSIDE = (("embed", "position", "head"), ("norm",), ("bias",), (OTHER,))
-_GROUPS = (_ATTENTION, _MLP, *_OUTSIDE)  # the order of the panels
-_SCALES = (_ATTENTION + _MLP, *_OUTSIDE)  # roles that share a y axis; TVR acts on the first
+_ENDS = ("embed", "position", "head")
+_VECTORS = (("norm",), ("alpha",), ("beta",), ("query",), ("bias",))
+_ROLES = (_ATTENTION, _MLP, _ENDS, ("projection",), *_VECTORS)
+_FACTORS = tuple(tuple(f"{role} · factor" for role in roles) for roles in (_ATTENTION, _MLP, (*_ENDS, "projection")))
+_GROUPS = (*_ROLES, *_FACTORS, (OTHER,))  # the order of the panels
+_PANELS = {panel for group in _GROUPS for panel in group}
+_SCALES = (_ATTENTION + _MLP, *_ROLES[2:], (OTHER,))  # panels of deviations that share a y axis; TVR acts on the first
 _MEANING = {
     "q": "query",
     "k": "key",
@@ -37,25 +42,39 @@ _MEANING = {
     "embed": "tokens",
     "position": "positions",
     "head": "logits",
+    "projection": "EmbProj",
     "norm": "gains",
+    "alpha": "gain by token",
+    "beta": "gain by token",
+    "query": "Attention Residuals",
 }
 _TARGET = {"color": ACCENT, "linewidth": 1.1, "linestyle": (0, (5, 2.5))}
 _THRESHOLD = {"color": ACCENT, "linewidth": 1.1, "linestyle": (0, (1, 1.8))}
 _POINTS = 600  # of one line in one small panel
+_MARGIN, _LEAST_MARGIN = 0.08, 0.01  # of a y axis that does not begin at 0: shares of the range and of the values
 _COLUMNS = 4
 
 
-def by_layer(weights: list[WeightSeries]) -> Figure:
-    """Standard deviation of every weight of one run, coloured by layer, with TVR's target, threshold and rescales."""
+def panel_of(weight: WeightSeries) -> str:
+    """The panel that shows this weight: its role's, the one of its matrix's factors, or "other"."""
+    panel = f"{weight.matrix} · factor" if weight.role == FACTOR else weight.role
+    return panel if panel in _PANELS else OTHER
+
+
+def by_layer(weights: list[WeightSeries], from_zero: bool = True) -> Figure:
+    """The values of every weight of one run, coloured by layer, with TVR's target, threshold and rescales.
+
+    from_zero: as deviations need it, y axes that begin at 0 and are shared; else each panel's fits what it shows.
+    """
     layers = max((weight.layer for weight in weights if weight.layer), default=0)
 
-    def draw(axes: Axes, role: str) -> None:
-        chosen = of_role(weights, role)
+    def draw(axes: Axes, panel: str) -> None:
+        chosen = _shown(weights, panel)
         for weight in chosen:
             color = layer_color(weight.layer, layers)
             axes.plot(*thinned(*weight.path(), _POINTS), color=color, linewidth=0.7)
             axes.plot(
-                *thinned(weight.steps[weight.rescaled], weight.std[weight.rescaled], _POINTS),
+                *thinned(weight.steps[weight.rescaled], weight.values[weight.rescaled], _POINTS),
                 color=color, linestyle="none", marker="o", markersize=1.8, markeredgewidth=0,
             )  # fmt: skip
         _limits(axes, chosen, lambda weight: (weight.target,), **_TARGET, zorder=3)
@@ -68,24 +87,24 @@ def by_layer(weights: list[WeightSeries]) -> Figure:
         keys += [Line2D([], [], label="TVR target", **_TARGET), Line2D([], [], label="TVR threshold", **_THRESHOLD)]
     if any(weight.rescaled.any() for weight in weights):
         keys += [Line2D([], [], color=MUTED, marker="o", markersize=3.5, linestyle="none", label="rescaled")]
-    figure = _panels(weights, draw)
+    figure = _panels(weights, draw, from_zero)
     legend(figure, keys)
     if layers:
         _layer_strip(figure, layers)
     return figure
 
 
-def compared(runs: list[list[WeightSeries]], labels: list[str]) -> Figure:
+def compared(runs: list[list[WeightSeries]], labels: list[str], from_zero: bool = True) -> Figure:
     """Each run's median over the layers, with a band from the smallest to the largest layer and its TVR target."""
 
-    def draw(axes: Axes, role: str) -> None:
+    def draw(axes: Axes, panel: str) -> None:
         for index, weights in enumerate(runs):
-            color, chosen = run_color(index), of_role(weights, role)
+            color, chosen = run_color(index), _shown(weights, panel)
             if not chosen:
                 continue
-            steps, std = _by_step(chosen)
-            axes.fill_between(steps, np.nanmin(std, 1), np.nanmax(std, 1), color=color, alpha=0.16, linewidth=0)
-            axes.plot(steps, np.nanmedian(std, 1), color=color, linewidth=1.4)
+            steps, values = _by_step(chosen)
+            axes.fill_between(steps, np.nanmin(values, 1), np.nanmax(values, 1), color=color, alpha=0.16, linewidth=0)
+            axes.plot(steps, np.nanmedian(values, 1), color=color, linewidth=1.4)
             _limits(
                 axes, chosen, lambda weight: (weight.target,),
                 color=color, linewidth=1.0, linestyle=_TARGET["linestyle"],
@@ -95,7 +114,7 @@ def compared(runs: list[list[WeightSeries]], labels: list[str]) -> Figure:
     weights = [weight for weights in runs for weight in weights]
     if any(weight.held for weight in weights):
         keys += [Line2D([], [], label="TVR target", **_TARGET | {"color": MUTED})]
-    figure = _panels(weights, draw)
+    figure = _panels(weights, draw, from_zero)
     legend(figure, keys)
     return figure
 
@@ -118,21 +137,25 @@ def _limits(
                 axes.plot(*thinned(steps, values, _POINTS), **style)
 
 
-def _panels(weights: list[WeightSeries], draw: Callable[[Axes, str], None]) -> Figure:
-    """One panel for each role that has weights, filled by `draw(axes, role)`."""
-    rows = _rows({weight.role for weight in weights})
+def _shown(weights: list[WeightSeries], panel: str) -> list[WeightSeries]:
+    return [weight for weight in weights if panel_of(weight) == panel]
+
+
+def _panels(weights: list[WeightSeries], draw: Callable[[Axes, str], None], from_zero: bool) -> Figure:
+    """Every panel that has weights, filled by `draw(axes, panel)`."""
+    rows = _rows({panel_of(weight) for weight in weights})
     columns = max(map(len, rows))
-    tops = _tops(weights)
+    y_limits = _shared_from_zero(weights) if from_zero else _fitted(weights)
     figure = Figure(figsize=(11.0, 0.5 + 2.0 * len(rows)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
     grid = figure.add_gridspec(len(rows), columns)
     last_step = max(1.0, *(weight.steps[-1] for weight in weights))
-    for y, roles in enumerate(rows):
-        for x, role in enumerate(roles):
+    for y, panels in enumerate(rows):
+        for x, panel in enumerate(panels):
             axes = figure.add_subplot(grid[y, x])
-            draw(axes, role)
-            axes.set_title(f"{role} · {_MEANING[role]}" if role in _MEANING else role)
-            axes.set(xlim=(0, 1.02 * last_step), ylim=(0, tops[role]))
+            draw(axes, panel)
+            axes.set_title(f"{panel} · {_MEANING[panel]}" if panel in _MEANING else panel)
+            axes.set(xlim=(0, 1.02 * last_step), ylim=y_limits[panel])
             compact_axis(axes.xaxis, ticks=4)
             axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -143,27 +166,44 @@ def _panels(weights: list[WeightSeries], draw: Callable[[Axes, str], None]) -> F
 
 
 def _rows(present: set[str]) -> list[list[str]]:
-    """The roles present, in rows of at most `_COLUMNS`; a group that does not fit into the last row begins one."""
+    """The panels present, in rows of at most `_COLUMNS`; a group that does not fit into the last row begins one."""
     rows: list[list[str]] = [[]]
     for group in _GROUPS:
-        roles = [role for role in group if role in present]
-        if len(rows[-1]) + len(roles) > _COLUMNS:
+        panels = [panel for panel in group if panel in present]
+        if len(rows[-1]) + len(panels) > _COLUMNS:
             rows.append([])
-        for role in roles:
+        for panel in panels:
             if len(rows[-1]) == _COLUMNS:
                 rows.append([])
-            rows[-1].append(role)
+            rows[-1].append(panel)
     return [row for row in rows if row]
 
 
-def _tops(weights: list[WeightSeries]) -> dict[str, float]:
-    """The top of each role's y axis, one for all roles that share a scale."""
-    tops = {}
-    for roles in _SCALES:
-        lines = [line for weight in weights if weight.role in roles for line in (weight.std, *weight.thresholds)]
-        values = np.concatenate([np.zeros(1), *lines])
-        tops |= dict.fromkeys(roles, 1.08 * float(values[np.isfinite(values)].max()) or 1.0)
-    return tops
+def _shared_from_zero(weights: list[WeightSeries]) -> dict[str, tuple[float, float]]:
+    """Each panel's y limits: from 0, the same for all panels that share a scale."""
+    limits = {}
+    for panels in _SCALES:
+        shown = [weight for weight in weights if panel_of(weight) in panels]
+        values = _finite([np.zeros(1), *(line for weight in shown for line in (weight.values, *weight.thresholds))])
+        limits |= dict.fromkeys(panels, (0.0, 1.08 * float(values.max()) or 1.0))
+    return limits
+
+
+def _fitted(weights: list[WeightSeries]) -> dict[str, tuple[float, float]]:
+    """Each panel's y limits, around its own values; wide enough that a change of no account looks like one."""
+    limits = {}
+    for panel in {panel_of(weight) for weight in weights}:
+        values = _finite([weight.values for weight in _shown(weights, panel)])
+        low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 0.0)
+        margin = max(_MARGIN * (high - low), _LEAST_MARGIN * max(abs(low), abs(high))) or 1.0
+        limits[panel] = (low - margin, high + margin)
+    return limits
+
+
+def _finite(lines: list[np.ndarray]) -> np.ndarray:
+    """The finite values of all lines together."""
+    values = np.concatenate(lines)
+    return values[np.isfinite(values)]
 
 
 def _layer_strip(figure: Figure, layers: int) -> None:
@@ -179,10 +219,10 @@ def _layer_strip(figure: Figure, layers: int) -> None:
 
 
 def _by_step(weights: list[WeightSeries]) -> tuple[np.ndarray, np.ndarray]:
-    """The steps (steps,) at which any of `weights` was measured, and (steps, weights) deviations, NaN where one was not."""
+    """The steps (steps,) at which any of `weights` was measured, and (steps, weights) values, NaN where one was not."""
     steps = np.unique(np.concatenate([weight.steps for weight in weights]))
-    std = np.full((len(steps), len(weights)), np.nan)
+    values = np.full((len(steps), len(weights)), np.nan)
     for column, weight in enumerate(weights):
-        std[np.searchsorted(steps, weight.steps), column] = weight.std
-    measured = np.isfinite(std).any(axis=1)  # a diverged run logs null
-    return steps[measured], std[measured]
+        values[np.searchsorted(steps, weight.steps), column] = weight.values
+    measured = np.isfinite(values).any(axis=1)  # a diverged run logs null
+    return steps[measured], values[measured]

@@ -3,45 +3,77 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from pretrain.report.picture import Picture
 from pretrain.report.runs import Run
-from pretrain.report.weight_panels import by_layer, compared
-from pretrain.report.weights import OTHER, WeightSeries, of_role, read_weights
+from pretrain.report.weight_panels import by_layer, compared, panel_of
+from pretrain.report.weights import OTHER, WeightSeries, read_weights
 
-_TITLE = "Standard deviation of the weights"
+_Logged = Mapping[str, list[WeightSeries]]  # the weights of each run that logged any, by its label
+
+_STD, _MEAN = "weight_std", "weight_mean"
+_TITLES = {_STD: "Standard deviation of the weights", _MEAN: "Factors and gains"}
+_BY_LAYER = {
+    _STD: "Each weight over its whole matrix, coloured by layer. All panels of block matrices share one scale.",
+    _MEAN: "Mean of what multiplies stored matrices or activations, coloured by layer. Each panel has its own scale.",
+}
+_COMPARED = {
+    _STD: "Line: median over the layers. Band: from the smallest to the largest layer.",
+    _MEAN: "Means. Line: median over the layers. Band: from the smallest to the largest layer.",
+}
+_MISSING = {_STD: "No weights were logged for", _MEAN: "There are none in"}
 
 
 def weight_pictures(runs: list[Run]) -> list[Picture]:
-    """One run: its weights by layer. Several: a comparison first, then the same for each run that logged weights."""
+    """The deviations of the weights, then the means of those of which these say more, if there are such."""
     logged = {run.label: weights for run in runs if (weights := read_weights(run))}
-    missing = [run.label for run in runs if run.label not in logged]
-    note = f" No weights were logged for {', '.join(missing)}." if missing else ""
     if not logged:
-        return [Picture("weight_std", _TITLE, "No weights were logged.", None)]
-    if len(runs) == 1:
-        weights = logged[runs[0].label]
-        return [Picture("weight_std", _TITLE, _by_layer_caption(weights), by_layer(weights))]
-    figure = compared([logged.get(run.label, []) for run in runs], [run.label for run in runs])
-    comparison = Picture("weight_std", f"{_TITLE}, compared", _COMPARED_CAPTION + note, figure)
-    return [comparison] + [
+        return [Picture(_STD, _TITLES[_STD], "No weights were logged.", None)]
+    labels = [run.label for run in runs]
+    by_deviation = {label: [weight for weight in logged[label] if not weight.by_mean] for label in logged}
+    return _pictures(_STD, labels, by_deviation) + _pictures(_MEAN, labels, _means(logged))
+
+
+def _means(logged: _Logged) -> dict[str, list[WeightSeries]]:
+    """The means of every weight in a panel that some run needs, so that all runs can be compared there."""
+    panels = {panel_of(weight) for weights in logged.values() for weight in weights if weight.by_mean}
+    return {
+        label: [weight.as_mean() for weight in weights if panel_of(weight) in panels]
+        for label, weights in logged.items()
+    }
+
+
+def _pictures(kind: str, labels: list[str], logged: _Logged) -> list[Picture]:
+    """One run: its weights by layer. Several: a comparison first, then the same for each run that has such weights."""
+    logged = {label: weights for label, weights in logged.items() if weights}
+    from_zero = kind == _STD
+    title = _TITLES[kind]
+    if len(labels) == 1:
+        return [
+            Picture(kind, title, _by_layer_caption(kind, weights), by_layer(weights, from_zero))
+            for weights in logged.values()
+        ]
+    if not logged:
+        return []
+    missing = [label for label in labels if label not in logged]
+    note = f" {_MISSING[kind]} {', '.join(missing)}." if missing else ""
+    figure = compared([logged.get(label, []) for label in labels], labels, from_zero)
+    return [Picture(kind, f"{title}, compared", _COMPARED[kind] + note, figure)] + [
         Picture(
-            f"weight_std_{re.sub(r'[^A-Za-z0-9._-]+', '_', label)}",
-            f"{_TITLE}: {label}",
-            _by_layer_caption(weights),
-            by_layer(weights),
+            f"{kind}_{re.sub(r'[^A-Za-z0-9._-]+', '_', label)}",
+            f"{title}: {label}",
+            _by_layer_caption(kind, weights),
+            by_layer(weights, from_zero),
         )
         for label, weights in logged.items()
     ]
 
 
-_COMPARED_CAPTION = "Line: median over the layers. Band: from the smallest to the largest layer."
-
-
-def _by_layer_caption(weights: list[WeightSeries]) -> str:
-    caption = "Each weight over its whole matrix, coloured by layer. All panels of block matrices share one scale."
+def _by_layer_caption(kind: str, weights: list[WeightSeries]) -> str:
+    caption = _BY_LAYER[kind]
     if any(weight.rescaled.any() for weight in weights):
         caption += " Measured just before TVR acts: a dot is a rescaled matrix, the drop below it its rescale."
-    if others := [weight.name for weight in of_role(weights, OTHER)]:
-        caption += f" The layout does not know these weights, shown under {OTHER}: {', '.join(others)}."
+    if others := [weight.name for weight in weights if panel_of(weight) == OTHER]:
+        caption += f" Weights that no other panel is made for are shown under {OTHER}: {', '.join(others)}."
     return caption

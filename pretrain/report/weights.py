@@ -1,9 +1,8 @@
-"""The standard deviation of every weight over time, sorted by role, and the target that TVR holds it to."""
+"""The standard deviation and the mean of every weight over time, and the target that TVR holds it to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 
 import numpy as np
@@ -13,7 +12,9 @@ from pretrain.layout import MATRIX_ROLES, role_and_layer
 from pretrain.report.runs import Run, number
 
 OTHER = "other"
+FACTOR = "scale"  # the role of what multiplies a stored matrix
 
+_BY_MEAN = (FACTOR, "alpha")  # roles whose size matters, not how much their elements differ
 _LIMITS = ("target", "threshold", "lower_threshold")  # as TVR writes them into the rows
 
 
@@ -22,16 +23,20 @@ class WeightSeries:
     """One weight over time.
 
     role: as in `pretrain.layout`, or "other" for a name the layout does not know; layer: from 1, None outside blocks.
-    steps, std, rescaled: (rows,); std is measured before a rescale of the same step.
+    matrix: for a factor the role of the matrix that it multiplies; else None.
+    steps, values, mean, rescaled: (rows,). `values` are the standard deviations, measured before a rescale of the same
+    step, or the means after `as_mean`.
     target: (rows,) the deviation TVR rescales to, NaN where it does not look at the weight.
     thresholds: those beyond which it acts, each (rows,); none where it never looks at the weight.
     """
 
     name: str
     role: str
+    matrix: str | None
     layer: int | None
     steps: np.ndarray
-    std: np.ndarray
+    values: np.ndarray
+    mean: np.ndarray
     rescaled: np.ndarray
     target: np.ndarray
     thresholds: tuple[np.ndarray, ...]
@@ -41,11 +46,22 @@ class WeightSeries:
         """Whether TVR looks at this weight."""
         return bool(np.isfinite(self.target).any())
 
+    @property
+    def by_mean(self) -> bool:
+        """Whether its mean tells more than its deviation: a factor, or one number, whose deviation is always 0."""
+        one_number = not np.any(self.values[np.isfinite(self.values)]) and np.any(self.mean[np.isfinite(self.mean)])
+        return self.role in _BY_MEAN or bool(one_number)
+
+    def as_mean(self) -> WeightSeries:
+        """The same weight with its mean in place of its deviation, and so without TVR's limits on that."""
+        nothing = np.full(len(self.steps), np.nan)
+        return replace(self, values=self.mean, rescaled=np.isfinite(nothing), target=nothing, thresholds=())
+
     def path(self) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and deviations to draw: after each rescaled point the target, so that a rescale shows as a drop."""
+        """Steps and values to draw: after each rescaled point the target, so that a rescale shows as a drop."""
         rescaled = np.flatnonzero(self.rescaled & np.isfinite(self.target))
         steps = np.insert(self.steps, rescaled + 1, self.steps[rescaled])
-        return steps, np.insert(self.std, rescaled + 1, self.target[rescaled])
+        return steps, np.insert(self.values, rescaled + 1, self.target[rescaled])
 
 
 def read_weights(run: Run) -> list[WeightSeries]:
@@ -53,11 +69,6 @@ def read_weights(run: Run) -> list[WeightSeries]:
     rows = run.rows.get("weights", [])
     names = dict.fromkeys(name for row in rows for name, facts in row.items() if isinstance(facts, dict))
     return [_series(name, rows, run.config.get("methods") or []) for name in names]
-
-
-def of_role(weights: Iterable[WeightSeries], role: str) -> list[WeightSeries]:
-    """The weights of one role, in their order."""
-    return [weight for weight in weights if weight.role == role]
 
 
 def _series(name: str, rows: list[dict], methods: list[dict]) -> WeightSeries:
@@ -69,9 +80,11 @@ def _series(name: str, rows: list[dict], methods: list[dict]) -> WeightSeries:
     return WeightSeries(
         name=name,
         role=role,
+        matrix=_role_and_layer(f"{name.rpartition('.')[0]}.weight")[0] if role == FACTOR else None,
         layer=layer,
         steps=np.array([step for step, _ in facts], dtype=float),
-        std=np.array([number(fact.get("std")) for _, fact in facts]),
+        values=np.array([number(fact.get("std")) for _, fact in facts]),
+        mean=np.array([number(fact.get("mean")) for _, fact in facts]),
         rescaled=np.array([bool(fact.get("rescaled")) for _, fact in facts]),
         target=limits["target"],
         thresholds=tuple(limits[key] for key in _LIMITS[1:] if np.isfinite(limits[key]).any()),

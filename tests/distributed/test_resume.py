@@ -230,6 +230,12 @@ REFUSALS = {
             "checkpoint.resume=never",
         ),
     ),
+    "a method in forward": (
+        None,
+        {"methods": [{"name": "layernorm_scaling"}]},
+        2,
+        (*OTHER_RUN, "methods.layernorm_scaling.name: absent -> layernorm_scaling", "another function"),
+    ),
     "other optimizer": (
         None,
         {"optim.name": "muon", "optim.grad_clip": None},

@@ -42,4 +42,9 @@ def cut_in_two(corpus, tmp_path_factory) -> Runs:
 
 @pytest.fixture(scope="session")
 def on_three(corpus, tmp_path_factory) -> Runs:
-    return Runs([Case((method,), "zero3") for method in METHODS], 3, corpus, tmp_path_factory.mktemp("three_ranks"))
+    return Runs(
+        [Case((method,), "zero3", resident=False) for method in METHODS],
+        3,
+        corpus,
+        tmp_path_factory.mktemp("three_ranks"),
+    )

@@ -66,12 +66,16 @@ def test_logits_are_the_trainers(pair_of, method, label):
 
 
 @variants("zero3_bf16")
-def test_in_bf16_logits_are_the_trainers_to_the_bit(pair_of, method, label):
-    """A fold that is not exact to the bit is proved equal within the model's own rounding by `convert`."""
+def test_in_bf16_logits_are_the_trainers_to_the_bit_or_to_its_rounding(pair_of, method, label):
     pair = pair_of(f"{method}-{label}")
     assert next(pair.exported.parameters()).dtype == torch.bfloat16
     if is_bit_equal(method, label):
         assert_same_logits(pair.exported, pair.trained, pair.vocabulary, bit_equal=True)
+        return
+    ids = torch.randint(0, pair.vocabulary, (2, 64), generator=torch.Generator().manual_seed(7))
+    with torch.no_grad():
+        found, expected = (model(ids, use_cache=False).logits.double() for model in (pair.exported, pair.trained))
+    assert (found - expected).norm() < 0.02 * expected.norm()  # bf16 has three digits
 
 
 @variants("zero3", "zero3_tied", "zero2_gpt2")

@@ -113,3 +113,10 @@ def test_a_tied_pre_ln_model_keeps_its_head(corpus, tmp_path):
     stock = folded(plan, model)
     assert torch.equal(stock.lm_head.weight, embedding)
     assert not torch.allclose(stock.model.embed_tokens.weight, embedding)
+
+
+def test_qk_norm_says_which_matrices_it_takes_the_scale_from(corpus, tmp_path):
+    """So that whoever rescales them, with tvr say, reads that it does nothing in forward."""
+    plan = plan_of(corpus, tmp_path, "qk_norm", "tvr")
+    told = {weight.role for weight in plan.weights if "outputs normalized" in (QKNorm().training_rule(weight) or "")}
+    assert told == {"q", "k"}

@@ -97,9 +97,10 @@ def test_every_weight_starts_as_the_formula_says(on_two, method):
         assert float(values.std()) == pytest.approx(expected, rel=error), name
 
 
+@pytest.mark.parametrize("label", ["zero3", "zero3_bf16"])
 @pytest.mark.parametrize("method", METHODS)
-def test_a_resumed_run_ends_with_the_same_bits(on_two, method):
-    run = on_two.run(f"{method}-zero3")
+def test_a_resumed_run_ends_with_the_same_bits(on_two, method, label):
+    run = on_two.run(f"{method}-{label}")
     assert run.resumed.keys() == run.final.keys()
     for name, expected in run.final.items():
         assert torch.equal(run.resumed[name], expected), name
@@ -118,3 +119,14 @@ def test_the_table_before_the_start_names_every_weight_and_the_method(corpus, tm
     counted = sum(int(re.match(r"\S+(?: of \S+)? +\S+ +(\d+)", row)[1]) for row in rows)
     assert counted == len(make_plan(config, world_size=2).weights)
     assert f"{method}: " in printed
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_becomes_of_a_methods_own_weights_in_training_is_said(corpus, tmp_path, method):
+    plain, plan = (
+        make_plan(Config.model_validate(Case(methods, "own").config(corpus, tmp_path)), world_size=1)
+        for methods in ((), (method,))
+    )
+    own = {weight.name for weight in plan.weights} - {weight.name for weight in plain.weights}
+    silent = [weight.name for weight in plan.weights if not plan.config.methods[0].training_rule(weight)]
+    assert not own & set(silent)

@@ -17,6 +17,7 @@ from pretrain.methods.layernorm_scaling import LayerNormScaling
 from pretrain.methods.seednorm import SeeDNormMethod
 from pretrain.modeling.modeling_evenkeel import SeeDNorm
 from pretrain.norms import ScaledSeeDNorm
+from pretrain.optim import weight_decay
 from pretrain.plan import make_plan
 
 
@@ -50,11 +51,27 @@ def test_with_layernorm_scaling_both_terms_of_the_gain_are_divided_to_the_bit(dt
     torch.testing.assert_close(trained(x).float() * sqrt(3), unscaled(x).float(), rtol=2e-2, atol=2e-2)
 
 
+def decays_of_the_final_norm(plan):
+    kinds = ("alpha", "beta", "weight")
+    optim, methods = plan.config.optim, plan.config.methods
+    return {kind: weight_decay(describe(f"model.norm.{kind}", (8,)), optim.weight_decay, methods) for kind in kinds}
+
+
 def test_alpha_and_beta_decay_like_matrices_and_gamma_does_not(corpus, tmp_path):
     plan = make_plan(configured(corpus, tmp_path, {"name": "seednorm"}), world_size=1)
-    (method,) = plan.config.methods
-    decays = {kind: method.weight_decay(describe(f"model.norm.{kind}", (8,))) for kind in ("alpha", "beta", "weight")}
-    assert decays == {"alpha": 0.1, "beta": 0.1, "weight": None}
+    assert decays_of_the_final_norm(plan) == {"alpha": 0.1, "beta": 0.1, "weight": 0.0}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_independent_weight_decay_acts_on_alpha_and_beta_too(corpus, tmp_path, order):
+    both = [{"name": "seednorm"}, {"name": "independent_weight_decay", "coefficient": 3e-4}]
+    plan = make_plan(configured(corpus, tmp_path, *both[::order]), world_size=1)
+    expected = pytest.approx(3e-4 / plan.config.optim.lr)
+    assert decays_of_the_final_norm(plan) == {"alpha": expected, "beta": expected, "weight": 0.0}
+    (method,) = (method for method in plan.config.methods if method.name == "independent_weight_decay")
+    told_of = {weight.role for weight in plan.weights if method.training_rule(weight)}
+    assert {"alpha", "beta", "up"} <= told_of
+    assert "norm" not in told_of
 
 
 def test_every_norm_of_the_stream_becomes_one_and_those_of_heads_do_not(corpus, tmp_path):

@@ -77,12 +77,17 @@ def facts_of_run(std: float = 0.006, weight_decay: float = 0.1, **optim) -> RunF
     )
 
 
+def in_a_run(**options) -> TVR:
+    """TVR as part of a run in which forward multiplies by the stored matrices."""
+    return TVR(**options).bound(facts_of_run())
+
+
 def stds(arrays):
     return {name: arrays[name].std(ddof=1) for name in (Q, UP1, UP4)}
 
 
 def test_a_matrix_above_the_threshold_gets_the_target_and_keeps_its_mean(arrays):
-    facts = TVR(target_std=0.01, interval_steps=5).after_step(10, DenseWeights(arrays))
+    facts = in_a_run(target_std=0.01, interval_steps=5).after_step(10, DenseWeights(arrays))
     assert stds(arrays) == pytest.approx({Q: 0.01, UP1: 0.01, UP4: 0.01})
     assert arrays[UP1].mean() == pytest.approx(0.003)
     assert facts[UP1] == {
@@ -96,7 +101,7 @@ def test_a_matrix_above_the_threshold_gets_the_target_and_keeps_its_mean(arrays)
 
 def test_nothing_outside_the_block_matrices_is_touched(arrays):
     before = {name: value.copy() for name, value in arrays.items()}
-    TVR(target_std=0.01, interval_steps=1).after_step(1, DenseWeights(arrays))
+    in_a_run(target_std=0.01, interval_steps=1).after_step(1, DenseWeights(arrays))
     for name in set(SHAPES) - {Q, UP1, UP4}:
         np.testing.assert_array_equal(arrays[name], before[name])
 
@@ -104,58 +109,60 @@ def test_nothing_outside_the_block_matrices_is_touched(arrays):
 @pytest.mark.parametrize(("std", "rescaled"), [(0.005, False), (0.0119, False), (0.01200, False), (0.0121, True)])
 def test_only_a_ratio_strictly_above_the_threshold_shrinks(arrays, std, rescaled):
     arrays[Q] *= std / 0.02
-    facts = TVR(target_std=0.01, ratio_threshold=1.2 + 1e-9, interval_steps=1).after_step(1, DenseWeights(arrays))
+    facts = in_a_run(target_std=0.01, ratio_threshold=1.2 + 1e-9, interval_steps=1).after_step(1, DenseWeights(arrays))
     assert facts[Q]["rescaled"] is rescaled
     assert stds(arrays)[Q] == pytest.approx(0.01 if rescaled else std)
 
 
 def test_two_sided_raises_a_small_deviation_too(arrays):
     arrays[Q] *= 0.1
-    assert TVR(target_std=0.01, two_sided=True, interval_steps=1).after_step(1, DenseWeights(arrays))[Q]["rescaled"]
+    assert in_a_run(target_std=0.01, two_sided=True, interval_steps=1).after_step(1, DenseWeights(arrays))[Q][
+        "rescaled"
+    ]
     assert stds(arrays)[Q] == pytest.approx(0.01)
 
 
 def test_it_acts_on_multiples_of_the_global_step_only(arrays):
-    method = TVR(target_std=0.01, interval_steps=4)
+    method = in_a_run(target_std=0.01, interval_steps=4)
     assert [step for step in range(1, 13) if method.after_step(step, DenseWeights(dict(arrays)))] == [4, 8, 12]
 
 
 def test_the_target_can_fall_with_depth(arrays):
-    TVR(target_std=0.01, scale_with_depth=True, interval_steps=1).after_step(1, DenseWeights(arrays))
+    in_a_run(target_std=0.01, scale_with_depth=True, interval_steps=1).after_step(1, DenseWeights(arrays))
     assert stds(arrays) == pytest.approx({Q: 0.01, UP1: 0.01, UP4: 0.005})
 
 
 def test_roles_and_excluded_names_limit_it(arrays):
-    TVR(target_std=0.01, roles=("up",), exclude=(UP1,), interval_steps=1).after_step(1, DenseWeights(arrays))
+    in_a_run(target_std=0.01, roles=("up",), exclude=(UP1,), interval_steps=1).after_step(1, DenseWeights(arrays))
     assert stds(arrays) == pytest.approx({Q: 0.02, UP1: 0.02, UP4: 0.01})
 
 
 def test_biases_are_kept_unless_asked(arrays):
     bias = "model.layers.0.self_attn.q_proj.bias"
-    TVR(target_std=0.01, interval_steps=1).after_step(1, DenseWeights(arrays))
+    in_a_run(target_std=0.01, interval_steps=1).after_step(1, DenseWeights(arrays))
     assert np.any(arrays[bias])
     arrays[Q] *= 2
-    TVR(target_std=0.01, interval_steps=1, zero_bias=True).after_step(2, DenseWeights(arrays))
+    in_a_run(target_std=0.01, interval_steps=1, zero_bias=True).after_step(2, DenseWeights(arrays))
     assert not np.any(arrays[bias])
 
 
 def test_a_weight_that_is_not_finite_is_named(arrays):
     arrays[UP4][0, 0] = np.nan
     with pytest.raises(FloatingPointError, match=r"layers\.3\.mlp\.up_proj"):
-        TVR(interval_steps=1).after_step(1, DenseWeights(arrays))
+        in_a_run(interval_steps=1).after_step(1, DenseWeights(arrays))
 
 
 def test_a_constant_weight_is_left_alone(arrays):
     arrays[Q][:] = 0.5
-    assert not TVR(interval_steps=1, two_sided=True).after_step(1, DenseWeights(arrays))[Q]["rescaled"]
+    assert not in_a_run(interval_steps=1, two_sided=True).after_step(1, DenseWeights(arrays))[Q]["rescaled"]
 
 
 def test_matching_nothing_and_unknown_names_are_errors():
     weights = list(LAYOUT.values())
     with pytest.raises(UserError, match="matches no weight"):
-        TVR(roles=("qkv",)).check(weights)
+        in_a_run(roles=("qkv",)).check(weights)
     with pytest.raises(UserError, match=r"layers\.9"):
-        TVR(exclude=("model.layers.9.mlp.up_proj.weight",)).check(weights)
+        in_a_run(exclude=("model.layers.9.mlp.up_proj.weight",)).check(weights)
 
 
 @pytest.mark.parametrize(
@@ -232,8 +239,26 @@ def test_a_relative_target_is_refused_with_muon():
         method.check(list(LAYOUT.values()))
 
 
-def test_normalized_queries_are_told_of():
-    method, weights = TVR().bound(facts_of_run()), list(LAYOUT.values())
-    method.check([*weights, describe("model.layers.0.self_attn.q_norm.weight", (8,))])
-    assert "relative updates alone" in method.training_rule(LAYOUT[Q])
-    assert "relative updates" not in method.training_rule(LAYOUT[UP1])
+@pytest.mark.parametrize(
+    ("options", "factor", "rule"),
+    [
+        ({"target_std": 0.01}, 1.0, "tvr: std above 1.2x -> 0.01, every 50 steps"),
+        ({"target_std": 0.01}, 0.25, "tvr: std of αW above 1.2x -> 0.01, every 50 steps"),
+        ({"target_std": 0.01}, "model.x.weight_scale", "tvr: std of αW above 1.2x -> 0.01, every 50 steps"),
+        ({"relative_target": 0.3}, 0.25, "tvr: std above 1.2x -> 0.3 x 0.034, every 50 steps"),
+        ({"two_sided": True}, 1.0, "tvr: std above 1.2x or below 1/1.2x -> 0.01, every 50 steps"),
+    ],
+)
+def test_the_rule_says_whose_deviation_is_held(options, factor, rule):
+    run = replace(facts_of_run(), forward_factor=lambda weight: factor)
+    assert TVR(**options).bound(run).training_rule(LAYOUT[Q]) == rule
+
+
+def test_a_name_that_is_nearly_right_is_told_of():
+    with pytest.raises(UserError, match=rf"nearest names are: {UP4}\.$"):
+        in_a_run(exclude=(UP4.removesuffix(".weight"), "zzz")).check(list(LAYOUT.values()))
+
+
+def test_no_role_at_all_is_refused():
+    with pytest.raises(ValidationError, match="nothing to hold"):
+        TVR(roles=())

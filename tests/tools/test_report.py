@@ -12,14 +12,21 @@ import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import yaml
 from matplotlib.image import imread as read_png
+from matplotlib.lines import Line2D
 
+from pretrain import layout
 from pretrain.errors import UserError
+from pretrain.report.picture import Picture
 from pretrain.report.runs import read_runs
+from pretrain.report.style import RC
 from pretrain.report.traces import running_mean, thinned
+from pretrain.report.weight_panels import by_layer, panel_of
+from pretrain.report.weight_pictures import weight_pictures
 from pretrain.report.weights import read_weights
 from pretrain.report.write import write_report
 
@@ -376,6 +383,103 @@ def test_targets_that_the_rows_hold_count_more_than_the_options(tmp_path):
     np.testing.assert_array_equal(held.thresholds, [[np.nan, 0.006, 0.006], [np.nan, 0.002, 0.002]])
     assert held.path()[1].tolist() == [0.004, 0.007, 0.004, 0.0055]
     assert "TVR target" in drawn(folder, out=tmp_path / "page.html").source
+
+
+def every_name() -> list[str]:
+    """A weight of each module and kind that the layout knows."""
+    gpt2 = ("attn.", "ln_", "mlp.c_")
+    blocks = [f"{'transformer.h' if part.startswith(gpt2) else 'model.layers'}.0.{part}" for part in layout._IN_BLOCK]
+    return [f"{module}.{kind}" for module in (*blocks, *layout._OUTSIDE) for kind in layout._KINDS]
+
+
+def weight_run(folder: Path, facts_of: dict[str, list[dict]], name: str = "tiny") -> Path:
+    """A run that logged these facts of these weights at steps 50, 100, ..."""
+    count = max(map(len, facts_of.values()))
+    rows = [
+        {"kind": "weights", "step": 50 * (n + 1), **{weight: facts[n] for weight, facts in facts_of.items()}}
+        for n in range(count)
+    ]
+    rows.append({"kind": "train", "step": 50 * count, "tokens": 1, "loss": 1.0})
+    return write_run(folder, config(name, methods=[]), rows)
+
+
+def weight_pictures_of(*folders: Path) -> list[Picture]:
+    with matplotlib.rc_context(RC):
+        return weight_pictures(read_runs(folders))
+
+
+def titles(picture: Picture) -> list[str]:
+    return [axes.get_title(loc="left") for axes in picture.figure.axes]
+
+
+def lines(picture: Picture) -> list[Line2D]:
+    return [line for axes in picture.figure.axes for line in axes.lines if len(line.get_xdata())]
+
+
+def test_every_role_of_the_layout_has_a_panel(tmp_path):
+    names = every_name()
+    roles = {layout.role_and_layer(name)[0] for name in names}
+    assert roles >= {*layout.MATRIX_ROLES, "embed", "head", "norm", "bias", "scale", "alpha", "beta", "query"}
+    facts = [{"std": 0.1 + 0.01 * n, "mean": 1.0 + n, "rescaled": False} for n in range(3)]
+    folder = weight_run(tmp_path / "tiny", dict.fromkeys(names, facts))
+    weights = read_weights(read_runs([folder])[0])
+    others = {weight.name for weight in weights if panel_of(weight) == "other"}
+    # Factors of what is no matrix, which no method has.
+    assert {layout.role_and_layer(name)[0] for name in others} <= {"scale"}
+    assert {layout.role_and_layer(name.replace("_scale", ""))[0] for name in others} == {"norm", "query"}
+    pictures = weight_pictures_of(folder)
+    shown = [title.split(" · ")[0] for picture in pictures for title in titles(picture)]
+    assert roles - {"scale"} == set(shown) - {"other"}
+    assert sum(len(lines(picture)) for picture in pictures) == len(names)
+    assert all(name in pictures[-1].caption for name in others)
+
+
+def test_role_that_the_report_has_no_panel_for_is_shown_under_other(tmp_path, monkeypatch):
+    monkeypatch.setattr("pretrain.report.weights.role_and_layer", lambda name: ("novel", 1))
+    folder = weight_run(tmp_path / "tiny", {"model.layers.0.novel.weight": [{"std": 0.1, "rescaled": False}] * 2})
+    page = drawn(folder, out=tmp_path / "page.html")
+    assert ">other<" in page.source
+    assert "shown under other: model.layers.0.novel.weight." in page.text
+
+
+def test_factors_are_drawn_by_their_mean_in_the_panel_of_their_matrix(tmp_path):
+    alpha, gains = "model.layers.1.mlp.up_proj.weight_scale", "model.layers.0.self_attn.q_proj.weight_scale"
+    one_gain, norm = "model.norm.weight", "model.layers.0.input_layernorm.weight"
+    means = [22.8, 20.0, 17.5]
+    one_number = [{"std": 0.0, "mean": mean, "rescaled": False} for mean in means]
+    vector = [{"std": 0.3, "mean": mean, "rescaled": False} for mean in means]
+    matrix = [{"std": 0.02, "mean": 0.0, "rescaled": True, "target": 0.01, "threshold": 0.012}] * 3
+    facts = {alpha: one_number, gains: vector, one_gain: one_number, "model.layers.1.mlp.up_proj.weight": matrix}
+    run = weight_run(tmp_path / "factors", facts, "factors")
+    std, mean = weight_pictures_of(run)
+    assert titles(std) == ["up · MLP"]
+    assert titles(mean) == ["norm · gains", "q · factor", "up · factor"]
+    assert [line.get_ydata().tolist() for line in lines(mean)] == [means] * 3
+    for axes in mean.figure.axes:
+        low, high = axes.get_ylim()
+        assert 15 < low < 17.5
+        assert 22.8 < high < 25
+    plain = weight_run(tmp_path / "plain", {norm: vector, "model.layers.1.mlp.up_proj.weight": matrix}, "plain")
+    assert [picture.name for picture in weight_pictures_of(plain)] == ["weight_std"]
+    both = {picture.name: picture for picture in weight_pictures_of(run, plain)}
+    assert list(both) == [
+        *("weight_std", "weight_std_factors", "weight_std_plain"),
+        *("weight_mean", "weight_mean_factors", "weight_mean_plain"),
+    ]
+    assert len(both["weight_mean"].figure.axes[0].lines) == 2  # the vector beside the other run's single number
+    assert "norm · gains" in titles(both["weight_std"])
+    assert "weight_mean" in {path.stem for path in write_report([run, plain], tmp_path / "page.html")}
+
+
+def test_factor_that_diverged_or_never_moves_is_drawn(tmp_path):
+    name = "lm_head.weight_scale"
+    nothing = {"std": None, "mean": None, "rescaled": False}
+    for label, facts in {"diverged": [nothing], "frozen": [{"std": 0.0, "mean": 0.0, "rescaled": False}]}.items():
+        folder = weight_run(tmp_path / label, {name: facts * 2}, label)
+        page = drawn(folder, out=tmp_path / f"{label}.html")
+        assert ">head · factor<" in page.source
+        low, high = by_layer(read_weights(read_runs([folder])[0]), from_zero=False).axes[0].get_ylim()
+        assert low < 0 < high
 
 
 def test_thinning_keeps_every_spike_and_the_running_mean_is_a_mean():
