@@ -15,22 +15,30 @@ from pretrain.run_file import RunFile
 
 def explain(mistake: ErrorDetails, root: type[BaseModel], file: RunFile) -> str:
     """One line for one validation error of `file.data` against the schema `root`."""
-    keys, section = _follow(mistake["loc"], root, file.data)
-    key = ".".join(keys)
-    where = file.where(key)
-    if mistake["type"] == "missing":
-        return f"{where}: the key '{key}' is missing"
-    if mistake["type"] == "extra_forbidden":
-        return f"{where}: unknown key '{key}'; {_nearest(key, section, root)}"
-    if mistake["type"].startswith("union_tag"):
-        return f"{where}: {key}: {_unknown_tag(mistake['ctx'])}"
+    keys, section, members = _follow(mistake["loc"], root, file.data)
+    key, kind, given = ".".join(keys), mistake["type"], mistake["input"]
     message = mistake["msg"].removeprefix("Value error, ")
-    got = "" if isinstance(mistake["input"], dict | BaseModel) else f" (got {mistake['input']!r})"
-    return f"{where}: {key}: {message}{got}" if key else f"{where}: {message}"
+    if not key:
+        return f"{file.where('methods' if message.startswith('method') else key)}: {message}"
+    where = file.where(key)
+    if kind == "missing":
+        return f"{where}: the key '{key}' is missing"
+    if kind == "extra_forbidden":
+        return f"{where}: unknown key '{key}'; {_nearest(key, section, root)}"
+    if kind.startswith("union_tag"):
+        return f"{where}: {key}: {_unknown_tag(mistake['ctx'], root)}"
+    if kind in ("model_type", "model_attributes_type"):
+        message = f"give a mapping {_example(given, members)}"
+    elif kind == "tuple_type":
+        message = f"give a list, such as [{_tagged(given, members)}]" if members else "give a list"
+    got = "" if isinstance(given, dict | BaseModel) else f" (got {given!r})"
+    return f"{where}: {key}: {message}{got}"
 
 
-def _follow(location: tuple, root: type[BaseModel], data: Any) -> tuple[list[str], type[BaseModel] | None]:
-    """The keys of pydantic's location, and the section that holds the last one.
+def _follow(
+    location: tuple, root: type[BaseModel], data: Any
+) -> tuple[list[str], type[BaseModel] | None, list[type[BaseModel]]]:
+    """The keys of pydantic's location, the section that holds the last one, and the sections that it may be itself.
 
     pydantic puts the tag of a chosen union member (a model family, a method) between the keys; it is no key.
     """
@@ -47,7 +55,7 @@ def _follow(location: tuple, root: type[BaseModel], data: Any) -> tuple[list[str
             section = members[0] if len(members) == 1 else None
             field = section.model_fields.get(part) if section else None
             members = _sections_in(field.annotation) if field else []
-    return keys, section
+    return keys, section, members
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:
@@ -57,14 +65,35 @@ def _sections_in(annotation: Any) -> list[type[BaseModel]]:
     return [section for part in typing.get_args(annotation) for section in _sections_in(part)]
 
 
+def _tag_key(section: type[BaseModel]) -> str | None:
+    """The key whose value picks this section from a union: its first literal field that allows only one."""
+    return next((key for key, field in section.model_fields.items() if len(_choices(field.annotation)) == 1), None)
+
+
 def _tag(section: type[BaseModel]) -> Any:
-    """The value that picks this section from a union: the only one that its first literal field allows."""
-    literals = (field.annotation for field in section.model_fields.values() if _is_literal(field.annotation))
-    return next((typing.get_args(literal)[0] for literal in literals if len(typing.get_args(literal)) == 1), None)
+    """The value of that key."""
+    key = _tag_key(section)
+    return _choices(section.model_fields[key].annotation)[0] if key else None
 
 
-def _is_literal(annotation: Any) -> bool:
-    return typing.get_origin(annotation) is typing.Literal
+def _choices(annotation: Any) -> tuple:
+    """The values that a literal allows."""
+    return typing.get_args(annotation) if typing.get_origin(annotation) is typing.Literal else ()
+
+
+def _example(given: Any, members: list[type[BaseModel]]) -> str:
+    """What the mapping should have looked like where something else was given."""
+    if len(members) == 1:
+        return f"of the keys {', '.join(members[0].model_fields)}"
+    return f"such as {_tagged(given, members)}"
+
+
+def _tagged(given: Any, members: list[type[BaseModel]]) -> str:
+    """A member of the union as YAML has it: the one that `given` seems to mean, if it names one."""
+    key = _tag_key(members[0])
+    named = given.get(key) if isinstance(given, dict) else given
+    meant = _normal(named) if isinstance(named, str) else None
+    return f"{{{key}: {meant if meant in map(_tag, members) else '...'}}}"
 
 
 def _nearest(key: str, section: type[BaseModel] | None, root: type[BaseModel]) -> str:
@@ -73,19 +102,40 @@ def _nearest(key: str, section: type[BaseModel] | None, root: type[BaseModel]) -
     here = list(section.model_fields) if section else []
     if near := difflib.get_close_matches(last, here, 1, 0.6):
         return f"did you mean '{prefix}{'.' if prefix else ''}{near[0]}'?"
-    if elsewhere := [valid for valid in _all_keys(root) if valid.rpartition(".")[2] == last]:
-        return f"did you mean '{elsewhere[0]}'?"
-    return f"valid here: {', '.join(here)}"
+    elsewhere = next((valid for valid in _all_keys(root) if valid.rpartition(".")[2] == last), None)
+    guess = f"did you mean '{elsewhere}'?" if elsewhere else ""
+    if guess and section is root:
+        return guess
+    return f"{guess} valid here: {', '.join(here)}".strip()
 
 
-def _unknown_tag(context: dict[str, Any]) -> str:
+def _unknown_tag(context: dict[str, Any], root: type[BaseModel]) -> str:
     name = context["discriminator"].strip("'")
     if "tag" not in context:
         return f"its '{name}' is missing"
-    valid = [tag.strip(" '") for tag in context["expected_tags"].split(",")]
-    near = difflib.get_close_matches(str(context["tag"]), valid, 1, 0.5)
-    hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(valid)}"
-    return f"unknown {name} '{context['tag']}'; {hint}"
+    given, valid = str(context["tag"]), [tag.strip(" '") for tag in context["expected_tags"].split(",")]
+    near = difflib.get_close_matches(_normal(given), valid, 1, 0.5)
+    elsewhere = next((key for key, choices in _all_choices(root) if _normal(given) in choices), None)
+    if elsewhere and _normal(given) not in valid:
+        hint = f"it is chosen by another key: '{elsewhere}: {_normal(given)}'"
+    else:
+        hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(valid)}"
+    return f"unknown {name} '{given}'; {hint}"
+
+
+def _normal(name: str) -> str:
+    """`name` as names are spelt here."""
+    return name.casefold().replace("-", "_")
+
+
+def _all_choices(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, tuple]]:
+    """Every key outside of lists whose values are literals, with these."""
+    for name, field in section.model_fields.items():
+        if choices := _choices(field.annotation):
+            yield prefix + name, choices
+        if typing.get_origin(field.annotation) is not tuple:
+            for inner in _sections_in(field.annotation):
+                yield from _all_choices(inner, f"{prefix}{name}.")
 
 
 def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import reduce
 from math import cos, pi
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -15,12 +16,14 @@ if TYPE_CHECKING:
     from pretrain.config import Config, OptimSection, ScheduleSection
     from pretrain.methods.base import Method
 
+_Answer = TypeVar("_Answer", bool, float)
+
 
 def parameter_groups(model: torch.nn.Module, config: OptimSection, methods: Sequence[Method]) -> list[dict]:
     """The parameters by optimizer and weight decay, groups of matrices first, in the same order on every rank.
 
-    Matrices decay and vectors (norms, biases, scales) do not, unless a method says otherwise for a weight; of several,
-    the last in the run's list decides. In a run with Muon a group says `use_muon`, and `lr_scale` if that is so.
+    Matrices decay and vectors (norms, biases, scales) do not, unless a method says otherwise: see `weight_decay`. In a
+    run with Muon a group says `use_muon`, and `lr_scale` if that is so.
 
     Chosen by the layout: under ZeRO-3 a parameter's own `ndim` is that of a placeholder.
     """
@@ -71,12 +74,17 @@ def _options(weight: Weight, config: OptimSection, methods: Sequence[Method]) ->
 
 
 def weight_decay(weight: Weight, of_matrices: float, methods: Sequence[Method]) -> float:
-    """The weight decay of one weight, where matrices decay by `of_matrices` unless a method says otherwise."""
-    decay = 0.0 if _is_vector(weight) else of_matrices
-    for method in methods:
-        chosen = method.weight_decay(weight)
-        decay = decay if chosen is None else chosen
-    return decay
+    """The weight decay of one weight: `of_matrices` if it is a matrix, 0 if not, unless methods say otherwise.
+
+    Whether a weight decays and by how much are two questions. Of several methods that answer one, the last decides.
+    """
+    decays = _last((method.decays(weight) for method in methods), default=not _is_vector(weight))
+    return _last((method.weight_decay(weight) for method in methods), default=of_matrices) if decays else 0.0
+
+
+def _last(answers: Iterable[_Answer | None], default: _Answer) -> _Answer:
+    """The last answer that is none of None."""
+    return reduce(lambda found, answer: found if answer is None else answer, answers, default)
 
 
 def learning_rate(config: OptimSection, step: int, total_steps: int) -> float:

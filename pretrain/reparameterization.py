@@ -21,6 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from pretrain.sharded import ShardedWeights, small_weights
 
+SCALE = ".weight_scale"  # after the module's name: the factors' own
+
 
 class Effective:
     """The function f of one module. Override what it needs; by default there are no factors, and biases stay as they are.
@@ -248,7 +250,7 @@ def reparameterize(model: nn.Module, name: str, effective: Effective) -> None:
 def follow_masters(weights: ShardedWeights) -> None:
     """Give forward the float32 values of all trained factors. One collective; none where forward computes in float32."""
     modules = {
-        f"{name}.weight_scale": module
+        name + SCALE: module
         for name, module in weights.engine.module.named_modules()
         if isinstance(module, Reparameterized) and module.weight_scale is not None
     }

@@ -118,11 +118,11 @@ def test_the_resolved_file_reads_back_as_the_same_configuration(file: Path, tmp_
         ("{name: lir}", "{name: muon}", "unknown name 'muon'; it is chosen by another key: 'optim.name: muon'"),
         ("{name: lir}", "wesar", "run.yaml:15: methods.0: give a mapping such as {name: wesar} (got 'wesar')"),
         ("{name: lir}", "3", "run.yaml:15: methods.0: give a mapping such as {name: ...} (got 3)"),
-        ("{name: lir}", "{name: lir, std: 1}", "'methods.0.std'; valid here: initializer_range, scale_factor"),
+        ("{name: lir}", "{name: lir, std: 1}", "'methods.0.std'; valid here: name, initializer_range, scale_factor"),
         (
             "{name: lir}",
             "{name: independent_weight_decay, weight_decay: 1}",
-            "did you mean 'optim.weight_decay'? valid here: coefficient",
+            "did you mean 'optim.weight_decay'? valid here: name, coefficient",
         ),
         ("target_std: 0.01", "roles: []", "run.yaml:17: methods.1.roles: without a role there is nothing to hold"),
         ("  lr: 1e-3", "  lr: 1e-3\n  betas: 0.9", "run.yaml:14: optim.betas: give a list (got 0.9)"),

@@ -12,7 +12,7 @@ from pretrain.errors import UserError
 from pretrain.layout import Weight, describe
 from pretrain.methods.base import Method
 from pretrain.methods.lir import LIR
-from pretrain.model import _audit, build_model, hf_config, initial_rule, initialize_weights, outline
+from pretrain.model import _audit, bind_methods, build_model, hf_config, initial_rule, initialize_weights, outline
 from pretrain.sharded import Moments
 from pretrain.sharded.draws import Constant, GeneralizedGaussian, Normal, Uniform
 from pretrain.weight_table import describe_weights
@@ -180,7 +180,9 @@ def test_the_audit_expects_more_spread_of_heavier_tails():
 
 def test_the_table_accounts_for_every_weight():
     run = config(methods=[{"name": "lir"}, {"name": "tvr", "roles": ["up"]}])
-    weights = outline(run, hf_config(run, Tokenizer()))
+    model_config = hf_config(run, Tokenizer())
+    run = bind_methods(run, model_config)
+    weights = outline(run, model_config)
     table = describe_weights(weights, run, 0.02)
     rows = [line.split() for line in table.splitlines()[2:]]
     assert sum(int(row[2]) for row in rows) == len(weights)

@@ -11,9 +11,9 @@ import torch
 from pretrain import quiet  # noqa: F401
 from pretrain.bench.llama import SEQ_LEN, STD, Llama
 from pretrain.distributed import initialize
-from pretrain.methods.tvr import TVR
 
 TARGET, RATIO = STD / 2, 1.2
+_TVR = {"name": "tvr", "target_std": TARGET, "ratio_threshold": RATIO, "interval_steps": 1}
 LARGE = "model.layers.0.mlp.up_proj.weight"  # 174,592 elements: ZeRO-3 keeps only pieces of it
 SMALL = "model.layers.0.self_attn.q_proj.weight"  # 65,536 elements: ZeRO-3 keeps a resident copy too
 
@@ -52,7 +52,7 @@ def published_on_the_master(llama: Llama, name: str) -> float:
 
 def evenkeel(llama: Llama, name: str) -> float:
     """TVR as shipped."""
-    method = TVR(target_std=TARGET, ratio_threshold=RATIO, interval_steps=1)
+    (method,) = llama.config.methods
     return float(method.after_step(1, llama.weights)[name]["std"])
 
 
@@ -107,7 +107,7 @@ def main() -> None:
     ranks = initialize()
     for stage in json.loads(sys.argv[1]):
         ds_json = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
-        llama = Llama(256, 2, SEQ_LEN * ranks.world_size, ds_json)
+        llama = Llama(256, 2, SEQ_LEN * ranks.world_size, ds_json, {"methods": [_TVR]})
         for title, way, name in WAYS[stage]:
             row = {"stage": stage, "way": title, **measure(llama, way, name)}
             if ranks.is_first:

@@ -18,10 +18,10 @@ from pretrain.bench.memory import peak_extra_bytes
 from pretrain.bench.traffic import Traffic
 from pretrain.bench.tvr_released import apply_released
 from pretrain.distributed import all_gather_object, initialize
-from pretrain.methods.tvr import TVR
 
 APPLICATIONS = 3  # of each scheme after each training step
 AGREEMENT = 1e-6  # relative distance of two fp32 results
+_TVR = {"name": "tvr", "ratio_threshold": 1, "interval_steps": 1}
 
 # Applies TVR with a target and says how many matrices it rescaled.
 Scheme = Callable[[float], int]
@@ -30,7 +30,7 @@ Scheme = Callable[[float], int]
 def measure(hidden_size: int, layers: int, tokens: int, rounds: int, resident_below: int) -> dict:
     """Seconds, traffic and memory of every scheme, and seconds of a training step, on the slowest or largest rank."""
     zero = {"stage": 3, "stage3_param_persistence_threshold": resident_below}
-    llama = Llama(hidden_size, layers, tokens, {"zero_optimization": zero})
+    llama = Llama(hidden_size, layers, tokens, {"zero_optimization": zero}, {"methods": [_TVR]})
     matrices = [name for name, weight in llama.weights.layout.items() if weight.in_block_matrix]
     schemes: dict[str, Scheme] = {
         "sharded": lambda target: _by_method(llama, "sharded", target),
@@ -90,7 +90,8 @@ def check_agreement(llama: Llama, schemes: dict[str, Scheme]) -> float:
 
 
 def _by_method(llama: Llama, engine: str, target: float) -> int:
-    facts = TVR(engine=engine, target_std=target, ratio_threshold=1, interval_steps=1).after_step(1, llama.weights)
+    (method,) = llama.config.methods
+    facts = method.model_copy(update={"engine": engine, "target_std": target}).after_step(1, llama.weights)
     return sum(seen["rescaled"] for seen in facts.values())
 
 

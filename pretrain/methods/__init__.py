@@ -1,4 +1,4 @@
-"""The registry: every `Method` in this folder, found by its file; YAML picks one by its name."""
+"""The registry: every `Method` in this folder, found by its file, sorted by the name that YAML picks it by."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pretrain.methods.base import Method, RunFacts, decisions_that_clash
 def _load() -> dict[str, type[Method]]:
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
-    return {cls.model_fields["name"].default: cls for cls in _concrete(Method)}
+    return dict(sorted((cls.model_fields["name"].default, cls) for cls in _concrete(Method)))
 
 
 def _concrete(base: type[Method]) -> Iterator[type[Method]]:

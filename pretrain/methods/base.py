@@ -76,10 +76,12 @@ class Method(BaseModel):
     Subclasses set `name: Literal["..."]` and declare their options as fields. Fields are frozen: whatever a method
     decides at step s is a function of the options, the run, s and the weights, so a resumed run decides the same.
 
-    decides: what no other method of the run may decide. conflicts: names of further methods that it cannot be combined
-    with, and why: a sentence. families: the model families that it can act on. tensor_parallel: whether it may be used
-    where AutoTP cuts the matrices. fold_order: folds are done from the lowest number to the highest; a fold with 0 sees
-    the stored matrices, those with 1 matrices as forward multiplies by them, one with 3 may change the architecture.
+    decides: what no other method of the run may decide; a property where that depends on the options. conflicts: names
+    of further methods that it cannot be combined with, and why: a sentence. families: the model families that it can act
+    on. tensor_parallel: whether it may be used where AutoTP cuts the matrices. fold_order: folds are done from the lowest
+    number to the highest. One with 0 sees the stored matrices, one with 1 matrices as forward multiplies by them (and may
+    already put the embedding's factor into a Granite), one with 2 an embedding that is what enters the residual stream,
+    and one with 3 the class and the weights that all the others have made.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -140,8 +142,11 @@ class Method(BaseModel):
 
     # training
 
+    def decays(self, weight: Weight) -> bool | None:
+        """Whether one weight decays at all; None leaves it: matrices do, the rest does not."""
+
     def weight_decay(self, weight: Weight) -> float | None:
-        """The weight decay of one weight, in the optimizer's sense; None leaves it: matrices decay, the rest does not."""
+        """The weight decay, in the optimizer's sense, of one weight that decays; None leaves it at the run's."""
 
     def prepare(self, weights: ShardedWeights) -> None:
         """Called once the engine holds its values, initial or loaded, before the first step. Collective.

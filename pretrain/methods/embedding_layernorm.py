@@ -60,6 +60,9 @@ class EmbeddingLayerNorm(Method):
         model.set_submodule(self.run.embedding, new)
 
     def training_rule(self, weight: Weight) -> str | None:
+        own = {f"{self.run.embedding}.norm_weight": "gain", f"{self.run.embedding}.norm_bias": "bias"}
+        if weight.name in own:
+            return f"embedding_layernorm: {own[weight.name]} of its LayerNorm"
         where = " as input" if self.run.tied else ""
         return f"embedding_layernorm: rows normalized{where}" if weight.role == "embed" else None
 

@@ -20,7 +20,7 @@ from pydantic import Field
 from transformers import GraniteConfig, LlamaConfig, PreTrainedConfig
 
 from pretrain.errors import UserError
-from pretrain.folding import change, scale_final_norm
+from pretrain.folding import as_config, change, scale_final_norm
 from pretrain.layout import Weight
 from pretrain.methods.base import EMBEDDING, LazyTensors, Method
 from pretrain.reparameterization import Multiple, reparameterize
@@ -79,9 +79,9 @@ class EmbeddingScale(Method):
 
 def _granite(hf_config: LlamaConfig, embedding_multiplier: float) -> GraniteConfig:
     """The same model as a Granite: a Llama with four factors, of which only the embedding's is not what Llama has."""
-    shared = {key: value for key, value in hf_config.to_dict().items() if key not in ("model_type", "architectures")}
-    return GraniteConfig(
-        **shared,
+    return as_config(
+        GraniteConfig,
+        hf_config,
         embedding_multiplier=embedding_multiplier,
         attention_multiplier=hf_config.head_dim**-0.5,
         residual_multiplier=1.0,

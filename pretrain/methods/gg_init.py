@@ -21,7 +21,6 @@ from pydantic import Field
 
 from pretrain.layout import Weight
 from pretrain.methods.base import INITIAL_DEVIATIONS, INITIAL_DISTRIBUTION, Method
-from pretrain.methods.xavier_init import single_fan_out
 from pretrain.sharded.draws import Draw, GeneralizedGaussian
 
 
@@ -42,7 +41,7 @@ class GGInit(Method):
         return f"gg_init: sqrt({self.gain:g} / fan_{self.fan})" if _is_drawn(weight) else None
 
     def _std(self, weight: Weight) -> float:
-        return sqrt(self.gain / (single_fan_out(weight) if self.fan == "out" else weight.fan_in))
+        return sqrt(self.gain / (weight.single_fan_out if self.fan == "out" else weight.fan_in))
 
 
 def _is_drawn(weight: Weight) -> bool:

@@ -34,7 +34,7 @@ def he_rule(weight: Weight) -> str:
     """`he_std` in words."""
     if weight.role in ("embed", "position"):
         return "1"
-    return {"o": "sqrt(1 / (2N fan_in))", "down": "sqrt(1 / (N fan_in))"}.get(weight.role, "sqrt(1 / fan_in)")
+    return {"o": "sqrt(1 / (2N fan_in))", "down": "sqrt(2 / (2N fan_in))"}.get(weight.role, "sqrt(1 / fan_in)")
 
 
 class HeInit(Method):

@@ -3,8 +3,9 @@
     W ← W − s_t λ W − s_t η · Adam's step,    s_t the schedule in 0..1, η the peak learning rate
 
 AdamW as torch has it decays by s_t η · weight_decay, so whoever raises η decays faster as well. This is the same update
-with weight_decay = λ / η, on the weights that decay anyway: matrices. Where Muon steps a matrix, η is Muon's peak. The
-schedule still anneals the decay, as in the paper; the code of arXiv 2601.02031 decays by λ whatever the step.
+with weight_decay = λ / η, on the weights that decay anyway: matrices, and what another method lets decay. Where Muon
+steps a matrix, η is Muon's peak. The schedule still anneals the decay, as in the paper; the code of arXiv 2601.02031
+decays by λ whatever the step.
 
 Source: Loshchilov and Hutter 2019 (arXiv 1711.05101); Wortsman et al. 2023 (arXiv 2309.14322), whose 1e-4 is the default.
 """
@@ -23,25 +24,20 @@ from pretrain.methods.base import Method
 class IndependentWeightDecay(Method):
     """Independent weight decay in place of the run's `optim.weight_decay`; nothing is left to fold.
 
-    coefficient: λ, the share of a matrix that one step at the peak takes away.
+    coefficient: λ, the share of a weight that one step at the peak takes away.
     """
 
     name: Literal["independent_weight_decay"] = "independent_weight_decay"
     coefficient: float = Field(1e-4, gt=0, lt=1)
 
     def weight_decay(self, weight: Weight) -> float | None:
-        return self.coefficient / self._peak_lr(weight) if _decays(weight) else None
+        return self.coefficient / self._peak_lr(weight)
 
     def training_rule(self, weight: Weight) -> str | None:
-        if not _decays(weight):
+        if not self.run.weight_decay(weight):
             return None
         return f"independent_weight_decay: - {self.coefficient:g} (lr / {self._peak_lr(weight):g}) W"
 
     def _peak_lr(self, weight: Weight) -> float:
         optim = self.run.optim
         return optim.muon.lr or optim.lr if optim.name == "muon" and muon.steps(weight) else optim.lr
-
-
-def _decays(weight: Weight) -> bool:
-    """As the optimizer has it where no method says otherwise."""
-    return weight.fan_in is not None and weight.role not in ("norm", "bias", "scale")

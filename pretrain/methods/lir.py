@@ -40,6 +40,6 @@ class LIR(Method):
 
     def init_rule(self, weight: Weight) -> str | None:
         if not weight.in_block_matrix:
-            return f"lir: {self.initializer_range:g}"
+            return f"lir: {self.initializer_range:g}" if weight.fan_in else None
         depth = "l" if self.scale_factor == 1.0 else f"({self.scale_factor:g} l)"
         return f"lir: {self.initializer_range:g} / sqrt({depth})"

@@ -86,6 +86,8 @@ class OSP(Method):
         return "osp" if weight.role == "projection" else None
 
     def training_rule(self, weight: Weight) -> str | None:
+        if weight.role == "projection":
+            return f"osp: times the {'embedding' if weight.name == _EMBED_PROJECTION else 'head'}"
         if self.embedding_projection and weight.role in ("embed", "head"):
             return "osp: times its projection"
         return "osp: one gain for all channels" if weight.role == "norm" and weight.shape == (1,) else None

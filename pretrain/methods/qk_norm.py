@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 
 from transformers import PreTrainedConfig, Qwen3Config
 
+from pretrain.folding import as_config
 from pretrain.layout import Weight
 from pretrain.methods.base import Method
 from pretrain.modeling import EvenkeelLlamaConfig, evenkeel_llama
@@ -34,15 +35,13 @@ class QKNorm(Method):
     def configure(self, hf_config: PreTrainedConfig) -> PreTrainedConfig:
         if isinstance(hf_config, EvenkeelLlamaConfig):
             return evenkeel_llama(hf_config, qk_norm=True)
-        shared = {
-            key: value for key, value in hf_config.to_dict().items() if key not in ("model_type", "architectures")
-        }
-        return Qwen3Config(**shared)
+        return as_config(Qwen3Config, hf_config)
 
     def fold_note(self) -> str | None:
         return "queries and keys are normalized per head, as Qwen3's attention does"
 
     def training_rule(self, weight: Weight) -> str | None:
-        return (
-            "qk_norm: RMS of each head's values" if weight.name.endswith(("q_norm.weight", "k_norm.weight")) else None
-        )
+        if weight.role in ("q", "k"):
+            return "qk_norm: outputs normalized, whatever its scale"
+        is_gain = weight.name.endswith(("q_norm.weight", "k_norm.weight"))
+        return "qk_norm: RMS of each head's values" if is_gain else None

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 from pretrain.layout import Weight
 from pretrain.methods.base import NORMALIZATION, Method
 from pretrain.modeling import UNLIKE_SOFTCAP, evenkeel_llama
+from pretrain.norms import is_stream_norm
 from pretrain.sharded.draws import Constant, Draw
 
 
@@ -43,14 +44,16 @@ class SeeDNormMethod(Method):
         start = {"alpha": self.alpha_init, "beta": 0.0}.get(weight.role)
         return None if start is None else Constant(start)
 
-    def weight_decay(self, weight: Weight) -> float | None:
-        return self.run.optim.weight_decay if weight.role in ("alpha", "beta") else None
+    def decays(self, weight: Weight) -> bool | None:
+        return True if weight.role in ("alpha", "beta") else None
 
     def fold_note(self) -> str | None:
         return "no stock class has norms whose gain depends on the token"
 
     def training_rule(self, weight: Weight) -> str | None:
+        if is_stream_norm(weight.name.removesuffix(".weight")):
+            return "seednorm: + tanh(x . beta) alpha"
         return {
-            "alpha": "seednorm: times tanh(x . beta); decays",
-            "beta": "seednorm: tanh(x . beta); decays",
+            "alpha": "seednorm: times tanh(x . beta)",
+            "beta": "seednorm: tanh(x . beta)",
         }.get(weight.role)

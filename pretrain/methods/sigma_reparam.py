@@ -33,9 +33,9 @@ from transformers import PreTrainedConfig
 from pretrain.errors import UserError
 from pretrain.folding import change
 from pretrain.layout import Weight
-from pretrain.methods.base import FORM_OF_MATRICES, INITIAL_DEVIATIONS, LazyTensors, Method
-from pretrain.methods.wesar import SCALE
-from pretrain.reparameterization import Effective, applied, follow_masters, reparameterize
+from pretrain.methods.base import LazyTensors
+from pretrain.methods.trained_factors import TrainedFactors
+from pretrain.reparameterization import SCALE, Effective, applied
 from pretrain.sharded import ShardedWeights, gathered
 
 FIRST_ITERATIONS = 20
@@ -137,7 +137,7 @@ def _product(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
     return torch.cat([some.double() @ vector for some in matrix.split(rows)])
 
 
-class SigmaReparam(Method):
+class SigmaReparam(TrainedFactors):
     """σReparam; folds into the stock class by W ← γ W / σ.
 
     variance: of the stored matrices. Only its ratio to the learning rate matters. initial_scale: γ starts at `one`, as in
@@ -145,46 +145,43 @@ class SigmaReparam(Method):
     differentiate_sigma: let the gradient flow through σ.
     """
 
-    decides: ClassVar[frozenset[str]] = frozenset({INITIAL_DEVIATIONS, FORM_OF_MATRICES})
     conflicts: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
             "tvr": "tvr rescales the stored matrix, and sigma_reparam divides it by its spectral norm, so tvr would do "
             "nothing to the model"
         }
     )
-    tensor_parallel: ClassVar[bool] = False
-    fold_order: ClassVar[int] = 0
 
     name: Literal["sigma_reparam"] = "sigma_reparam"
     variance: float = Field(64e-5, gt=0)
     initial_scale: Literal["one", "spectral_norm"] = "one"
     differentiate_sigma: bool = True
 
-    def transform(self, model: torch.nn.Module) -> None:
-        for module in self._modules():
-            reparameterize(model, module, self._gate())
+    def effective(self, matrix: Weight) -> SpectralGate:
+        return SpectralGate(self.differentiate_sigma)
 
     def init_std(self, weight: Weight) -> float | None:
         return sqrt(self.variance) if weight.in_block_matrix else None
 
     def init_rule(self, weight: Weight) -> str | None:
         if weight.role == "scale" and self.initial_scale == "spectral_norm":
-            return "sigma_reparam: then the spectral norm"
+            return "sigma_reparam: spectral norm of the drawn matrix"
         return f"sigma_reparam: {sqrt(self.variance):.3g}" if weight.in_block_matrix else None
 
     def training_rule(self, weight: Weight) -> str | None:
+        if weight.role == "scale":
+            return "sigma_reparam: spectral norm of what forward multiplies by"
         return "sigma_reparam: times its scale / spectral norm" if weight.in_block_matrix else None
 
     def prepare(self, weights: ShardedWeights) -> None:
         if self.initial_scale == "spectral_norm":
             self._start_at_spectral_norms(weights)
-        follow_masters(weights)
+        super().prepare(weights)
 
     def after_step(self, step: int, weights: ShardedWeights) -> dict[str, dict[str, float | bool]]:
         for _, gate in self._gates(weights.engine.module):
             gate.after_step()
-        follow_masters(weights)
-        return {}
+        return super().after_step(step, weights)
 
     def state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """u and v of each matrix."""
@@ -205,10 +202,10 @@ class SigmaReparam(Method):
             gate.take_up(*(state[module + name] for name in _VECTORS))
 
     def fold(self, tensors: LazyTensors, hf_config: PreTrainedConfig) -> PreTrainedConfig:
-        for module, weight in self._modules().items():
-            gate, gamma = self._gate(), tensors.pop(module + SCALE)()
+        for module, matrix in self.matrices().items():
+            gate, gamma = self.effective(matrix), tensors.pop(module + SCALE)()
             gate.take_up(*(tensors.pop(module + name)() for name in _VECTORS))
-            change(tensors, weight.name, partial(applied, gate, scale=gamma, input_major=weight.input_major))
+            change(tensors, matrix.name, partial(applied, gate, scale=gamma, input_major=matrix.input_major))
         return hf_config
 
     def fold_note(self) -> str | None:
@@ -224,11 +221,5 @@ class SigmaReparam(Method):
             changes[name.removesuffix(".weight") + SCALE] = (float(sigma), 0.0)
         weights.rescale_(changes)
 
-    def _gate(self) -> SpectralGate:
-        return SpectralGate(self.differentiate_sigma)
-
-    def _modules(self) -> dict[str, Weight]:
-        return {module: weight for module, weight in self.run.matrices.items() if weight.in_block_matrix}
-
     def _gates(self, model: torch.nn.Module) -> list[tuple[str, SpectralGate]]:
-        return [(module, model.get_submodule(module).effective) for module in self._modules()]
+        return [(module, model.get_submodule(module).effective) for module in self.matrices()]

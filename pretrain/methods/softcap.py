@@ -28,31 +28,11 @@ from pydantic import Field
 from transformers import PreTrainedConfig, VaultGemmaConfig
 
 from pretrain.errors import UserError
-from pretrain.folding import as_lazy, change, scale_final_norm
+from pretrain.folding import as_config, as_lazy, change, scale_final_norm
 from pretrain.layout import Weight
 from pretrain.methods.base import LazyTensors, Method
 
 _EMBEDDING, _HEAD, _FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
-_SHARED_FIELDS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "rope_parameters",
-    "attention_bias",
-    "attention_dropout",
-    "tie_word_embeddings",
-    "use_cache",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-)
 
 
 class Softcap(Method):
@@ -123,9 +103,11 @@ def _powers(gain: torch.Tensor) -> torch.Tensor:
 
 
 def _vault_gemma(hf_config: PreTrainedConfig, cap: float) -> VaultGemmaConfig:
-    """The same model as a VaultGemma. Its defaults are those of one model of Google's, so each field is given."""
-    return VaultGemmaConfig(
-        **{field: getattr(hf_config, field) for field in _SHARED_FIELDS},
+    """The same model as a VaultGemma. Its defaults are those of one model of Google's, so what Llama lacks is given."""
+    return as_config(
+        VaultGemmaConfig,
+        hf_config,
+        declared_only=True,
         hidden_activation=hf_config.hidden_act,
         query_pre_attn_scalar=hf_config.head_dim,
         layer_types=["full_attention"] * hf_config.num_hidden_layers,

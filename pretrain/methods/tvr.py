@@ -23,11 +23,12 @@ and their warmup are ours.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from functools import cache
 from math import inf, sqrt
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pretrain.errors import UserError
 from pretrain.layout import MATRIX_ROLES, Weight
@@ -54,7 +55,7 @@ class TVR(Method):
     interval_tokens: instead of interval_steps, as many steps as train on so many tokens.
     scale_with_depth: divide the target by √l (the paper found that it hurts).
     two_sided: also raise deviations below target / ratio_threshold.
-    roles: which block matrices; all of them by default.
+    roles: which block matrices, at least one; all of them by default.
     exclude: full weight names to leave alone.
     zero_bias: zero the bias beside a rescaled matrix, as the release does.
     engine: `sharded` (local arithmetic, one small collective) or `gathered` (full weights through DeepSpeed's hooks).
@@ -73,7 +74,6 @@ class TVR(Method):
     exclude: tuple[str, ...] = ()
     zero_bias: bool = False
     engine: Literal["sharded", "gathered"] = "sharded"
-    _normalized_queries: bool = PrivateAttr(False)
 
     @model_validator(mode="before")
     @classmethod
@@ -88,6 +88,13 @@ class TVR(Method):
             if default in options and not given & {default, alternative}:
                 raise ValueError(f"{default} null needs {alternative}")
         return dict(options) | {default: None for default, other in _ALTERNATIVES.items() if other in given}
+
+    @field_validator("roles")
+    @classmethod
+    def _some(cls, roles: tuple[str, ...]) -> tuple[str, ...]:
+        if not roles:
+            raise ValueError("without a role there is nothing to hold: name some, or leave the key out for all of them")
+        return roles
 
     @property
     def interval(self) -> int:
@@ -120,9 +127,11 @@ class TVR(Method):
 
     def check(self, weights: list[Weight]) -> None:
         names = {weight.name for weight in weights}
-        if unknown := set(self.exclude) - names:
+        if unknown := sorted(set(self.exclude) - names):
+            near = [*dict.fromkeys(near for name in unknown for near in get_close_matches(name, names, 1))]
             raise UserError(
-                f"methods: tvr.exclude names weights the model does not have: {', '.join(sorted(unknown))}."
+                f"methods: tvr.exclude names weights the model does not have: {', '.join(unknown)}."
+                + (f" The nearest names are: {', '.join(near)}." if near else "")
             )
         if not any(self.applies_to(weight) for weight in weights):
             raise UserError(
@@ -134,7 +143,6 @@ class TVR(Method):
                 f"methods: tvr.relative_target predicts the deviations that AdamW leads to, and optim.name is "
                 f"{self.run.optim.name}. Give target_std: 0.3 to 0.5 of what a run without TVR ends with."
             )
-        self._normalized_queries = any(name.endswith("q_norm.weight") for name in names)
 
     def prepare(self, weights: ShardedWeights) -> None:
         self._reach(weights)
@@ -147,7 +155,7 @@ class TVR(Method):
             return {}
         reached = self._reach(weights)
         chosen = [weight for weight in reached.layout.values() if self.applies_to(weight)]
-        factors = {weight.name: self._factor(weight) for weight in chosen}
+        factors = {weight.name: self.run.forward_factor(weight) for weight in chosen}
         trained = {factor for factor in factors.values() if isinstance(factor, str)}
         moments = reached.moments([*factors, *sorted(trained)])
         require_finite(moments, f"at step {step} (found by tvr)")
@@ -166,13 +174,10 @@ class TVR(Method):
     def training_rule(self, weight: Weight) -> str | None:
         if not self.applies_to(weight):
             return None
+        of_product = " of αW" if self.relative_target is None and self.run.forward_factor(weight) != 1 else ""
         low = f" or below 1/{self.ratio_threshold:g}x" if self.two_sided else ""
-        rule = (
-            f"tvr: std above {self.ratio_threshold:g}x{low} -> {self._target_rule(weight)}, every {self.interval} steps"
-        )
-        if self._normalized_queries and weight.role in ("q", "k"):
-            return f"{rule} (queries and keys are normalized: this changes its relative updates alone)"
-        return rule
+        above = f"std{of_product} above {self.ratio_threshold:g}x{low}"
+        return f"tvr: {above} -> {self._target_rule(weight)}, every {self.interval} steps"
 
     def _target_rule(self, weight: Weight) -> str:
         depth = " / sqrt(l)" * self.scale_with_depth
@@ -183,10 +188,6 @@ class TVR(Method):
 
     def _reach(self, weights: ShardedWeights) -> ShardedWeights | GatheredWeights:
         return weights if self.engine == "sharded" else GatheredWeights(weights.engine)
-
-    def _factor(self, weight: Weight) -> float | str:
-        """What forward multiplies the stored matrix by; 1 outside of a run, where no other method is."""
-        return 1.0 if self._run is None else self.run.forward_factor(weight)
 
     def _judged(self, found: Moments, target: float) -> dict[str, float | bool]:
         ratio, threshold = found.std / target, self.ratio_threshold

@@ -29,10 +29,10 @@ from transformers import PreTrainedConfig
 
 from pretrain.folding import change
 from pretrain.layout import Weight
-from pretrain.methods.base import FORM_OF_MATRICES, INITIAL_DEVIATIONS, LazyTensors, Method
-from pretrain.methods.wesar import SCALE, Backbone, backbone_rule, backbone_std
-from pretrain.reparameterization import Effective, applied, follow_masters, reparameterize
-from pretrain.sharded import ShardedWeights
+from pretrain.methods.backbone import Backbone, backbone_rule, backbone_std
+from pretrain.methods.base import LazyTensors
+from pretrain.methods.trained_factors import TrainedFactors
+from pretrain.reparameterization import SCALE, Effective, applied
 from pretrain.sharded.draws import Constant, Draw
 
 
@@ -47,14 +47,13 @@ class RowGains(Effective):
         return weight * (scale[:, None] / lengths)
 
 
-class WeightNorm(Method):
+class WeightNorm(TrainedFactors):
     """Weight normalization; folds into the stock class by w_i ← g_i w_i / ‖w_i‖.
 
     variance: σ². Only its ratio to the learning rate matters: it says how fast rows turn. backbone: `he` (with an
     embedding of deviation 1) or `small`.
     """
 
-    decides: ClassVar[frozenset[str]] = frozenset({INITIAL_DEVIATIONS, FORM_OF_MATRICES})
     conflicts: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
             "tvr": "tvr rescales the stored matrix, and weight_norm divides it by its own norms, so tvr would do nothing to "
@@ -63,16 +62,13 @@ class WeightNorm(Method):
             "LayerNorm Scaling does best without that",
         }
     )
-    tensor_parallel: ClassVar[bool] = False
-    fold_order: ClassVar[int] = 0
 
     name: Literal["weight_norm"] = "weight_norm"
     variance: float = Field(16e-5, gt=0)
     backbone: Backbone = "he"
 
-    def transform(self, model: torch.nn.Module) -> None:
-        for module in self._modules():
-            reparameterize(model, module, RowGains())
+    def effective(self, matrix: Weight) -> Effective:
+        return RowGains()
 
     def init_std(self, weight: Weight) -> float | None:
         return sqrt(self.variance) if weight.in_block_matrix else backbone_std(self.backbone, weight, self.run)
@@ -80,39 +76,27 @@ class WeightNorm(Method):
     def init_draw(self, weight: Weight) -> Draw | None:
         if weight.role != "scale":
             return None
-        matrix = self._matrix(weight)
+        matrix = self.matrix_of(weight)
         return Constant(backbone_std(self.backbone, matrix, self.run) * sqrt(matrix.fan_in))
 
     def init_rule(self, weight: Weight) -> str | None:
         if weight.role == "scale":
-            return f"weight_norm: {backbone_rule(self.backbone, self._matrix(weight))} x sqrt(fan_in)"
+            return f"weight_norm: {backbone_rule(self.backbone, self.matrix_of(weight))} x sqrt(fan_in)"
         if weight.in_block_matrix:
             return f"weight_norm: {sqrt(self.variance):.3g}"
         return f"weight_norm: {backbone_rule(self.backbone, weight)}" if weight.fan_in else None
 
     def training_rule(self, weight: Weight) -> str | None:
+        if weight.role == "scale":
+            return "weight_norm: length of each row of its matrix"
         return "weight_norm: each row of unit length, times its scale" if weight.in_block_matrix else None
 
-    def prepare(self, weights: ShardedWeights) -> None:
-        follow_masters(weights)
-
-    def after_step(self, step: int, weights: ShardedWeights) -> dict[str, dict[str, float | bool]]:
-        follow_masters(weights)
-        return {}
-
     def fold(self, tensors: LazyTensors, hf_config: PreTrainedConfig) -> PreTrainedConfig:
-        for module, weight in self._modules().items():
+        for module, matrix in self.matrices().items():
             gains = tensors.pop(module + SCALE)()
-            made = partial(applied, RowGains(), scale=gains, input_major=weight.input_major)
-            change(tensors, weight.name, made)
+            made = partial(applied, self.effective(matrix), scale=gains, input_major=matrix.input_major)
+            change(tensors, matrix.name, made)
         return hf_config
 
     def fold_note(self) -> str | None:
         return "each row of the blocks' matrices is brought to the length that its gain says"
-
-    def _modules(self) -> dict[str, Weight]:
-        return {module: weight for module, weight in self.run.matrices.items() if weight.in_block_matrix}
-
-    def _matrix(self, scale: Weight) -> Weight:
-        """The matrix that a vector of gains belongs to."""
-        return self.run.matrices[scale.name.removesuffix(SCALE)]

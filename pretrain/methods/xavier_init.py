@@ -18,11 +18,6 @@ from pretrain.layout import Weight
 from pretrain.methods.base import INITIAL_DEVIATIONS, Method
 
 
-def single_fan_out(weight: Weight) -> int:
-    """The outputs of one matrix: GPT-2's fused qkv holds three."""
-    return weight.fan_out // 3 if weight.role == "qkv" else weight.fan_out
-
-
 class XavierInit(Method):
     """Xavier initialization; nothing happens during training and nothing is left to fold."""
 
@@ -31,7 +26,7 @@ class XavierInit(Method):
     name: Literal["xavier_init"] = "xavier_init"
 
     def init_std(self, weight: Weight) -> float | None:
-        return sqrt(2 / (weight.fan_in + single_fan_out(weight)))
+        return sqrt(2 / (weight.fan_in + weight.single_fan_out))
 
     def init_rule(self, weight: Weight) -> str | None:
         return "xavier_init: sqrt(2 / (fan_in + fan_out))" if weight.fan_in else None

@@ -32,8 +32,7 @@ class ZLoss(Method):
         return {self.name: TokenTerm(self._of_logits)}
 
     def training_rule(self, weight: Weight) -> str | None:
-        is_head = weight.role == "head" or (self.run.tied and weight.role == "embed")
-        return f"z_loss: + {self.coefficient:g} x logsumexp(logits)^2" if is_head else None
+        return f"z_loss: + {self.coefficient:g} x logsumexp(logits)^2" if weight.name == self.run.head else None
 
     def _of_logits(self, logits: torch.Tensor) -> torch.Tensor:
         return self.coefficient * logits.logsumexp(-1).square()

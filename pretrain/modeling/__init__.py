@@ -6,12 +6,12 @@ Importing this makes transformers' Auto classes know it.
 from __future__ import annotations
 
 import shutil
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from pretrain.folding import as_config
 from pretrain.modeling import modeling_evenkeel
 from pretrain.modeling.modeling_evenkeel import EvenkeelLlamaConfig, EvenkeelLlamaForCausalLM
 
@@ -40,11 +40,6 @@ def bring_modeling_file(hf_config: PreTrainedConfig, folder: Path) -> None:
 
 def evenkeel_llama(hf_config: PreTrainedConfig, **parts: Any) -> EvenkeelLlamaConfig:
     """`hf_config`, of a LLaMA, a Qwen3 or this class already, with the given `parts`, its fields, besides what it has."""
-    if isinstance(hf_config, EvenkeelLlamaConfig):
-        kept = hf_config.to_dict()
-    else:
-        known = {field.name for field in fields(LlamaConfig)}
-        kept = {key: value for key, value in hf_config.to_dict().items() if key in known}
-        kept["qk_norm"] = hf_config.model_type == "qwen3"
-    kept = {key: value for key, value in kept.items() if key not in ("model_type", "architectures")}
-    return EvenkeelLlamaConfig(**kept | parts)
+    if not isinstance(hf_config, EvenkeelLlamaConfig):
+        parts = {"qk_norm": hf_config.model_type == "qwen3", **parts}
+    return as_config(EvenkeelLlamaConfig, hf_config, declared_only=True, **parts)

@@ -1,0 +1,22 @@
+"""The initializations that a reparameterized matrix may start as: `backbone: he` or `small`. No method itself."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pretrain.layout import Weight
+from pretrain.methods.base import RunFacts
+from pretrain.methods.he_init import he_rule, he_std
+from pretrain.methods.small_init import small_rule, small_std
+
+Backbone = Literal["he", "small"]
+
+
+def backbone_std(backbone: Backbone, weight: Weight, run: RunFacts) -> float:
+    """The deviation that He's or Small's initialization would give this matrix."""
+    return he_std(weight, run.layers) if backbone == "he" else small_std(weight, run.hidden_size, run.layers)
+
+
+def backbone_rule(backbone: Backbone, weight: Weight) -> str:
+    """`backbone_std` in words."""
+    return (he_rule if backbone == "he" else small_rule)(weight)

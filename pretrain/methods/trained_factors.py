@@ -1,0 +1,47 @@
+"""What the methods have in common that put trained factors beside stored matrices (`pretrain.reparameterization`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+
+from pretrain.layout import Weight
+from pretrain.methods.base import FORM_OF_MATRICES, INITIAL_DEVIATIONS, Method
+from pretrain.reparameterization import SCALE, Effective, follow_masters, reparameterize
+from pretrain.sharded import ShardedWeights
+
+
+class TrainedFactors(Method):
+    """Matrices, those of the blocks unless `matrices` says otherwise, are multiplied by as `effective` makes them.
+
+    A fold has to take the factors, `<module>.weight_scale`, out of what is exported.
+    """
+
+    decides: ClassVar[frozenset[str]] = frozenset({INITIAL_DEVIATIONS, FORM_OF_MATRICES})
+    tensor_parallel: ClassVar[bool] = False
+    fold_order: ClassVar[int] = 0
+
+    def effective(self, matrix: Weight) -> Effective:
+        """A new function of this stored matrix and its factors."""
+        raise NotImplementedError
+
+    def matrices(self) -> Mapping[str, Weight]:
+        """The matrices, by module."""
+        return {module: weight for module, weight in self.run.matrices.items() if weight.in_block_matrix}
+
+    def matrix_of(self, scale: Weight) -> Weight:
+        """The matrix that factors belong to."""
+        return self.run.matrices[scale.name.removesuffix(SCALE)]
+
+    def transform(self, model: torch.nn.Module) -> None:
+        for module, matrix in self.matrices().items():
+            reparameterize(model, module, self.effective(matrix))
+
+    def prepare(self, weights: ShardedWeights) -> None:
+        follow_masters(weights)
+
+    def after_step(self, step: int, weights: ShardedWeights) -> dict[str, dict[str, float | bool]]:
+        follow_masters(weights)
+        return {}
