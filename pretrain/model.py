@@ -91,6 +91,7 @@ def bind_methods(config: Config, model_config: PreTrainedConfig) -> Config:
 
     run = RunFacts(
         family=config.model.family,
+        model_config=model_config,
         hidden_size=model_config.hidden_size,
         layers=model_config.num_hidden_layers,
         tied=model_config.tie_word_embeddings,

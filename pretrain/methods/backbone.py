@@ -12,11 +12,11 @@ from pretrain.methods.small_init import small_rule, small_std
 Backbone = Literal["he", "small"]
 
 
-def backbone_std(backbone: Backbone, weight: Weight, run: RunFacts) -> float:
-    """The deviation that He's or Small's initialization would give this matrix."""
-    return he_std(weight, run.layers) if backbone == "he" else small_std(weight, run.hidden_size, run.layers)
+def backbone_std(backbone: Backbone, weight: Weight, run: RunFacts, tied: bool) -> float:
+    """The deviation that He's or Small's initialization would give this matrix; tied: see `he_std`."""
+    return he_std(weight, run.layers, tied) if backbone == "he" else small_std(weight, run.hidden_size, run.layers)
 
 
-def backbone_rule(backbone: Backbone, weight: Weight) -> str:
+def backbone_rule(backbone: Backbone, weight: Weight, tied: bool) -> str:
     """`backbone_std` in words."""
-    return (he_rule if backbone == "he" else small_rule)(weight)
+    return he_rule(weight, tied) if backbone == "he" else small_rule(weight)

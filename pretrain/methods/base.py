@@ -41,13 +41,14 @@ RESIDUAL_STREAM = "how sub-layers read the residual stream"
 class RunFacts:
     """What a method may know of the run besides its own options.
 
-    layers: decoder blocks, N. tied: whether the head's matrix is the embedding's. matrices: of the model before methods
-    transform it, by the name of their module, the head also where it is tied. initial_std: the deviation that a weight is
-    drawn with. forward_factor: what forward multiplies a stored matrix by, a number or the name of the trained weight
-    that holds it. weight_decay: AdamW's, of one weight.
+    model_config: what `configure` made of it. layers: decoder blocks, N. tied: whether the head's matrix is the
+    embedding's. matrices: of the model before methods transform it, by the name of their module, the head also where it is
+    tied. initial_std: the deviation that a weight is drawn with. forward_factor: what forward multiplies a stored matrix
+    by, a number or the name of the trained weight that holds it. weight_decay: AdamW's, of one weight.
     """
 
     family: str
+    model_config: PreTrainedConfig
     hidden_size: int
     layers: int
     tied: bool

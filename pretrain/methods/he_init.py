@@ -1,6 +1,6 @@
 """He initialization with the gains that WeSaR's table gives it: every module starts with outputs of about unit scale.
 
-    embeddings          1
+    embeddings          1                           √(1 / fan_in) where the head shares the embedding's matrix
     q, k, v, gate, up   √(1 / fan_in)
     o                   √(1 / (2N · fan_in))
     down                √(2 / (2N · fan_in))        the 2 makes up for the activation before it
@@ -22,17 +22,20 @@ from pretrain.layout import Weight
 from pretrain.methods.base import INITIAL_DEVIATIONS, Method
 
 
-def he_std(weight: Weight, layers: int) -> float:
-    """The deviation of a matrix in a model of `layers` blocks."""
-    if weight.role in ("embed", "position"):
+def he_std(weight: Weight, layers: int, tied: bool) -> float:
+    """The deviation of a matrix in a model of `layers` blocks.
+
+    tied: whether one matrix is embedding and head. As a head of deviation 1 it would give logits of deviation √d.
+    """
+    if weight.role in ("embed", "position") and not tied:
         return 1.0
     gain = {"o": 1 / (2 * layers), "down": 2 / (2 * layers)}.get(weight.role, 1.0)
     return sqrt(gain / weight.fan_in)
 
 
-def he_rule(weight: Weight) -> str:
+def he_rule(weight: Weight, tied: bool) -> str:
     """`he_std` in words."""
-    if weight.role in ("embed", "position"):
+    if weight.role in ("embed", "position") and not tied:
         return "1"
     return {"o": "sqrt(1 / (2N fan_in))", "down": "sqrt(2 / (2N fan_in))"}.get(weight.role, "sqrt(1 / fan_in)")
 
@@ -45,7 +48,7 @@ class HeInit(Method):
     name: Literal["he_init"] = "he_init"
 
     def init_std(self, weight: Weight) -> float | None:
-        return he_std(weight, self.run.layers)
+        return he_std(weight, self.run.layers, self.run.tied)
 
     def init_rule(self, weight: Weight) -> str | None:
-        return f"he_init: {he_rule(weight)}" if weight.fan_in else None
+        return f"he_init: {he_rule(weight, self.run.tied)}" if weight.fan_in else None

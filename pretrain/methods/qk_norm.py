@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 
 from transformers import PreTrainedConfig, Qwen3Config
 
+from pretrain.errors import UserError
 from pretrain.folding import as_config
 from pretrain.layout import Weight
 from pretrain.methods.base import Method
@@ -36,6 +37,13 @@ class QKNorm(Method):
         if isinstance(hf_config, EvenkeelLlamaConfig):
             return evenkeel_llama(hf_config, qk_norm=True)
         return as_config(Qwen3Config, hf_config)
+
+    def check(self, weights: list[Weight]) -> None:
+        asked = getattr(self.run.model_config, "mlp_bias", False)
+        if asked and not any(weight.role == "bias" and ".mlp." in weight.name for weight in weights):
+            raise UserError(
+                "methods: qk_norm makes the model a Qwen3, whose MLPs have no biases. Set model.mlp_bias to false."
+            )
 
     def fold_note(self) -> str | None:
         return "queries and keys are normalized per head, as Qwen3's attention does"

@@ -24,19 +24,23 @@ from transformers import PreTrainedConfig
 
 from pretrain.folding import change
 from pretrain.layout import Weight
-from pretrain.methods.base import FORM_OF_MATRICES, LazyTensors, Method
+from pretrain.methods.backbone import Backbone, backbone_rule, backbone_std
+from pretrain.methods.base import FORM_OF_MATRICES, INITIAL_DEVIATIONS, LazyTensors, Method
 from pretrain.reparameterization import Multiple, applied, applied_to_bias, reparameterize
 
 _TWICE = (
     "{} already makes the residual branches start smaller, for the sake of depth, and residual_scaling would do it again. "
-    "Draw matrices with plain model.initializer_range, xavier_init or gg_init"
+    "Draw matrices with plain model.initializer_range, xavier_init or gg_init, or say residual_scaling.backbone"
 )
 
 
 class ResidualScaling(Method):
-    """Residual scaling; folds into the stock class by W ← W / √(2N) for o and down, and so for their biases."""
+    """Residual scaling; folds into the stock class by W ← W / √(2N) for o and down, and so for their biases.
 
-    decides: ClassVar[frozenset[str]] = frozenset({FORM_OF_MATRICES})
+    backbone: draw matrices as with `he` or `small` initialization without their own 1/√(2N), as the paper's two runs did;
+    null leaves the deviations to the run.
+    """
+
     conflicts: ClassVar[Mapping[str, str]] = MappingProxyType(
         {name: _TWICE.format(name) for name in ("residual_init", "small_init", "he_init", "depth_scaled_init", "lir")}
         | {
@@ -48,10 +52,27 @@ class ResidualScaling(Method):
     fold_order: ClassVar[int] = 0
 
     name: Literal["residual_scaling"] = "residual_scaling"
+    backbone: Backbone | None = None
+
+    @property
+    def decides(self) -> frozenset[str]:
+        return frozenset({FORM_OF_MATRICES, *([INITIAL_DEVIATIONS] if self.backbone else [])})
 
     def transform(self, model: torch.nn.Module) -> None:
         for module in self._outputs():
             reparameterize(model, module, self._multiple)
+
+    def init_std(self, weight: Weight) -> float | None:
+        if self.backbone is None:
+            return None
+        std = backbone_std(self.backbone, weight, self.run, self.run.tied)
+        return std / self._multiple.factor if weight.role in ("o", "down") else std
+
+    def init_rule(self, weight: Weight) -> str | None:
+        if self.backbone is None or not weight.fan_in:
+            return None
+        rule = backbone_rule(self.backbone, weight, self.run.tied)
+        return f"residual_scaling: {rule}" + (" x sqrt(2N)" if weight.role in ("o", "down") else "")
 
     def forward_factor(self, weight: Weight) -> float | str | None:
         return self._multiple.factor if weight.role in ("o", "down") else None

@@ -71,20 +71,24 @@ class WeightNorm(TrainedFactors):
         return RowGains()
 
     def init_std(self, weight: Weight) -> float | None:
-        return sqrt(self.variance) if weight.in_block_matrix else backbone_std(self.backbone, weight, self.run)
+        return (
+            sqrt(self.variance)
+            if weight.in_block_matrix
+            else backbone_std(self.backbone, weight, self.run, self.run.tied)
+        )
 
     def init_draw(self, weight: Weight) -> Draw | None:
         if weight.role != "scale":
             return None
         matrix = self.matrix_of(weight)
-        return Constant(backbone_std(self.backbone, matrix, self.run) * sqrt(matrix.fan_in))
+        return Constant(backbone_std(self.backbone, matrix, self.run, self.run.tied) * sqrt(matrix.fan_in))
 
     def init_rule(self, weight: Weight) -> str | None:
         if weight.role == "scale":
-            return f"weight_norm: {backbone_rule(self.backbone, self.matrix_of(weight))} x sqrt(fan_in)"
+            return f"weight_norm: {backbone_rule(self.backbone, self.matrix_of(weight), self.run.tied)} x sqrt(fan_in)"
         if weight.in_block_matrix:
             return f"weight_norm: {sqrt(self.variance):.3g}"
-        return f"weight_norm: {backbone_rule(self.backbone, weight)}" if weight.fan_in else None
+        return f"weight_norm: {backbone_rule(self.backbone, weight, self.run.tied)}" if weight.fan_in else None
 
     def training_rule(self, weight: Weight) -> str | None:
         if weight.role == "scale":

@@ -69,7 +69,9 @@ class WeSaR(TrainedFactors):
 
     def init_rule(self, weight: Weight) -> str | None:
         if weight.role == "scale":
-            return f"wesar: {backbone_rule(self.backbone, self.matrix_of(weight))} / {sqrt(self.variance):.3g}"
+            return (
+                f"wesar: {backbone_rule(self.backbone, self.matrix_of(weight), tied=False)} / {sqrt(self.variance):.3g}"
+            )
         return f"wesar: {sqrt(self.variance):.3g}" if weight.fan_in else None
 
     def forward_factor(self, weight: Weight) -> float | str | None:
@@ -99,4 +101,4 @@ class WeSaR(TrainedFactors):
 
     def _alpha(self, matrix: Weight) -> float:
         """How α starts."""
-        return backbone_std(self.backbone, matrix, self.run) / sqrt(self.variance)
+        return backbone_std(self.backbone, matrix, self.run, tied=False) / sqrt(self.variance)

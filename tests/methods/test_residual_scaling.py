@@ -71,3 +71,22 @@ def test_other_contradictions_are_refused(other):
 @pytest.mark.parametrize("other", ["xavier_init", "gg_init", "tvr", "qk_norm"])
 def test_plain_initializations_and_what_leaves_the_stream_alone_are_not(other):
     assert len(config("residual_scaling", other).methods) == 2
+
+
+@pytest.mark.parametrize(
+    ("backbone", "o", "down", "up"),
+    [("he", 1 / sqrt(24), sqrt(2 / 40), 1 / sqrt(24)), ("small", *[sqrt(2 / (5 * 24))] * 3)],
+)
+def test_a_backbone_is_drawn_without_its_own_damping(backbone, o, down, up):
+    method = config("residual_scaling").methods[0].model_copy(update={"backbone": backbone})
+    bound = bind_methods(config().model_copy(update={"methods": (method,)}), MODEL)
+    found = {weight.role: bound.methods[0].init_std(weight) for weight in bound.methods[0].run.matrices.values()}
+    assert (found["o"], found["down"], found["up"]) == pytest.approx((o, down, up))
+
+
+def test_a_backbone_decides_the_initial_deviations():
+    with pytest.raises(ValidationError, match="both decide"):
+        Config.model_validate(
+            config().model_dump()
+            | {"methods": [{"name": "residual_scaling", "backbone": "he"}, {"name": "xavier_init"}]}
+        )

@@ -12,7 +12,7 @@ CONTROL = "model.layers.1.mlp.down_proj.weight"
 
 
 def initial_std(name, shape, facts):
-    if "embed_tokens" in name:
+    if "embed_tokens" in name and not facts.tied:
         return 1.0
     inputs = shape[1]
     if "o_proj" in name:

@@ -14,7 +14,7 @@ CONTROL = "model.layers.1.mlp.down_proj.weight"
 def initial_std(name, shape, facts):
     if name.startswith("model.layers."):
         return sqrt(OPTIONS["variance"])
-    return 1.0 if "embed" in name else sqrt(1 / facts.hidden)
+    return 1.0 if "embed" in name and not facts.tied else sqrt(1 / facts.hidden)
 
 
 def initial_value(name, facts):
