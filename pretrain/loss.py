@@ -61,6 +61,11 @@ class LossHead(ReparameterizedLinear):
         super().__init__(in_features, out_features, bias=False, effective=effective)
         self.terms: dict[str, LossTerm] = {}
 
+    def remade(self, effective: Effective) -> LossHead:
+        new = LossHead(self.in_features, self.out_features, effective)
+        new.cap = self.cap
+        return new
+
     def forward(
         self, hidden: torch.Tensor, targets: torch.Tensor | None = None
     ) -> torch.Tensor | dict[str, torch.Tensor]:

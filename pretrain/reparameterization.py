@@ -130,6 +130,10 @@ class ReparameterizedLinear(Reparameterized, nn.Linear):
         super().__init__(in_features, out_features, bias=bias)
         self.reparameterize(effective, out_features)
 
+    def remade(self, effective: Effective) -> ReparameterizedLinear:
+        """A new module of this kind and size that computes with `effective`."""
+        return ReparameterizedLinear(self.in_features, self.out_features, self.bias is not None, effective)
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return F.linear(hidden, self.weight, self.bias) if self.effective is None else self.product(hidden)
 
@@ -230,12 +234,9 @@ def reparameterize(model: nn.Module, name: str, effective: Effective) -> None:
     """Replace the module `name` of `model` (nn.Linear, Conv1D, nn.Embedding or the head) by one that computes with
     `effective` of its weight. A tied weight must be tied again afterwards. Raises TypeError for another module.
     """
-    from pretrain.loss import LossHead
-
     old = model.get_submodule(name)
-    if isinstance(old, LossHead):
-        new = LossHead(old.in_features, old.out_features, effective)
-        new.cap = old.cap
+    if isinstance(old, ReparameterizedLinear):
+        new = old.remade(effective)
     elif isinstance(old, nn.Linear):
         new = ReparameterizedLinear(old.in_features, old.out_features, old.bias is not None, effective)
     elif isinstance(old, Conv1D):
