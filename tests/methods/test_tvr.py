@@ -63,6 +63,7 @@ def facts_of_run(std: float = 0.006, weight_decay: float = 0.1, **optim) -> RunF
     """The paper's run, with other values where they are given."""
     optim = OptimSection(**PAPER | optim)
     return RunFacts(
+        model_config=None,
         family="llama",
         hidden_size=8,
         layers=4,
