@@ -256,5 +256,5 @@ def follow_masters(weights: ShardedWeights) -> None:
         if isinstance(module, Reparameterized) and module.weight_scale is not None
     }
     rounded = [name for name, module in modules.items() if module.weight_scale.dtype != torch.float32]
-    for name, value in small_weights(weights, rounded).items():
+    for name, value in small_weights(weights, rounded).items() if rounded else ():
         modules[name].exact_scale = value
