@@ -120,7 +120,7 @@ def start(plan: Plan, engine, weights: ShardedWeights, checkpoints: Checkpoints)
     if found is not None:
         changed = on_every_rank(lambda: changes(found, config))
         step = checkpoints.load(found, engine, plan.state_at(0), changed).step
-        load_method_state(found, config.methods, engine.module)
+        on_every_rank(lambda: load_method_state(found, config.methods, engine.module))
         log.info(f"resumed from {found} at step {step}" + f"; changed since then: {'; '.join(changed)}" * bool(changed))
         return step
     default_std = plan.model_config.initializer_range
