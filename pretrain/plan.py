@@ -131,7 +131,7 @@ def _digest_of_forward(plan: Plan) -> str:
     """Of the weights' names and shapes, and of the methods that change what forward computes, with their options."""
     acting = [method for method in plan.config.methods if _acts_in_forward(method)]
     lines = [f"{weight.name} {weight.shape}" for weight in plan.weights]
-    lines += sorted(method.model_dump_json() for method in acting)
+    lines += sorted(f"{method.name} {method.model_dump_json(exclude_defaults=True)}" for method in acting)
     return blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
 
 
