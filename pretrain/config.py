@@ -234,8 +234,8 @@ class Config(Section):
                 )
             if self.parallel.tensor > 1 and not method.tensor_parallel:
                 raise ValueError(
-                    f"method {method.name} needs whole matrices, which parallel.tensor {self.parallel.tensor} cuts: "
-                    "set it to 1 and let ZeRO share out the weights"
+                    f"method {method.name} cannot be used with parallel.tensor {self.parallel.tensor}, where no rank has "
+                    "whole matrices or all heads: set it to 1 and let ZeRO share out the weights"
                 )
             if INITIAL_DISTRIBUTION in method.decides and self.init != NormalInit():
                 raise ValueError(
