@@ -1,14 +1,13 @@
 """A LLaMA in plain torch, float32, one process: what every method is compared with, written from the formulas alone.
 
-`tests/methods/references/<method>.py` describes one method to the tests that iterate over the registry. It holds
+`tests/methods/references/<method>.py` describes one method to the tests that iterate over the registry. It holds what
+is not as usual (in brackets; suite.py):
 
-    OPTIONS    the method's options in the tests, such that it acts visibly within four steps; {} for the defaults
-    SETTINGS   other keys of the run file that it needs, dotted; {} for none
-    EXPORTS    the stock class that an untied model is exported as, "LlamaForCausalLM"; EXPORTS_TIED where that differs
-    FOLD       "bit": the exported logits are the trainer's to the bit; "round-off": equal but for rounding.
+    OPTIONS    [{}] the method's options in the tests, such that it acts visibly within four steps
+    EXPORTS    ["LlamaForCausalLM"] the stock class that an untied model is exported as; EXPORTS_TIED where that differs
+    FOLD       ["bit"] the exported logits are the trainer's to the bit; "round-off": equal but for rounding.
                FOLD_TIED where a tied model differs, FOLD_GPT2 where GPT-2, which is tied, differs from that
-    CONTROL    an exported weight that the fold has changed (any matrix where nothing is folded): scaled by 1%, the
-               comparison must fail
+    CONTROL    [a matrix of the blocks] an exported weight that the fold has changed: scaled by 1%, the comparison must fail
     REFUSES_TIED  words of the refusal, for a method that cannot act on a tied model; leave it out otherwise
     initial_std(name, shape, facts)    the deviation that a matrix should start with, from the formula; None: the
                method does not decide it. Left out: it decides none

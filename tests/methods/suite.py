@@ -43,9 +43,23 @@ BF16 = {"bf16": {"enabled": True}}
 NOTHING_RESIDENT = {"stage3_param_persistence_threshold": 0}  # a module sees its weights in its own forward only
 
 
+STAGES_BELOW_3 = (0, 1, 2)
+
+# What a reference file says if it says nothing; see dense.py.
+USUAL = {
+    "OPTIONS": {},
+    "EXPORTS": "LlamaForCausalLM",
+    "FOLD": "bit",
+    "CONTROL": "model.layers.1.mlp.down_proj.weight",
+}
+
+
 def reference(method: str) -> ModuleType:
-    """The reference file of a method."""
-    return importlib.import_module(f"references.{method}")
+    """The reference file of a method, with the usual for what it leaves out."""
+    told = importlib.import_module(f"references.{method}")
+    for name, usual in USUAL.items():
+        vars(told).setdefault(name, usual)
+    return told
 
 
 def has_reference(method: str) -> bool:
@@ -75,7 +89,7 @@ class Case:
         return "-".join([*self.methods, self.label])
 
     def config(self, corpus: Corpus, out: Path) -> dict[str, Any]:
-        content = {
+        return {
             "name": self.name,
             "out": str(out),
             "seed": 11,
@@ -98,14 +112,6 @@ class Case:
             "checkpoint": {"interval_steps": self.resume_at or STEPS},
             "log": {"interval_steps": 1, "weights_interval_steps": STEPS, "activations_interval_steps": STEPS},
         }
-        for method in self.methods:
-            for key, value in reference(method).SETTINGS.items():
-                *parents, last = key.split(".")
-                place = content
-                for parent in parents:
-                    place = place.setdefault(parent, {})
-                place[last] = value
-        return content
 
 
 def cases_of(method: str) -> list[Case]:
@@ -114,18 +120,13 @@ def cases_of(method: str) -> list[Case]:
     cases = [
         Case(alone, "zero3", initial=True, resume_at=2),
         Case(alone, "zero3_bf16", bf16=True, resident=False, resume_at=2),
-        *(Case(alone, f"zero{stage}", stage=stage) for stage in stages(told)),
+        *(Case(alone, f"zero{stage}", stage=stage) for stage in STAGES_BELOW_3),
     ]
     if not hasattr(told, "REFUSES_TIED"):
         cases.append(Case(alone, "zero3_tied", tied=True, resident=False, initial=True))
     if "gpt2" in cls.families and not hasattr(told, "REFUSES_TIED"):
         cases.append(Case(alone, "zero2_gpt2", stage=2, gpt2=True))
     return cases
-
-
-def stages(told: ModuleType) -> tuple[int, ...]:
-    """The ZeRO stages besides 3 that the method's run file can have."""
-    return getattr(told, "STAGES", (0, 1, 2))
 
 
 class Runs:

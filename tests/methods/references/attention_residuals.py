@@ -9,10 +9,7 @@ import torch
 from dense import DenseLlama
 
 OPTIONS = {"blocks": 4}
-SETTINGS: dict = {}
 EXPORTS = "EvenkeelLlamaForCausalLM"
-FOLD = "bit"
-CONTROL = "model.layers.1.mlp.down_proj.weight"
 
 
 def initial_value(name, facts):

@@ -5,10 +5,6 @@ from math import sqrt
 from dense import DenseLlama
 
 OPTIONS = {"std": 0.05}
-SETTINGS: dict = {}
-EXPORTS = "LlamaForCausalLM"
-FOLD = "bit"
-CONTROL = "model.layers.1.mlp.down_proj.weight"
 
 
 def initial_std(name, shape, facts):

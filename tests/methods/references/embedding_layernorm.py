@@ -2,10 +2,6 @@
 
 from dense import DenseLlama
 
-OPTIONS: dict = {}
-SETTINGS: dict = {}
-EXPORTS = "LlamaForCausalLM"
-FOLD = "bit"
 CONTROL = "model.embed_tokens.weight"
 
 

@@ -4,11 +4,7 @@ from math import sqrt
 
 from dense import DenseLlama
 
-OPTIONS: dict = {}
-SETTINGS: dict = {}
-EXPORTS = "LlamaForCausalLM"
 EXPORTS_TIED = "GraniteForCausalLM"
-FOLD = "bit"
 FOLD_GPT2 = "round-off"
 CONTROL = "model.embed_tokens.weight"
 

@@ -4,12 +4,6 @@ from math import sqrt
 
 from dense import DenseLlama
 
-OPTIONS: dict = {}
-SETTINGS: dict = {}
-EXPORTS = "LlamaForCausalLM"
-FOLD = "bit"
-CONTROL = "model.layers.1.mlp.down_proj.weight"
-
 
 def initial_std(name, shape, facts):
     if "embed_tokens" in name and not facts.tied:

@@ -4,10 +4,6 @@ from math import sqrt
 
 from dense import DenseLlama
 
-OPTIONS: dict = {}
-SETTINGS: dict = {}
-EXPORTS = "LlamaForCausalLM"
-FOLD = "bit"
 CONTROL = "model.layers.1.input_layernorm.weight"
 
 

@@ -3,10 +3,6 @@
 from dense import DenseLlama
 
 OPTIONS = {"coefficient": 200.0}
-SETTINGS: dict = {}
-EXPORTS = "LlamaForCausalLM"
-FOLD = "bit"
-CONTROL = "model.layers.1.mlp.down_proj.weight"
 
 
 class Reference(DenseLlama):

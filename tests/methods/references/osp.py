@@ -4,9 +4,6 @@ from math import sqrt
 
 from dense import DenseLlama
 
-OPTIONS: dict = {}
-SETTINGS: dict = {}
-EXPORTS = "LlamaForCausalLM"
 FOLD = "round-off"
 CONTROL = "model.embed_tokens.weight"
 REFUSES_TIED = "an embedding and a head of their own"

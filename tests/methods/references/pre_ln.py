@@ -3,9 +3,6 @@
 from dense import DenseLlama
 from torch.nn import functional as F
 
-OPTIONS: dict = {}
-SETTINGS: dict = {}
-EXPORTS = "LlamaForCausalLM"
 FOLD = "round-off"
 CONTROL = "model.layers.1.self_attn.o_proj.weight"
 

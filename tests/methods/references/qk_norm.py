@@ -2,10 +2,7 @@
 
 from dense import DenseLlama
 
-OPTIONS: dict = {}
-SETTINGS: dict = {}
 EXPORTS = "Qwen3ForCausalLM"
-FOLD = "bit"
 CONTROL = "model.layers.1.self_attn.q_norm.weight"
 
 

@@ -4,10 +4,7 @@ import torch
 from dense import DenseLlama
 
 OPTIONS = {"alpha_init": 0.7}
-SETTINGS: dict = {}
 EXPORTS = "EvenkeelLlamaForCausalLM"
-FOLD = "bit"
-CONTROL = "model.layers.1.mlp.down_proj.weight"
 
 
 def initial_value(name, facts):

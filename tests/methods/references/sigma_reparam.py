@@ -6,10 +6,6 @@ import torch
 from dense import DenseLlama
 
 OPTIONS = {"variance": 9e-4}
-SETTINGS: dict = {}
-EXPORTS = "LlamaForCausalLM"
-FOLD = "bit"
-CONTROL = "model.layers.1.mlp.down_proj.weight"
 
 
 def initial_std(name, shape, facts):

@@ -3,7 +3,6 @@
 from dense import DenseLlama
 
 OPTIONS = {"cap": 0.8}
-SETTINGS: dict = {}
 EXPORTS = "VaultGemmaForCausalLM"
 FOLD = "round-off"
 CONTROL = "model.embed_tokens.weight"

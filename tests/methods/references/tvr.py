@@ -15,10 +15,6 @@ OPTIONS = {
     "two_sided": True,
     "roles": ["q", "k", "v", "qkv", "o", "gate", "down"],
 }
-SETTINGS: dict = {}
-EXPORTS = "LlamaForCausalLM"
-FOLD = "bit"
-CONTROL = "model.layers.1.mlp.down_proj.weight"
 
 
 class Reference(DenseLlama):

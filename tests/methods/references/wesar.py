@@ -5,11 +5,7 @@ from math import sqrt
 from dense import DenseLlama
 
 OPTIONS = {"variance": 9e-5}
-SETTINGS: dict = {}
-EXPORTS = "LlamaForCausalLM"
-FOLD = "bit"
 FOLD_TIED = "round-off"
-CONTROL = "model.layers.1.mlp.down_proj.weight"
 
 
 def initial_std(name, shape, facts):
