@@ -3,7 +3,8 @@
 CASES: {name: {"config": run configuration, "resume_at": step or null}}. Each is trained by `pretrain.train.train` in its
 run folder, after the initial weights were written to <run folder>.initial.pt. With `resume_at`, a second run, called
 <name>_resumed, starts from the first one's checkpoint of that step in a new engine. What a run raises is written to
-<run folder>.error instead of being raised.
+<run folder>.error. After a refusal, which all ranks share, the next case is run; any other exception may have left the
+others in a collective, so it ends them all.
 """
 
 import gc
@@ -21,6 +22,7 @@ from pretrain import quiet  # noqa: F401
 from pretrain.config import Config
 from pretrain.distributed import initialize
 from pretrain.engine import build_engine
+from pretrain.errors import UserError
 from pretrain.model import initialize_weights
 from pretrain.plan import make_plan
 from pretrain.run_folder import RunFolder
@@ -62,8 +64,10 @@ def main() -> None:
             run(config, ranks)
             if case["resume_at"]:
                 run(resumed(config, case["resume_at"], ranks), ranks)
-        except Exception:
+        except Exception as error:
             Path(f"{config.folder}.error").write_text(traceback.format_exc())
+            if not isinstance(error, UserError):
+                os._exit(1)
         gc.collect()
     os._exit(0)  # gloo's teardown now and then aborts a process that has had dozens of engines
 
