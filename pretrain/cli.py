@@ -21,7 +21,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
-    """--source, --subset, --split and --text-field, for `pretrain.data.sources.open_source`."""
+    """--source, --subset, --split and --text-field, for `pretrain.data.text.sources.open_source`."""
     parser.add_argument(
         "--source",
         nargs="+",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config import Config
-from pretrain.data.loader import check_batch_sizes
+from pretrain.data.batches.loader import check_batch_sizes
 from pretrain.deepspeed_blocks import block
 from pretrain.errors import UserError
 from pretrain.muon import zero_for_muon

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from pretrain.checkpoint import TrainerState, checkpoint_bytes, complete_checkpoints
 from pretrain.config import Config
 from pretrain.data import TokenShards, check_tokenizer, load_tokenizer, open_shards
-from pretrain.data.loader import Loader, check_enough_samples, eval_batches
+from pretrain.data.batches.loader import Loader, check_enough_samples, eval_batches
 from pretrain.deepspeed_config import accumulation_steps, deepspeed_config, read_deepspeed
 from pretrain.errors import UserError
 from pretrain.layout import Weight

@@ -54,7 +54,7 @@ def make_corpus(folder: Path, documents: list[str], vocab_size: int = 320) -> Co
     """Train a tokenizer of `vocab_size` on `documents` and write them as shards of about 4,000 tokens."""
     from pretrain.data.bpe import train_bpe
     from pretrain.data.prepare import prepare
-    from pretrain.data.sources import open_source
+    from pretrain.data.text.sources import open_source
     from pretrain.data.tokenizer import load_tokenizer
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -7,9 +7,11 @@ forked from a server that has the libraries loaded already, so that a run on two
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -33,6 +35,8 @@ ENVIRONMENT = {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
 }
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+_ports = itertools.count(random.SystemRandom().randrange(10_000))
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["pretrain.train", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"])
@@ -225,12 +229,16 @@ def wait_for(processes: list[subprocess.Popen]) -> Ended:
     return Ended([process.returncode for process in processes], out, err)
 
 
-def free_port(first: int = 0, last: int = 0) -> int:
-    """A port on the loopback that nobody listens on, within first..last if given."""
-    for port in range(first, last + 1):
+def free_port(first: int = 10_000, last: int = 19_999) -> int:
+    """A port on the loopback that nobody listens on, within first..last; each call starts after the one before.
+
+    Below the ports that systems hand out by themselves: one of those may be taken between this call and its use.
+    """
+    for _ in range(first, last + 1):
+        port = first + (next(_ports) % (last + 1 - first))
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            return probe.getsockname()[1]
+            return port
     raise RuntimeError(f"no free port in {first}..{last}")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pretrain import cli
 from pretrain.data.prepare import prepare
-from pretrain.data.sources import open_source
+from pretrain.data.text.sources import open_source
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.errors import UserError
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from pretrain import cli
 from pretrain.data.bpe import tokenizer_from_sentencepiece, train_bpe
 from pretrain.data.contents import read_json
-from pretrain.data.sources import Source, open_source
+from pretrain.data.text.sources import Source, open_source
 from pretrain.errors import UserError
 from pretrain.files import write_json
 

@@ -2,12 +2,12 @@
 
 Text becomes shards once (`tokenizer`, `sources`, `prepare`); every run then reads them (`shards`) in an order that is
 a pure function of (manifest, seed, sample number) (`order`, `loader`). Nothing imported here needs torch, so that the
-processes that tokenise start fast; take `Loader` from `pretrain.data.loader`.
+processes that tokenise start fast; take `Loader` from `pretrain.data.batches.loader`.
 """
 
-from pretrain.data.order import SampleOrder
-from pretrain.data.shards import TokenShards, open_shards
+from pretrain.data.batches.order import SampleOrder
 from pretrain.data.tokenizer import check_tokenizer, fingerprint, load_tokenizer, separator_id
+from pretrain.data.tokens.shards import TokenShards, open_shards
 
 __all__ = [
     "SampleOrder",

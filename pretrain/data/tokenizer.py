@@ -17,7 +17,7 @@ from pretrain.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from pretrain.data.shards import TokenShards
+    from pretrain.data.tokens.shards import TokenShards
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:

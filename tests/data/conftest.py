@@ -11,8 +11,8 @@ import pytest
 
 from pretrain.data import TokenShards, load_tokenizer, open_shards
 from pretrain.data.bpe import train_bpe
-from pretrain.data.shards import ShardWriter
-from pretrain.data.sources import open_source
+from pretrain.data.text.sources import open_source
+from pretrain.data.tokens.shards import ShardWriter
 
 # Machines that run tests are shared, so how long an example takes says nothing.
 hypothesis.settings.register_profile("untimed", deadline=None)

@@ -29,8 +29,8 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # The tool as it is, except that it records its progress after every unit of work: fast machines need no second for one.
 EAGER = """
 import runpy, sys
-import pretrain.data.prepare
-pretrain.data.prepare.COMMIT_INTERVAL_S = 0.0
+import pretrain.data.prepare.preparation
+pretrain.data.prepare.preparation.COMMIT_INTERVAL_S = 0.0
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from pretrain.data.order import SampleOrder
-from pretrain.data.shards import TokenShards
+from pretrain.data.batches.order import SampleOrder
+from pretrain.data.tokens.shards import TokenShards
 from pretrain.errors import UserError
 
 PREFETCHED_BATCHES = 2

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.data.contents import read_json
-from pretrain.data.encoding import Encoded, Encoder, encode_in_order
-from pretrain.data.progress import Progress
-from pretrain.data.shards import ShardWriter, TokenShards, open_shards, token_dtype
-from pretrain.data.sources import Source
+from pretrain.data.prepare.encoding import Encoded, Encoder, encode_in_order
+from pretrain.data.prepare.progress import Progress
+from pretrain.data.text.sources import Source
 from pretrain.data.tokenizer import fingerprint, separator_id
+from pretrain.data.tokens.shards import ShardWriter, TokenShards, open_shards, token_dtype
 from pretrain.errors import UserError
 from pretrain.files import NO_LOCKS, write_json
 

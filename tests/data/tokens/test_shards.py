@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.data import TokenShards, open_shards
-from pretrain.data.shards import ShardWriter, token_dtype
+from pretrain.data.tokens.shards import ShardWriter, token_dtype
 from pretrain.errors import UserError
 
 MakeShards = Callable[..., TokenShards]

@@ -12,8 +12,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from pretrain.data import sources
-from pretrain.data.sources import FileSource, HubSource, Source, cut_long, open_source
+from pretrain.data.text import sources
+from pretrain.data.text.sources import FileSource, HubSource, Source, cut_long, open_source
 from pretrain.errors import UserError
 
 TEXTS = ["one\r\n", "", "  two\n\nlines ", "drei größer 漢字 🎉", "\u2028 odd line ends \x85", "six"] * 50

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from pretrain.data import TokenShards, fingerprint, open_shards
-from pretrain.data.encoding import Encoder
 from pretrain.data.prepare import prepare
-from pretrain.data.sources import HubSource, Source, open_source
+from pretrain.data.prepare.encoding import Encoder
+from pretrain.data.text.sources import HubSource, Source, open_source
 from pretrain.errors import UserError
 
 OPTIONS = {"val_fraction": 0.2, "shard_tokens": 3000, "max_tokens": None, "workers": 1}
@@ -40,7 +40,7 @@ def corpus(tmp_path: Path, texts: list[str]) -> str:
 
 @pytest.fixture(autouse=True)
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pretrain.data.encoding.UNIT_CHARACTERS", 2000)
+    monkeypatch.setattr("pretrain.data.prepare.encoding.UNIT_CHARACTERS", 2000)
 
 
 def _open(*spec: str) -> Source:
@@ -83,7 +83,7 @@ def test_a_preparation_stopped_anywhere_ends_with_the_same_bytes(
     corpus: str, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commit_interval_s: float
 ) -> None:
     prepare(_open(corpus), tokenizer, tmp_path / "whole", **OPTIONS)
-    monkeypatch.setattr("pretrain.data.prepare.COMMIT_INTERVAL_S", commit_interval_s)
+    monkeypatch.setattr("pretrain.data.prepare.preparation.COMMIT_INTERVAL_S", commit_interval_s)
     for stop in range(0, 200, 23):
         with pytest.raises(Stopped):
             prepare(_stopping(_open(corpus), stop), tokenizer, tmp_path / f"out{stop}", **OPTIONS)
@@ -96,7 +96,7 @@ def test_a_preparation_stopped_anywhere_ends_with_the_same_bytes(
 def test_a_stopped_preparation_does_not_begin_again(
     corpus: str, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pretrain.data.prepare.COMMIT_INTERVAL_S", 0.0)
+    monkeypatch.setattr("pretrain.data.prepare.preparation.COMMIT_INTERVAL_S", 0.0)
     with pytest.raises(Stopped):
         prepare(_stopping(_open(corpus), 150), tokenizer, tmp_path / "out", **OPTIONS)
     encoded: list[str] = []
@@ -123,7 +123,7 @@ def test_a_streamed_data_set_gives_the_tokens_of_its_files(
 
     (tmp_path / "same.jsonl").write_bytes((tmp_path / "json").read_bytes())
     of_files = prepare(_open(str(tmp_path / "same.jsonl")), tokenizer, tmp_path / "files", **OPTIONS)
-    monkeypatch.setattr("pretrain.data.prepare.COMMIT_INTERVAL_S", 0.0)
+    monkeypatch.setattr("pretrain.data.prepare.preparation.COMMIT_INTERVAL_S", 0.0)
     with pytest.raises(Stopped):
         prepare(_stopping(stream(), 120), tokenizer, tmp_path / "stream", **OPTIONS)
     of_stream = prepare(stream(), tokenizer, tmp_path / "stream", **OPTIONS)
@@ -191,8 +191,8 @@ def test_a_full_disk_is_explained_and_survived(
 ) -> None:
     prepare(_open(corpus), tokenizer, tmp_path / "whole", **OPTIONS)
     with monkeypatch.context() as patch:
-        patch.setattr("pretrain.data.prepare.COMMIT_INTERVAL_S", 0.0)
-        patch.setattr("pretrain.data.shards.os.fsync", _full_after(5))
+        patch.setattr("pretrain.data.prepare.preparation.COMMIT_INTERVAL_S", 0.0)
+        patch.setattr("pretrain.data.tokens.shards.os.fsync", _full_after(5))
         with pytest.raises(UserError, match="No space left"):
             prepare(_open(corpus), tokenizer, tmp_path / "out", **OPTIONS)
     prepare(_open(corpus), tokenizer, tmp_path / "out", **OPTIONS)

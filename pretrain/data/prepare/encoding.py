@@ -21,7 +21,7 @@ import numpy as np
 import xxhash
 from tokenizers import Tokenizer
 
-from pretrain.data.sources import Source, cut_long
+from pretrain.data.text.sources import Source, cut_long
 from pretrain.errors import UserError
 
 UNIT_CHARACTERS = 1 << 20

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pretrain.data import SampleOrder, TokenShards
-from pretrain.data.loader import Loader, eval_batches
+from pretrain.data.batches.loader import Loader, eval_batches
 from pretrain.errors import UserError
 
 SEQ_LEN = 16
