@@ -26,7 +26,7 @@ test: setup
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	@for script in .ci/run slurm/*.sbatch; do bash -n $$script || exit 1; done
+	$(VENV)/bin/shellcheck .ci/run slurm/*.sbatch
 
 clean:
 	rm -rf $(VENV)

@@ -68,7 +68,7 @@ _WHY_EQUAL = {
     "forward": "the weights would serve another function with this run's. Give back the methods, or start anew: "
     "checkpoint.resume=never and another name",
     "optimizer": "its optimizer state belongs to another optimizer. Give back optim.name",
-    "data_fingerprint": "its sample order belongs to other token shards",
+    "data_fingerprint": "its sample order belongs to other token shards, or to other weights, shuffling or packing of them",
     "tokenizer_fingerprint": "it was trained with another tokenizer",
     "seed": "its sample order belongs to another seed",
     "seq_len": "its sample order belongs to another sequence length",
@@ -324,6 +324,9 @@ def _read_matching_state(path: Path, expected: TrainerState, changed: Sequence[s
             continue
         if key == "forward":
             found = f"it was trained with other methods ({'; '.join(changed) or 'in another order'})"
+        elif key == "data_fingerprint":
+            of_data = [change for change in changed if change.startswith("data.")]
+            found = f"it was trained on other data ({'; '.join(of_data) or 'at the same place'})"
         else:
             found = _difference(key, stored, wanted)
         raise UserError(f"cannot resume from {path}: {found}; {reason}.")

@@ -20,15 +20,25 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
-def add_source_arguments(parser: argparse.ArgumentParser) -> None:
-    """--source, --subset, --split and --text-field, for `pretrain.data.text.sources.open_source`."""
+def add_source_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """--source, --subset, --split, --text-field and --filter, for `pretrain.data.text.sources.open_source`."""
     parser.add_argument(
         "--source",
         nargs="+",
-        required=True,
+        required=required,
         metavar="SOURCE",
-        help="'stdlib', one hf://owner/dataset, or files, folders and globs of .txt .py .jsonl[.gz|.zst] .parquet",
+        help="'stdlib', one hf://owner/dataset, or files, folders, globs and URLs (s3://, https://) of .txt .py "
+        ".jsonl[.gz|.zst] .json.gz .json.zst .parquet .arrow",
     )
     parser.add_argument("--subset", help="configuration of the hf:// data set, for example sample-10BT")
     parser.add_argument("--split", default="train", help="split of the hf:// data set (default: train)")
     parser.add_argument("--text-field", default="text", help="field of a record that holds its text (default: text)")
+    parser.add_argument(
+        "--filter",
+        action="append",
+        default=[],
+        dest="filters",
+        metavar="FIELD=VALUE",
+        help="take only records of which this holds: = != < <= > >= against a field, for example 'language_score>=0.65'; "
+        "may be given several times",
+    )

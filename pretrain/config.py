@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    field_serializer,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 from transformers import AutoConfig, PreTrainedConfig
 
 from pretrain.config_errors import explain
@@ -63,20 +73,76 @@ def _family_section(family: str) -> type[ModelSection]:
     return create_model(f"{family}_model", __base__=ModelSection, family=(Literal[family], family), **fields)
 
 
+class SourceSection(Section):
+    """One corpus of a mixture: its shards, and its share of the samples as a weight relative to the others'."""
+
+    path: str
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+
+
+class ShuffleSection(Section):
+    """How far samples are shuffled in each epoch.
+
+    scope: `global` over the whole corpus, or `windowed`: shards in a shuffled order, and samples among `window_shards`
+    of them at a time, so that no more than two windows of a remote corpus need to be here.
+    """
+
+    scope: Literal["global", "windowed"] = "global"
+    window_shards: int = Field(8, gt=0)
+
+
+class CacheSection(Section):
+    """Where shards of remote corpora are kept on each node, shared by its ranks and by other runs.
+
+    limit_gb: 10^9 bytes that the folder never exceeds. downloads: files of a corpus that are fetched ahead at a time.
+    """
+
+    folder: str = "~/.cache/evenkeel"
+    limit_gb: float = Field(100.0, gt=0, allow_inf_nan=False)
+    downloads: int = Field(4, gt=0)
+
+
 class DataSection(Section):
     """Where the tokens come from and how they form batches.
 
-    train, val: shard folders (val may be null: no evaluation). seq_len: tokens per sequence. global_batch_size:
-    sequences per optimizer step. micro_batch_size: sequences per data-parallel rank and forward pass. verify: `full`
-    compares every shard's checksum at start, `size` only its length.
+    train: a shard folder or URL, or a list of {path, weight}. val: a shard folder or URL (null: no evaluation). seq_len:
+    tokens per sequence. global_batch_size: sequences per optimizer step. micro_batch_size: sequences per data-parallel rank
+    and forward pass. packing: `concatenate` documents and cut every seq_len tokens, or whole documents by `best_fit`.
+    document_attention: attention and positions end with each document. verify: `full` compares every shard's checksum
+    at start, `size` only its length.
     """
 
-    train: str
+    train: tuple[SourceSection, ...] = Field(min_length=1)
     val: str | None = None
     seq_len: int = Field(gt=0)
     global_batch_size: int = Field(gt=0)
     micro_batch_size: int = Field(gt=0)
+    shuffle: ShuffleSection = ShuffleSection()
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    document_attention: bool = False
     verify: Literal["full", "size"] = "full"
+    cache: CacheSection = CacheSection()
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _one_folder_is_a_mixture_of_one(cls, given: Any) -> Any:
+        if isinstance(given, str):
+            return ({"path": given},)
+        if not isinstance(given, list | tuple):
+            raise ValueError("give a shard folder, or a list of mappings of the keys path, weight")
+        return given
+
+    @field_validator("train")
+    @classmethod
+    def _each_source_once(cls, sources: tuple[SourceSection, ...]) -> tuple[SourceSection, ...]:
+        paths = [source.path for source in sources]
+        if twice := sorted({path for path in paths if paths.count(path) > 1}):
+            raise ValueError(f"lists {', '.join(twice)} more than once: give it one entry with the sum of the weights")
+        return sources
+
+    @field_serializer("train")
+    def _one_folder_as_it_was_given(self, sources: tuple[SourceSection, ...]) -> Any:
+        return sources[0].path if len(sources) == 1 else [source.model_dump() for source in sources]
 
 
 class ScheduleSection(Section):

@@ -1,6 +1,8 @@
 """What the DeepSpeed engine does for a run: one optimizer step, one validation loss, always averaged over all ranks.
 
-(The ranks of a tensor-parallel group have the same loss, so the mean over all ranks is the mean over the batch.)
+What is averaged are the targets that count, of all ranks and micro-batches, each alike: which micro-batch holds how many of
+them changes nothing. (The ranks of a tensor-parallel group have the same loss, so the mean over all ranks is the mean
+over the batch.)
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from io import StringIO
 import torch
 import torch.distributed as dist
 
+from pretrain.data.batches.batch import NO_TARGET, MicroBatch
 from pretrain.distributed import Ranks
 from pretrain.loss import CROSS_ENTROPY
 from pretrain.model import build_model
@@ -23,9 +26,9 @@ from pretrain.plan import Plan, validation_batches
 class Step:
     """One optimizer step that was taken, or skipped because an fp16 gradient overflowed.
 
-    losses: means over the global batch, float64 scalars on the device: `total`, which the step minimizes, and its parts,
-    `cross_entropy` and the terms that methods add. loss_scale: what fp16 gradients were computed at; 1 in other
-    precisions.
+    losses: means over the targets of the global batch that count, float64 scalars on the device: `total`, which the step
+    minimizes, and its parts, `cross_entropy` and the terms that methods add. loss_scale: what fp16 gradients were computed
+    at; 1 in other precisions.
     """
 
     losses: dict[str, torch.Tensor]
@@ -47,8 +50,11 @@ def build_engine(plan: Plan):
     return engine
 
 
-def train_step(engine, micro_batches: list[torch.Tensor], lr: float, ranks: Ranks) -> Step:
-    """One optimizer step at learning rate `lr` over this rank's micro-batches, each (batch, seq_len + 1) token ids."""
+def train_step(engine, micro_batches: list[MicroBatch], lr: float, ranks: Ranks, masked: bool) -> Step:
+    """One optimizer step at learning rate `lr` over this rank's micro-batches.
+
+    masked: whether some targets of the run may not count; the same on every rank.
+    """
     loss_scale = float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
     # At stage 0 DeepSpeed divides fp16 gradients by the loss scale, but never multiplies the loss by it.
     left_to_us = loss_scale if engine.zero_optimization_stage() == 0 else 1.0
@@ -56,10 +62,10 @@ def train_step(engine, micro_batches: list[torch.Tensor], lr: float, ranks: Rank
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     engine.train()
+    divisor = _targets_per_micro_batch(micro_batches, ranks) if masked else None
     sums = 0.0
-    for tokens in micro_batches:
-        tokens = tokens.to(ranks.device, non_blocking=True)
-        losses = engine(tokens[:, :-1], tokens[:, 1:])
+    for batch in micro_batches:
+        losses = _losses(engine, batch.to(ranks.device), divisor)
         engine.backward(losses["total"] * left_to_us)
         engine.step()
         sums = sums + torch.stack([loss.detach().double() for loss in losses.values()])
@@ -89,11 +95,33 @@ def _holds_updates(optimizer) -> bool:
 def validation_loss(engine, plan: Plan, ranks: Ranks) -> float:
     """The plain cross-entropy over the first batches of the validation shards, the same tokens every time."""
     engine.eval()
-    losses = []
-    for tokens in validation_batches(plan, ranks.rank):
-        tokens = tokens.to(ranks.device, non_blocking=True)
-        losses.append(engine(tokens[:, :-1], tokens[:, 1:])[CROSS_ENTROPY].double())
-    return float(_mean_over_ranks(torch.stack(losses).mean(), ranks))
+    sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # of cross-entropies, of targets that count
+    for batch in validation_batches(plan, ranks.rank):
+        batch = batch.to(ranks.device)
+        counted = _count(batch)
+        mean = _losses(engine, batch)[CROSS_ENTROPY].double()
+        sums += torch.stack([mean * counted, counted.double()])
+    dist.all_reduce(sums)
+    return float(sums[0] / sums[1])
+
+
+def _losses(engine, batch: MicroBatch, divisor: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    return engine(batch.inputs, batch.targets, divisor=divisor, position_ids=batch.positions)
+
+
+def _targets_per_micro_batch(micro_batches: list[MicroBatch], ranks: Ranks) -> torch.Tensor:
+    """How many targets count in a micro-batch on average over all of the global batch, a float64 scalar on the device.
+
+    DeepSpeed averages gradients over micro-batches and ranks; sums divided by this average to the mean over all targets.
+    """
+    counted = sum(_count(batch) for batch in micro_batches).to(ranks.device, torch.float64)
+    dist.all_reduce(counted)
+    return counted.clamp_min(1) / (len(micro_batches) * ranks.world_size)
+
+
+def _count(batch: MicroBatch) -> torch.Tensor:
+    """How many targets count, an int64 scalar."""
+    return (batch.targets != NO_TARGET).sum()
 
 
 def _mean_over_ranks(value: torch.Tensor, ranks: Ranks) -> torch.Tensor:

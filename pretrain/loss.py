@@ -67,9 +67,10 @@ class LossHead(ReparameterizedLinear):
         return new
 
     def forward(
-        self, hidden: torch.Tensor, targets: torch.Tensor | None = None
+        self, hidden: torch.Tensor, targets: torch.Tensor | None = None, divisor: torch.Tensor | None = None
     ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """hidden: (batch, seq_len, hidden_size). targets: (batch, seq_len) token ids, -100 where none counts.
+        """hidden: (batch, seq_len, hidden_size). targets: (batch, seq_len) token ids, -100 where none counts. divisor:
+        scalar, what sums over tokens are divided by; None: the number of targets that count here, which gives means.
 
         Returns (batch, seq_len, vocab_size) logits; or float32 scalars: `total`, to be minimized, its parts
         `cross_entropy` (mean, in nats) and one for each of the terms, without gradients.
@@ -87,6 +88,7 @@ class LossHead(ReparameterizedLinear):
             tuple(of_tokens.values()),
             tuple(of_weight.values()),
             self.gradient_scale,
+            divisor,
         )
         found = dict(zip((CROSS_ENTROPY, *of_tokens, *of_weight), parts.unbind(), strict=True))
         return {"total": sum(found.values()), **{name: value.detach() for name, value in found.items()}}
@@ -96,7 +98,7 @@ class LossHead(ReparameterizedLinear):
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Means over tokens of the cross-entropy and of further terms, whose gradients are computed chunk by chunk in forward.
+    """Sums over tokens of the cross-entropy and of further terms, divided; gradients are computed chunk by chunk in forward.
 
     Returns (1 + all terms,); what is differentiated must be their sum. The gradients of all parts are added in float32 and
     rounded once: added to the others' in bf16, the small gradient of a HeadTerm would vanish.
@@ -112,6 +114,7 @@ class _ChunkedLoss(torch.autograd.Function):
         terms: Sequence[TokenTerm],
         head_terms: Sequence[HeadTerm],
         gradient_scale: float,
+        divisor: torch.Tensor | None,
     ) -> torch.Tensor:
         with_gradients = any(ctx.needs_input_grad[:2])
         parts = torch.zeros(1 + len(terms), dtype=torch.float32, device=hidden.device)
@@ -119,7 +122,7 @@ class _ChunkedLoss(torch.autograd.Function):
         weight_gradient = (
             torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if with_gradients else None
         )
-        counted = (targets != -100).sum().clamp_min(1)
+        divisor = (targets != -100).sum().clamp_min(1) if divisor is None else divisor
         chunk_tokens = max(1, CHUNK_LOGITS // weight.shape[0])
         for first in range(0, len(hidden), chunk_tokens):
             rows = slice(first, first + chunk_tokens)
@@ -127,7 +130,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 some_hidden = hidden[rows].detach().requires_grad_(with_gradients)
                 the_weight = weight.detach().requires_grad_(with_gradients)
                 logits = capped(F.linear(some_hidden, the_weight).float())
-                chunk = _sums(logits, targets[rows], terms) / counted
+                chunk = _sums(logits, targets[rows], terms) / divisor
                 scaled_loss = chunk.sum() * gradient_scale
             parts += chunk.detach()
             if with_gradients:
@@ -150,7 +153,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, scales: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_gradient, weight_gradient = ctx.saved_tensors
         scale = scales[0] / ctx.gradient_scale
-        return hidden_gradient * scale, weight_gradient * scale, None, None, None, None, None
+        return hidden_gradient * scale, weight_gradient * scale, None, None, None, None, None, None
 
 
 def _sums(logits: torch.Tensor, targets: torch.Tensor, terms: Sequence[TokenTerm]) -> torch.Tensor:
@@ -173,11 +176,17 @@ def with_loss_head(model_class: type[nn.Module]) -> type[nn.Module]:
             self.lm_head = LossHead(config.hidden_size, config.vocab_size)
             self.tie_weights()
 
-        def forward(self, input_ids: torch.Tensor, targets: torch.Tensor | None = None, **kwargs):
+        def forward(
+            self,
+            input_ids: torch.Tensor,
+            targets: torch.Tensor | None = None,
+            divisor: torch.Tensor | None = None,
+            **kwargs,
+        ):
             if targets is None:
                 return super().forward(input_ids, **kwargs)
             hidden = self.base_model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
-            return self.lm_head(hidden, targets)
+            return self.lm_head(hidden, targets, divisor)
 
     Trained.__name__ = Trained.__qualname__ = model_class.__name__
     return Trained

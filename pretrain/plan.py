@@ -19,8 +19,10 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from pretrain.checkpoint import TrainerState, checkpoint_bytes, complete_checkpoints
 from pretrain.config import Config
-from pretrain.data import TokenShards, check_tokenizer, load_tokenizer, open_shards
-from pretrain.data.batches.loader import Loader, check_enough_samples, eval_batches
+from pretrain.corpora import Corpora, open_corpora
+from pretrain.data import fingerprint, load_tokenizer
+from pretrain.data.batches.batch import MicroBatch
+from pretrain.data.batches.loader import Loader, eval_batches
 from pretrain.deepspeed_config import accumulation_steps, deepspeed_config, read_deepspeed
 from pretrain.errors import UserError
 from pretrain.layout import Weight
@@ -41,8 +43,7 @@ class Plan:
     model_config: PreTrainedConfig
     ds_config: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
-    train_shards: TokenShards
-    val_shards: TokenShards | None
+    corpora: Corpora
     weights: list[Weight]
 
     @property
@@ -78,11 +79,15 @@ class Plan:
     def flops_per_token(self) -> float:
         return flops_per_token(self.weights, self.model_config, self.config.data.seq_len)
 
+    def samples_after(self, step: int) -> int:
+        """How many samples of the run's order all ranks together have consumed after `step` steps."""
+        return step * self.config.data.global_batch_size
+
     def state_at(self, step: int) -> TrainerState:
         """What a checkpoint of this run at `step` stores."""
         return TrainerState(
             step=step,
-            samples=step * self.config.data.global_batch_size,
+            samples=self.samples_after(step),
             world_size=self.world_size,
             tensor_parallel=self.config.parallel.tensor,
             zero_stage=self.zero_stage,
@@ -90,8 +95,8 @@ class Plan:
             model=self.model_config.to_diff_dict(),
             forward=_digest_of_forward(self),
             optimizer=self.config.optim.name,
-            data_fingerprint=self.train_shards.fingerprint,
-            tokenizer_fingerprint=self.train_shards.tokenizer_fingerprint,
+            data_fingerprint=self.corpora.fingerprint,
+            tokenizer_fingerprint=fingerprint(self.tokenizer),
             seed=self.config.seed,
             seq_len=self.config.data.seq_len,
             global_batch_size=self.config.data.global_batch_size,
@@ -114,15 +119,11 @@ def make_plan(config: Config, world_size: int, rank: int | None = None) -> Plan:
     for method in config.methods:
         method.check(weights)
         _check_touches(method, weights)
-    shards = {}
-    for split in ("train", "val"):
-        folder = getattr(config.data, split)
-        if folder is not None:
-            share = {} if rank is None else {"rank": rank, "world_size": world_size}
-            shards[split] = open_shards(folder, verify=config.data.verify, **share)
-            check_tokenizer(shards[split], tokenizer, config.tokenizer)
-    plan = Plan(config, world_size, model_config, ds_config, tokenizer, shards["train"], shards.get("val"), weights)
-    _check_batches(plan)
+    share = {} if rank is None else {"rank": rank, "world_size": world_size}
+    corpora = open_corpora(config, tokenizer, data_ranks(config, world_size), **share)
+    plan = Plan(config, world_size, model_config, ds_config, tokenizer, corpora, weights)
+    if corpora.val is not None:
+        validation_batches(plan, rank=0)
     _check_disk(plan)
     return plan
 
@@ -145,34 +146,25 @@ def _check_touches(method: Method, weights: list[Weight]) -> None:
         raise UserError(f"methods: {method.name} matches no weight of the model, so it would do nothing. Remove it.")
 
 
-def _check_batches(plan: Plan) -> None:
-    data = plan.config.data
-    check_enough_samples(plan.train_shards, data.seq_len, data.global_batch_size, plan.data_ranks)
-    if plan.val_shards is not None:
-        validation_batches(plan, rank=0)
-
-
 def training_batches(plan: Plan, rank: int, step: int) -> Loader:
     """Rank `rank`'s batches from optimizer step `step` + 1 on; ranks of a tensor-parallel group have the same."""
     data = plan.config.data
     return Loader(
-        plan.train_shards,
-        seq_len=data.seq_len,
+        plan.corpora.feed(),
         global_batch_size=data.global_batch_size,
         micro_batch_size=data.micro_batch_size,
         rank=data_rank(plan.config, rank),
         world_size=plan.data_ranks,
-        seed=plan.config.seed,
-        position=plan.state_at(step).samples,
+        position=plan.samples_after(step),
+        pin_memory=torch.cuda.is_available(),
     )
 
 
-def validation_batches(plan: Plan, rank: int) -> Iterator[torch.Tensor]:
-    """Rank `rank`'s micro-batches of one evaluation, (micro_batch_size, seq_len + 1) int64, the same at every call."""
+def validation_batches(plan: Plan, rank: int) -> Iterator[MicroBatch]:
+    """Rank `rank`'s micro-batches of one evaluation, the same at every call."""
     data = plan.config.data
     return eval_batches(
-        plan.val_shards,
-        seq_len=data.seq_len,
+        plan.corpora.val,
         global_batch_size=data.global_batch_size,
         micro_batch_size=data.micro_batch_size,
         rank=data_rank(plan.config, rank),
@@ -183,7 +175,7 @@ def validation_batches(plan: Plan, rank: int) -> Iterator[torch.Tensor]:
 
 def fixed_probe(plan: Plan) -> torch.Tensor:
     """The batch whose logits every checkpoint of the run stores: the first training tokens, (2, length) int64."""
-    tokens = plan.train_shards.read(0, min(4096, plan.train_shards.tokens))
+    tokens = plan.corpora.sources[0].shards.head(4096)
     return probe_batch(torch.from_numpy(tokens.astype("int64")), plan.config.data.seq_len)
 
 
@@ -194,8 +186,7 @@ def describe_plan(plan: Plan) -> str:
     lines = {
         "model": f"{config.model.family}, {short(plan.parameters)} parameters, vocabulary "
         f"{plan.model_config.vocab_size:,}",
-        "data": f"{short(plan.train_shards.tokens)} training tokens; the run takes "
-        f"{tokens / plan.train_shards.tokens:.2f} epochs of them",
+        "data": plan.corpora.describe(config.total_steps * data.global_batch_size),
         "length": f"{config.total_steps:,} steps x {config.tokens_per_step:,} tokens = {short(tokens)} tokens, "
         f"{plan.flops_per_token * tokens:.2e} FLOPs",
         "batch": f"{data.global_batch_size} sequences of {data.seq_len} = {plan.data_ranks} data-parallel ranks x "

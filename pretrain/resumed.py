@@ -11,11 +11,11 @@ import yaml
 from pretrain.config import Config
 from pretrain.errors import UserError
 
-_SECTIONS = ("methods", "optim", "init")
+_SECTIONS = ("data", "methods", "optim", "init")
 
 
 def changes(checkpoint: Path, config: Config) -> list[str]:
-    """The keys of methods, optimizer and initialization that differ, with both values. UserError if they cannot be read."""
+    """The keys of data, methods, optimizer and initialization that differ, with both values. UserError if they cannot be read."""
     path = checkpoint / "config.yaml"
     try:
         stored = yaml.safe_load(path.read_text())

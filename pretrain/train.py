@@ -87,7 +87,7 @@ def train(plan: Plan, folder: RunFolder, ranks: Ranks) -> None:
         folder.step = step = step + 1
         lr = learning_rate(config.optim, step, total)
         weight_monitor.before_step(step)
-        done = train_step(engine, loader.next_batch(), lr, ranks)
+        done = train_step(engine, loader.next_batch(), lr, ranks, plan.corpora.masked)
         facts = weight_monitor.after_step(step)
         for method in config.methods:
             for name, seen in method.after_step(step, weights).items():
@@ -100,7 +100,7 @@ def train(plan: Plan, folder: RunFolder, ranks: Ranks) -> None:
             pace = throughput.lap(step, total, loader.wait_s)
             report(metrics, plan, step, engine, done, lr, pace)
         throughput.pause()
-        if plan.val_shards and due(step, config.eval.interval_steps, total):
+        if plan.corpora.val and due(step, config.eval.interval_steps, total):
             evaluate(plan, engine, ranks, metrics, step)
         if due(step, config.log.activations_interval_steps, total):
             with record_activations(engine.module) as rows:
@@ -132,8 +132,9 @@ def start(plan: Plan, engine, weights: ShardedWeights, checkpoints: Checkpoints)
 def report(metrics: Metrics, plan: Plan, step: int, engine, done: Step, lr: float, pace: Pace) -> None:
     """One console line and one `train` row for the interval that ends at `step`.
 
-    `loss` is the plain cross-entropy; `loss_terms` holds what methods add to it. fp16 adds the loss scale of this step,
-    and how many steps have been skipped so far because a gradient overflowed.
+    `first_sample` and `last_sample` are those of this very step, `epochs` how often each source has been read. `loss`
+    is the plain cross-entropy; `loss_terms` holds what methods add to it. fp16 adds the loss scale of this step, and how
+    many steps have been skipped so far because a gradient overflowed.
     """
     terms = {name: float(value) for name, value in done.losses.items()}
     total, loss, norm = terms.pop("total"), terms.pop(CROSS_ENTROPY), grad_norm(engine, done)
@@ -144,6 +145,9 @@ def report(metrics: Metrics, plan: Plan, step: int, engine, done: Step, lr: floa
         "train",
         step,
         tokens=step * plan.config.tokens_per_step,
+        first_sample=plan.samples_after(step - 1),
+        last_sample=plan.samples_after(step) - 1,
+        epochs=plan.corpora.epochs(plan.samples_after(step)),
         loss=loss,
         grad_norm=norm,
         lr=lr,

@@ -215,7 +215,7 @@ def test_mappings_merge_deeply_while_lists_and_scalars_replace(file: Path, child
     assert config.optim.betas == (0.8, 0.9)
     assert [method.name for method in config.methods] == ["lir"]
     assert config.deepspeed == {"bf16": {"enabled": True}}
-    assert config.data.train == "shards"
+    assert [source.path for source in config.data.train] == ["shards"]
 
 
 def test_null_in_the_child_overrides(child: Callable[[str], Path]) -> None:

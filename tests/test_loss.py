@@ -105,6 +105,23 @@ def test_terms_are_means_over_the_tokens_that_count_and_reported_apart(chunk, ca
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
+def test_parts_of_a_batch_add_to_the_whole_whichever_part_holds_the_targets(chunk):
+    """Each part is divided by the average number of targets; the second part has none."""
+    head, hidden, targets = head_and_input(torch.float64)
+    head.terms = TERMS
+    hidden, targets = hidden.detach().view(4, 5, 12).requires_grad_(), targets.view(4, 5)
+    targets[0, 1:], targets[1], targets[3, 2] = -100, -100, -100
+    whole = head(hidden, targets)
+    divisor = ((targets != -100).sum() / 4).double()
+    parts = [head(hidden[n : n + 1], targets[n : n + 1], divisor) for n in range(4)]
+    for name, value in whole.items():
+        torch.testing.assert_close(sum(part[name] for part in parts) / 4, value, rtol=1e-6, atol=0)
+    expected = torch.autograd.grad(whole["total"], (hidden, head.weight))
+    found = torch.autograd.grad(sum(part["total"] for part in parts) / 4, (hidden, head.weight))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
 def test_capped_logits_come_out_where_no_targets_go_in():
     head, hidden, _ = head_and_input(torch.float32)
     plain = head(hidden)

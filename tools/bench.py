@@ -6,11 +6,15 @@ python tools/bench.py trap
 python tools/bench.py methods
 python tools/bench.py fill
 python tools/bench.py convert --checkpoint runs/tiny_tvr/checkpoints/latest
+python tools/bench.py tokenize --rivals-python peers/bin/python
+python tools/bench.py data --rivals-python peers/bin/python
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from pathlib import Path
 
 from pretrain.cli import run
@@ -40,6 +44,21 @@ def main() -> None:
     convert = what.add_parser("convert", help="conversion against DeepSpeed's zero_to_fp32")
     convert.add_argument("--checkpoint", required=True, type=Path)
     convert.add_argument("--rounds", type=int, default=3)
+    tokenize = what.add_parser("tokenize", help="text to token files: tools/prepare_data.py against other pipelines")
+    tokenize.add_argument("--rounds", type=int, default=3)
+    tokenize.add_argument("--megabytes", type=float, default=50, help="of text (default: 50)")
+    tokenize.add_argument("--source", nargs="+", default=["stdlib"], help="as tools/prepare_data.py takes it")
+    tokenize.add_argument("--tokenizer", type=Path, help="folder (default: a byte-level BPE trained on the text)")
+    tokenize.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    _add_rivals(tokenize)
+    data = what.add_parser("data", help="shuffled batches: the loader against others, speed, start-up and memory")
+    data.add_argument("--rounds", type=int, default=3)
+    data.add_argument("--tokens", type=float, default=100e6, help="of the data set (default: 100e6)")
+    data.add_argument("--seconds", type=float, default=4, help="of reading, each loader in each round (default: 4)")
+    data.add_argument(
+        "--workers", type=int, nargs="+", default=[0, 2], help="the others' worker processes (default: 0 2)"
+    )
+    _add_rivals(data)
     arguments = parser.parse_args()
 
     if arguments.what == "trainer":
@@ -62,10 +81,49 @@ def main() -> None:
         from pretrain.bench.fill import bench_fill
 
         print(bench_fill(tuple(arguments.ranks), arguments.blocks))
-    else:
+    elif arguments.what == "convert":
         from pretrain.bench.convert import bench_convert
 
         print(bench_convert(arguments.checkpoint, arguments.rounds))
+    elif arguments.what == "tokenize":
+        from pretrain.bench.rivals import known_rivals
+        from pretrain.bench.tokenize import RIVALS, bench_tokenize
+
+        print(
+            bench_tokenize(
+                rounds=arguments.rounds,
+                megabytes=arguments.megabytes,
+                source=arguments.source,
+                tokenizer=arguments.tokenizer,
+                rivals=known_rivals(arguments.rivals, RIVALS),
+                rivals_python=arguments.rivals_python,
+                workers=arguments.workers,
+            )
+        )
+    else:
+        from pretrain.bench.data import RIVALS, bench_data
+        from pretrain.bench.rivals import known_rivals
+
+        print(
+            bench_data(
+                rounds=arguments.rounds,
+                tokens=int(arguments.tokens),
+                seconds=arguments.seconds,
+                rivals=known_rivals(arguments.rivals, RIVALS),
+                rivals_python=arguments.rivals_python,
+                workers=arguments.workers,
+            )
+        )
+
+
+def _add_rivals(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rivals", nargs="*", help="names (default: all)")
+    parser.add_argument(
+        "--rivals-python",
+        default=sys.executable,
+        metavar="PYTHON",
+        help="interpreter of an environment with the rivals installed (default: this one)",
+    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,13 @@ RECORD = "training.json"
 
 def main() -> None:
     options = _parse()
-    source = open_source(options.source, text_field=options.text_field, subset=options.subset, split=options.split)
+    source = open_source(
+        options.source,
+        text_field=options.text_field,
+        subset=options.subset,
+        split=options.split,
+        filters=options.filters,
+    )
     settings = {"source": source.description, "vocab_size": options.vocab_size, "max_bytes": int(options.max_bytes)}
     if _is_made(options.out, settings):
         print(f"complete already: {options.out}")

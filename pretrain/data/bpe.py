@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SPACE = "▁"  # how SentencePiece writes a space inside a piece
+WORDS = f"\n|{SPACE}+[^{SPACE}\n]*|[^{SPACE}\n]+"
 MAX_LINE_BYTES = 16384  # longer lines are data rather than language, and training leaves them out
 
 # Text on which two tokenizers that differ in how they treat spaces, digits, case or Unicode give different ids.
@@ -141,7 +142,7 @@ def _words():
     """Cuts text into newlines and words with the spaces before them: short strings encode faster and can be cached."""
     from tokenizers import Regex, pre_tokenizers
 
-    return pre_tokenizers.Split(Regex(f"\n|{SPACE}+[^{SPACE}\n]*|[^{SPACE}\n]+"), "isolated")
+    return pre_tokenizers.Split(Regex(WORDS), "isolated")
 
 
 def _check_equal_ids(

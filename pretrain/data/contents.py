@@ -13,8 +13,17 @@ from pretrain.errors import UserError
 def read_json(path: Path) -> dict:
     """The JSON object in `path`; UserError when it cannot be read or is not one."""
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}. Restore the file, or make its folder anew.") from error
+    return parse_json(content, str(path))
+
+
+def parse_json(content: bytes, path: str) -> dict:
+    """The JSON object in `content`, which came from `path` (a file or URL); UserError when it is not one."""
+    try:
+        value = json.loads(content)
+    except ValueError as error:
         raise UserError(f"cannot read {path}: {error}. Restore the file, or make its folder anew.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} should hold a JSON object and holds a {type(value).__name__}. Restore the file.")

@@ -2,22 +2,52 @@
 
 The fingerprint hashes what decides which ids a text gets (vocabulary, merges, special ids, and the ids of a fixed
 probe text), so it survives saving, copying and library upgrades, and changes when the meaning of a shard would.
+
+Training takes the `transformers` tokenizer, since it is exported with the model. Preparing text takes `TokenizerFacts`,
+which mostly come from the files alone: `transformers` takes longer to import than 50 MB of text to encode.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tokenizers import Tokenizer
+
 from pretrain.data.bpe import PROBE, tokenizer_from_sentencepiece
-from pretrain.data.contents import content_hash
+from pretrain.data.contents import content_hash, read_json
 from pretrain.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pretrain.data.tokens.shards import TokenShards
+
+# What `transformers` loads as tokenizer.json has it; its other classes rebuild the tokenizer in their own way.
+_PLAIN_CLASSES = {"PreTrainedTokenizerFast", "TokenizersBackend"}
+_OTHER_FILES = ("config.json", "special_tokens_map.json", "added_tokens.json")  # it may find more to do in these
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """What preparing text needs of a tokenizer; equal to what `load_tokenizer` gives of the same path.
+
+    backend: the `tokenizers` tokenizer as JSON; vocab_size: the largest id + 1; eos_id: the separator of documents.
+    """
+
+    backend: str
+    vocab_size: int
+    eos_id: int
+    fingerprint: str
+
+
+def load_tokenizer_facts(path: str | Path) -> TokenizerFacts:
+    """The facts of the tokenizer in `path`, as `load_tokenizer` takes it; UserError where that raises one."""
+    return _facts_of_files(Path(path)) or _facts_of(load_tokenizer(path))
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -43,13 +73,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """32 hex digits that are equal for tokenizers that give every text the same ids, wherever they are stored."""
-    return content_hash(
-        {
-            "vocabulary": tokenizer.get_vocab(),
-            "merges": _merges(tokenizer),
-            "special_ids": [tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id],
-            "probe_ids": tokenizer(PROBE, add_special_tokens=False, split_special_tokens=True)["input_ids"],
-        }
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return _fingerprint(
+        tokenizer.get_vocab(),
+        [] if backend is None else _merges(json.loads(backend.to_str())["model"]),
+        [tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id],
+        tokenizer(PROBE, add_special_tokens=False, split_special_tokens=True)["input_ids"],
     )
 
 
@@ -64,20 +93,108 @@ def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def check_tokenizer(shards: TokenShards, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """UserError unless the shards were made with this very tokenizer, which was loaded from `folder`."""
-    if (found := fingerprint(tokenizer)) != shards.tokenizer_fingerprint:
+    """UserError unless the shards were made with this very tokenizer, which was loaded from `folder`.
+
+    Other trainers' formats do not say; of theirs only the ids are checked.
+    """
+    if shards.tokenizer_fingerprint not in (None, found := fingerprint(tokenizer)):
         raise UserError(
-            f"the shards in '{shards.folder}' were made with another tokenizer (fingerprint "
+            f"the shards in '{shards.location}' were made with another tokenizer (fingerprint "
             f"{shards.tokenizer_fingerprint}, {shards.vocab_size} tokens) than the run's '{folder}' (fingerprint {found}, "
             f"{len(tokenizer)} tokens). Point `tokenizer` at the one they were made with, or prepare the data again."
         )
 
 
-def _merges(tokenizer: PreTrainedTokenizerBase) -> list:
-    """The order-dependent part of the vocabulary: merge pairs of a BPE, scored pieces of a Unigram, else nothing."""
+def _facts_of_files(folder: Path) -> TokenizerFacts | None:
+    """The facts by the files in `folder`, or None where `transformers` may make something else of them."""
+    if not all((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    config = read_json(folder / "tokenizer_config.json")
+    if config.get("tokenizer_class") not in _PLAIN_CLASSES or "auto_map" in config:
+        return None
+    if any((folder / name).exists() for name in _OTHER_FILES):
+        return None
+    backend = (folder / "tokenizer.json").read_text(encoding="utf-8")
+    try:
+        tokenizer = text_tokenizer(backend)
+    except Exception:  # `tokenizers` raises plain Exceptions; the caller's other way explains them
+        return None
+    added = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
+    named = {name: _content(token) for name, token in config.items() if name.endswith("_token") and _is_token(token)}
+    if "eos_token" not in named or not {*named.values(), *_other_tokens(config)} <= added.keys():
+        return None
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    special_ids = [added.get(named.get(name)) for name in ("unk_token", "bos_token", "eos_token")]
+    return TokenizerFacts(
+        backend=backend,
+        vocab_size=max(vocabulary.values()) + 1,
+        eos_id=added[named["eos_token"]],
+        fingerprint=_fingerprint(
+            vocabulary,
+            _merges(json.loads(backend)["model"]),
+            special_ids,
+            tokenizer.encode(PROBE, add_special_tokens=False).ids,
+        ),
+    )
+
+
+def _facts_of(tokenizer: PreTrainedTokenizerBase) -> TokenizerFacts:
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
-        return []
-    model = json.loads(backend.to_str())["model"]
+        raise UserError(
+            f"the tokenizer '{tokenizer.name_or_path}' has no fast form (tokenizer.json), which prepares data. "
+            "Convert it with transformers (`save_pretrained` of the fast class) and give that folder."
+        )
+    return TokenizerFacts(
+        backend=backend.to_str(),
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,
+        eos_id=separator_id(tokenizer),
+        fingerprint=fingerprint(tokenizer),
+    )
+
+
+@lru_cache(maxsize=1)
+def text_tokenizer(backend: str) -> Tokenizer:
+    """The tokenizer of that JSON, which takes all of a text for text: "</s>" in it is not the end of a document."""
+    tokenizer = Tokenizer.from_str(backend)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _other_tokens(config: dict) -> list[str]:
+    """The tokens that tokenizer_config.json lists beside the named ones; `transformers` adds those that are missing."""
+    decoder = config.get("added_tokens_decoder") or {}
+    extra = config.get("extra_special_tokens") or []
+    return [
+        _content(token)
+        for tokens in (
+            decoder.values(),
+            config.get("additional_special_tokens") or [],
+            extra.values() if isinstance(extra, dict) else extra,
+        )
+        for token in tokens
+    ]
+
+
+def _is_token(token: object) -> bool:
+    return isinstance(token, str | dict)
+
+
+def _content(token: str | dict) -> str:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _fingerprint(
+    vocabulary: dict[str, int], merges: list, special_ids: Sequence[int | None], probe_ids: Sequence[int]
+) -> str:
+    return content_hash(
+        {"vocabulary": vocabulary, "merges": merges, "special_ids": list(special_ids), "probe_ids": list(probe_ids)}
+    )
+
+
+def _merges(model: dict) -> list:
+    """The order-dependent part of the vocabulary: merge pairs of a BPE, scored pieces of a Unigram, else nothing."""
     if isinstance(model.get("vocab"), list):
         return model["vocab"]
     return [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model.get("merges", [])]

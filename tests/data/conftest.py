@@ -12,7 +12,7 @@ import pytest
 from pretrain.data import TokenShards, load_tokenizer, open_shards
 from pretrain.data.bpe import train_bpe
 from pretrain.data.text.sources import open_source
-from pretrain.data.tokens.shards import ShardWriter
+from pretrain.data.tokens import ShardWriter
 
 # Machines that run tests are shared, so how long an example takes says nothing.
 hypothesis.settings.register_profile("untimed", deadline=None)
@@ -47,13 +47,21 @@ def tokenizer(tokenizer_folder: Path):
 
 @pytest.fixture
 def make_shards(tmp_path: Path) -> Callable[..., TokenShards]:
-    """make_shards(tokens, shard_tokens, document_tokens, dtype) -> the shards, opened, in tmp_path/shards."""
+    """make_shards(tokens, ...) -> the shards, opened, in tmp_path/folder; token i is `first` + i."""
 
-    def make(tokens: int, shard_tokens: int = 1000, document_tokens: int = 7, dtype: str = "<u2") -> TokenShards:
+    def make(
+        tokens: int,
+        shard_tokens: int = 1000,
+        document_tokens: int = 7,
+        dtype: str = "<u2",
+        first: int = 0,
+        folder: str = "shards",
+    ) -> TokenShards:
         ends = np.array([*range(document_tokens, tokens, document_tokens), tokens])
-        writer = ShardWriter(tmp_path / "shards", np.dtype(dtype), shard_tokens)
-        writer.append(np.arange(tokens).astype(dtype), ends)
-        writer.finish({"vocab_size": 65536, "eos_id": 2, "tokenizer_fingerprint": "abc", "text_bytes": 3 * tokens})
-        return open_shards(tmp_path / "shards")
+        writer = ShardWriter(tmp_path / folder, np.dtype(dtype), shard_tokens)
+        writer.append(np.arange(first, first + tokens).astype(dtype), ends)
+        vocab_size = np.iinfo(dtype).max + 1
+        writer.finish({"vocab_size": vocab_size, "eos_id": 2, "tokenizer_fingerprint": "abc", "text_bytes": 3 * tokens})
+        return open_shards(tmp_path / folder)
 
     return make

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +14,12 @@ import sentencepiece
 from hypothesis import example, given
 from hypothesis import strategies as st
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from pretrain.data import check_tokenizer, fingerprint, load_tokenizer, separator_id
-from pretrain.data.bpe import SPACE, to_hugging_face, train_bpe
+from pretrain.data.bpe import PROBE, SPACE, to_hugging_face, train_bpe
+from pretrain.data.tokenizer import load_tokenizer_facts
 from pretrain.errors import UserError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
@@ -101,8 +106,9 @@ def test_paths_without_a_tokenizer_are_refused(tmp_path: Path) -> None:
     (tmp_path / "broken" / "tokenizer.json").write_text("{")
     (tmp_path / "text.model").write_text("not a model")
     for name in ("nowhere", "empty", "broken", "text.model"):
-        with pytest.raises(UserError, match=f"'{tmp_path / name}'"):
-            load_tokenizer(tmp_path / name)
+        for load in (load_tokenizer, load_tokenizer_facts):
+            with pytest.raises(UserError, match=f"'{tmp_path / name}'"):
+                load(tmp_path / name)
 
 
 def test_a_hub_name_is_never_looked_up() -> None:
@@ -139,6 +145,118 @@ def test_the_fingerprint_tells_tokenizers_apart(model_file: Path, change: Callab
     assert fingerprint(to_hugging_face(model)) != before
 
 
+def _byte_level(texts: list[str]) -> Tokenizer:
+    """Like GPT-2's."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _unigram(texts: list[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=300, special_tokens=["<unk>", "<|endoftext|>"], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+EOS = "<|endoftext|>"
+RICH = {
+    "eos_token": EOS,
+    "bos_token": AddedToken("<s>", lstrip=True),
+    "pad_token": "<pad>",
+    "additional_special_tokens": ["<|user|>", AddedToken("<|tool|>", rstrip=True)],
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "tokenizer_class"),
+    [
+        (_byte_level, {"eos_token": EOS}, "TokenizersBackend"),
+        (_byte_level, {"eos_token": EOS, "bos_token": EOS, "unk_token": EOS}, "PreTrainedTokenizerFast"),
+        (_byte_level, {"eos_token": EOS}, "GPT2Tokenizer"),
+        (_byte_level, RICH, "PreTrainedTokenizerFast"),
+        (_byte_level, RICH | {"image_token": "<|image|>"}, "TokenizersBackend"),
+        (_byte_level, {"eos_token": EOS, "truncation": True}, "TokenizersBackend"),
+        (_unigram, {"eos_token": EOS, "unk_token": "<unk>"}, "TokenizersBackend"),
+    ],
+    ids=["plain", "named alike", "a class that rebuilds", "rich", "a token of its own", "truncating", "unigram"],
+)
+def test_the_facts_are_those_of_the_tokenizer_that_training_loads(
+    tmp_path: Path, library_texts: list[str], make: Callable, options: dict, tokenizer_class: str
+) -> None:
+    backend = make(library_texts[::4])
+    if options.get("truncation"):
+        backend.enable_truncation(5)
+        backend.enable_padding(length=7)
+    named = {key: value for key, value in options.items() if key != "truncation"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **named).save_pretrained(tmp_path)
+    _change_config(tmp_path, tokenizer_class=tokenizer_class)
+    _check_facts(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"eos_token": "<|new|>"},
+        {"additional_special_tokens": ["<|new|>"]},
+        {"extra_special_tokens": {"image_token": "<|new|>"}},
+        {"added_tokens_decoder": {"700": {"content": "<|new|>", "special": True}}},
+        {"eos_token": {"content": "the", "lstrip": False, "__type": "AddedToken"}},
+    ],
+    ids=str,
+)
+def test_the_facts_follow_what_the_configuration_adds(tmp_path: Path, library_texts: list[str], change: dict) -> None:
+    PreTrainedTokenizerFast(tokenizer_object=_byte_level(library_texts[::4]), eos_token=EOS).save_pretrained(tmp_path)
+    _change_config(tmp_path, **change)
+    _check_facts(tmp_path)
+
+
+def test_the_facts_follow_files_of_older_libraries(tmp_path: Path, library_texts: list[str]) -> None:
+    PreTrainedTokenizerFast(tokenizer_object=_byte_level(library_texts[::4]), eos_token=EOS).save_pretrained(tmp_path)
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<|new|>"}))
+    _check_facts(tmp_path)
+
+
+def test_the_facts_of_our_own_tokenizers(tokenizer_folder: Path, model_file: Path) -> None:
+    _check_facts(tokenizer_folder)
+    _check_facts(model_file)
+
+
+def test_preparation_imports_neither_torch_nor_transformers(tokenizer_folder: Path) -> None:
+    program = (
+        "import sys\nfrom pretrain.data.prepare import prepare\nfrom pretrain.data.tokenizer import load_tokenizer_facts\n"
+        f"load_tokenizer_facts({str(tokenizer_folder)!r})\n"
+        "print([name for name in ('torch', 'transformers', 'datasets', 'pyarrow') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def _change_config(folder: Path, **change: object) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+def _check_facts(path: Path) -> None:
+    """By `transformers`, as training loads it."""
+    tokenizer, facts = load_tokenizer(path), load_tokenizer_facts(path)
+    assert facts.fingerprint == fingerprint(tokenizer)
+    assert (facts.eos_id, facts.vocab_size) == (tokenizer.eos_token_id, max(tokenizer.get_vocab().values()) + 1)
+    backend = Tokenizer.from_str(facts.backend)
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    assert backend.encode(PROBE, add_special_tokens=False).ids == encode(tokenizer, PROBE)
+
+
 def test_a_tokenizer_without_end_of_sequence_is_refused(tokenizer_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(tokenizer_folder, tmp_path / "no_eos")
     config = json.loads((tmp_path / "no_eos" / "tokenizer_config.json").read_text())
@@ -147,6 +265,8 @@ def test_a_tokenizer_without_end_of_sequence_is_refused(tokenizer_folder: Path, 
     assert separator_id(load_tokenizer(tokenizer_folder)) == 2
     with pytest.raises(UserError, match="no end-of-sequence token"):
         separator_id(load_tokenizer(tmp_path / "no_eos"))
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        load_tokenizer_facts(tmp_path / "no_eos")
 
 
 def test_shards_of_another_tokenizer_are_refused(tokenizer, make_shards) -> None:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from pretrain import quiet  # noqa: F401
 from pretrain.config import Config
+from pretrain.data.batches.batch import MicroBatch
 from pretrain.deepspeed_config import deepspeed_config
 from pretrain.distributed import Ranks, initialize
 from pretrain.engine import train_step
@@ -102,8 +103,8 @@ def train(engine, weights: ShardedWeights, config: Config, ranks: Ranks, numbers
     share = SEQUENCES // ranks.world_size
     for number in numbers:
         mine = batch(number)[ranks.rank * share : (ranks.rank + 1) * share]
-        micro_batches = list(mine.split(config.data.micro_batch_size))
-        train_step(engine, micro_batches, learning_rate(number, config.optim.lr, idle), ranks)
+        micro_batches = list(map(MicroBatch, mine.split(config.data.micro_batch_size)))
+        train_step(engine, micro_batches, learning_rate(number, config.optim.lr, idle), ranks, masked=False)
         for method in config.methods:
             method.after_step(number, weights)
 

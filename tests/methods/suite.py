@@ -214,7 +214,7 @@ class Run:
         """The global batch of each step, (sequences, seq_len + 1)."""
         loader = training_batches(self.plan, rank=0, step=0)
         try:
-            return [torch.cat(loader.next_batch()) for _ in range(STEPS)]
+            return [torch.cat([batch.tokens for batch in loader.next_batch()]).long() for _ in range(STEPS)]
         finally:
             loader.close()
 

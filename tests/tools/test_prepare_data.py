@@ -1,9 +1,11 @@
-"""tools/prepare_data.py as a user runs it, killed with SIGKILL too."""
+"""tools/prepare_data.py and slurm/prepare_data.sbatch as a user runs them, killed with SIGKILL too."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +13,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pretrain.data import check_tokenizer, load_tokenizer, open_shards
+from pretrain.errors import UserError
 
-TOOLS = Path(__file__).parents[2] / "tools"
+ROOT = Path(__file__).parents[2]
+TOOLS = ROOT / "tools"
+SPLITS = ("train", "val", "held_out")
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +32,14 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# The tool as it is, except that it records its progress after every unit of work: fast machines need no second for one.
+# The tool as it is, except that it records its progress after every unit of work, and then waits to be killed.
 EAGER = """
-import runpy, sys
-import pretrain.data.prepare.preparation
-pretrain.data.prepare.preparation.COMMIT_INTERVAL_S = 0.0
+import runpy, sys, time
+from pretrain.data.prepare import journal, shuffle
+commit = journal.Journal.commit
+journal.Journal.commit = lambda self: commit(self) or time.sleep(0.05)
+journal.COMMIT_INTERVAL_S = 0.0
+shuffle.BLOCK_DOCUMENTS = 100
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -41,30 +50,79 @@ def _command(tokenizer_folder: Path, out: Path, *options: object) -> list[str]:
     return [sys.executable, *map(str, [TOOLS / "prepare_data.py", *fixed, *options])]
 
 
-def _run(*command: object) -> subprocess.CompletedProcess:
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
+def _run(*command: object, **environment: object) -> subprocess.CompletedProcess:
+    environment = os.environ | {name: str(value) for name, value in environment.items()}
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, env=environment)
 
 
-def test_a_preparation_killed_twice_ends_with_the_same_bytes(tokenizer_folder: Path, tmp_path: Path) -> None:
-    sizes = ("--shard-tokens", 700_000, "--max-tokens", 3_000_000)
-    whole = _run(*_command(tokenizer_folder, tmp_path / "whole", *sizes, "--workers", 1))
+def test_a_preparation_killed_again_and_again_ends_with_the_same_bytes(tokenizer_folder: Path, tmp_path: Path) -> None:
+    """Killed twice as it tokenises and once as it shuffles."""
+    options = ("--shard-tokens", 700_000, "--max-tokens", 3_000_000, "--held-out-fraction", 0.05, "--shuffle", 9)
+    whole = _run(*_command(tokenizer_folder, tmp_path / "whole", *options, "--workers", 1))
     assert whole.returncode == 0, whole.stderr
 
-    command = _command(tokenizer_folder, tmp_path / "killed", *sizes, "--workers", 2)
+    out = tmp_path / "killed"
+    command = _command(tokenizer_folder, out, *options, "--workers", 2)
     eager = [command[0], "-c", EAGER, *command[1:]]
-    reached = [_kill_after_progress(eager, tmp_path / "killed"), _kill_after_progress(eager, tmp_path / "killed")]
-    assert [0, 0] < reached[0] < reached[1], "the second attempt did not go on from the first"
+    reached = [_kill_after_progress(eager, out / ".unshuffled") for _ in range(2)]
+    assert 0 < reached[0] < reached[1], "the second attempt did not go on from the first"
+    _kill_after_progress(eager, out)
+    assert (out / ".unshuffled/train/manifest.json").exists()
 
     last = _run(*command)
     assert last.returncode == 0, last.stderr
-    assert last.stdout == whole.stdout.replace(str(tmp_path / "whole"), str(tmp_path / "killed"))
-    assert _contents(tmp_path / "killed") == _contents(tmp_path / "whole")
+    assert last.stdout == whole.stdout.replace(str(tmp_path / "whole"), str(out))
+    assert _contents(out) == _contents(tmp_path / "whole")
     again = _run(*command)
     assert (again.returncode, again.stdout) == (0, last.stdout)
 
-    shards = open_shards(tmp_path / "killed" / "train")
+    shards = open_shards(out / "train")
     assert len(shards.shards) > 3
     check_tokenizer(shards, load_tokenizer(tokenizer_folder), tmp_path)
+
+
+def test_an_array_job_and_its_merge_make_what_one_process_makes(tokenizer_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "a corpus"
+    folder.mkdir()
+    for number, file in enumerate(sorted(TOOLS.glob("*.py"))):
+        lines = [json.dumps({"body": part}) for part in file.read_text().split("\n\n")]
+        (folder / f"{number} of them.jsonl").write_text("\n".join(lines))
+    options = ["--source", folder / "*.jsonl", "--text-field", "body", "--tokenizer", tokenizer_folder]
+    options += ["--held-out-fraction", 0.1, "--val-fraction", 0.1]
+    whole = _run(sys.executable, TOOLS / "prepare_data.py", *options, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+
+    array = {"SLURM_ARRAY_TASK_MIN": 1, "SLURM_ARRAY_TASK_MAX": 3, "SLURM_ARRAY_TASK_COUNT": 3}
+    script, out = ("bash", ROOT / "slurm/prepare_data.sbatch"), tmp_path / "an out"
+    job = {"SLURM_SUBMIT_DIR": ROOT, "PYTHON": sys.executable, "SLURM_CPUS_PER_TASK": 1}
+    for task in (3, 1, 2):
+        done = _run(*script, *options, "--out", out, **job, **array, SLURM_ARRAY_TASK_ID=task)
+        assert done.returncode == 0, done.stderr
+    shutil.copytree(out, tmp_path / "killed")
+    merged = _run(*script, "--merge", "--out", out, **job)
+    assert merged.returncode == 0, merged.stderr
+    for split in SPLITS:
+        assert _tokens(out / split).tobytes() == _tokens(tmp_path / "whole" / split).tobytes()
+    assert merged.stdout.splitlines()[1].split()[:4] == whole.stdout.splitlines()[1].split()[:4]
+
+    shuffled = _run(sys.executable, TOOLS / "prepare_data.py", *options, "--out", tmp_path / "shuffled", "--shuffle", 3)
+    assert shuffled.returncode == 0, shuffled.stderr
+    merge = [TOOLS / "prepare_data.py", "--merge", "--shuffle", 3, "--out", tmp_path / "killed"]
+    _kill_after_progress([sys.executable, "-c", EAGER, *map(str, merge)], tmp_path / "killed")
+    assert _run(sys.executable, *merge).returncode == 0
+    assert _contents(tmp_path / "killed") == _contents(tmp_path / "shuffled")
+
+
+def test_an_array_with_gaps_is_refused(tmp_path: Path) -> None:
+    array = {
+        "SLURM_ARRAY_TASK_MIN": 1,
+        "SLURM_ARRAY_TASK_MAX": 3,
+        "SLURM_ARRAY_TASK_COUNT": 2,
+        "SLURM_ARRAY_TASK_ID": 3,
+    }
+    done = _run("bash", ROOT / "slurm/prepare_data.sbatch", "--out", tmp_path, **array, SLURM_SUBMIT_DIR=ROOT)
+    assert done.returncode == 2
+    assert "the array has gaps" in done.stderr
 
 
 def test_mistakes_end_with_code_2_and_one_paragraph(tokenizer_folder: Path, tmp_path: Path) -> None:
@@ -73,8 +131,6 @@ def test_mistakes_end_with_code_2_and_one_paragraph(tokenizer_folder: Path, tmp_
         (("--source", tmp_path / "a.csv"), "a.csv is of no kind that can be read"),
         (("--tokenizer", tmp_path / "nowhere"), "there is no tokenizer at"),
         (("--out", TOOLS), "holds files that no preparation recorded"),
-        (("--val-fraction", 1.5), "--val-fraction 1.5 is not a share"),
-        (("--shard-tokens", 0), "--shard-tokens 0 is too small"),
     ]:
         done = _run(*_command(tokenizer_folder, tmp_path / "out", *options))
         assert done.returncode == 2
@@ -84,31 +140,79 @@ def test_mistakes_end_with_code_2_and_one_paragraph(tokenizer_folder: Path, tmp_
     assert not (tmp_path / "out").exists()
 
 
-def _kill_after_progress(command: list[str], out: Path) -> list[int]:
-    """Run `command`, kill it with SIGKILL once it has recorded progress of its own; the cursor it had recorded."""
-    before = _cursor(out)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--source a --tokenizer t --out o --val-fraction 1.5", "--val-fraction 1.5 is not a share"),
+        ("--source a --tokenizer t --out o --held-out-fraction -1", "--held-out-fraction -1.0 is not a share"),
+        ("--source a --tokenizer t --out o --val-fraction .5 --held-out-fraction .5", "leave nothing for train"),
+        ("--source a --tokenizer t --out o --shard-tokens 0", "--shard-tokens 0 is too small"),
+        ("--source a --tokenizer t", "--out must be given"),
+        ("--out o", "--source, --tokenizer must be given"),
+        ("--merge", "--out must be given with --merge"),
+        ("--merge --out o --source a", "--merge does not go with --source"),
+        ("--merge --out o --export megatron", "--export, --merge are different things to do"),
+        ("--import megatron --source a --out o", "--tokenizer must be given with --import"),
+        ("--import nanogpt --source a --tokenizer t --out o --shuffle 3", "--import does not go with --shuffle"),
+        ("--export olmo --source a --out o --tokenizer t", "--export does not go with --tokenizer"),
+        ("--source a --tokenizer t --out o --part 0/2 --max-tokens 9", "--part does not go with --max-tokens"),
+        ("--source a --tokenizer t --out o --part 0/2 --shuffle 0", "--part does not go with --shuffle: give it to"),
+        ("--merge --out o --part 0/2 --filter a=b", "--merge does not go with --filter, --part"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(
+    options: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specification = importlib.util.spec_from_file_location("prepare_data", TOOLS / "prepare_data.py")
+    tool = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(tool)
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *options.split()])
+    with pytest.raises(UserError, match=message):
+        tool.main()
+
+
+@pytest.mark.parametrize("part", ["2/2", "1", "-1/2", "0/0", "a/b"])
+def test_a_part_that_is_none_is_refused(part: str) -> None:
+    done = _run(sys.executable, TOOLS / "prepare_data.py", "--part", part)
+    assert done.returncode == 2
+    assert "--part" in done.stderr
+
+
+def test_the_tool_starts_without_the_heavy_libraries() -> None:
+    heavy = {"torch", "transformers", "datasets", "pyarrow", "deepspeed"}
+    program = (
+        f"import runpy, sys; runpy.run_path({str(TOOLS / 'prepare_data.py')!r}); print({heavy!r} & sys.modules.keys())"
+    )
+    assert _run(sys.executable, "-c", program).stdout == "set()\n"
+
+
+def _kill_after_progress(command: list[str], folder: Path) -> int:
+    """Run `command`, kill it with SIGKILL once it has recorded progress in `folder`; the bytes it had recorded."""
+    before = _recorded(folder)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        _wait_until(lambda: process.poll() is not None or _cursor(out) > before)
+        _wait_until(lambda: process.poll() is not None or _recorded(folder) > before)
         workers = _descendants(process.pid)
         assert process.poll() is None, "it ended before it could be killed"
-        assert len(workers) >= 2
         process.send_signal(signal.SIGKILL)
     finally:
         process.kill()
         process.wait()
     _wait_until(lambda: not any(map(_is_running, workers)))
-    return _cursor(out)
+    return _recorded(folder)
 
 
-def _cursor(out: Path) -> list[int]:
-    journal = out / "prepare.json"
-    return (json.loads(journal.read_text())["cursor"] if journal.exists() else None) or [0, 0]
+def _recorded(folder: Path) -> int:
+    """The documents of train that the journal in `folder` has."""
+    if not (folder / "prepare.json").exists():
+        return 0
+    train = json.loads((folder / "prepare.json").read_text()).get("writers", {}).get("train")
+    return 1000 * train["shards"] + train["open_documents"] if train else 0
 
 
 def _descendants(process: int) -> list[int]:
-    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    return [int(child) for child in children]
+    children = [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    return [*children, *(below for child in children for below in _descendants(child))]
 
 
 def _is_running(process: int) -> bool:
@@ -125,6 +229,12 @@ def _wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def _tokens(folder: Path) -> np.ndarray:
+    """All tokens of a shard folder, by numpy and the names in the manifest."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return np.concatenate([np.fromfile(folder / shard["file"], "<u2") for shard in manifest["shards"]])
+
+
 def _contents(out: Path) -> dict[str, bytes]:
-    files = [file for split in ("train", "val") for file in (out / split).iterdir()]
+    files = [file for split in SPLITS for file in (out / split).iterdir()]
     return {os.fspath(file.relative_to(out)): file.read_bytes() for file in files}

@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 NO_TARGET = -100  # what torch's cross-entropy leaves out
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """inputs, targets: (sequences, seq_len) int64 token ids; a target of NO_TARGET does not count. positions: the same
-    shape, int64, starting at 0 again with every document that attention must not leave; None: one document a sequence.
+class MicroBatch(NamedTuple):
+    """Sequences of seq_len + 1 tokens, of which the first seq_len are inputs and the last seq_len are targets.
+
+    tokens: (sequences, seq_len + 1) ids, int64 after `to`. Until then they are as narrow as they are stored: the less
+    there is to read, pin and copy. counted: (sequences, seq_len) bool, which targets count; None: all. positions:
+    (sequences, seq_len) int64, starting at 0 again with every document that attention must not leave; None: a sequence
+    is one stretch of text.
     """
 
-    inputs: torch.Tensor
-    targets: torch.Tensor
+    tokens: torch.Tensor
+    counted: torch.Tensor | None = None
     positions: torch.Tensor | None = None
+
+    @property
+    def inputs(self) -> torch.Tensor:
+        """(sequences, seq_len) int64 ids."""
+        return self.tokens[:, :-1].long()
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """(sequences, seq_len) int64 ids; NO_TARGET where nothing is to be predicted."""
+        following = self.tokens[:, 1:].long()
+        return following if self.counted is None else torch.where(self.counted, following, NO_TARGET)
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The batch on `device`; the copy overlaps with computation where the memory is pinned."""
-        moved = (None if part is None else part.to(device, non_blocking=True) for part in self._parts())
-        return MicroBatch(*moved)
-
-    def _parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        return self.inputs, self.targets, self.positions
+        return MicroBatch(
+            self.tokens.to(device, non_blocking=True).long(),
+            None if self.counted is None else self.counted.to(device, non_blocking=True),
+            None if self.positions is None else self.positions.to(device, non_blocking=True),
+        )

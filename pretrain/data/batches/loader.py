@@ -1,13 +1,13 @@
-"""From shards to the batches of one rank; the whole state is one integer, the samples that the run has consumed.
+"""The batches of one rank; the whole state is one integer, the samples that the run has consumed.
 
-Sample k is seq_len + 1 consecutive tokens from token k * seq_len on: its last token is the first of sample k + 1, so
-every token but the very first is a target. A global batch is the next samples of the run's order, and rank r of R takes the
-r-th of R equal slices, so what a step trains on does not depend on the number of ranks. Ranks are data-parallel ranks
-throughout this file: under tensor parallelism several processes read the same slice.
+A global batch is the next samples of the run, and rank r of R takes the r-th of R equal slices, so what a step trains on
+does not depend on the number of ranks. Ranks are data-parallel ranks throughout this file: under tensor parallelism
+several processes read the same slice.
 """
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
@@ -16,11 +16,19 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from pretrain.data.batches.order import SampleOrder
-from pretrain.data.tokens.shards import TokenShards
+from pretrain.data.batches.batch import MicroBatch
+from pretrain.data.batches.feed import Feed, Slots
+from pretrain.data.batches.memory import Memory
+from pretrain.data.batches.order import FileOrder
+from pretrain.data.batches.samples import Rows, Samples
+from pretrain.data.batches.stream import Stream
 from pretrain.errors import UserError
 
-PREFETCHED_BATCHES = 2
+HANDED_TOKENS = 1 << 20  # small steps pass from thread to thread several at a time
+HANDED_AHEAD = 2
+LOCATED_SAMPLES = 1 << 13  # numpy takes as long to locate one sample as some thousand
+
+Step = list[MicroBatch]
 
 
 class Loader:
@@ -33,107 +41,155 @@ class Loader:
 
     def __init__(
         self,
-        shards: TokenShards,
+        feed: Feed,
         *,
-        seq_len: int,
         global_batch_size: int,
         micro_batch_size: int,
         rank: int,
         world_size: int,
-        seed: int,
         position: int = 0,
+        pin_memory: bool = False,
     ) -> None:
-        """Sizes are in samples; UserError when they do not fit together or the shards hold too little."""
+        """Sizes are in samples; UserError when they do not fit together. The loader closes `feed` when it is closed."""
         check_batch_sizes(global_batch_size, micro_batch_size, world_size)
-        check_enough_samples(shards, seq_len, global_batch_size, world_size)
+        self.feed = feed
+        self.position = position
         self.wait_s = 0.0
-        self._position = position
-        self._shards = shards
-        self._seq_len = seq_len
         self._global_batch_size = global_batch_size
-        self._micro_batch_size = micro_batch_size
-        self._slice = (global_batch_size // world_size * rank, global_batch_size // world_size * (rank + 1))
-        self._order = SampleOrder(count_samples(shards, seq_len), seed)
-        self._ready: queue.Queue[list[torch.Tensor] | Exception] = queue.Queue(PREFETCHED_BATCHES)
+        self._slice = slice_of_rank(global_batch_size, rank, world_size)
+        self._steps = max(1, HANDED_TOKENS // (len(self._slice) * feed.seq_len))
+        self._batches = _Batches(feed, self._steps * len(self._slice), micro_batch_size, pin_memory)
+        self._here: list[Step] = []  # handed over, the next step last
+        self._handed: queue.Queue[list[Step] | Exception] = queue.Queue(HANDED_AHEAD)
+        self._device = torch.cuda.current_device() if pin_memory else None
         self._closing = threading.Event()
         self._failure: Exception | None = None
         self._thread = threading.Thread(target=self._read_ahead, args=(position,), name="loader", daemon=True)
         self._thread.start()
 
-    @property
-    def position(self) -> int:
-        return self._position
+    def next_batch(self) -> Step:
+        """This rank's micro-batches of the next optimizer step, on the CPU.
 
-    def next_batch(self) -> list[torch.Tensor]:
-        """This rank's micro-batches of the next optimizer step, each (micro_batch_size, seq_len + 1) int64 on the CPU."""
+        Whatever goes wrong while a sample is read is raised when its step is due, and at every later call.
+        """
+        if not self._here:
+            self._receive()
+        self.position += self._global_batch_size
+        return self._here.pop()
+
+    def close(self) -> None:
+        """Stop reading ahead and let go of the shards; the thread has ended when this returns."""
+        self._closing.set()
+        self._here.clear()
+        while self._thread.is_alive():
+            try:  # a reader that waits for room in the queue must be let go
+                self._handed.get_nowait()
+            except queue.Empty:
+                self._thread.join(timeout=0.01)
+        self.feed.close()
+
+    def _receive(self) -> None:
         if self._closing.is_set():
             raise RuntimeError("the loader is closed")
         if self._failure is None:
             began = time.perf_counter()
-            batch = self._ready.get()
+            handed = self._handed.get()
             self.wait_s += time.perf_counter() - began
-            if not isinstance(batch, Exception):
-                self._position += self._global_batch_size
-                return batch
-            self._failure = batch
+            if not isinstance(handed, Exception):
+                self._here = handed[::-1]
+                return
+            self._failure = handed
         raise self._failure
 
-    def close(self) -> None:
-        """Stop reading ahead; the thread has ended when this returns."""
-        self._closing.set()
-        while self._thread.is_alive():
-            try:  # a reader that waits for room in the queue must be let go
-                self._ready.get_nowait()
-            except queue.Empty:
-                self._thread.join(timeout=0.01)
-
     def _read_ahead(self, position: int) -> None:
-        first, last = self._slice
+        if self._device is not None:
+            torch.cuda.set_device(self._device)  # else pinning would begin a context on the first device of the node
+        per_step = len(self._slice)
+        located = handed = 1  # steps at a time: one, since it is waited for, then more and more
         try:
             while not self._closing.is_set():
-                samples = self._order.many(position + first, position + last)
-                self._ready.put(_read_samples(self._shards, samples, self._seq_len, self._micro_batch_size))
-                position += self._global_batch_size
+                firsts = position + np.arange(located)[:, None] * self._global_batch_size
+                slots = self.feed.at((firsts + np.array(self._slice)).ravel())
+                for start in range(0, located * per_step, handed * per_step):
+                    self._hand_over(slots.part(slice(start, start + handed * per_step)))
+                position += located * self._global_batch_size
+                handed = min(2 * handed, self._steps)
+                located = max(handed, min(2 * located, LOCATED_SAMPLES // per_step))
         except Exception as error:
-            self._ready.put(error)
+            self._handed.put(error)
+
+    def _hand_over(self, slots: Slots) -> None:
+        """Read the samples of whole steps and queue them."""
+        if self._closing.is_set():
+            return
+        per_step, steps = len(self._slice), len(slots.places) // len(self._slice)
+        try:
+            batches = self._batches.read(slots)
+        except Exception:
+            if steps == 1:
+                raise
+            for start in range(0, len(slots.places), per_step):  # the steps before the one that fails are good
+                self._hand_over(slots.part(slice(start, start + per_step)))
+            return
+        each = len(batches) // steps
+        self._handed.put([batches[start : start + each] for start in range(0, len(batches), each)])
+
+
+class _Batches:
+    """Reads micro-batches into memory that is used again."""
+
+    def __init__(self, feed: Feed, samples: int, micro_batch_size: int, pin_memory: bool = False) -> None:
+        """samples: how many `read` is asked for at most."""
+        self._feed = feed
+        self._micro_batch_size = micro_batch_size
+        shape = samples, feed.seq_len
+        self._tokens = Memory((samples, feed.seq_len + 1), torch.from_numpy(np.empty(0, feed.dtype)).dtype, pin_memory)
+        self._counted = Memory(shape, torch.bool, pin_memory) if feed.masked else None
+        self._positions = Memory(shape, torch.int64, pin_memory) if feed.carries_documents else None
+
+    def read(self, slots: Slots) -> list[MicroBatch]:
+        """The samples of `slots`, in order."""
+        parts = [memory and memory.take(len(slots.places)) for memory in (self._tokens, self._counted, self._positions)]
+        self._feed.read(slots, Rows(*(None if part is None else part.numpy() for part in parts)))
+        tokens, counted, positions = (None if part is None else part.split(self._micro_batch_size) for part in parts)
+        nothing = itertools.repeat(None)
+        return [MicroBatch(*pieces) for pieces in zip(tokens, counted or nothing, positions or nothing)]  # noqa: B905
 
 
 def eval_batches(
-    shards: TokenShards,
+    samples: Samples,
     *,
-    seq_len: int,
     global_batch_size: int,
     micro_batch_size: int,
     rank: int,
     world_size: int,
     batches: int,
-) -> Iterator[torch.Tensor]:
-    """This rank's micro-batches, (micro_batch_size, seq_len + 1) int64, of the first samples in file order.
+) -> Iterator[MicroBatch]:
+    """This rank's micro-batches of the first samples in file order.
 
     All ranks together read `batches` global batches, so the samples do not depend on the number of ranks; where the
     shards hold fewer, as many as fill a micro-batch on every rank. Every rank gets the same number of micro-batches.
     UserError, at the call, when not even one can be filled on all ranks.
     """
-    together = micro_batch_size * world_size
-    num_samples = count_samples(shards, seq_len)
+    together, num_samples = micro_batch_size * world_size, int(samples.counts.sum())
     if num_samples < together:
         raise UserError(
-            f"the validation shards in '{shards.folder}' hold {num_samples} samples of {seq_len} tokens, and one batch "
-            f"on {world_size} data-parallel ranks takes {together} (data.micro_batch_size {micro_batch_size} x "
-            f"{world_size}). "
+            f"the validation shards in '{samples.shards.location}' hold {num_samples} samples of {samples.seq_len} "
+            f"tokens, and one batch on {world_size} data-parallel ranks takes {together} (data.micro_batch_size "
+            f"{micro_batch_size} x {world_size}). "
             "Prepare more validation text (--val-fraction), or lower data.micro_batch_size or data.seq_len."
         )
     rounds = min(batches * global_batch_size, num_samples) // together
+    feed = Feed([Stream(samples, FileOrder(samples.counts))])
+    reader = _Batches(feed, micro_batch_size, micro_batch_size)
     starts = range(rank * micro_batch_size, rounds * together, together)
-    return (
-        _read_samples(shards, np.arange(start, start + micro_batch_size), seq_len, micro_batch_size)[0]
-        for start in starts
-    )
+    return (reader.read(feed.at(np.arange(start, start + micro_batch_size)))[0] for start in starts)
 
 
-def count_samples(shards: TokenShards, seq_len: int) -> int:
-    """How many samples of `seq_len` inputs and as many targets the shards hold."""
-    return max(0, shards.tokens - 1) // seq_len
+def slice_of_rank(global_batch_size: int, rank: int, world_size: int) -> range:
+    """Which samples of each global batch `rank` takes."""
+    size = global_batch_size // world_size
+    return range(rank * size, (rank + 1) * size)
 
 
 def check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size: int) -> None:
@@ -150,11 +206,12 @@ def check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size:
     )
 
 
-def check_enough_samples(shards: TokenShards, seq_len: int, global_batch_size: int, world_size: int) -> None:
-    """UserError unless the shards hold a sample for every rank and at least one global batch."""
-    num_samples = count_samples(shards, seq_len)
+def check_enough_samples(samples: Samples, global_batch_size: int, world_size: int) -> None:
+    """UserError unless a corpus holds a sample for every rank and at least one global batch."""
+    num_samples = int(samples.counts.sum())
     held = (
-        f"the shards in '{shards.folder}' hold {num_samples} samples ({shards.tokens} tokens, data.seq_len {seq_len})"
+        f"the shards in '{samples.shards.location}' hold {num_samples} samples ({samples.shards.tokens} tokens, "
+        f"data.seq_len {samples.seq_len})"
     )
     if num_samples < world_size:
         raise UserError(
@@ -165,11 +222,3 @@ def check_enough_samples(shards: TokenShards, seq_len: int, global_batch_size: i
             f"{held}, fewer than one global batch of {global_batch_size}. "
             "Prepare more text, or lower data.global_batch_size or data.seq_len."
         )
-
-
-def _read_samples(shards: TokenShards, samples: np.ndarray, seq_len: int, micro_batch_size: int) -> list[torch.Tensor]:
-    """The given samples in micro-batches, widened to int64."""
-    tokens = np.empty((len(samples), seq_len + 1), dtype=np.int64)
-    for row, sample in zip(tokens, samples.tolist(), strict=True):
-        row[:] = shards.read(sample * seq_len, (sample + 1) * seq_len + 1)
-    return list(torch.from_numpy(tokens).split(micro_batch_size))

@@ -1,5 +1,6 @@
 """Text to token shards, in several processes and on several nodes, so that a kill at any moment costs nothing."""
 
+from pretrain.data.prepare.merge import merge
 from pretrain.data.prepare.preparation import prepare
 
-__all__ = ["prepare"]
+__all__ = ["merge", "prepare"]

@@ -1,128 +1,144 @@
 """Text to token shards, so that a preparation killed at any moment goes on and ends with the same bytes.
 
-The tokens are written in the order of the source. Every second or so a journal records how far the source was read and
-how long each file was then; whatever came later is cut off and made again. The manifests are written at the end.
+The tokens are written in the order of the source. Every few seconds the journal records how far the source was read and
+how long each file was then; whatever came later is cut off and made again. The manifests are written at the end. A
+shuffled preparation first does all this in a hidden folder, from which `shuffle` writes the shards.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from pretrain.data.contents import read_json
 from pretrain.data.prepare.encoding import Encoded, Encoder, encode_in_order
+from pretrain.data.prepare.folder import refuse_foreign_files, remove, writing_in
+from pretrain.data.prepare.journal import Journal, splits_of, written
+from pretrain.data.prepare.ledger import SourceLedger
+from pretrain.data.prepare.parts import refuse_parts, writing_part
 from pretrain.data.prepare.progress import Progress
+from pretrain.data.prepare.shuffle import shuffle
 from pretrain.data.text.sources import Source
-from pretrain.data.tokenizer import fingerprint, separator_id
-from pretrain.data.tokens.shards import ShardWriter, TokenShards, open_shards, token_dtype
+from pretrain.data.tokenizer import TokenizerFacts
+from pretrain.data.tokens.shards import TokenShards, open_shards
+from pretrain.data.tokens.writer import token_dtype
 from pretrain.errors import UserError
-from pretrain.files import NO_LOCKS, write_json
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-JOURNAL = "prepare.json"
-COMMIT_INTERVAL_S = 1.0
-_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+UNSHUFFLED = ".unshuffled"
 
 
 def prepare(
     source: Source,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: TokenizerFacts,
     out: Path,
     *,
     val_fraction: float,
     shard_tokens: int,
-    max_tokens: int | None,
     workers: int,
+    held_out_fraction: float = 0.0,
+    max_tokens: int | None = None,
+    shuffle_seed: int | None = None,
+    part: tuple[int, int] | None = None,
 ) -> dict[str, TokenShards]:
-    """Write the shard folders out/train and, unless `val_fraction` is 0, out/val; return them by name.
+    """Write the shard folders out/train and, where their fractions are not 0, out/val and out/held_out; return them.
 
     Goes on if the same preparation stopped earlier, returns at once if it is complete. `max_tokens` ends it at the
-    first document end at or past that many training tokens. UserError for bad input, a folder that holds anything
-    else, and a full disk.
+    first document end at or past that many training tokens. `shuffle_seed` puts the documents of each split in an order
+    that depends on it and on their number alone. `part` = (number, count) says that `source` is that share of a larger
+    one: it gets a folder of its own below `out` until `merge` joins them. UserError for bad input, a folder that holds
+    anything else, and a full disk.
     """
     settings = {
         "source": source.description,
-        "tokenizer_fingerprint": fingerprint(tokenizer),
+        "tokenizer_fingerprint": tokenizer.fingerprint,
         "val_fraction": val_fraction,
+        "held_out_fraction": held_out_fraction,
         "shard_tokens": shard_tokens,
         "max_tokens": max_tokens,
     }
-    _refuse_foreign_files(out)
-    with _clear_write_errors(out), _alone_in(out):
-        journal = _load_journal(out, settings)
-        if not journal["finished"]:
-            preparation = _Preparation(source, tokenizer, out, journal)
-            preparation.run(workers)
-        return {split: open_shards(out / split, verify="size") for split in _splits(settings)}
+    if part is not None:
+        with writing_part(out, part) as folder:
+            _tokenise(source, tokenizer, folder, settings | {"part": list(part)}, workers)
+            return _opened(folder, settings)
+    refuse_parts(out)
+    refuse_foreign_files(out)
+    with writing_in(out):
+        if shuffle_seed is None:
+            _tokenise(source, tokenizer, out, settings, workers)
+        else:
+            journal = Journal(out, settings | {"shuffle": shuffle_seed})
+            if not journal.finished:
+                _tokenise(source, tokenizer, out / UNSHUFFLED, settings, workers)
+                shuffle([out / UNSHUFFLED], journal, workers)
+            remove(out / UNSHUFFLED)
+        return _opened(out, settings)
 
 
-class _Preparation:
-    """A preparation under way: the source, a writer per split and the journal, which only ever move together."""
+def _tokenise(source: Source, tokenizer: TokenizerFacts, out: Path, settings: dict, workers: int) -> None:
+    """Write the documents in the order of the source to out/train and so on, from where this was stopped."""
+    out.mkdir(exist_ok=True)
+    journal = Journal(out, settings)
+    if not journal.finished:
+        _Tokenisation(source, tokenizer, journal).run(workers)
 
-    def __init__(self, source: Source, tokenizer: PreTrainedTokenizerBase, out: Path, journal: dict) -> None:
+
+class _Tokenisation:
+    """The source, the writers, the ledger and the journal, which only ever move together."""
+
+    def __init__(self, source: Source, tokenizer: TokenizerFacts, journal: Journal) -> None:
         self.source = source
-        self.out = out
+        self.tokenizer = tokenizer
         self.journal = journal
-        self.settings = journal["settings"]
-        self.vocab_size = max(tokenizer.get_vocab().values()) + 1
-        dtype = token_dtype(self.vocab_size)
+        self.settings = journal.settings
+        dtype = token_dtype(tokenizer.vocab_size)
         self.encoder = Encoder(
-            _backend_json(tokenizer), separator_id(tokenizer), dtype, val_fraction=self.settings["val_fraction"]
+            tokenizer.backend,
+            tokenizer.eos_id,
+            dtype,
+            val_fraction=self.settings["val_fraction"],
+            held_out_fraction=self.settings["held_out_fraction"],
         )
-        self.writers = {
-            split: ShardWriter(out / split, dtype, self.settings["shard_tokens"], journal["writers"].get(split))
-            for split in _splits(self.settings)
-        }
-        if journal["cursor"] is not None:
-            source.seek(journal["cursor"])
+        self.writers = journal.open_writers(dtype)
+        self.state = journal.state
+        if self.state:
+            source.seek(self.state["cursor"])
+        else:
+            self.state |= {"cursor": source.cursor(), "read_bytes": 0, "open_sources": {}}
+            self.state["text_bytes"] = dict.fromkeys(self.writers, 0)
+        self.ledger = SourceLedger(journal)
 
     def run(self, workers: int) -> None:
         """From where the journal stands to the end."""
         if not self._has_enough():
             self._encode_the_rest(workers)
-        if not self.writers["train"].tokens:
+        if not self.writers["train"].tokens and "part" not in self.settings:
             raise UserError(f"the source {self.settings['source']} holds no text, so there is nothing to write.")
         for split, writer in self.writers.items():
             writer.finish(self._description(split))
-        self.journal["finished"] = True
-        write_json(self.out / JOURNAL, self.journal)
+        self.journal.finish()
 
     def _encode_the_rest(self, workers: int) -> None:
-        progress = Progress(self.source.size_bytes, self._done())
-        committed = time.monotonic()
+        progress = Progress("tokenised", self.source.size_bytes, self._done())
         encoded = encode_in_order(self.encoder, self.source, workers)
         try:
             for unit, parts in encoded:
                 self._write(parts)
-                self.journal |= {"cursor": unit.cursor, "read_bytes": unit.read_bytes}
-                if time.monotonic() - committed >= COMMIT_INTERVAL_S:
-                    self._commit()
-                    committed = time.monotonic()
+                self.state |= {"cursor": unit.cursor, "read_bytes": unit.read_bytes}
+                self.journal.commit_if_due()
                 progress.update(self._done())
                 if self._has_enough():
                     break
         finally:
             encoded.close()
             progress.close()
-        self._commit()
+        self.journal.commit()
 
     def _write(self, parts: dict[str, Encoded]) -> None:
         if (wanted := self._tokens_wanted()) is not None:
             parts["train"] = parts["train"].up_to(wanted)
         for split, writer in self.writers.items():
-            writer.append(parts[split].tokens, parts[split].ends)
-            self.journal["text_bytes"][split] += int(parts[split].text_bytes.sum())
-
-    def _commit(self) -> None:
-        self.journal["writers"] = {split: writer.commit() for split, writer in self.writers.items()}
-        write_json(self.out / JOURNAL, self.journal)
+            documents = parts[split]
+            writer.append(documents.tokens, documents.ends)
+            self.ledger.add(split, documents, self.source.files)
+            self.state["text_bytes"][split] += int(documents.text_bytes.sum())
 
     def _tokens_wanted(self) -> int | None:
         limit = self.settings["max_tokens"]
@@ -133,112 +149,24 @@ class _Preparation:
         return wanted is not None and wanted <= 0
 
     def _done(self) -> tuple[int, int, int]:
-        """Bytes read (of files) or bytes of text (of a stream, whose size is not known), documents, tokens."""
-        of_files = self.source.size_bytes is not None
-        done_bytes = self.journal["read_bytes"] if of_files else sum(self.journal["text_bytes"].values())
-        writers = self.writers.values()
-        return done_bytes, sum(writer.documents for writer in writers), sum(writer.tokens for writer in writers)
+        """Bytes read, documents, tokens."""
+        documents, tokens = written(self.writers)
+        return self.state["read_bytes"], documents, tokens
 
     def _description(self, split: str) -> dict:
         return {
             "split": split,
-            "text_bytes": self.journal["text_bytes"][split],
-            "vocab_size": self.vocab_size,
-            "eos_id": self.encoder.separator,
-            "tokenizer_fingerprint": self.settings["tokenizer_fingerprint"],
+            "text_bytes": self.state["text_bytes"][split],
+            "vocab_size": self.tokenizer.vocab_size,
+            "eos_id": self.tokenizer.eos_id,
+            "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "source": self.settings["source"],
             "val_fraction": self.settings["val_fraction"],
+            "held_out_fraction": self.settings["held_out_fraction"],
+            "shuffle": None,
+            "sources": self.ledger.sources(split),
         }
 
 
-def _splits(settings: dict) -> tuple[str, ...]:
-    return ("train", "val") if settings["val_fraction"] else ("train",)
-
-
-def _backend_json(tokenizer: PreTrainedTokenizerBase) -> str:
-    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
-        raise UserError(
-            f"the tokenizer '{tokenizer.name_or_path}' has no fast form (tokenizer.json), which prepares data. "
-            "Convert it with transformers (`save_pretrained` of the fast class) and give that folder."
-        )
-    return backend.to_str()
-
-
-def _refuse_foreign_files(out: Path) -> None:
-    """UserError, before anything is written, if `out` holds files that no preparation recorded."""
-    if not out.is_dir() or (out / JOURNAL).exists():
-        return
-    if unknown := [entry.name for entry in out.iterdir() if not entry.name.startswith(".")]:
-        raise UserError(
-            f"'{out}' holds files that no preparation recorded ({', '.join(sorted(unknown)[:5])}). "
-            "Nothing was changed; give --out an empty or new folder."
-        )
-
-
-def _load_journal(out: Path, settings: dict) -> dict:
-    """The journal of this very preparation in `out`, or a new one for an empty folder."""
-    path = out / JOURNAL
-    if path.exists():
-        journal = read_json(path)
-        if journal.get("settings") != settings:
-            raise UserError(_refusal(out, journal.get("settings", {}), settings))
-        return journal
-    journal = {
-        "settings": settings,
-        "cursor": None,
-        "read_bytes": 0,
-        "text_bytes": {split: 0 for split in _splits(settings)},
-        "writers": {},
-        "finished": False,
-    }
-    write_json(path, journal)
-    return journal
-
-
-def _refusal(out: Path, recorded: dict, asked: dict) -> str:
-    recorded, asked = _flat(recorded), _flat(asked)
-    changes = [
-        f"{key} was {recorded.get(key)!r} and is now {asked.get(key)!r}"
-        for key in sorted(recorded.keys() | asked.keys())
-        if recorded.get(key) != asked.get(key)
-    ]
-    return (
-        f"'{out}' holds another preparation: {'; '.join(changes)}. Nothing was changed; give the command (and source "
-        "files) it was begun with to go on or see that it is complete, or another --out for this one."
-    )
-
-
-def _flat(settings: dict) -> dict:
-    return {key: value for key, value in settings.items() if key != "source"} | {
-        f"source {key}": value for key, value in settings.get("source", {}).items()
-    }
-
-
-@contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
-    """Make `out` and keep a second preparation out of it for as long as this one runs."""
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"another preparation is writing to '{out}' at this moment. Wait for it or stop it."
-            ) from error
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-        yield
-
-
-@contextmanager
-def _clear_write_errors(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _CANNOT_WRITE:
-            raise
-        raise UserError(
-            f"cannot write to '{out}': {error}. Nothing is lost: make room or mend the permissions, and run the same "
-            "command again to go on."
-        ) from error
+def _opened(out: Path, settings: dict) -> dict[str, TokenShards]:
+    return {split: open_shards(out / split, verify="size") for split in splits_of(settings)}

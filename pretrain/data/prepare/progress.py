@@ -11,12 +11,15 @@ LINE_INTERVAL_S = 10.0
 
 
 class Progress:
-    """Bytes, documents and tokens so far, their rates since this object was made, and the time left where known."""
+    """Bytes, documents and tokens so far, their rates since this object was made, and the time left."""
 
-    def __init__(self, total_bytes: int | None, done: tuple[int, int, int]) -> None:
-        """`done`: the (bytes, documents, tokens) that earlier runs of the same work made."""
+    def __init__(self, verb: str, total_bytes: int, done: tuple[int, int, int] = (0, 0, 0)) -> None:
+        """`verb`: what is done to them; `done`: the (bytes, documents, tokens) that earlier runs of the same work made."""
         self._on_terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=total_bytes, initial=done[0], unit="B", unit_scale=True, disable=not self._on_terminal)
+        self._verb = verb
+        self._bar = tqdm(
+            desc=verb, total=total_bytes, initial=done[0], unit="B", unit_scale=True, disable=not self._on_terminal
+        )
         self._total_bytes = total_bytes
         self._done_before = done
         self._began = self._line_printed = time.monotonic()
@@ -34,14 +37,12 @@ class Progress:
             self._bar.update(done[0] - self._bar.n)
         elif now - self._line_printed >= LINE_INTERVAL_S:
             self._line_printed = now
-            print(f"{self._how_far(done[0], bytes_per_s)}, {rates}", file=sys.stderr, flush=True)
+            print(f"{self._verb} {self._how_far(done[0], bytes_per_s)}, {rates}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         self._bar.close()
 
     def _how_far(self, done_bytes: int, bytes_per_s: float) -> str:
         speed = f"{bytes_per_s / 1e6:.2f} MB/s"
-        if self._total_bytes is None:
-            return f"{done_bytes / 1e6:,.1f} MB, {speed}"
         left = tqdm.format_interval((self._total_bytes - done_bytes) / max(bytes_per_s, 1e-3))
         return f"{done_bytes / 1e6:,.1f} of {self._total_bytes / 1e6:,.1f} MB, {speed}, {left} left"

@@ -1,0 +1,77 @@
+"""What a command costs: the CPU time and the memory of its whole process tree, orphans included. Linux only."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
+_SAMPLED_EVERY_S = 0.05
+
+
+@dataclass(frozen=True)
+class Usage:
+    """cpu_s: user and system time of all processes together. peak_bytes: the most anonymous and shared memory that they
+    held together among samples taken every 50 ms; a page that n processes share counts 1/n in each, and the pages of
+    mapped files, which the kernel can drop, do not count. output: standard output."""
+
+    cpu_s: float
+    wall_s: float
+    peak_bytes: int
+    output: str
+
+
+def measure(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Usage:
+    """Run `command` to its end. This process must have no other children. RuntimeError where the command fails."""
+    # Pools leave servers behind that are nobody's children when the command ends: they become ours, and their time too.
+    ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1)
+    before, began = _cpu_of_children(), time.perf_counter()
+    process = subprocess.Popen(
+        command, env={**os.environ, **(environment or {})}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    peak = [0]
+    ended = threading.Event()
+    watch = threading.Thread(target=_watch, args=(peak, ended))
+    watch.start()
+    output, errors = process.communicate()
+    with suppress(ChildProcessError):
+        while True:
+            os.waitpid(-1, 0)
+    wall = time.perf_counter() - began
+    ended.set()
+    watch.join()
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with exit code {process.returncode}:\n{output}{errors}")
+    return Usage(_cpu_of_children() - before, wall, peak[0], output)
+
+
+def _cpu_of_children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _watch(peak: list[int], ended: threading.Event) -> None:
+    while not ended.wait(_SAMPLED_EVERY_S):
+        peak[0] = max(peak[0], sum(_own_bytes(pid) for pid in _descendants(os.getpid())))
+
+
+def _descendants(pid: int | str) -> Iterator[str]:
+    with suppress(OSError):  # a process or a thread that has ended meanwhile
+        for children in list(Path(f"/proc/{pid}/task").glob("*/children")):
+            for child in children.read_text().split():
+                yield child
+                yield from _descendants(child)
+
+
+def _own_bytes(pid: str) -> int:
+    with suppress(OSError), open(f"/proc/{pid}/smaps_rollup") as rollup:
+        return 1024 * sum(int(line.split()[1]) for line in rollup if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
+    return 0

@@ -1,0 +1,97 @@
+"""Documents of a corpus: found by their number, traced to the file they were made from, and decoded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from pretrain.data.batches.order import SampleOrder
+from pretrain.data.tokenizer import TokenizerFacts, load_tokenizer_facts
+from pretrain.data.tokens.corpus import TokenShards
+from pretrain.errors import UserError
+
+
+class Documents:
+    """The documents of one corpus, numbered from 0 in each shard, or through all shards in their order."""
+
+    def __init__(self, shards: TokenShards) -> None:
+        self.shards = shards
+        self._firsts = np.cumsum([0, *(shard.documents for shard in shards.shards)])
+        # Of other trainers' files, and of our oldest, nobody wrote down what they were made from.
+        sources = shards.manifest.get("sources", [])
+        self._paths = [source["path"] for source in sources]
+        self._source_ends = np.cumsum([0, *(source["documents"] for source in sources)])
+        shuffle = shards.manifest.get("shuffle")
+        self._order = SampleOrder(shards.documents, shuffle["seed"]) if shuffle and shards.documents else None
+
+    def find(self, name: str) -> tuple[int, int]:
+        """Shard and number in the shard of the document D ("7", through all shards) or SHARD:D ("0:7")."""
+        shard, colon, number = name.rpartition(":")
+        if not (number.isdecimal() and (shard.isdecimal() if colon else True)):
+            raise UserError(f"--document {name}: give a number such as 7, or shard and number such as 0:7.")
+        count = len(self.shards.shards)
+        if colon and int(shard) >= count:
+            raise UserError(f"--document {name}: '{self.shards.location}' has {count} shards, numbered from 0.")
+        held = self.shards.shards[int(shard)].documents if colon else self.shards.documents
+        if int(number) >= held:
+            where = f"shard {shard} of '{self.shards.location}'" if colon else f"'{self.shards.location}'"
+            raise UserError(f"--document {name}: {where} has {held} documents, numbered from 0.")
+        if colon:
+            return int(shard), int(number)
+        shard = int(np.searchsorted(self._firsts, int(number), side="right")) - 1
+        return shard, int(number) - int(self._firsts[shard])
+
+    def bounds(self, shard: int, number: int) -> tuple[int, int]:
+        """First token of a document in its shard, and the one after its last."""
+        ends = self.shards.open_ends(shard)
+        return int(ends[number - 1]) if number else 0, int(ends[number])
+
+    def describe(self, shard: int, number: int, start: int, stop: int) -> dict:
+        """Tokens start .. stop - 1 of a shard, which are in its document `number`, and where that came from.
+
+        `source` is the path of the file it was made from, and `source_document` counts, from 0, the documents that this
+        corpus has of that file; both None where it is not known.
+        """
+        source, source_document = self._origin(int(self._firsts[shard]) + number)
+        return {
+            "document": f"{shard}:{number}",
+            "tokens": [start, stop],
+            "source": source,
+            "source_document": source_document,
+        }
+
+    def _origin(self, document: int) -> tuple[str, int] | tuple[None, None]:
+        if self._source_ends[-1] != self.shards.documents:
+            return None, None
+        made = document if self._order is None else self._order[document]
+        source = int(np.searchsorted(self._source_ends, made, side="right")) - 1
+        return self._paths[source], made - int(self._source_ends[source])
+
+
+class Decoder:
+    """Ids to text, special tokens included."""
+
+    def __init__(self, folder: str | Path) -> None:
+        """UserError where there is no tokenizer in `folder`."""
+        self.folder = folder
+        self.facts: TokenizerFacts = load_tokenizer_facts(folder)
+        self._tokenizer = Tokenizer.from_str(self.facts.backend)
+
+    def text(self, ids: np.ndarray) -> str:
+        return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+
+    def token(self, number: int) -> str:
+        """One token as text, or, if it is only a part of a character, by its name in the vocabulary."""
+        text = self._tokenizer.decode([number], skip_special_tokens=False)
+        return text if text and "\ufffd" not in text else self._tokenizer.id_to_token(number) or ""
+
+    def check(self, shards: TokenShards) -> None:
+        """UserError if the corpus says that it was made with another tokenizer."""
+        if shards.tokenizer_fingerprint not in (None, self.facts.fingerprint):
+            raise UserError(
+                f"the shards in '{shards.location}' were made with another tokenizer (fingerprint "
+                f"{shards.tokenizer_fingerprint}) than '{self.folder}' (fingerprint {self.facts.fingerprint}). "
+                "Give the one that they were made with."
+            )

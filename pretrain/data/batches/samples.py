@@ -1,0 +1,150 @@
+"""What a sample is: seq_len + 1 tokens of one shard, by its number in that shard."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from pretrain.data.batches.boundaries import restart
+from pretrain.data.tokens.shards import TokenShards
+from pretrain.errors import UserError
+
+COPIED_BYTES = 3 << 15  # at a time: numpy takes larger arrays from fresh pages, which cost more than the copying
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Memory that samples are written into, one sample a row.
+
+    tokens: (rows, seq_len + 1), integers wide enough for the corpus's ids. counted: (rows, seq_len) bool, whether the
+    target counts. positions: (rows, seq_len) int64, starting at 0 again with every document. None where the samples
+    need none.
+    """
+
+    tokens: np.ndarray
+    counted: np.ndarray | None = None
+    positions: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: slice) -> Rows:
+        return Rows(*(None if part is None else part[rows] for part in (self.tokens, self.counted, self.positions)))
+
+    @staticmethod
+    def empty(rows: int, seq_len: int, dtype: np.dtype, masked: bool, carries_documents: bool) -> Rows:
+        """Rows with any content, `dtype` the tokens'."""
+        return Rows(
+            np.empty((rows, seq_len + 1), dtype=dtype),
+            np.empty((rows, seq_len), dtype=bool) if masked else None,
+            np.empty((rows, seq_len), dtype=np.int64) if carries_documents else None,
+        )
+
+    def put(self, rows: slice | np.ndarray, others: Rows) -> None:
+        """Write `others` into these rows, widening what is narrower."""
+        self.tokens[rows] = others.tokens
+        if self.counted is not None:
+            self.counted[rows] = others.counted
+        if self.positions is not None:
+            self.positions[rows] = others.positions
+
+
+class Samples(Protocol):
+    """How the shards of one corpus are cut into samples; none crosses the border of a shard.
+
+    counts: (shards,) int64, the samples of each shard. masked: whether some targets do not count, so that rows need
+    `counted`. carries_documents: whether attention stays within documents, so that rows need `positions`.
+    """
+
+    shards: TokenShards
+    seq_len: int
+    counts: np.ndarray
+    masked: bool
+    carries_documents: bool
+
+    def read(self, shards: np.ndarray, numbers: np.ndarray, into: Rows) -> None:
+        """Write sample numbers[i] of shard shards[i] (int64 both) into row i, in all that the rows have."""
+
+    def documents(self, shard: int, number: int) -> list[tuple[int, int, int]]:
+        """The documents in a sample's inputs, in order: (number in the shard, first token, token after the last)."""
+
+
+class Concatenated:
+    """Documents one after the other: sample k of a shard is its tokens k * seq_len to (k + 1) * seq_len inclusive.
+
+    The last token of a sample is the first of the next, so every token of a shard but the first is a target; what is
+    left over at the end of a shard, less than seq_len tokens, is not used.
+    """
+
+    def __init__(
+        self, shards: TokenShards, seq_len: int, document_attention: bool = False, vocab_size: int | None = None
+    ) -> None:
+        """document_attention: positions restart with each document, and its last token, the separator, has no target.
+
+        vocab_size: that of the model; to read a token that is not below it is a UserError.
+        """
+        self.shards = shards
+        self.seq_len = seq_len
+        self.counts = np.array([max(0, shard.tokens - 1) // seq_len for shard in shards.shards], dtype=np.int64)
+        self.masked = self.carries_documents = document_attention
+        self._check = IdCheck(shards, vocab_size)
+        self._some = max(1, COPIED_BYTES // ((seq_len + 1) * shards.dtype.itemsize))
+
+    def read(self, shards: np.ndarray, numbers: np.ndarray, into: Rows) -> None:
+        by_shard = np.argsort(shards, kind="stable")
+        for rows in np.split(by_shard, np.flatnonzero(np.diff(shards[by_shard])) + 1):
+            shard = int(shards[rows[0]])
+            samples = self._samples_of(shard)
+            for start in range(0, len(rows), self._some):
+                some = _as_slice(rows[start : start + self._some])
+                wanted = numbers[some]
+                tokens, starts = samples[wanted], wanted * self.seq_len
+                self._check(shard, starts, tokens)
+                into.tokens[some] = tokens
+                if self.carries_documents:
+                    ends = self.shards.open_ends(shard)
+                    into.positions[some], into.counted[some] = restart(ends, starts, self.seq_len)
+
+    def documents(self, shard: int, number: int) -> list[tuple[int, int, int]]:
+        ends = self.shards.open_ends(shard)
+        start, stop = number * self.seq_len, (number + 1) * self.seq_len
+        # A plain int would make numpy compare uint64 as float64.
+        first, last = np.searchsorted(ends, np.array([start, stop - 1], dtype=ends.dtype), side="right").tolist()
+        borders = [start, *ends[first:last].tolist(), stop]
+        return [(first + i, *borders[i : i + 2]) for i in range(last - first + 1)]
+
+    def _samples_of(self, shard: int) -> np.ndarray:
+        """All samples of a shard, (samples, seq_len + 1), a view in which each shares a token with the next."""
+        tokens = self.shards.open_tokens(shard)
+        strides = (self.seq_len * tokens.itemsize, tokens.itemsize)
+        return np.ndarray((int(self.counts[shard]), self.seq_len + 1), tokens.dtype, tokens, strides=strides)
+
+
+def _as_slice(rows: np.ndarray) -> slice | np.ndarray:
+    """Ascending rows as a slice, which numpy copies faster, where none is left out."""
+    first, last = int(rows[0]), int(rows[-1])
+    return slice(first, last + 1) if last - first + 1 == len(rows) else rows
+
+
+class IdCheck:
+    """That tokens are ids of the vocabulary."""
+
+    def __init__(self, shards: TokenShards, vocab_size: int | None) -> None:
+        """vocab_size: None for no check; there is none either where the tokens' dtype holds no larger id."""
+        self._shards = shards
+        self._vocab_size = vocab_size
+        self._unsigned = np.dtype(f"u{shards.dtype.itemsize}")  # in which what is negative is large
+        self._needed = vocab_size is not None and vocab_size <= np.iinfo(self._unsigned).max
+
+    def __call__(self, shard: int, starts: np.ndarray, tokens: np.ndarray) -> None:
+        """UserError unless all `tokens`, (rows, length), are ids; row i begins at token starts[i] of the shard."""
+        if not self._needed or int(tokens.view(self._unsigned).max()) < self._vocab_size:
+            return
+        row, column = np.argwhere(tokens.view(self._unsigned) >= self._vocab_size)[0].tolist()
+        raise UserError(
+            f"token {starts[row] + column:,} of {self._shards.shards[shard].file} in '{self._shards.location}' is "
+            f"{tokens[row, column]:,}, and the vocabulary has {self._vocab_size:,} entries. The file is corrupt or was "
+            "made with another tokenizer: restore it, or prepare the data again."
+        )

@@ -1,0 +1,65 @@
+"""The folder that a preparation writes to: one writer at a time, and no files but its own."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from pretrain.errors import UserError
+from pretrain.files import NO_LOCKS
+
+JOURNAL = "prepare.json"
+_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+
+
+@contextmanager
+def writing_in(out: Path, *, shared: bool = False) -> Iterator[None]:
+    """Make `out` and keep other preparations out of it; a full disk and the like become UserErrors.
+
+    With `shared` only those are kept out that want the folder for themselves: tasks of an array job share theirs.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / ".lock", "a+") as lock:
+            _take(lock, out, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            yield
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        raise UserError(
+            f"cannot write to '{out}': {error}. Nothing is lost: make room or mend the permissions, and run the same "
+            "command again to go on."
+        ) from error
+
+
+def refuse_foreign_files(out: Path, *own: str) -> None:
+    """UserError, before anything is written, if `out` holds files that no preparation recorded, `own` aside."""
+    if not out.is_dir() or (out / JOURNAL).exists():
+        return
+    names = {entry.name for entry in out.iterdir() if not entry.name.startswith(".")}
+    if unknown := names.difference(own):
+        raise UserError(
+            f"'{out}' holds files that no preparation recorded ({', '.join(sorted(unknown)[:5])}). "
+            "Nothing was changed; give --out an empty or new folder."
+        )
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder of this preparation's own with all its files, if it is still there."""
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _take(lock: IO, out: Path, kind: int) -> None:
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"another preparation is writing to '{out}' at this moment. Wait for it or stop it.") from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise

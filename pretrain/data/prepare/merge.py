@@ -1,0 +1,106 @@
+"""Joins the parts of an array job into one preparation: by renaming their shards, or by shuffling their documents.
+
+What is to be renamed is written down before the first file moves, so that a merge killed at any moment goes on from
+there; the manifests come last.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from pretrain.data.contents import read_json
+from pretrain.data.prepare.folder import JOURNAL, remove, writing_in
+from pretrain.data.prepare.journal import Journal, splits_of
+from pretrain.data.prepare.parts import PARTS, complete_parts, joined_manifest, part_folder
+from pretrain.data.prepare.progress import Progress
+from pretrain.data.prepare.shuffle import shuffle
+from pretrain.data.tokens.manifest import DTYPES, MANIFEST, write_manifest
+from pretrain.data.tokens.shards import TokenShards, open_shards
+from pretrain.errors import UserError
+from pretrain.files import sync_folder
+
+
+def merge(out: Path, *, workers: int, shuffle_seed: int | None = None) -> dict[str, TokenShards]:
+    """Join the parts in `out` to out/train and so on, in the order of the source; return the shard folders by name.
+
+    All parts must be there, complete, of the same settings, and have the checksums that their manifests say (read by
+    `workers` threads). With `shuffle_seed` the documents are shuffled across all of them. Goes on after a kill, and
+    returns at once if all is done. UserError names the parts that are missing or wrong.
+    """
+    if not out.is_dir():
+        raise UserError(f"there is no folder '{out}' with parts to join. Make them with --part.")
+    with writing_in(out):
+        settings = _settings(out, workers)
+        journal = Journal(out, settings if shuffle_seed is None else settings | {"shuffle": shuffle_seed})
+        if not journal.finished:
+            folders = [part_folder(out, (number, settings["parts"])) for number in range(settings["parts"])]
+            if shuffle_seed is None:
+                _join(folders, journal)
+            else:
+                shuffle(folders, journal, workers)
+        remove(out / PARTS)
+        return {split: open_shards(out / split, verify="size") for split in splits_of(settings)}
+
+
+def _settings(out: Path, workers: int) -> dict:
+    """The settings of the whole, by the journal of a merge that has begun or by the parts after checking them."""
+    if not (out / JOURNAL).exists():
+        folders, settings = complete_parts(out)
+        _verify([folder / split for folder in folders for split in splits_of(settings)], workers)
+        return settings | {"parts": len(folders)}
+    settings = read_json(out / JOURNAL)["settings"]
+    if "parts" not in settings:
+        raise UserError(f"'{out}' holds a preparation that was not made in parts, so there is nothing to join.")
+    return {key: value for key, value in settings.items() if key != "shuffle"}
+
+
+def _verify(folders: Sequence[Path], workers: int) -> None:
+    shards = [open_shards(folder, verify="size") for folder in folders]
+    progress = Progress("verified", sum(held.tokens * held.dtype.itemsize for held in shards))
+    done = (0, 0, 0)
+    with ThreadPoolExecutor(workers) as pool:
+        for held in pool.map(open_shards, folders):
+            sizes = (held.tokens * held.dtype.itemsize, held.documents, held.tokens)
+            done = tuple(map(sum, zip(done, sizes, strict=True)))
+            progress.update(done)
+    progress.close()
+    if not any(held.tokens for folder, held in zip(folders, shards, strict=True) if folder.name == "train"):
+        raise UserError("the parts hold no text, so there is nothing to join.")
+
+
+def _join(folders: Sequence[Path], journal: Journal) -> None:
+    if not journal.state:
+        journal.state |= {split: _plan(folders, split) for split in splits_of(journal.settings)}
+        journal.commit()
+    for split, plan in journal.state.items():
+        (journal.out / split).mkdir(exist_ok=True)
+        for old, new in plan["moves"]:
+            _move(journal.out / old, journal.out / split / new)
+        sync_folder(journal.out / split)
+    for split, plan in journal.state.items():
+        write_manifest(journal.out / split, DTYPES[plan["dtype"]], plan["shards"], plan["description"])
+    journal.finish()
+
+
+def _plan(folders: Sequence[Path], split: str) -> dict:
+    """Which file below the whole's folder becomes which of the split's, and what its manifest will say."""
+    manifests = [read_json(folder / split / MANIFEST) for folder in folders]
+    homes = [folder for folder, manifest in zip(folders, manifests, strict=True) for _ in manifest["shards"]]
+    shards, description = joined_manifest(folders, split)
+    moves = []
+    for number, (home, shard) in enumerate(zip(homes, shards, strict=True)):
+        for key, ending in (("file", "bin"), ("ends_file", "ends")):
+            name = f"shard_{number:05d}.{ending}"
+            moves.append([f"{PARTS}/{home.name}/{split}/{shard[key]}", name])
+            shard[key] = name
+    return {"moves": moves, "dtype": manifests[0]["dtype"], "shards": shards, "description": description}
+
+
+def _move(old: Path, new: Path) -> None:
+    if old.exists():
+        os.replace(old, new)
+    elif not new.exists():
+        raise UserError(f"{old} is missing, though the merge found it before. Restore it and run the merge again.")

@@ -1,0 +1,206 @@
+"""The cache folder that all processes of a node share: who uses what, and room made by evicting what nobody uses.
+
+A whole and checked file is named by its content's checksum (32 hexadecimal digits); `<checksum>.part` is one that is
+being fetched, as long as it will be, so that its room is taken; `*.claims` says what one reader uses and wants. All
+that a decision rests on is read and changed under one lock, `.lock`, which is held for milliseconds. Locks are flocks,
+so a process that dies loses them, and with them its claims and parts. Files of other names are left alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from pretrain.files import NO_LOCKS
+
+_NEVER = float("inf")
+_WHOLE = re.compile(r"[0-9a-f]{32}")
+_ABANDONED_S = 86400  # how old a file must be to be taken for abandoned where there are no locks
+_PROCESS = f"{os.getpid()}-{secrets.token_hex(4)}"  # process ids alone may be those of another container
+
+
+@dataclass
+class Claims:
+    """What readers need of the folder, by checksum: in use (never evicted), and wanted soon, with how soon (0: first)."""
+
+    used: set[str]
+    used_here: set[str]
+    wanted: dict[str, int]
+
+
+class SharedFolder:
+    """One reader's view of the folder; any number of them, in any number of processes, may be open.
+
+    The limit holds for all whole files and parts in the folder together. On a file system without locks, a file may be
+    fetched twice, two processes may take the same room, and what a killed one claimed and left is kept for a day.
+    """
+
+    def __init__(self, folder: Path, limit_bytes: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.limit_bytes = limit_bytes
+        name = f"{_PROCESS}-{secrets.token_hex(4)}"
+        with self._locked():  # or it would be taken for an abandoned one
+            self._claims = open(folder / f"{name}.claims", "wb", buffering=0)  # noqa: SIM115 - its lock is held until this reader is gone
+            _lock(self._claims.fileno(), fcntl.LOCK_EX)
+        self._unlocked_part = f"{name}.part"
+
+    def path(self, key: str) -> Path:
+        return self.folder / key
+
+    def claim(self, used: Iterable[str], wanted: Sequence[str]) -> None:
+        """Replace what this reader uses, and what it wants next, in order. What is used stays where it is."""
+        claims = json.dumps({"process": _PROCESS, "used": sorted(used), "wanted": list(wanted)}).encode()
+        with self._locked():
+            descriptor = self._claims.fileno()
+            os.pwrite(
+                descriptor, claims.ljust(os.fstat(descriptor).st_size), 0
+            )  # never cut: a full disk loses no claim
+
+    def touch(self, key: str) -> None:
+        """`key` was used now: the access time orders what is evicted, and is set here alone."""
+        with suppress(FileNotFoundError, PermissionError):  # gone, or another user's
+            path = self.path(key)
+            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+
+    @contextmanager
+    def part(self, key: str) -> Iterator[BinaryIO]:
+        """An empty file to fetch `key` into, this thread's alone: others wait for it here.
+
+        It goes away at the end unless it was kept.
+        """
+        path = self.folder / f"{key}.part"
+        while True:
+            file = open(path, "r+b", opener=_create)  # noqa: SIM115
+            if not _lock(file.fileno(), fcntl.LOCK_EX):
+                file.close()
+                path = self.folder / f"{key}.{self._unlocked_part}"
+                file = open(path, "w+b")  # noqa: SIM115
+            if _is_at(file, path):
+                break
+            file.close()  # whoever held it has kept or removed it meanwhile
+        with file:
+            try:
+                file.truncate(0)
+                yield file
+            finally:
+                if _is_at(file, path):
+                    path.unlink()
+
+    def reserve(self, part: BinaryIO, key: str, size_bytes: int, *, urgent: bool) -> bool:
+        """Make the part of `key` as long as it will be, after evicting what it takes; False, and nothing done, without room.
+
+        What is in use stays, and unless this is urgent, so does what any reader wants as soon as `key` or sooner. What
+        nobody wants goes first, least recently used first, then what is needed last.
+        """
+        with self._locked():
+            claims = self._all_claims()
+            files = self._whole_files()
+            excess = sum(size for size, _ in files.values()) + self._parts_bytes() + size_bytes - self.limit_bytes
+            needed_in = {each: claims.wanted.get(each, _NEVER) for each in (key, *files)}
+            victims = []
+            for other in sorted(files, key=lambda other: (-needed_in[other], files[other][1])):
+                if excess <= 0:
+                    break
+                if other not in claims.used and (urgent or needed_in[other] > needed_in[key]):
+                    victims.append(other)
+                    excess -= files[other][0]
+            if excess > 0:
+                return False
+            for victim in victims:
+                self.path(victim).unlink()
+            part.truncate(size_bytes)
+            return True
+
+    def keep(self, part: BinaryIO, key: str) -> None:
+        """`part` is whole and checked: give it its name."""
+        part.flush()
+        with self._locked():  # or someone who adds up the folder might see it under neither name
+            os.replace(part.name, self.path(key))
+
+    def claims(self) -> Claims:
+        """What the living readers use and want."""
+        with self._locked():
+            return self._all_claims()
+
+    def _all_claims(self) -> Claims:
+        together = Claims(set(), set(), {})
+        for path in self.folder.glob("*.claims"):
+            if path.name != os.path.basename(self._claims.name) and _is_abandoned(path):
+                path.unlink(missing_ok=True)
+            elif text := path.read_bytes():
+                claims = json.loads(text)
+                together.used.update(claims["used"])
+                if claims["process"] == _PROCESS:
+                    together.used_here.update(claims["used"])
+                for place, key in enumerate(claims["wanted"]):
+                    together.wanted[key] = min(place, together.wanted.get(key, place))
+        return together
+
+    def _whole_files(self) -> dict[str, tuple[int, int]]:
+        """Checksum -> bytes and time of last use (ns)."""
+        with os.scandir(self.folder) as entries:
+            found = {entry.name: entry.stat() for entry in entries if _WHOLE.fullmatch(entry.name)}
+        return {key: (stat.st_size, stat.st_atime_ns) for key, stat in found.items()}
+
+    def _parts_bytes(self) -> int:
+        """What is reserved; parts of processes that are gone are removed."""
+        total = 0
+        for path in self.folder.glob("*.part"):
+            with suppress(FileNotFoundError):  # renamed or given up meanwhile
+                if _is_abandoned(path):
+                    path.unlink()
+                else:
+                    total += path.stat().st_size
+        return total
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with open(self.folder / ".lock", "a") as file:
+            _lock(file.fileno(), fcntl.LOCK_EX)
+            yield
+
+
+def _lock(descriptor: int, operation: int) -> bool:
+    """flock; False where the file system has none."""
+    try:
+        fcntl.flock(descriptor, operation)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def _create(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT, 0o666)
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether the process that holds this file's lock is gone."""
+    with open(path, "rb+") as file:
+        try:
+            if _lock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB):
+                return True
+        except OSError as error:
+            if error.errno != errno.EWOULDBLOCK:
+                raise
+            return False
+        return time.time() - os.fstat(file.fileno()).st_mtime > _ABANDONED_S
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,155 @@
+"""Bounded pieces of a source file, small enough to send to another process, which turns them into texts.
+
+Each kind has `file`, the number of the file in its source, `place`, where it is for people, and `bytes`, about how much
+text it holds.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+from pretrain.data.text.files import SourceFile
+from pretrain.data.text.selection import BadRecord, Selection
+from pretrain.errors import UserError
+
+_BUFFER_BYTES = 1 << 20  # without one (or with pre_buffer) pyarrow holds whole columns of a row group, compressed
+
+
+class Block(Protocol):
+    file: int
+    place: str
+    bytes: int
+
+    def texts(self) -> list[str]:
+        """The text of each record, in order; empty where there is none or the record does not count."""
+
+
+@dataclass(frozen=True)
+class TextBlock:
+    """One text."""
+
+    file: int
+    place: str
+    text: str
+
+    @property
+    def bytes(self) -> int:
+        return len(self.text)
+
+    def texts(self) -> list[str]:
+        return [self.text]
+
+
+@dataclass(frozen=True)
+class LinesBlock:
+    """Whole lines of JSON, the first of which has the number `first` (from 1) in its file."""
+
+    file: int
+    path: str
+    first: int
+    content: bytes
+    selection: Selection
+
+    @property
+    def place(self) -> str:
+        return f"{self.path}, from line {self.first}"
+
+    @property
+    def bytes(self) -> int:
+        return len(self.content)
+
+    def texts(self) -> list[str]:
+        texts = []
+        for number, line in enumerate(self.content.split(b"\n"), start=self.first):
+            if not line or line.isspace():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(
+                    f"{self.path}, line {number}, is not JSON: {error}. Mend or leave out the file."
+                ) from error
+            if not isinstance(record, dict):
+                raise UserError(
+                    f"{self.path}, line {number}, should be a JSON object and is a {type(record).__name__}. "
+                    "Mend or leave out the file."
+                )
+            try:
+                texts.append(self.selection.text_of(record))
+            except BadRecord as error:
+                raise UserError(f"{self.path}, line {number}, {error}") from error
+        return texts
+
+
+@dataclass(frozen=True)
+class TableBlock:
+    """Rows of a table as an Arrow IPC stream."""
+
+    file: int
+    place: str
+    content: bytes
+    selection: Selection
+
+    @property
+    def bytes(self) -> int:
+        return len(self.content)
+
+    def texts(self) -> list[str]:
+        import pyarrow.ipc
+
+        with pyarrow.ipc.open_stream(io.BytesIO(self.content)) as stream:
+            return _texts_in(stream.read_all(), self.selection, self.place)
+
+
+@dataclass(frozen=True)
+class RowGroupBlock:
+    """Row group `group` of a Parquet file, read where it is turned into texts."""
+
+    file: int
+    source: SourceFile
+    group: int
+    bytes: int
+    selection: Selection
+
+    @property
+    def place(self) -> str:
+        return f"{self.source.path}, row group {self.group}"
+
+    def texts(self) -> list[str]:
+        try:
+            table = open_parquet(self.source).read_row_group(
+                self.group, columns=self.selection.fields, use_threads=False
+            )
+        except UserError:
+            raise
+        except (OSError, ValueError) as error:
+            raise unreadable(self.place, error) from error
+        return _texts_in(table, self.selection, self.place)
+
+
+@lru_cache(maxsize=1)
+def open_parquet(source: SourceFile):
+    """The `ParquetFile`; kept open, since the row groups of a file follow each other."""
+    import pyarrow.parquet
+
+    place = source.open() if source.is_remote else source.path
+    return pyarrow.parquet.ParquetFile(place, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+
+
+def unreadable(place: str, error: Exception) -> UserError:
+    return UserError(f"cannot read {place}: {type(error).__name__}: {error}. Mend or leave out the file.")
+
+
+def _texts_in(table, selection: Selection, place: str) -> list[str]:
+    """The texts of an Arrow table that has the selection's fields."""
+    try:
+        columns = [table.column(field).to_pylist() for field in selection.fields]
+        return [selection.text_of(dict(zip(selection.fields, row, strict=True))) for row in zip(*columns, strict=True)]
+    except BadRecord as error:
+        raise UserError(f"{place}, {error}") from error
+    except UnicodeDecodeError as error:
+        raise unreadable(place, error) from error

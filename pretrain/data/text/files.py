@@ -1,0 +1,138 @@
+"""The files of a source: named by paths, folders, globs and URLs, each with its size, in one fixed order."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from pretrain.errors import UserError
+
+LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
+TABLES = (".parquet", ".arrow")
+ENDINGS = (".txt", ".py", *LINES, *TABLES)
+_URL = re.compile(r"[a-z][a-z0-9+.-]*(::[a-z][a-z0-9+.-]*)*://")
+_WILDCARD = re.compile(r"[*\[]")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file: where it is (a path or an fsspec URL), its size in bytes, and what its owner says of its version."""
+
+    path: str
+    bytes: int
+    version: str | None = None
+
+    @property
+    def ending(self) -> str:
+        return next(ending for ending in sorted(ENDINGS, key=len, reverse=True) if self.path.endswith(ending))
+
+    @property
+    def is_remote(self) -> bool:
+        return is_url(self.path)
+
+    def open(self) -> BinaryIO:
+        if not self.is_remote:
+            return open(self.path, "rb")
+        from pretrain.data.text.remote import open_remote
+
+        # Of a table, parts here and there are read; the rest would come for nothing.
+        return open_remote(self.path, self.bytes, 1 << 16 if self.path.endswith(TABLES) else 1 << 23)
+
+
+def is_url(name: str) -> bool:
+    return _URL.match(name) is not None
+
+
+def matching_files(patterns: Sequence[str]) -> list[SourceFile]:
+    """The files that paths, folders, globs and URLs name: in the patterns' order, sorted within each, each once."""
+    files: dict[str, SourceFile] = {}
+    for pattern in patterns:
+        pattern = pattern.removeprefix("file://")
+        found = remote_files(pattern) if is_url(pattern) else _local_files(pattern)
+        if not found:
+            raise UserError(f"--source '{pattern}' matches no file. Readable are {', '.join(ENDINGS)}.")
+        for file in sorted(found, key=lambda file: file.path):
+            files.setdefault(file.path, file)
+    for path in files:
+        if not path.endswith(ENDINGS):
+            raise UserError(
+                f"{path} is of no kind that can be read: {', '.join(ENDINGS)}. Convert or leave out the file."
+            )
+    return list(files.values())
+
+
+def local_file(path: str | Path) -> SourceFile:
+    return SourceFile(str(path), os.stat(path).st_size)
+
+
+def remote_files(pattern: str) -> list[SourceFile]:
+    """The files that the URL `pattern` names: itself, those below it, or those that its wildcards match."""
+    import fsspec
+
+    try:
+        fs, path = fsspec.url_to_fs(pattern)
+        if _WILDCARD.search(path):
+            found = fs.glob(path, detail=True)
+        elif not path.endswith(ENDINGS) and fs.isdir(path):  # asking a web server whether a file is a folder fetches it
+            found = {name: info for name, info in fs.find(path, detail=True).items() if name.endswith(ENDINGS)}
+        else:
+            found = {path: fs.info(path)}
+    except FileNotFoundError as error:
+        why = error.__cause__ or error  # behind it may be a server that does not answer
+        raise UserError(f"--source '{pattern}' matches no file: {type(why).__name__}: {why}.") from error
+    except Exception as error:  # each protocol's library raises its own, ImportError for one that is not installed
+        raise UserError(
+            f"cannot list --source '{pattern}': {type(error).__name__}: {error}. Check the address, the network and "
+            "the credentials."
+        ) from error
+    files = [(fs.unstrip_protocol(name), info) for name, info in found.items() if info.get("type") != "directory"]
+    return [_remote_file(url, info) for url, info in files]
+
+
+def listed_files(urls: Sequence[str]) -> list[SourceFile]:
+    """The files at `urls`, all in one storage that lists folders: one request for each folder instead of each file."""
+    import fsspec
+
+    fs, _ = fsspec.url_to_fs(urls[0])
+    paths = [fs._strip_protocol(url) for url in urls]
+    folders = dict.fromkeys(path.rpartition("/")[0] for path in paths)
+    found = {info["name"]: info for folder in folders for info in fs.ls(folder, detail=True)}
+    return [_remote_file(url, found[path]) for url, path in zip(urls, paths, strict=True)]
+
+
+def share(files: Sequence[SourceFile], part: tuple[int, int]) -> list[SourceFile]:
+    """Share `part` = (number, count) of `files`: contiguous, about equal in bytes, every file in exactly one share."""
+    number, count = part
+    total = sum(file.bytes for file in files)
+    chosen, start = [], 0
+    for file in files:
+        middle = 2 * start + file.bytes
+        if min(count * middle // max(2 * total, 1), count - 1) == number:
+            chosen.append(file)
+        start += file.bytes
+    return chosen
+
+
+def _local_files(pattern: str) -> list[SourceFile]:
+    if Path(pattern).is_dir():
+        found = [path for path in Path(pattern).rglob("*") if path.is_file() and path.name.endswith(ENDINGS)]
+    else:
+        found = [path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file()]
+    return [local_file(path) for path in found]
+
+
+def _remote_file(url: str, info: dict) -> SourceFile:
+    if info.get("size") is None:
+        raise UserError(f"the server does not say how large {url} is, which reading it needs. Download it first.")
+    return SourceFile(url, int(info["size"]), _version(info))
+
+
+def _version(info: dict) -> str | None:
+    """What changes with the content, where the storage has such a thing."""
+    version = next((info[key] for key in ("ETag", "etag", "blob_id", "md5Hash") if info.get(key)), None)
+    return None if version is None else str(version)

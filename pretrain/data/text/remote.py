@@ -1,0 +1,53 @@
+"""A file elsewhere that reads like one here."""
+
+from __future__ import annotations
+
+import io
+from typing import BinaryIO
+
+from pretrain.data.remote.storage import Storage
+
+
+def open_remote(url: str, size: int, buffer_bytes: int) -> BinaryIO:
+    """`url` (any that fsspec knows), of `size` bytes, for reading `buffer_bytes` at once; patient like `Storage`."""
+    return io.BufferedReader(_RemoteFile(url, size), buffer_bytes)
+
+
+class _RemoteFile(io.RawIOBase):
+    def __init__(self, url: str, size: int) -> None:
+        super().__init__()
+        self.name = url
+        self._size = size
+        self._place = 0
+        self._object = _Object(url)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readinto(self, buffer: memoryview) -> int:
+        if self._place >= self._size:
+            return 0
+        content = self._object.read_bytes("", self._place, min(self._place + len(buffer), self._size))
+        buffer[: len(content)] = content
+        self._place += len(content)
+        return len(content)
+
+
+class _Object(Storage):
+    """One object, whatever its name."""
+
+    def _path(self, name: str) -> str:
+        return self._root
+
+    def _url(self, name: str) -> str:
+        return self.location

@@ -1,0 +1,34 @@
+"""A server of faults, and the corpus that it serves over HTTP and as S3."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from faulty_server import FaultyServer
+
+from pretrain.data.remote import storage
+
+
+@pytest.fixture
+def server() -> Iterator[FaultyServer]:
+    with FaultyServer() as server:
+        yield server
+
+
+@pytest.fixture(params=["http", "s3"])
+def location(request: pytest.FixtureRequest, server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where `/corpus/<name>` of the server is, over each of the protocols."""
+    if request.param == "http":
+        return f"{server.url}/corpus"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    return "s3://corpus"
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pauses between attempts of a hundredth of a run's."""
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.01)

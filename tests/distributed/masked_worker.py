@@ -1,0 +1,108 @@
+"""What a rank does: train on batches whose targets do not all count, case by case, and write down the losses."""
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from muon_worker import VOCABULARY, Tokenizer, masters
+from runs import allow_fp16_on_cpu
+
+import pretrain.engine
+import pretrain.loss
+from pretrain.config import Config
+from pretrain.data.batches.batch import MicroBatch
+from pretrain.deepspeed_config import deepspeed_config
+from pretrain.distributed import Ranks, initialize
+from pretrain.engine import build_engine, train_step, validation_loss
+from pretrain.model import bind_methods, hf_config, initialize_weights
+from pretrain.sharded import ShardedWeights
+from pretrain.tensor_parallel import data_rank, data_ranks
+
+SEQUENCES, LENGTH, STEPS, LR = 8, 16, 3, 5.0
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+METHODS = [{"name": "z_loss", "coefficient": 0.02}, {"name": "mu_loss", "coefficient": 20.0}]
+# With so large an eps AdamW's step grows with the gradient: one of the wrong size shows in the next loss.
+OPTIM = {"lr": LR, "eps": 1.0, "weight_decay": 0.0, "grad_clip": None, "schedule": {"name": "constant"}}
+
+
+def run_config(case: dict) -> Config:
+    """The run of a case: {deepspeed, micro_batch_size, tensor}."""
+    return Config.model_validate(
+        {
+            "name": "case",
+            "model": {"family": "llama", **SIZES, "num_key_value_heads": 2},
+            "tokenizer": "none",
+            "data": {
+                "train": "none",
+                "seq_len": LENGTH,
+                "global_batch_size": SEQUENCES,
+                "micro_batch_size": case["micro_batch_size"],
+            },
+            "steps": STEPS,
+            "optim": OPTIM,
+            "methods": METHODS,
+            "activation_checkpointing": True,
+            "parallel": {"tensor": case.get("tensor", 1)},
+            "deepspeed": case["deepspeed"],
+        }
+    )
+
+
+def batch(number: int) -> MicroBatch:
+    """The global batch of step `number`: two sequences without a target, one with one, the others with more and more.
+
+    Each holds two documents.
+    """
+    generator = torch.Generator().manual_seed(number)
+    tokens = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH + 1), generator=generator)
+    counted = torch.rand(SEQUENCES, LENGTH, generator=generator) < torch.linspace(-0.2, 1.0, SEQUENCES)[:, None]
+    counted[:2], counted[2] = False, torch.arange(LENGTH) == 5
+    begins = torch.randint(1, LENGTH, (SEQUENCES, 1), generator=generator)
+    places = torch.arange(LENGTH).expand(SEQUENCES, LENGTH)
+    return MicroBatch(tokens, counted, torch.where(places < begins, places, places - begins))
+
+
+def share(whole: MicroBatch, config: Config, ranks: Ranks) -> list[MicroBatch]:
+    """What one rank reads of a global batch."""
+    size = SEQUENCES // data_ranks(config, ranks.world_size)
+    first, micro = data_rank(config, ranks.rank) * size, config.data.micro_batch_size
+    parts = (whole.tokens, whole.counted, whole.positions)
+    return [MicroBatch(*(part[row : row + micro] for part in parts)) for row in range(first, first + size, micro)]
+
+
+def examine(case: dict, ranks: Ranks) -> tuple[dict, dict[str, np.ndarray]]:
+    """The losses of each step, and of a validation afterwards; and the weights at the start."""
+    config = run_config(case)
+    model_config = hf_config(config, Tokenizer())
+    config = bind_methods(config, model_config)
+    ds_config = deepspeed_config(config, ranks.world_size)
+    engine = build_engine(SimpleNamespace(config=config, model_config=model_config, ds_config=ds_config))
+    weights = ShardedWeights(engine)
+    initialize_weights(weights, config, 0.02)
+    start = masters(engine) if config.parallel.tensor == 1 else {}
+    steps = []
+    for number in range(STEPS):
+        done = train_step(engine, share(batch(number), config, ranks), LR, ranks, masked=case.get("masked", True))
+        steps.append({name: float(value) for name, value in done.losses.items()})
+    pretrain.engine.validation_batches = lambda plan, rank: share(batch(STEPS), config, ranks)
+    return {"steps": steps, "validation": validation_loss(engine, SimpleNamespace(), ranks)}, start
+
+
+def examine_all(cases: dict[str, dict], out: Path) -> None:
+    """The life of a rank: `found.json` and the initial weights of each case go to the folder `out`."""
+    allow_fp16_on_cpu()
+    pretrain.loss.CHUNK_LOGITS = 7 * VOCABULARY
+    ranks = initialize()
+    found = {}
+    for name, case in cases.items():
+        found[name], start = examine(case, ranks)
+        if ranks.is_first and start:
+            np.savez(out / f"{name}.npz", **start)
+    if ranks.is_first:
+        (out / "found.json").write_text(json.dumps(found))
+    dist.barrier()
+    os._exit(0)  # taking down the process groups of so many engines, gloo aborts a rank now and then
