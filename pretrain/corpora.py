@@ -132,7 +132,7 @@ def open_corpora(
 
 def _cut(shards: TokenShards, data: DataSection, vocab_size: int) -> Samples:
     if data.packing == "best_fit":
-        return BestFit(shards, data.seq_len, _cache_folder(data) / "packing", data.document_attention)
+        return BestFit(shards, data.seq_len, _cache_folder(data) / "packing", data.document_attention, vocab_size)
     return Concatenated(shards, data.seq_len, data.document_attention, vocab_size)
 
 

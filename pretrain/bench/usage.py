@@ -30,21 +30,22 @@ class Usage:
 
 
 def measure(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Usage:
-    """Run `command` to its end. This process must have no other children. RuntimeError where the command fails."""
+    """Run `command` to its end, and what it leaves behind. RuntimeError where the command fails."""
     # Pools leave servers behind that are nobody's children when the command ends: they become ours, and their time too.
     ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1)
+    others = set(_children(os.getpid()))
     before, began = _cpu_of_children(), time.perf_counter()
     process = subprocess.Popen(
         command, env={**os.environ, **(environment or {})}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     peak = [0]
     ended = threading.Event()
-    watch = threading.Thread(target=_watch, args=(peak, ended))
+    watch = threading.Thread(target=_watch, args=(peak, ended, others))
     watch.start()
     output, errors = process.communicate()
-    with suppress(ChildProcessError):
-        while True:
-            os.waitpid(-1, 0)
+    while adopted := set(_children(os.getpid())) - others:
+        for child in adopted:
+            os.waitpid(int(child), 0)
     wall = time.perf_counter() - began
     ended.set()
     watch.join()
@@ -58,17 +59,26 @@ def _cpu_of_children() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def _watch(peak: list[int], ended: threading.Event) -> None:
+def _watch(peak: list[int], ended: threading.Event, others: set[str]) -> None:
     while not ended.wait(_SAMPLED_EVERY_S):
-        peak[0] = max(peak[0], sum(_own_bytes(pid) for pid in _descendants(os.getpid())))
+        measured = (
+            pid for child in _children(os.getpid()) if child not in others for pid in (child, *_descendants(child))
+        )
+        peak[0] = max(peak[0], sum(map(_own_bytes, measured)))
 
 
-def _descendants(pid: int | str) -> Iterator[str]:
+def _descendants(pid: str) -> Iterator[str]:
+    for child in _children(pid):
+        yield child
+        yield from _descendants(child)
+
+
+def _children(pid: int | str) -> list[str]:
+    found = []
     with suppress(OSError):  # a process or a thread that has ended meanwhile
         for children in list(Path(f"/proc/{pid}/task").glob("*/children")):
-            for child in children.read_text().split():
-                yield child
-                yield from _descendants(child)
+            found += children.read_text().split()
+    return found
 
 
 def _own_bytes(pid: str) -> int:

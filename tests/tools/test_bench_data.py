@@ -63,6 +63,7 @@ def test_tokenize_gives_the_same_tokens_as_the_library_from_every_kind_of_file(t
     assert {(row[-2], row[-1]) for row in rows.values()} == {(f"{len(tokens):,}", digest)}
 
 
+@pytest.mark.slow
 def test_data_reads_and_starts_beside_the_raw_gather():
     table = data.bench_data(
         rounds=1,

@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from pretrain.data.batches.best_fit import best_fit_decreasing, cut_into_pieces
-from pretrain.data.batches.samples import Rows
+from pretrain.data.batches.samples import IdCheck, Rows
 from pretrain.data.contents import content_hash
 from pretrain.data.tokens.shards import TokenShards
 from pretrain.errors import UserError
@@ -40,13 +40,21 @@ class BestFit:
 
     masked = True
 
-    def __init__(self, shards: TokenShards, seq_len: int, folder: Path, document_attention: bool = False) -> None:
+    def __init__(
+        self,
+        shards: TokenShards,
+        seq_len: int,
+        folder: Path,
+        document_attention: bool = False,
+        vocab_size: int | None = None,
+    ) -> None:
         self.shards = shards
         self.seq_len = seq_len
         self.carries_documents = document_attention
         self._plans = Plans(shards, seq_len, folder)
         self._plans.make_missing()
         self.counts = self._plans.counts()
+        self._check = IdCheck(shards, vocab_size)
         self._ramp = np.arange(seq_len)
         self._padding = 0 if shards.eos_id is None else shards.eos_id
 
@@ -58,7 +66,7 @@ class BestFit:
 
     def read(self, shards: np.ndarray, numbers: np.ndarray, into: Rows) -> None:
         for row, (shard, number) in enumerate(zip(shards.tolist(), numbers.tolist(), strict=True)):
-            self._read_one(self.shards.open_tokens(shard), self._pieces(shard, number), into[row : row + 1])
+            self._read_one(shard, self._pieces(shard, number), into[row : row + 1])
 
     def documents(self, shard: int, number: int) -> list[tuple[int, int, int]]:
         ends, room, found = self.shards.open_ends(shard), self.seq_len, []
@@ -68,12 +76,14 @@ class BestFit:
             room -= length
         return found
 
-    def _read_one(self, tokens: np.ndarray, pieces: list[tuple[int, int]], row: Rows) -> None:
-        place = 0
+    def _read_one(self, shard: int, pieces: list[tuple[int, int]], row: Rows) -> None:
+        tokens, place = self.shards.open_tokens(shard), 0
         row.counted[:] = False
         for start, length in pieces:
             stop = place + length
-            row.tokens[0, place:stop] = tokens[start : start + length]
+            piece = tokens[start : start + length]
+            self._check(shard, np.array([start]), piece[None])
+            row.tokens[0, place:stop] = piece
             row.counted[0, place : stop - 1] = True
             self._count_up(row, place, stop)
             place = stop

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -10,8 +12,6 @@ import numpy as np
 from pretrain.data.batches.boundaries import restart
 from pretrain.data.tokens.shards import TokenShards
 from pretrain.errors import UserError
-
-COPIED_BYTES = 3 << 15  # at a time: numpy takes larger arrays from fresh pages, which cost more than the copying
 
 
 @dataclass(frozen=True)
@@ -90,22 +90,30 @@ class Concatenated:
         self.counts = np.array([max(0, shard.tokens - 1) // seq_len for shard in shards.shards], dtype=np.int64)
         self.masked = self.carries_documents = document_attention
         self._check = IdCheck(shards, vocab_size)
-        self._some = max(1, COPIED_BYTES // ((seq_len + 1) * shards.dtype.itemsize))
+        self._scratch = threading.local()
 
     def read(self, shards: np.ndarray, numbers: np.ndarray, into: Rows) -> None:
+        if (numbers >= self.counts[shards]).any():
+            raise IndexError(f"'{self.shards.location}' has no samples {numbers[numbers >= self.counts[shards]]}")
         by_shard = np.argsort(shards, kind="stable")
-        for rows in np.split(by_shard, np.flatnonzero(np.diff(shards[by_shard])) + 1):
-            shard = int(shards[rows[0]])
-            samples = self._samples_of(shard)
-            for start in range(0, len(rows), self._some):
-                some = _as_slice(rows[start : start + self._some])
-                wanted = numbers[some]
-                tokens, starts = samples[wanted], wanted * self.seq_len
-                self._check(shard, starts, tokens)
-                into.tokens[some] = tokens
-                if self.carries_documents:
-                    ends = self.shards.open_ends(shard)
-                    into.positions[some], into.counted[some] = restart(ends, starts, self.seq_len)
+        borders = [0, *(np.flatnonzero(np.diff(shards[by_shard])) + 1).tolist(), len(shards)]
+        inputs, last = self._memory(len(shards))
+        for start, stop in pairwise(borders):
+            rows = by_shard[start:stop]
+            shard, starts = int(shards[rows[0]]), numbers[rows] * self.seq_len
+            tokens = self.shards.open_tokens(shard)
+            whole = tokens[: int(self.counts[shard]) * self.seq_len].reshape(-1, self.seq_len)
+            # The default mode would write into a copy of `out` first.
+            np.take(whole, numbers[rows], axis=0, out=inputs[start:stop], mode="clip")
+            np.take(tokens, starts + self.seq_len, out=last[start:stop], mode="clip")
+            self._check(shard, starts, inputs[start:stop])
+            self._check(shard, starts + self.seq_len, last[start:stop, None])
+            if self.carries_documents:
+                ends = self.shards.open_ends(shard)
+                into.positions[rows], into.counted[rows] = restart(ends, starts, self.seq_len)
+        rows = by_shard if len(borders) > 2 else slice(None)
+        into.tokens[rows, :-1] = inputs
+        into.tokens[rows, -1] = last
 
     def documents(self, shard: int, number: int) -> list[tuple[int, int, int]]:
         ends = self.shards.open_ends(shard)
@@ -115,17 +123,13 @@ class Concatenated:
         borders = [start, *ends[first:last].tolist(), stop]
         return [(first + i, *borders[i : i + 2]) for i in range(last - first + 1)]
 
-    def _samples_of(self, shard: int) -> np.ndarray:
-        """All samples of a shard, (samples, seq_len + 1), a view in which each shares a token with the next."""
-        tokens = self.shards.open_tokens(shard)
-        strides = (self.seq_len * tokens.itemsize, tokens.itemsize)
-        return np.ndarray((int(self.counts[shard]), self.seq_len + 1), tokens.dtype, tokens, strides=strides)
-
-
-def _as_slice(rows: np.ndarray) -> slice | np.ndarray:
-    """Ascending rows as a slice, which numpy copies faster, where none is left out."""
-    first, last = int(rows[0]), int(rows[-1])
-    return slice(first, last + 1) if last - first + 1 == len(rows) else rows
+    def _memory(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """(rows, seq_len) and (rows,) of the shards' dtype, the same for a thread each time: fresh pages cost more than
+        the copying."""
+        if not hasattr(self._scratch, "inputs") or len(self._scratch.inputs) < rows:
+            self._scratch.inputs = np.empty((rows, self.seq_len), dtype=self.shards.dtype)
+            self._scratch.last = np.empty(rows, dtype=self.shards.dtype)
+        return self._scratch.inputs[:rows], self._scratch.last[:rows]
 
 
 class IdCheck:

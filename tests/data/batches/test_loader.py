@@ -96,6 +96,17 @@ def test_a_mixture_reads_each_source_in_its_own_order(
         assert len(mine) == {0: 252, 1: 108}[source]
 
 
+@pytest.mark.parametrize("window", [0, 1])
+def test_loaders_that_share_a_feed_read_what_each_would_alone(shards: TokenShards, window: int) -> None:
+    feed = Feed([_stream(shards, window), _stream(shards, 0)], Mixture([2, 1]))
+    alone = _global_batches(feed, ranks=3, batch=12, micro=4, steps=150)
+    loaders = [_loader(feed, batch=12, micro=4, rank=rank, ranks=3) for rank in range(3)]
+    together = [torch.cat([loader.next_batch()[0].to("cpu").tokens for loader in loaders]) for _ in range(150)]
+    for loader in loaders:
+        loader.close()
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
 def test_batches_that_are_kept_keep_what_they_hold(shards: TokenShards, handed: None) -> None:
     feed = _feed(shards)
     with closing(_loader(feed, batch=12, micro=3)) as loader:

@@ -68,7 +68,7 @@ def test_every_sample_is_equally_likely_at_every_place(num_samples: int) -> None
 
 
 def test_all_orders_of_four_samples_are_equally_likely() -> None:
-    trials = 12000
+    trials = 6000
     orders = [tuple(SampleOrder(4, 7).many(4 * epoch, 4 * epoch + 4)) for epoch in range(trials)]
     _, counts = np.unique(orders, axis=0, return_counts=True)
     assert len(counts) == 24

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -105,6 +106,17 @@ def test_each_token_but_the_first_of_a_document_is_the_target_of_one_place(shard
     assert sorted(targets) == [token for token in range(shards.tokens) if token not in begins]
     assert samples.utilization == len(targets) / places
     assert samples.utilization > 0.85
+
+
+def test_a_token_beyond_the_vocabulary_is_reported_by_file_and_offset(shards, tmp_path: Path) -> None:
+    bad = sum(shard.tokens for shard in shards.shards[:3]) + 100  # id and place in the corpus are one number here
+    samples = BestFit(shards, SEQ_LEN, tmp_path, vocab_size=bad)
+    read(samples, 2, np.arange(samples.counts[2]))
+    with pytest.raises(UserError) as refused:
+        read(samples, 3, np.arange(samples.counts[3]))
+    named = re.match(r"token ([\d,]+) of shard_00003.bin in .* is ([\d,]+), and the vocabulary", str(refused.value))
+    place, found = (int(number.replace(",", "")) for number in named.groups())
+    assert place + bad - 100 == found >= bad
 
 
 def test_positions_begin_anew_with_each_document_and_padding(shards, tmp_path: Path) -> None:

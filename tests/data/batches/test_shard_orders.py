@@ -74,9 +74,9 @@ def test_every_sample_is_equally_likely_at_every_place(window: int) -> None:
     _assert_uniform(table, trials / 21, degrees=20 * 20)
 
 
-@pytest.mark.parametrize("window", [1, 3, 4])
+@pytest.mark.parametrize("window", [1, 4])
 def test_shards_of_equal_size_make_all_places_alike_in_any_window(window: int) -> None:
-    counts, trials = [4] * 6, 2000
+    counts, trials = [4] * 6, 1200
     table = np.zeros((24, 24))
     for seed in range(trials):
         shards, numbers = _order(counts, seed, window).at(np.arange(24))
@@ -86,7 +86,7 @@ def test_shards_of_equal_size_make_all_places_alike_in_any_window(window: int) -
 
 @pytest.mark.parametrize(("counts", "window"), [([16], 0), ([5, 11], 0), ([4] * 4, 2), ([4] * 4, 4), ([97], 0)])
 def test_neighbours_in_the_run_are_any_two_samples_of_a_window(counts: list[int], window: int) -> None:
-    trials, total = 1500, sum(counts)
+    trials, total = 1000, sum(counts)
     first = np.cumsum([0, *counts[:-1]])
     inside, table = window * counts[0] or total, np.zeros((total, total))
     for seed in range(trials):

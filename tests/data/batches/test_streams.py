@@ -84,13 +84,21 @@ def test_a_stream_goes_back_to_where_it_is_asked_to(make_shards: MakeShards) -> 
 
 
 def test_samples_of_many_shards_come_in_the_order_asked_for(make_shards: MakeShards) -> None:
-    shards = make_shards(30_000, shard_tokens=100)
+    shards = make_shards(6000, shard_tokens=100)
     samples = Concatenated(shards, SEQ_LEN)
     order = GlobalOrder(samples.counts, 1)
     befores = np.cumsum([0, *(shard.tokens for shard in shards.shards)])
-    at, numbers = order.at(np.arange(3000))
+    at, numbers = order.at(np.arange(800))
     expected = (befores[at] + SEQ_LEN * numbers)[:, None] + np.arange(SEQ_LEN + 1)
-    assert np.array_equal(_read(Stream(samples, order), np.arange(3000)), expected)
+    assert np.array_equal(_read(Stream(samples, order), np.arange(800)), expected)
+
+
+def test_a_sample_that_a_shard_does_not_have_is_refused(make_shards: MakeShards) -> None:
+    samples = Concatenated(make_shards(3000, shard_tokens=500), SEQ_LEN)
+    rows = Rows.empty(2, SEQ_LEN, samples.shards.dtype, masked=False, carries_documents=False)
+    samples.read(np.array([0, 1]), samples.counts[:2] - 1, rows)
+    with pytest.raises(IndexError, match="has no samples"):
+        samples.read(np.array([0, 1]), samples.counts[:2] - [1, 0], rows)
 
 
 def test_no_token_of_a_shard_but_the_rest_is_left_out(make_shards: MakeShards) -> None:
