@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from corpus import Corpus, tiny
+from corpus import Corpus
+from faulty_server import Fault, FaultyServer, tiny
 from tokenizers import Tokenizer
 
 from pretrain.config import load_config
@@ -227,11 +228,8 @@ def test_files_of_other_trainers_have_the_same_statistics(
 
 
 def test_a_remote_corpus_is_read_through_the_cache(
-    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "data/remote")
-    from faulty_server import Fault, FaultyServer
-
     objects = {f"/train/{path.name}": path.read_bytes() for path in corpus.train.iterdir()}
     with FaultyServer(objects) as server:
         words = ["--corpus", f"{server.url}/train", "--cache-folder"]
