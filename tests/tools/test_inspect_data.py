@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from corpus import Corpus
-from faulty_server import Fault, FaultyServer, tiny
+from corpus import Corpus, tiny
+from faulty_server import Fault, FaultyServer
 from tokenizers import Tokenizer
 
 from pretrain.config import load_config
