@@ -30,6 +30,7 @@ from pretrain.errors import SharedUserError, UserError
 from pretrain.files import checksum, sync_folder, write_json, write_text
 from pretrain.shard_notes import notes_on, save_notes
 
+_DATA_KEYS = ("data.train", "data.shuffle", "data.packing", "data.document_attention")
 _COMPLETE = re.compile(r"step_(\d{8,})")
 _SHARDS = "deepspeed"
 
@@ -68,7 +69,8 @@ _WHY_EQUAL = {
     "forward": "the weights would serve another function with this run's. Give back the methods, or start anew: "
     "checkpoint.resume=never and another name",
     "optimizer": "its optimizer state belongs to another optimizer. Give back optim.name",
-    "data_fingerprint": "its sample order belongs to other token shards, or to other weights, shuffling or packing of them",
+    "data_fingerprint": "its sample order belongs to other token shards, or to other weights, shuffling or packing of them. "
+    "Give back these keys, or start anew: checkpoint.resume=never and another name",
     "tokenizer_fingerprint": "it was trained with another tokenizer",
     "seed": "its sample order belongs to another seed",
     "seq_len": "its sample order belongs to another sequence length",
@@ -325,7 +327,7 @@ def _read_matching_state(path: Path, expected: TrainerState, changed: Sequence[s
         if key == "forward":
             found = f"it was trained with other methods ({'; '.join(changed) or 'in another order'})"
         elif key == "data_fingerprint":
-            of_data = [change for change in changed if change.startswith("data.")]
+            of_data = [change for change in changed if change.startswith(_DATA_KEYS)]
             found = f"it was trained on other data ({'; '.join(of_data) or 'at the same place'})"
         else:
             found = _difference(key, stored, wanted)

@@ -90,6 +90,12 @@ class ShuffleSection(Section):
     scope: Literal["global", "windowed"] = "global"
     window_shards: int = Field(8, gt=0)
 
+    @model_validator(mode="after")
+    def _windows_where_there_are_any(self) -> ShuffleSection:
+        if self.scope == "global" and self.window_shards != 8:
+            raise ValueError("window_shards has no effect here: set 'scope: windowed', or remove it")
+        return self
+
 
 class CacheSection(Section):
     """Where shards of remote corpora are kept on each node, shared by its ranks and by other runs.
@@ -112,7 +118,7 @@ class DataSection(Section):
     at start, `size` only its length.
     """
 
-    train: tuple[SourceSection, ...] = Field(min_length=1)
+    train: tuple[SourceSection, ...]
     val: str | None = None
     seq_len: int = Field(gt=0)
     global_batch_size: int = Field(gt=0)
@@ -128,14 +134,14 @@ class DataSection(Section):
     def _one_folder_is_a_mixture_of_one(cls, given: Any) -> Any:
         if isinstance(given, str):
             return ({"path": given},)
-        if not isinstance(given, list | tuple):
+        if not isinstance(given, list | tuple) or not given:
             raise ValueError("give a shard folder, or a list of mappings of the keys path, weight")
         return given
 
     @field_validator("train")
     @classmethod
     def _each_source_once(cls, sources: tuple[SourceSection, ...]) -> tuple[SourceSection, ...]:
-        paths = [source.path for source in sources]
+        paths = [source.path.rstrip("/") for source in sources]
         if twice := sorted({path for path in paths if paths.count(path) > 1}):
             raise ValueError(f"lists {', '.join(twice)} more than once: give it one entry with the sum of the weights")
         return sources

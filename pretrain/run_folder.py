@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from pretrain.config import Config
+from pretrain.data.contents import read_json
 from pretrain.distributed import Ranks, all_gather_object, from_first_rank, on_every_rank
 from pretrain.errors import UserError
 from pretrain.files import NO_LOCKS, write_json, write_text
@@ -54,10 +55,18 @@ class RunFolder:
             self._write_status(status, reason)
 
     def fail(self, reason: str) -> None:
-        """Record a failure of this rank, if the disk still takes it; what an earlier run left is not touched."""
-        if self.begun or not (self.path / "status.json").exists():
-            with suppress(OSError):
+        """Record a failure of this rank, if the disk still takes it.
+
+        What an earlier run left is not touched, nor what another rank has recorded: its failure ended the others.
+        """
+        with suppress(OSError):
+            recorded = self._recorded()
+            if recorded is None or (self.begun and recorded != "failed"):
                 self._write_status("failed", reason)
+
+    def _recorded(self) -> str | None:
+        path = self.path / "status.json"
+        return read_json(path).get("status") if path.exists() else None
 
     def _write_status(self, status: str, reason: str) -> None:
         write_json(self.path / "status.json", {"status": status, "step": self.step, "reason": reason})

@@ -259,6 +259,10 @@ def run(config: Config, ranks: Ranks) -> None:
     except UserError as error:
         if folder is not None and folder.begun:
             folder.fail(str(error))
+            if not ranks.is_first:
+                log.warning(
+                    f"error: {error}"
+                )  # into this rank's file: what the console shows of it is up to the launcher
         refuse(error)
     except Exception as error:
         log.exception(f"rank {ranks.rank} failed: {error!r}")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pretrain.config import load_config
+from pretrain.config import Config, load_config
 from pretrain.errors import UserError
 from pretrain.run_file import RunFile
 
@@ -128,6 +128,20 @@ def test_the_resolved_file_reads_back_as_the_same_configuration(file: Path, tmp_
         ("  lr: 1e-3", "  lr: 1e-3\n  betas: 0.9", "run.yaml:14: optim.betas: give a list (got 0.9)"),
         ("{name: lir}", "{name: tvr}", "run.yaml:14: methods lists tvr more than once"),
         ("{name: lir}", "{name: sigma_reparam}", "run.yaml:14: methods sigma_reparam and tvr cannot be combined"),
+        (
+            "train: shards",
+            "train: []",
+            "data.train: give a shard folder, or a list of mappings of the keys path, weight",
+        ),
+        (
+            "train: shards",
+            "train: 3",
+            "data.train: give a shard folder, or a list of mappings of the keys path, weight",
+        ),
+        ("train: shards", "train: [{path: a, weight: 0}]", "data.train.0.weight: Input should be greater than 0"),
+        ("train: shards", "train: [{path: a}, {path: a/}]", "data.train: lists a more than once"),
+        ("train: shards", "train: [{path: a, wieght: 1}]", "unknown key 'data.train.0.wieght'; did you mean"),
+        ("  seq_len: 32", "  seq_len: 32\n  shuffle: {window_shards: 4}", "window_shards has no effect here"),
     ],
 )
 def test_a_mistake_names_its_line_its_key_and_the_nearest_valid_one(
@@ -216,6 +230,13 @@ def test_mappings_merge_deeply_while_lists_and_scalars_replace(file: Path, child
     assert [method.name for method in config.methods] == ["lir"]
     assert config.deepspeed == {"bf16": {"enabled": True}}
     assert [source.path for source in config.data.train] == ["shards"]
+
+
+def test_a_mixture_keeps_its_order_and_its_weights(file: Path) -> None:
+    replace(file, "train: shards", "train: [{path: b, weight: 0.3}, {path: a}]")
+    config = load_config(file)
+    assert [(source.path, source.weight) for source in config.data.train] == [("b", 0.3), ("a", 1.0)]
+    assert Config.model_validate(yaml.safe_load(config.to_yaml())) == config
 
 
 def test_null_in_the_child_overrides(child: Callable[[str], Path]) -> None:

@@ -8,10 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from corpus import Corpus, make_corpus, tiny
 from runs import Ended, arguments, assert_refused, run_ranks, run_together
+
+from pretrain.data import open_shards
+from pretrain.data.tokens.exchange import export_tokens
 
 
 @dataclass
@@ -91,6 +95,30 @@ def no_shards_at_all(at: Case) -> None:
 def tokenizer_that_did_not_make_the_shards(at: Case) -> None:
     texts = [f"quite different words {i} about whales and sails" for i in range(50)]
     at.config["tokenizer"] = str(make_corpus(at.home / "other", texts, vocab_size=400).tokenizer)
+
+
+@case("the shards in '{home}/second' were made with another tokenizer")
+def two_sources_with_different_tokenizers(at: Case) -> None:
+    second = Path(shutil.copytree(at.shards, at.home / "second"))
+    (second / "manifest.json").write_text(json.dumps(at.manifest() | {"tokenizer_fingerprint": "0" * 32}))
+    at.config["data"]["train"] = [{"path": str(at.shards)}, {"path": str(second)}]
+
+
+@case("{home}/megatron/tokens.bin has the id 400 at token 11 (byte 22)", "vocabulary has 320 ids")
+def ids_beyond_the_vocabulary(at: Case) -> None:
+    export_tokens("megatron", open_shards(at.shards), at.home / "megatron")
+    with open(at.home / "megatron/tokens.bin", "r+b") as tokens:
+        tokens.seek(22)
+        tokens.write((400).to_bytes(2, "little"))
+    at.config["data"]["train"] = str(at.home / "megatron")
+
+
+@case("shard_00001.ends says that document 1 ends at token", "The file is corrupt")
+def document_ends_that_descend(at: Case) -> None:
+    path = at.shards / "shard_00001.ends"
+    first, second, *rest = np.fromfile(path, "<u8")
+    np.array([second, first, *rest], "<u8").tofile(path)
+    at.overrides |= {"data.verify": "size", "data.packing": "best_fit", "data.cache.folder": str(at.home / "cache")}
 
 
 @case("there is no tokenizer at", "{home}/none", "tools/train_tokenizer.py")

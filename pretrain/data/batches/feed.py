@@ -62,8 +62,8 @@ class Feed:
                 self.streams[0].read(slots.places, slots.shards, slots.numbers, into)
                 return
             for source in range(len(self.streams)):
-                rows = np.flatnonzero(slots.sources == source)
-                into.put(rows, self._read_source(source, slots.part(rows)))
+                if len(rows := np.flatnonzero(slots.sources == source)):
+                    into.put(rows, self._read_source(source, slots.part(rows)))
 
     def close(self) -> None:
         """Let go of every shard."""

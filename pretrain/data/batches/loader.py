@@ -210,12 +210,13 @@ def check_enough_samples(samples: Samples, global_batch_size: int, world_size: i
     """UserError unless a corpus holds a sample for every rank and at least one global batch."""
     num_samples = int(samples.counts.sum())
     held = (
-        f"the shards in '{samples.shards.location}' hold {num_samples} samples ({samples.shards.tokens} tokens, "
-        f"data.seq_len {samples.seq_len})"
+        f"the shards in '{samples.shards.location}' hold {num_samples} samples ({samples.shards.tokens} tokens in "
+        f"{len(samples.counts)} shards, data.seq_len {samples.seq_len})"
     )
     if num_samples < world_size:
         raise UserError(
-            f"{held}, fewer than the {world_size} data-parallel ranks. Prepare more text, or use fewer ranks."
+            f"{held}, fewer than the {world_size} data-parallel ranks. Lower data.seq_len, prepare more text in "
+            "larger shards (--shard-tokens), or use fewer ranks."
         )
     if num_samples < global_batch_size:
         raise UserError(

@@ -120,8 +120,17 @@ class Plans:
         """Make the plans that are not in the folder, together with whoever else does so at the time.
 
         Each process goes through them in an order of its own, so two seldom make the same one; nobody waits for another.
-        Raises UserError where the boundaries of a shard's documents make no sense.
+        UserError where the boundaries of a shard's documents make no sense, or the folder does not take the plans.
         """
+        try:
+            self._make_missing()
+        except OSError as error:
+            raise UserError(
+                f"cannot keep plans of packed documents in {self.folder}: {error}. Make room, or name another folder: "
+                "data.cache.folder."
+            ) from error
+
+    def _make_missing(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         missing = list({*range(len(self._shards.shards))} - self._listing().keys())
         SystemRandom().shuffle(missing)
@@ -144,13 +153,7 @@ class Plans:
         return np.asarray(np.load(path, mmap_mode="r"))
 
     def _make(self, shard: int) -> None:
-        entry = self._shards.shards[shard]
-        ends = np.asarray(self._shards.open_ends(shard))
-        if (descents := np.flatnonzero(ends[1:] < ends[:-1])).size:
-            raise UserError(
-                f"{entry.ends_file or entry.file} of '{self._shards.location}' says that document {descents[0] + 1} ends "
-                f"at token {ends[descents[0] + 1]}, before document {descents[0]}. The file is corrupt: restore it."
-            )
+        entry, ends = self._shards.shards[shard], self._shards.open_ends(shard)
         starts, lengths = cut_into_pieces(ends, self._capacity)
         samples = best_fit_decreasing(lengths, self._capacity)
         by_sample = np.argsort(samples, kind="stable")

@@ -44,7 +44,7 @@ class TokenShards:
     `location` is the folder, prefix or URL as the user named it. `tokens` and `documents` count what the shards hold
     and `text_bytes` the UTF-8 they stand for, if known; `dtype` is the tokens' on disk. `vocab_size`, `eos_id` and
     `tokenizer_fingerprint` are those of the tokenizer that made them, None where the format does not say.
-    `fingerprint` stands for the exact tokens and their order.
+    `fingerprint` stands for the exact tokens and their order; `format` is "evenkeel", "megatron" or "datatrove".
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class TokenShards:
         dtype: np.dtype,
         fingerprint: str,
         *,
+        format: str = "evenkeel",
         text_bytes: int | None = None,
         vocab_size: int | None = None,
         eos_id: int | None = None,
@@ -67,6 +68,7 @@ class TokenShards:
         self.shards = shards
         self.dtype = dtype
         self.fingerprint = fingerprint
+        self.format = format
         self.text_bytes = text_bytes
         self.vocab_size = vocab_size
         self.eos_id = eos_id
@@ -114,8 +116,9 @@ class TokenShards:
             if count <= 0:
                 break
             wanted = min(count, shard.tokens)
-            raw = self.files.head(shard.file, (shard.first_token + wanted) * self.dtype.itemsize)
-            parts.append(np.frombuffer(raw, self.dtype)[shard.first_token :])
+            start = shard.first_token * self.dtype.itemsize
+            raw = self.files.read(shard.file, start, start + wanted * self.dtype.itemsize)
+            parts.append(np.frombuffer(raw, self.dtype))
             count -= wanted
         return np.concatenate(parts)
 
@@ -140,6 +143,11 @@ class TokenShards:
                 f"{entry.documents * ENDS_DTYPE.itemsize}. The file was cut or changed: restore it."
             )
         ends = np.asarray(np.memmap(path, ENDS_DTYPE, mode="r"))
+        if len(descents := np.flatnonzero(ends[1:] <= ends[:-1])):
+            raise UserError(
+                f"{path} says that document {descents[0] + 1} ends at token {ends[descents[0] + 1]}, not after the one "
+                "before it. The file is corrupt: restore it."
+            )
         if ends[-1] != entry.tokens:
             raise UserError(
                 f"{path} says that the last document ends at token {ends[-1]}, and its shard has {entry.tokens} tokens. "

@@ -96,6 +96,22 @@ def test_a_mixture_reads_each_source_in_its_own_order(
         assert len(mine) == {0: 252, 1: 108}[source]
 
 
+@pytest.mark.usefixtures("handed")
+@pytest.mark.parametrize("within_documents", [False, True])
+def test_a_source_of_which_a_rank_has_no_sample_for_many_steps_changes_nothing(
+    make_shards: MakeShards, within_documents: bool
+) -> None:
+    corpora = [make_shards(3000, shard_tokens=700, folder=name) for name in ("often", "seldom")]
+    streams = [
+        Stream(samples, GlobalOrder(samples.counts, 3))
+        for samples in (Concatenated(shards, SEQ_LEN, within_documents) for shards in corpora)
+    ]
+    feed = Feed(streams, Mixture([0.95, 0.05]))
+    one = _global_batches(feed, ranks=1, batch=8, micro=8, steps=30)
+    eight = _global_batches(feed, ranks=8, batch=8, micro=1, steps=30)
+    assert all(torch.equal(a, b) for a, b in zip(one, eight, strict=True))
+
+
 @pytest.mark.parametrize("window", [0, 1])
 def test_loaders_that_share_a_feed_read_what_each_would_alone(shards: TokenShards, window: int) -> None:
     feed = Feed([_stream(shards, window), _stream(shards, 0)], Mixture([2, 1]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -215,7 +216,19 @@ def test_two_processes_that_start_at_once_agree(shards, tmp_path: Path) -> None:
     assert not list(tmp_path.rglob(".*"))
 
 
-def test_boundaries_that_descend_are_refused_by_name(shards, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "open_ends", lambda shard: np.array([3, 9, 5, shards.shards[shard].tokens]))
-    with pytest.raises(UserError, match=r"shard_\d+\.ends .* document 2 ends at token 5"):
-        BestFit(shards, SEQ_LEN, tmp_path)
+def test_boundaries_that_descend_are_refused_by_name(shards, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(shards.location, tmp_path / "shards"))
+    ends = np.fromfile(folder / "shard_00002.ends", dtype="<u8")
+    ends[[1, 2]] = ends[[2, 1]]
+    ends.tofile(folder / "shard_00002.ends")
+    damaged = open_shards(folder, verify="size")
+    with pytest.raises(UserError, match=rf"shard_00002\.ends says that document 2 ends at token {ends[2]}, not after"):
+        BestFit(damaged, SEQ_LEN, tmp_path / "plans")
+
+
+def test_a_folder_that_takes_no_plans_is_named(shards, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        UserError, match=rf"cannot keep plans of packed documents in {tmp_path}/file.*data.cache.folder"
+    ):
+        BestFit(shards, SEQ_LEN, tmp_path / "file")
