@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.data.contents import read_json
-from pretrain.data.prepare.progress import Progress
+from pretrain.data.progress import Progress
 from pretrain.data.remote.cache import CacheSettings
 from pretrain.data.remote.storage import is_remote
 from pretrain.data.tokens.checksums import BLOCK_BYTES, hash_file

@@ -6,14 +6,11 @@ occurs, of which n tokens have at most sqrt(2 n); so the statistics are exact an
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from pretrain.data.audit.documents import Decoder
-from pretrain.data.prepare.progress import Progress
+from pretrain.data.progress import Progress
 from pretrain.data.tokens.corpus import TokenShards
-from pretrain.data.tokens.foreign import ForeignShards
 from pretrain.data.tokens.verify import check_ids
 
 BLOCK_TOKENS = 1 << 20
@@ -22,7 +19,6 @@ LARGEST_VOCABULARY = 1 << 24  # where a format does not say how many ids there a
 LONG = (2048, 8192)
 TOP = 20
 QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p99": 0.99, "max": 1.0}
-_FOREIGN_FORMATS = {".bin": "megatron", ".ds": "datatrove"}
 
 
 def describe_corpus(shards: TokenShards, decoder: Decoder | None = None) -> dict:
@@ -43,10 +39,9 @@ def describe_corpus(shards: TokenShards, decoder: Decoder | None = None) -> dict
 
 def _facts(shards: TokenShards) -> dict:
     imported, text_bytes = shards.manifest.get("imported"), shards.text_bytes
-    foreign = isinstance(shards, ForeignShards)
     return {
         "location": shards.location,
-        "format": _FOREIGN_FORMATS[Path(shards.shards[0].file).suffix] if foreign else "evenkeel",
+        "format": shards.format,
         "imported_from": imported["format"] if imported else None,
         "dtype": shards.dtype.name,
         "tokens": shards.tokens,

@@ -14,6 +14,7 @@ from pretrain.errors import UserError
 from pretrain.files import NO_LOCKS
 
 JOURNAL = "prepare.json"
+UNSHUFFLED = ".unshuffled"  # in it, what is to be shuffled
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
@@ -41,7 +42,7 @@ def refuse_foreign_files(out: Path, *own: str) -> None:
     """UserError, before anything is written, if `out` holds files that no preparation recorded, `own` aside."""
     if not out.is_dir() or (out / JOURNAL).exists():
         return
-    names = {entry.name for entry in out.iterdir() if not entry.name.startswith(".")}
+    names = {entry.name for entry in out.iterdir() if not entry.name.startswith(".") or entry.name == UNSHUFFLED}
     if unknown := names.difference(own):
         raise UserError(
             f"'{out}' holds files that no preparation recorded ({', '.join(sorted(unknown)[:5])}). "
@@ -50,9 +51,11 @@ def refuse_foreign_files(out: Path, *own: str) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder of this preparation's own with all its files, if it is still there."""
+    """Remove a folder of this preparation's own with all its files, or a link to it and these, if it is still there."""
     if folder.exists():
-        shutil.rmtree(folder)
+        shutil.rmtree(folder.resolve())
+    if folder.is_symlink():
+        folder.unlink()
 
 
 def _take(lock: IO, out: Path, kind: int) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.data.contents import read_json
-from pretrain.data.prepare.folder import JOURNAL
+from pretrain.data.prepare.folder import JOURNAL, UNSHUFFLED, remove
 from pretrain.data.tokens.writer import ShardWriter
 from pretrain.errors import UserError
 from pretrain.files import write_json
@@ -112,6 +112,14 @@ class Journal:
         self.finished = True
         self._log.close()
         (self.out / LOG).unlink()
+
+
+def forget(out: Path, settings: dict) -> None:
+    """Take back a preparation that has come to nothing: any other may begin in `out` then."""
+    for folder in (UNSHUFFLED, *splits_of(settings)):
+        remove(out / folder)
+    for file in (LOG, JOURNAL):
+        (out / file).unlink(missing_ok=True)
 
 
 def _open_cut(path: Path, size_bytes: int):

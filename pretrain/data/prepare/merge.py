@@ -7,16 +7,17 @@ there; the manifests come last.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pretrain.data.contents import read_json
-from pretrain.data.prepare.folder import JOURNAL, remove, writing_in
+from pretrain.data.prepare.folder import JOURNAL, refuse_foreign_files, remove, writing_in
 from pretrain.data.prepare.journal import Journal, splits_of
 from pretrain.data.prepare.parts import PARTS, complete_parts, joined_manifest, part_folder
-from pretrain.data.prepare.progress import Progress
 from pretrain.data.prepare.shuffle import shuffle
+from pretrain.data.progress import Progress
 from pretrain.data.tokens.manifest import DTYPES, MANIFEST, write_manifest
 from pretrain.data.tokens.shards import TokenShards, open_shards
 from pretrain.errors import UserError
@@ -33,28 +34,41 @@ def merge(out: Path, *, workers: int, shuffle_seed: int | None = None) -> dict[s
     if not out.is_dir():
         raise UserError(f"there is no folder '{out}' with parts to join. Make them with --part.")
     with writing_in(out):
-        settings = _settings(out, workers)
+        settings = _settings(out, workers, moves=shuffle_seed is None)
         journal = Journal(out, settings if shuffle_seed is None else settings | {"shuffle": shuffle_seed})
+        folders = [part_folder(out, (number, settings["parts"])) for number in range(settings["parts"])]
         if not journal.finished:
-            folders = [part_folder(out, (number, settings["parts"])) for number in range(settings["parts"])]
             if shuffle_seed is None:
                 _join(folders, journal)
             else:
                 shuffle(folders, journal, workers)
-        remove(out / PARTS)
+        _remove(folders, out / PARTS)
         return {split: open_shards(out / split, verify="size") for split in splits_of(settings)}
 
 
-def _settings(out: Path, workers: int) -> dict:
+def _settings(out: Path, workers: int, *, moves: bool) -> dict:
     """The settings of the whole, by the journal of a merge that has begun or by the parts after checking them."""
     if not (out / JOURNAL).exists():
         folders, settings = complete_parts(out)
-        _verify([folder / split for folder in folders for split in splits_of(settings)], workers)
+        refuse_foreign_files(out, PARTS)
+        shards = [folder / split for folder in folders for split in splits_of(settings)]
+        if moves:
+            _refuse_other_file_systems(out, shards)
+        _verify(shards, workers)
         return settings | {"parts": len(folders)}
     settings = read_json(out / JOURNAL)["settings"]
     if "parts" not in settings:
         raise UserError(f"'{out}' holds a preparation that was not made in parts, so there is nothing to join.")
     return {key: value for key, value in settings.items() if key != "shuffle"}
+
+
+def _refuse_other_file_systems(out: Path, folders: Sequence[Path]) -> None:
+    for folder in folders:
+        if folder.stat().st_dev != out.stat().st_dev:
+            raise UserError(
+                f"{folder} lies on another file system than '{out}', so its shards cannot be renamed. Nothing was "
+                "changed; move the parts to that of --out, or join them with --shuffle, which writes new shards."
+            )
 
 
 def _verify(folders: Sequence[Path], workers: int) -> None:
@@ -68,7 +82,10 @@ def _verify(folders: Sequence[Path], workers: int) -> None:
             progress.update(done)
     progress.close()
     if not any(held.tokens for folder, held in zip(folders, shards, strict=True) if folder.name == "train"):
-        raise UserError("the parts hold no text, so there is nothing to join.")
+        raise UserError(
+            "the parts hold no text for train, so there is nothing to join. Delete them and make them again, with more "
+            "documents or less for val and held_out."
+        )
 
 
 def _join(folders: Sequence[Path], journal: Journal) -> None:
@@ -97,6 +114,18 @@ def _plan(folders: Sequence[Path], split: str) -> dict:
             moves.append([f"{PARTS}/{home.name}/{split}/{shard[key]}", name])
             shard[key] = name
     return {"moves": moves, "dtype": manifests[0]["dtype"], "shards": shards, "description": description}
+
+
+def _remove(folders: Sequence[Path], parts: Path) -> None:
+    """Remove the parts, and the folder that they are in unless it holds anything else."""
+    for folder in folders:
+        remove(folder)
+    try:
+        parts.rmdir()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        print(f"all parts are joined; '{parts}' is left as it is: {error.strerror}", file=sys.stderr)
 
 
 def _move(old: Path, new: Path) -> None:

@@ -10,19 +10,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from pretrain.data.prepare.encoding import Encoded, Encoder, encode_in_order
-from pretrain.data.prepare.folder import refuse_foreign_files, remove, writing_in
-from pretrain.data.prepare.journal import Journal, splits_of, written
+from pretrain.data.prepare.folder import UNSHUFFLED, refuse_foreign_files, remove, writing_in
+from pretrain.data.prepare.journal import Journal, forget, splits_of, written
 from pretrain.data.prepare.ledger import SourceLedger
 from pretrain.data.prepare.parts import refuse_parts, writing_part
-from pretrain.data.prepare.progress import Progress
 from pretrain.data.prepare.shuffle import shuffle
+from pretrain.data.progress import Progress
 from pretrain.data.text.sources import Source
 from pretrain.data.tokenizer import TokenizerFacts
 from pretrain.data.tokens.shards import TokenShards, open_shards
 from pretrain.data.tokens.writer import token_dtype
 from pretrain.errors import UserError
 
-UNSHUFFLED = ".unshuffled"
+
+class _NoTraining(UserError):
+    """There is no document to train on."""
 
 
 def prepare(
@@ -61,15 +63,25 @@ def prepare(
     refuse_parts(out)
     refuse_foreign_files(out)
     with writing_in(out):
-        if shuffle_seed is None:
-            _tokenise(source, tokenizer, out, settings, workers)
-        else:
-            journal = Journal(out, settings | {"shuffle": shuffle_seed})
-            if not journal.finished:
-                _tokenise(source, tokenizer, out / UNSHUFFLED, settings, workers)
-                shuffle([out / UNSHUFFLED], journal, workers)
-            remove(out / UNSHUFFLED)
+        try:
+            if shuffle_seed is None:
+                _tokenise(source, tokenizer, out, settings, workers)
+            else:
+                _tokenise_and_shuffle(source, tokenizer, out, settings, workers, shuffle_seed)
+        except _NoTraining:
+            forget(out, settings)
+            raise
         return _opened(out, settings)
+
+
+def _tokenise_and_shuffle(
+    source: Source, tokenizer: TokenizerFacts, out: Path, settings: dict, workers: int, seed: int
+) -> None:
+    journal = Journal(out, settings | {"shuffle": seed})
+    if not journal.finished:
+        _tokenise(source, tokenizer, out / UNSHUFFLED, settings, workers)
+        shuffle([out / UNSHUFFLED], journal, workers)
+    remove(out / UNSHUFFLED)
 
 
 def _tokenise(source: Source, tokenizer: TokenizerFacts, out: Path, settings: dict, workers: int) -> None:
@@ -110,7 +122,7 @@ class _Tokenisation:
         if not self._has_enough():
             self._encode_the_rest(workers)
         if not self.writers["train"].tokens and "part" not in self.settings:
-            raise UserError(f"the source {self.settings['source']} holds no text, so there is nothing to write.")
+            raise _NoTraining(self._why_nothing())
         for split, writer in self.writers.items():
             writer.finish(self._description(split))
         self.journal.finish()
@@ -152,6 +164,16 @@ class _Tokenisation:
         """Bytes read, documents, tokens."""
         documents, tokens = written(self.writers)
         return self.state["read_bytes"], documents, tokens
+
+    def _why_nothing(self) -> str:
+        others = [split for split, writer in self.writers.items() if writer.documents]
+        if not others:
+            return f"the source {self.settings['source']} holds no text, so there is nothing to write."
+        return (
+            f"all {written(self.writers)[0]} documents of the source {self.settings['source']} fell into "
+            f"{' and '.join(others)}, so none is left to train on. Nothing was kept; set aside a smaller share, or give "
+            "more documents."
+        )
 
     def _description(self, split: str) -> dict:
         return {

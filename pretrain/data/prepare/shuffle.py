@@ -16,7 +16,7 @@ import numpy as np
 from pretrain.data.batches.order import SampleOrder
 from pretrain.data.prepare.journal import Journal, splits_of, written
 from pretrain.data.prepare.parts import joined_manifest
-from pretrain.data.prepare.progress import Progress
+from pretrain.data.progress import Progress
 from pretrain.data.tokens.shards import TokenShards, open_shards
 from pretrain.data.tokens.writer import ShardWriter
 

@@ -59,7 +59,7 @@ class CachedFiles:
         self._underway: set[str] = set()
         self._failed: set[str] = set()
         self._full_until = 0.0
-        self._threads: list[threading.Thread] = []
+        self._threads = 0
 
     def path(self, name: str) -> Path:
         """The file in the cache, which stays there until `release`.
@@ -69,10 +69,10 @@ class CachedFiles:
         """
         size_bytes, key = self._expected[name]
         with self._explained():
-            with self._changed:
-                self._used[name] = key
-                self._claim()
             try:
+                with self._changed:
+                    self._used[name] = key
+                    self._claim()
                 deadline = time.monotonic() + ROOM_WAIT_S
                 while not self._fetch(name, urgent=True):
                     self._check_room(name, size_bytes, time.monotonic() > deadline)
@@ -90,7 +90,7 @@ class CachedFiles:
                 self._folder.touch(key)
                 self._claim()
                 self._full_until = 0.0
-                self._changed.notify_all()
+                self._wake()
 
     def fetch_ahead(self, names: Sequence[str]) -> None:
         """These files are needed soon, in this order, and no others; returns at once.
@@ -103,15 +103,11 @@ class CachedFiles:
             self._ahead = list(names)
             with self._explained():
                 self._claim()
-            while len(self._threads) < self._settings.downloads:
-                thread = threading.Thread(target=self._fetch_in_order, name="fetch-ahead", daemon=True)
-                self._threads.append(thread)
-                thread.start()
-            self._changed.notify_all()
+            self._wake()
 
-    def head(self, name: str, size_bytes: int) -> bytes:
-        """The first bytes of a file, read from the URL and not kept."""
-        return self._storage.read_bytes(name, 0, min(size_bytes, self._expected[name][0]))
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes start .. stop - 1 of a file, read from the URL and not kept."""
+        return self._storage.read_bytes(name, start, min(stop, self._expected[name][0]))
 
     def _claim(self) -> None:
         self._folder.claim(self._used.values(), [self._expected[name][1] for name in self._ahead])
@@ -201,10 +197,19 @@ class CachedFiles:
                 "another folder, or make room on the disk."
             ) from error
 
+    def _wake(self) -> None:
+        """Have threads fetch what is wanted."""
+        self._changed.notify_all()
+        while self._ahead and self._threads < self._settings.downloads:
+            self._threads += 1
+            threading.Thread(target=self._fetch_in_order, name="fetch-ahead", daemon=True).start()
+
     def _fetch_in_order(self) -> None:
-        """One of the threads that fetch ahead: the next file that nobody fetches, as soon as there is room."""
-        while True:
-            name = self._take_next()
+        """One of the threads that fetch ahead: the next file that nobody fetches, as soon as there is room.
+
+        It ends when there is none, since as long as it runs this object and its claims stay.
+        """
+        while name := self._take_next():
             try:
                 if not self._fetch(name, urgent=False):
                     self._full_until = time.monotonic() + ROOM_POLL_S
@@ -213,17 +218,17 @@ class CachedFiles:
             with self._changed:
                 self._underway.discard(name)
 
-    def _take_next(self) -> str:
-        """The first of the wanted files that is neither here nor underway; waits for one."""
+    def _take_next(self) -> str | None:
+        """The first of the wanted files that is neither here nor underway, once there may be room; None: none is."""
         with self._changed:
-            while True:
-                pause = self._full_until - time.monotonic()
-                if pause <= 0:
-                    for name in self._ahead:
-                        if not (name in self._underway or name in self._failed or self._is_here(name)):
-                            self._underway.add(name)
-                            return name
-                self._changed.wait(pause if pause > 0 else None)
+            while self._ahead and (pause := self._full_until - time.monotonic()) > 0:
+                self._changed.wait(pause)
+            for name in self._ahead:
+                if not (name in self._underway or name in self._failed or self._is_here(name)):
+                    self._underway.add(name)
+                    return name
+            self._threads -= 1
+            return None
 
     def _is_here(self, name: str) -> bool:
         return self._folder.path(self._expected[name][1]).exists()

@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ class SharedFolder:
         with self._locked():  # or it would be taken for an abandoned one
             self._claims = open(folder / f"{name}.claims", "wb", buffering=0)  # noqa: SIM115 - its lock is held until this reader is gone
             _lock(self._claims.fileno(), fcntl.LOCK_EX)
+        weakref.finalize(self, self._claims.close)
+        self._claimed = b""
         self._unlocked_part = f"{name}.part"
 
     def path(self, key: str) -> Path:
@@ -62,10 +65,11 @@ class SharedFolder:
         """Replace what this reader uses, and what it wants next, in order. What is used stays where it is."""
         claims = json.dumps({"process": _PROCESS, "used": sorted(used), "wanted": list(wanted)}).encode()
         with self._locked():
-            descriptor = self._claims.fileno()
-            os.pwrite(
-                descriptor, claims.ljust(os.fstat(descriptor).st_size), 0
-            )  # never cut: a full disk loses no claim
+            claims = claims.ljust(len(self._claimed))  # never cut: what was claimed can always be written again
+            if os.pwrite(self._claims.fileno(), claims, 0) < len(claims):
+                self._claims.truncate(os.pwrite(self._claims.fileno(), self._claimed, 0))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._claimed = claims
 
     def touch(self, key: str) -> None:
         """`key` was used now: the access time orders what is evicted, and is set here alone."""
@@ -118,7 +122,7 @@ class SharedFolder:
             if excess > 0:
                 return False
             for victim in victims:
-                self.path(victim).unlink()
+                self.path(victim).unlink(missing_ok=True)  # damaged, and removed by who found that
             part.truncate(size_bytes)
             return True
 
@@ -149,9 +153,12 @@ class SharedFolder:
 
     def _whole_files(self) -> dict[str, tuple[int, int]]:
         """Checksum -> bytes and time of last use (ns)."""
-        with os.scandir(self.folder) as entries:
-            found = {entry.name: entry.stat() for entry in entries if _WHOLE.fullmatch(entry.name)}
-        return {key: (stat.st_size, stat.st_atime_ns) for key, stat in found.items()}
+        found = {}
+        for key in filter(_WHOLE.fullmatch, os.listdir(self.folder)):
+            with suppress(FileNotFoundError):  # damaged, and removed by who found that
+                stat = self.path(key).stat()
+                found[key] = (stat.st_size, stat.st_atime_ns)
+        return found
 
     def _parts_bytes(self) -> int:
         """What is reserved; parts of processes that are gone are removed."""

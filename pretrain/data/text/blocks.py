@@ -16,6 +16,8 @@ from pretrain.data.text.files import SourceFile
 from pretrain.data.text.selection import BadRecord, Selection
 from pretrain.errors import UserError
 
+# What the libraries raise on damaged files and on features that they lack; Arrow's errors are kinds of these.
+UNREADABLE = (OSError, EOFError, ValueError, SyntaxError, KeyError, NotImplementedError)
 _BUFFER_BYTES = 1 << 20  # without one (or with pre_buffer) pyarrow holds whole columns of a row group, compressed
 
 
@@ -126,7 +128,7 @@ class RowGroupBlock:
             )
         except UserError:
             raise
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             raise unreadable(self.place, error) from error
         return _texts_in(table, self.selection, self.place)
 
@@ -137,7 +139,9 @@ def open_parquet(source: SourceFile):
     import pyarrow.parquet
 
     place = source.open() if source.is_remote else source.path
-    return pyarrow.parquet.ParquetFile(place, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+    return pyarrow.parquet.ParquetFile(
+        place, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
+    )
 
 
 def unreadable(place: str, error: Exception) -> UserError:
@@ -151,5 +155,5 @@ def _texts_in(table, selection: Selection, place: str) -> list[str]:
         return [selection.text_of(dict(zip(selection.fields, row, strict=True))) for row in zip(*columns, strict=True)]
     except BadRecord as error:
         raise UserError(f"{place}, {error}") from error
-    except UnicodeDecodeError as error:
+    except UNREADABLE as error:
         raise unreadable(place, error) from error

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 import zstandard
 
 CHUNK_BYTES = 1 << 18
+_COMPRESSED_BYTES = 1 << 12  # four bytes can hold 128 KiB of content, and what a chunk holds is in memory at once
 _WITH_GZIP_HEADER = 31
 
 
@@ -23,16 +24,16 @@ def content(raw: BinaryIO, name: str) -> Iterator[bytes]:
 
 
 def _members(raw: BinaryIO, open_member: Callable[[], Any]) -> Iterator[bytes]:
-    member = None
-    while chunk := raw.read(CHUNK_BYTES):
+    member, began = None, False
+    while chunk := raw.read(_COMPRESSED_BYTES):
         while chunk:
-            if member is None and not (chunk := chunk.lstrip(b"\0")):  # tape archives pad with zeros
+            if began and member is None and not (chunk := chunk.lstrip(b"\0")):  # tape archives pad with zeros
                 break
-            member = member or open_member()
+            member, began = member or open_member(), True
             try:
                 yield member.decompress(chunk)
             except (zlib.error, zstandard.ZstdError) as error:
                 raise ValueError(f"{error}, before byte {raw.tell()}") from error
             chunk, member = (member.unused_data, None) if member.eof else (b"", member)
-    if member is not None:
+    if member is not None or not began:
         raise EOFError(f"the file ends within its compressed data, at byte {raw.tell()}")

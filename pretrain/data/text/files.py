@@ -5,7 +5,8 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Sequence
+import sysconfig
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -21,7 +22,7 @@ _WILDCARD = re.compile(r"[*\[]")
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file: where it is (a path or an fsspec URL), its size in bytes, and what its owner says of its version."""
+    """One file: where it is (a path or an fsspec URL), its size in bytes, and what else changes with its content."""
 
     path: str
     bytes: int
@@ -49,7 +50,10 @@ def is_url(name: str) -> bool:
 
 
 def matching_files(patterns: Sequence[str]) -> list[SourceFile]:
-    """The files that paths, folders, globs and URLs name: in the patterns' order, sorted within each, each once."""
+    """The files that paths, folders, globs and URLs name: in the patterns' order, sorted within each.
+
+    Each file comes once, whatever number of names and links lead to it.
+    """
     files: dict[str, SourceFile] = {}
     for pattern in patterns:
         pattern = pattern.removeprefix("file://")
@@ -57,17 +61,24 @@ def matching_files(patterns: Sequence[str]) -> list[SourceFile]:
         if not found:
             raise UserError(f"--source '{pattern}' matches no file. Readable are {', '.join(ENDINGS)}.")
         for file in sorted(found, key=lambda file: file.path):
-            files.setdefault(file.path, file)
-    for path in files:
-        if not path.endswith(ENDINGS):
+            files.setdefault(file.path if file.is_remote else os.path.realpath(file.path), file)
+    for file in files.values():
+        if not file.path.endswith(ENDINGS):
             raise UserError(
-                f"{path} is of no kind that can be read: {', '.join(ENDINGS)}. Convert or leave out the file."
+                f"{file.path} is of no kind that can be read: {', '.join(ENDINGS)}. Convert or leave out the file."
             )
     return list(files.values())
 
 
 def local_file(path: str | Path) -> SourceFile:
-    return SourceFile(str(path), os.stat(path).st_size)
+    """The version is the time of the last change, since a file can change and keep its size."""
+    status = os.stat(path)
+    return SourceFile(str(path), status.st_size, str(status.st_mtime_ns))
+
+
+def library_folder() -> Path:
+    """Where the standard library of this Python lies."""
+    return Path(sysconfig.get_path("stdlib"))
 
 
 def remote_files(pattern: str) -> list[SourceFile]:
@@ -76,7 +87,7 @@ def remote_files(pattern: str) -> list[SourceFile]:
 
     try:
         fs, path = fsspec.url_to_fs(pattern)
-        if _WILDCARD.search(path):
+        if _WILDCARD.search(path) and not fs.isfile(path):
             found = fs.glob(path, detail=True)
         elif not path.endswith(ENDINGS) and fs.isdir(path):  # asking a web server whether a file is a folder fetches it
             found = {name: info for name, info in fs.find(path, detail=True).items() if name.endswith(ENDINGS)}
@@ -120,10 +131,27 @@ def share(files: Sequence[SourceFile], part: tuple[int, int]) -> list[SourceFile
 
 def _local_files(pattern: str) -> list[SourceFile]:
     if Path(pattern).is_dir():
-        found = [path for path in Path(pattern).rglob("*") if path.is_file() and path.name.endswith(ENDINGS)]
+        found = [path for path in _below(Path(pattern)) if path.name.endswith(ENDINGS)]
     else:
-        found = [path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file()]
-    return [local_file(path) for path in found]
+        names = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)
+        found = map(Path, names)
+    return [local_file(path) for path in found if path.is_file()]
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """What lies in `folder` and below it, links followed, hidden names left out as globs do, each real folder once."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"cannot list {error.filename}: {error.strerror}. Make it readable, or name other files.")
+
+    seen = set()
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        real = os.path.realpath(parent)
+        # Sorted, so that of two ways to a folder the same one is taken wherever the files lie.
+        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+        if real not in seen:
+            yield from (Path(parent, name) for name in names if not name.startswith("."))
+        seen.add(real)
 
 
 def _remote_file(url: str, info: dict) -> SourceFile:

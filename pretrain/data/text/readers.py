@@ -9,18 +9,29 @@ from __future__ import annotations
 import io
 import tokenize
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import BinaryIO
 
 from pretrain.data.text import compression, documents
-from pretrain.data.text.blocks import Block, LinesBlock, RowGroupBlock, TableBlock, TextBlock, open_parquet, unreadable
-from pretrain.data.text.files import LINES, SourceFile
+from pretrain.data.text.blocks import (
+    UNREADABLE,
+    Block,
+    LinesBlock,
+    RowGroupBlock,
+    TableBlock,
+    TextBlock,
+    open_parquet,
+    unreadable,
+)
+from pretrain.data.text.files import LINES, SourceFile, library_folder
 from pretrain.data.text.selection import BadRecord, Selection
 from pretrain.errors import UserError
 
 BLOCK_BYTES = 1 << 21
 MAX_LINE_BYTES = 1 << 30
 MAX_ROW_GROUP_BYTES = 1 << 25  # of the columns that are read; larger ones are taken in batches
+MAX_REPEATING_ROWS = 1 << 10  # of a row group whose encodings can hold a long text many times in a few bytes
+TOPICS = "pydoc_data/topics.py"
+_REPEATING = {"RLE_DICTIONARY", "PLAIN_DICTIONARY", "DELTA_BYTE_ARRAY"}
 _BATCH_ROWS = 256
 _ARROW_MAGIC = b"ARROW1"
 
@@ -55,7 +66,7 @@ def _read_python(file: SourceFile, number: int, selection: Selection, place: Pla
 
 
 def _python_texts(file: SourceFile) -> Iterator[str]:
-    if Path(file.path).match("pydoc_data/topics.py"):
+    if file.path == str(library_folder() / TOPICS):
         from pydoc_data.topics import topics
 
         yield from (topics[name] for name in sorted(topics))
@@ -119,15 +130,16 @@ def _read_parquet(file: SourceFile, number: int, selection: Selection, place: Pl
     groups = table.metadata.num_row_groups
     for group in range(first, groups):
         read = file.bytes * (group + 1) // groups
-        size = _bytes_of(table.metadata.row_group(group), selection)
-        if size <= MAX_ROW_GROUP_BYTES:
-            yield RowGroupBlock(number, file, group, size, selection), (group + 1, 0), read
+        encoded, at_most = _sizes(table.metadata.row_group(group), selection)
+        repeats = at_most > encoded and table.metadata.row_group(group).num_rows > MAX_REPEATING_ROWS
+        if encoded <= MAX_ROW_GROUP_BYTES and not repeats:
+            yield RowGroupBlock(number, file, group, at_most, selection), (group + 1, 0), read
             continue
         where = f"{file.path}, row group {group}"
         try:
             for stop, content in _batches_of(table, group, selection, skip):
                 yield TableBlock(number, f"{where}, row {stop}", content, selection), (group, stop), read
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             raise unreadable(where, error) from error
         skip = 0
 
@@ -141,12 +153,16 @@ def _batches_of(table, group: int, selection: Selection, skip: int) -> Iterator[
         start += len(batch)
 
 
-def _bytes_of(row_group, selection: Selection) -> int:
-    """The size of the selection's columns, decompressed."""
-    columns = (row_group.column(number) for number in range(row_group.num_columns))
-    return sum(
-        column.total_uncompressed_size for column in columns if column.path_in_schema.split(".")[0] in selection.fields
-    )
+def _sizes(row_group, selection: Selection) -> tuple[int, int]:
+    """(bytes of the selection's columns as they are encoded, what they can at most become)."""
+    encoded = at_most = 0
+    for column in map(row_group.column, range(row_group.num_columns)):
+        path = column.path_in_schema  # of a nested field, its own name comes first
+        if path in selection.fields or path.split(".")[0] in selection.fields:
+            size = column.total_uncompressed_size
+            encoded += size
+            at_most += size * row_group.num_rows if _REPEATING.intersection(column.encodings) else size
+    return encoded, at_most
 
 
 def _read_arrow(file: SourceFile, number: int, selection: Selection, place: Place) -> Blocks:
@@ -171,10 +187,24 @@ def _record_batches(raw: BinaryIO, selection: Selection, file: SourceFile) -> It
         table = pyarrow.ipc.open_file(raw)
         batches = map(table.get_batch, range(table.num_record_batches))
     else:
-        table = batches = pyarrow.ipc.open_stream(raw)
+        table = pyarrow.ipc.open_stream(raw)
+        batches = _until_end_mark(table, raw, file.bytes)
     _check_fields(selection, table.schema.names, file)
     for batch in batches:
         yield batch.select(selection.fields)
+
+
+def _until_end_mark(stream, raw: BinaryIO, size: int) -> Iterator:
+    """The record batches of a stream that is all of `raw`: Arrow takes one cut between two messages for a whole one."""
+    while True:
+        start = raw.tell()
+        if (batch := next(stream, None)) is None:
+            break
+        yield batch
+    if raw.tell() == start:
+        raise EOFError(f"the stream ends without its end mark, at byte {start}")
+    if raw.tell() != size:
+        raise ValueError(f"the stream ends at byte {raw.tell()}, and the file goes on")
 
 
 def _slices(batch, skip: int) -> Iterator[tuple[int, bytes]]:
@@ -182,13 +212,25 @@ def _slices(batch, skip: int) -> Iterator[tuple[int, bytes]]:
     import pyarrow.ipc
 
     rows = max(1, len(batch) * BLOCK_BYTES // max(batch.nbytes, 1))
+    if any(pyarrow.types.is_dictionary(field.type) for field in batch.schema):
+        rows = _BATCH_ROWS  # each of them may be as large as the whole dictionary
     for start in range(0, len(batch), rows):
-        piece = batch.slice(start, rows)
+        piece = _without_dictionaries(batch.slice(start, rows))
         if start + len(piece) > skip:
             sink = pyarrow.BufferOutputStream()
             with pyarrow.ipc.new_stream(sink, piece.schema) as stream:
                 stream.write_batch(piece)
             yield start + len(piece), sink.getvalue().to_pybytes()
+
+
+def _without_dictionaries(batch):
+    """The rows with the values themselves; else each piece would carry the values of all."""
+    import pyarrow
+
+    columns = [
+        column.dictionary_decode() if isinstance(column, pyarrow.DictionaryArray) else column for column in batch
+    ]
+    return pyarrow.record_batch(columns, names=batch.schema.names)
 
 
 def _check_fields(selection: Selection, fields: list[str], file: SourceFile) -> None:

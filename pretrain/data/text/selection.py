@@ -18,7 +18,7 @@ _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     ">": operator.gt,
     ">=": operator.ge,
 }
-_FORM = re.compile(r"(?P<field>[^=!<>]+)(?P<sign><=|>=|!=|=|<|>)(?P<value>.*)", re.DOTALL)
+_FORM = re.compile(r"(?P<field>[^=!<>]+)(?P<sign><=|>=|!=|=|<|>)(?P<value>(?!\s*=).*)", re.DOTALL)
 
 
 class BadRecord(ValueError):
@@ -92,10 +92,14 @@ class Selection:
         return text or ""
 
     def check(self, fields: Sequence[str]) -> None:
-        """BadRecord unless `fields`, all that there are, hold those that are looked at."""
+        """BadRecord unless `fields`, all that there are, hold those that are looked at, each once."""
         for field in self.fields:
             if field not in fields:
                 option = "--text-field" if field == self.text_field else "--filter"
                 raise BadRecord(
                     f"has no field '{field}'; its fields are {', '.join(fields)}. Set {option} to one of them."
+                )
+            if fields.count(field) > 1:
+                raise BadRecord(
+                    f"has {fields.count(field)} fields '{field}'. Rename all but one, or leave out the file."
                 )

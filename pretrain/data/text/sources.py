@@ -7,19 +7,17 @@ Every source is a list of files. It gives their content in blocks in one fixed o
 from __future__ import annotations
 
 import platform
-import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pretrain.data.contents import content_hash
-from pretrain.data.text.blocks import Block, unreadable
-from pretrain.data.text.files import SourceFile, local_file, matching_files, share
-from pretrain.data.text.readers import reader_of
+from pretrain.data.text.blocks import UNREADABLE, Block, unreadable
+from pretrain.data.text.files import SourceFile, library_folder, matching_files, share
+from pretrain.data.text.readers import TOPICS, reader_of
 from pretrain.data.text.selection import Filter, Selection
 from pretrain.errors import UserError
 
 _NOT_LIBRARY = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"}
-_UNREADABLE = (OSError, EOFError, ValueError, SyntaxError)
 
 
 def open_source(
@@ -39,7 +37,7 @@ def open_source(
     selection = Selection(text_field, tuple(Filter.parse(condition) for condition in filters))
     if list(spec) == ["stdlib"]:
         origin = {"kind": "stdlib", "python": platform.python_version()}
-        return Source(_library_files(), origin, selection, part, folder=_library_folder())
+        return Source(_library_files(), origin, selection, part, folder=library_folder())
     if len(spec) == 1 and spec[0].startswith("hf://") and not spec[0].startswith("hf://datasets/"):
         from pretrain.data.text.hub import data_files
 
@@ -107,7 +105,7 @@ class Source:
                 for block, after, read in reader_of(file)(file, number, self._selection, tuple(place)):
                     self._cursor, self._read_bytes = [number, *after], before + read
                     yield block
-            except _UNREADABLE as error:
+            except UNREADABLE as error:
                 raise unreadable(file.path, error) from error
             before += file.bytes
             place = (0, 0)
@@ -119,17 +117,14 @@ class Source:
             yield from block.texts()
 
 
-def _library_folder() -> Path:
-    return Path(sysconfig.get_path("stdlib"))
-
-
 def _library_files() -> list[SourceFile]:
     """The standard library's own sources, without tests and installed packages, then the help topics of pydoc."""
-    folder = _library_folder()
+    folder = library_folder()
     files = sorted(file for file in folder.rglob("*.py") if not _NOT_LIBRARY & set(file.relative_to(folder).parts))
     if len(files) < 100:
         raise UserError(
             f"this Python keeps no readable standard library in {folder} (found {len(files)} source files), so there "
             "is no built-in sample. Use a full Python installation, or give --source files of your own."
         )
-    return [local_file(file) for file in [*files, *folder.glob("pydoc_data/topics.py")]]
+    # The Python's version stands for theirs, so that one installation takes up where another stopped.
+    return [SourceFile(str(file), file.stat().st_size) for file in [*files, *folder.glob(TOPICS)]]

@@ -6,28 +6,23 @@ an export to the same format restores.
 
 from __future__ import annotations
 
-import errno
-import os
-import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from pretrain.data.prepare.progress import Progress
+from pretrain.data.progress import Progress
 from pretrain.data.tokens import datatrove, megatron, raw
+from pretrain.data.tokens.aside import made_aside
 from pretrain.data.tokens.corpus import TokenShards
 from pretrain.data.tokens.foreign import INDEX_BLOCK, TokenFile, check_one_dtype
 from pretrain.data.tokens.verify import first_bad_id
 from pretrain.data.tokens.writer import ShardWriter, token_dtype
 from pretrain.errors import UserError
-from pretrain.files import sync_folder
 
 _BLOCK_TOKENS = 1 << 22
-_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTEMPTY, errno.EEXIST}
 _MEGATRON_UINT16_BELOW = 65_500  # Megatron's own rule
 
 
@@ -112,7 +107,7 @@ def import_tokens(
     """
     raw_dtype = np.dtype(dtype or token_dtype(tokenizer.vocab_size)).newbyteorder("<")
     files = FORMATS[format].read(Path(location), raw_dtype)
-    if not files:
+    if not any(file.tokens for file in files):
         raise UserError(f"'{location}' holds no {format} files with tokens.")
     check_one_dtype(files)
     with made_aside(Path(out)) as aside:
@@ -134,6 +129,7 @@ def import_tokens(
                         "tokens": piece.tokens,
                     }
                     for file, piece in zip(files, pieces, strict=True)
+                    if piece.documents
                 ],
                 "shuffle": None,
                 "imported": {"format": format, "dtype": files[0].dtype.name, "files": list(map(asdict, pieces))},
@@ -264,36 +260,10 @@ def _with_empty(
         yield tokens, np.insert(ends, here, repeated)
     trailing = np.count_nonzero(before >= documents)
     if trailing:
-        yield tokens[:0], np.full(trailing, last)
+        yield np.empty(0, np.uint16), np.full(trailing, last)
 
 
 def _as(dtype: np.dtype, tokens: np.ndarray, format: str) -> np.ndarray:
     if (at := first_bad_id(tokens, int(np.iinfo(dtype).max) + 1)) is not None:
         raise UserError(f"the id {tokens[at]} does not fit in the {dtype.name} tokens of the format {format}.")
     return np.ascontiguousarray(tokens, dtype)
-
-
-@contextmanager
-def made_aside(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out`, durably, when all has gone well, and else goes away."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"'{out}' exists already. Nothing was changed; give --out a new or empty folder.")
-    aside = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
-    try:
-        aside.mkdir(parents=True)
-        try:
-            yield aside
-            for file in aside.iterdir():
-                with open(file, "rb") as written:
-                    os.fsync(written.fileno())
-            sync_folder(aside)
-            os.replace(aside, out)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
-        sync_folder(aside.parent)
-    except OSError as error:
-        if error.errno not in _CANNOT_WRITE:
-            raise
-        raise UserError(
-            f"cannot write '{out}': {error}. Nothing was left behind; make room and run it again."
-        ) from error

@@ -19,8 +19,8 @@ class Files(Protocol):
     def fetch_ahead(self, names: Sequence[str]) -> None:
         """These files are needed soon, in this order; returns at once."""
 
-    def head(self, name: str, size_bytes: int) -> bytes:
-        """The first bytes of a file, without the rest of it."""
+    def read(self, name: str, start: int, stop: int) -> bytes:
+        """Bytes start .. stop - 1 of a file, without the rest of it."""
 
 
 class LocalFiles:
@@ -38,6 +38,7 @@ class LocalFiles:
     def fetch_ahead(self, names: Sequence[str]) -> None:
         pass
 
-    def head(self, name: str, size_bytes: int) -> bytes:
+    def read(self, name: str, start: int, stop: int) -> bytes:
         with open(self.folder / name, "rb") as file:
-            return file.read(size_bytes)
+            file.seek(start)
+            return file.read(stop - start)

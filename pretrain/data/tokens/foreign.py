@@ -51,6 +51,8 @@ class TokenFile:
 
     def map(self) -> np.ndarray:
         """Its tokens, (tokens,) `dtype`, a read-only memory map."""
+        if not self.tokens:
+            return np.empty(0, self.dtype)  # an empty file cannot be mapped
         return np.asarray(np.memmap(self.path, self.dtype, mode="r", shape=(self.tokens,)))
 
 
@@ -70,6 +72,7 @@ class ForeignShards(TokenShards):
             ],
             files[0].dtype,
             content_hash([format, files[0].dtype.name, [_identity(file) for file in files]]),
+            format=format,
         )
 
     def _load_ends(self, shard: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from pretrain.data.tokens.checksums import BlockHasher, hash_file
 from pretrain.data.tokens.corpus import ENDS_DTYPE
 from pretrain.data.tokens.manifest import write_manifest
 from pretrain.errors import UserError
+from pretrain.files import sync_folder
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -71,6 +72,9 @@ class ShardWriter:
         for file in (self._bin, self._ends):
             file.flush()
             os.fsync(file.fileno())
+        if self._names_unsynced:
+            sync_folder(self.folder)
+            self._names_unsynced = False
         return {"closed": list(self._closed), "open_tokens": self._tokens, "open_documents": self._documents}
 
     def finish(self, description: dict) -> None:
@@ -95,6 +99,7 @@ class ShardWriter:
         self._bin = _open_cut(self._path(".bin"), size_bytes)
         self._ends = _open_cut(self._path(".ends"), self._documents * ENDS_DTYPE.itemsize)
         self._hasher = hash_file(self._path(".bin")) if size_bytes else BlockHasher()
+        self._names_unsynced = True
 
     def _close_shard(self) -> None:
         self.commit()

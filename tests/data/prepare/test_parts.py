@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def test_the_merged_parts_are_the_whole(corpus: str, facts: TokenizerFacts, tmp_
 def test_shuffled_parts_are_the_shuffled_whole(
     corpus: str, facts: TokenizerFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr("pretrain.data.prepare.progress.LINE_INTERVAL_S", 0.0)
+    monkeypatch.setattr("pretrain.data.progress.LINE_INTERVAL_S", 0.0)
     prepare_files(corpus, facts, tmp_path / "whole", shuffle_seed=4)
     _prepare_parts(corpus, facts, tmp_path / "out", 3)
     merge(tmp_path / "out", workers=2, shuffle_seed=4)
@@ -179,6 +180,56 @@ def test_parts_without_any_text_are_not_merged(facts: TokenizerFacts, tmp_path: 
     _prepare_parts(str(tmp_path / "a.jsonl"), facts, tmp_path / "out", 2)
     with pytest.raises(UserError, match="hold no text"):
         merge(tmp_path / "out", workers=1)
+
+
+@pytest.mark.parametrize("seed", [None, 4])
+def test_a_merge_neither_removes_nor_overwrites_what_is_not_its_own(
+    corpus: str, facts: TokenizerFacts, tmp_path: Path, capsys: pytest.CaptureFixture, seed: int | None
+) -> None:
+    out = tmp_path / "out"
+    _prepare_parts(corpus, facts, out, 2)
+    (out / "train").mkdir()
+    (out / "train/shard_00000.bin").write_text("mine")
+    before = _everything(out)
+    with pytest.raises(UserError, match=r"holds files that no preparation recorded \(train\)"):
+        merge(out, workers=1, shuffle_seed=seed)
+    assert _everything(out) == before
+    (out / "train").rename(out / "parts/others")
+    for _ in range(2):
+        merge(out, workers=1, shuffle_seed=seed)
+        assert [file.name for file in (out / "parts").rglob("*")] == ["others", "shard_00000.bin"]
+        assert f"'{out}/parts' is left as it is: Directory not empty" in capsys.readouterr().err
+
+
+def test_parts_behind_links_are_joined_on_one_file_system(corpus: str, facts: TokenizerFacts, tmp_path: Path) -> None:
+    _prepare_parts(corpus, facts, tmp_path / "whole", 2)
+    shutil.copytree(tmp_path / "whole", tmp_path / "out")
+    merge(tmp_path / "whole", workers=1)
+    (tmp_path / "out/parts").rename(tmp_path / "elsewhere")
+    (tmp_path / "out/parts").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/part_0001_of_0002").rename(tmp_path / "farther")
+    (tmp_path / "elsewhere/part_0001_of_0002").symlink_to(tmp_path / "farther")
+    merge(tmp_path / "out", workers=1)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert not (tmp_path / "farther").exists()
+
+
+def test_parts_on_another_file_system_are_refused_unless_shuffled(
+    corpus: str, facts: TokenizerFacts, tmp_path: Path
+) -> None:
+    if not Path("/dev/shm").is_dir() or os.stat("/dev/shm").st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system here")
+    _prepare_parts(corpus, facts, tmp_path / "out", 2)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        shutil.move(tmp_path / "out/parts", other)
+        (tmp_path / "out/parts").symlink_to(f"{other}/parts")
+        before = _everything(tmp_path / "out")
+        with pytest.raises(UserError, match="lies on another file system than"):
+            merge(tmp_path / "out", workers=1)
+        assert _everything(tmp_path / "out") == before
+        merge(tmp_path / "out", workers=1, shuffle_seed=4)
+        assert not list(Path(other).glob("parts/*"))
 
 
 def _stopped(monkeypatch: pytest.MonkeyPatch, out: Path, seed: int | None, renames: int) -> bool:

@@ -268,6 +268,29 @@ def test_a_source_without_text_is_refused(facts: TokenizerFacts, tmp_path: Path)
         prepare_files(str(tmp_path / "a.jsonl"), facts, tmp_path / "out")
 
 
+@pytest.mark.parametrize("seed", [None, 4])
+def test_when_no_document_is_left_to_train_on_the_folder_stays_free(
+    facts: TokenizerFacts, tmp_path: Path, seed: int | None
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n')
+    arguments = (str(tmp_path / "a.jsonl"), facts, tmp_path / "out")
+    with pytest.raises(UserError, match=r"all 3 documents of the source .* fell into val, so none is left"):
+        prepare_files(*arguments, val_fraction=0.999999, held_out_fraction=0.0, shard_tokens=1, shuffle_seed=seed)
+    assert not list((tmp_path / "out").glob("[!.]*"))
+    shards = prepare_files(*arguments, val_fraction=0.0, held_out_fraction=0.0, shuffle_seed=seed)
+    assert shards["train"].documents == 3
+
+
+def test_a_hidden_folder_of_someone_else_is_refused_and_left_alone(
+    corpus: str, facts: TokenizerFacts, tmp_path: Path
+) -> None:
+    (tmp_path / "out/.unshuffled").mkdir(parents=True)
+    (tmp_path / "out/.unshuffled/note").write_text("mine")
+    with pytest.raises(UserError, match=r"holds files that no preparation recorded \(\.unshuffled"):
+        prepare_files(corpus, facts, tmp_path / "out", shuffle_seed=1)
+    assert (tmp_path / "out/.unshuffled/note").read_text() == "mine"
+
+
 def test_a_bad_line_is_named_and_the_workers_end(corpus: str, facts: TokenizerFacts, tmp_path: Path) -> None:
     with open(tmp_path / "3.jsonl", "a") as file:
         file.write("\nnot json\n")

@@ -6,13 +6,16 @@ import errno
 import fcntl
 import io
 import json
+import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import xxhash
@@ -20,6 +23,7 @@ from faulty_server import Fault, FaultyServer
 
 from pretrain.data.remote import cache, folder
 from pretrain.data.remote.cache import CachedFiles, CacheSettings
+from pretrain.data.remote.folder import SharedFolder
 from pretrain.errors import UserError
 
 SIZE = 50_000
@@ -326,10 +330,10 @@ def test_what_is_here_is_read_without_the_server(server: FaultyServer, open_file
     assert open_files().path(A).read_bytes() == server.objects[f"/corpus/{A}"]
 
 
-def test_the_head_of_a_file_is_read_without_the_rest(server: FaultyServer, open_files, tmp_path: Path) -> None:
+def test_a_part_of_a_file_is_read_without_the_rest(server: FaultyServer, open_files, tmp_path: Path) -> None:
     files = open_files()
-    assert files.head(A, 100) == server.objects[f"/corpus/{A}"][:100]
-    assert files.head(A, 10 * SIZE) == server.objects[f"/corpus/{A}"]
+    assert files.read(A, 20, 100) == server.objects[f"/corpus/{A}"][20:100]
+    assert files.read(A, 0, 10 * SIZE) == server.objects[f"/corpus/{A}"]
     assert _held(tmp_path / "cache") == 0
 
 
@@ -340,6 +344,62 @@ def test_a_full_disk_is_named(open_files, monkeypatch, tmp_path: Path) -> None:
         files.path(A)
     monkeypatch.undo()
     files.path(A)
+
+
+def test_claims_that_a_full_disk_cuts_stay_as_they_were(open_files, monkeypatch) -> None:
+    files, others = open_files(), open_files()
+    files.path(A)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.pwrite", _pwrite_on_a_full_disk)
+        for ask in (lambda: files.path(B), lambda: files.fetch_ahead(NAMES)):
+            with pytest.raises(UserError, match=r"the disk of the cache folder .* is full"):
+                ask()
+    assert others._folder.claims().used == {files._expected[A][1]}
+    assert not others._folder.claims().wanted
+    files.fetch_ahead(NAMES)
+    files.path(B)
+    assert len(others._folder.claims().used) == 2
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_reader_that_is_dropped_leaves_no_thread_and_no_claim(
+    server: FaultyServer, corpus: dict, tmp_path: Path
+) -> None:
+    before = threading.enumerate()
+    server.faults[f"/corpus/{C}"] = Fault("status", status=404)
+
+    def opened() -> CachedFiles:
+        return CachedFiles(f"{server.url}/corpus", corpus, CacheSettings(tmp_path / "cache", 24 * SIZE))
+
+    def read_some() -> BinaryIO:
+        files = opened()
+        files.path(A)
+        files.fetch_ahead([B, C, D])
+        return files._folder._claims
+
+    claims = read_some()
+    _wait_until(lambda: claims.closed)
+    _wait_until(
+        lambda: not [each for each in threading.enumerate() if each not in before and each.name == "fetch-ahead"]
+    )
+    files = opened()
+    assert not files._folder.claims().used
+    assert len(list((tmp_path / "cache").glob("*.claims"))) == 1
+    assert _cached(files, tmp_path) == {A, B, D}
+
+
+def test_a_file_that_goes_while_room_is_made_is_gone(open_files, monkeypatch, tmp_path: Path) -> None:
+    """Whoever finds a file damaged removes it, whatever others count at that moment."""
+    files = open_files(limit=2)
+    a, b = (files.path(name) for name in (A, B))
+    for name in (A, B):
+        files.release(name)
+    parts_bytes, listdir = SharedFolder._parts_bytes, os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: [listdir(path), b.unlink(missing_ok=True)][0])
+    monkeypatch.setattr(SharedFolder, "_parts_bytes", lambda self: [parts_bytes(self), a.unlink(missing_ok=True)][0])
+    files.path(C)
+    files.path(D)
+    assert _cached(files, tmp_path) == {C, D}
 
 
 def test_a_cache_folder_that_cannot_be_is_named(open_files, tmp_path: Path) -> None:
@@ -395,6 +455,11 @@ def _wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def _pwrite_on_a_full_disk(descriptor: int, content: bytes, offset: int, pwrite=os.pwrite) -> int:
+    """`os.pwrite`, but the file cannot grow by more than ten bytes."""
+    return pwrite(descriptor, content[: os.fstat(descriptor).st_size + 10], offset)
 
 
 class _FullDisk(io.FileIO):

@@ -91,7 +91,9 @@ def test_a_filter_on_a_list_is_explained(tmp_path: Path) -> None:
         _texts(tmp_path / "a.jsonl", "tags=a")
 
 
-@pytest.mark.parametrize("written", ["language", "=en", "language~en", ""])
+@pytest.mark.parametrize(
+    "written", ["language", "=en", "language~en", "", "language==en", "score>==1", "language= =en"]
+)
 def test_what_is_no_condition_is_refused(tmp_path: Path, written: str) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n')
     with pytest.raises(UserError, match="is no condition: write a field"):

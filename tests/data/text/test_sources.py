@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from pretrain.data.text import Source, documents, open_source, readers
+from pretrain.data.text import Source, compression, documents, open_source, readers
 from pretrain.data.text.documents import cut_long
 from pretrain.errors import UserError
 
@@ -147,6 +147,9 @@ BAD = [
     ("a.jsonl", b'{"text": "\xff"}\n', "is not JSON"),
     ("a.jsonl", b"[" * 100_000, "is not JSON"),
     ("a.jsonl.gz", gzip.compress(_json_lines(TEXTS))[:-20], "ends within its compressed data, at byte "),
+    ("a.jsonl.gz", b"", "at byte 0"),
+    ("a.jsonl.zst", b"", "at byte 0"),
+    ("a.jsonl.gz", b"\0" * 300, "incorrect header check"),
     ("a.jsonl.gz", b"not gzip", "incorrect header check, before byte 8"),
     ("a.jsonl.gz", gzip.compress(_json_lines(TEXTS)) + b"more", "incorrect header check"),
     ("a.jsonl.zst", zstandard.compress(_json_lines(TEXTS))[:-20], "ends within its compressed data, at byte "),
@@ -193,6 +196,17 @@ def test_a_gzip_file_of_several_members_is_read_whole(tmp_path: Path, padding: b
     members = [gzip.compress(_json_lines(TEXTS[n : n + 10])) for n in range(0, len(TEXTS), 10)]
     (tmp_path / "a.jsonl.gz").write_bytes(padding.join(members) + padding)
     assert list(_open(tmp_path / "a.jsonl.gz").texts()) == TEXTS
+
+
+@pytest.mark.parametrize(("ending", "compress"), [(".gz", gzip.compress), (".zst", zstandard.compress)])
+def test_what_little_compressed_data_holds_is_not_in_memory_at_once(tmp_path: Path, ending: str, compress) -> None:
+    content = b"\n" * (300 << 20)
+    path = tmp_path / f"a.jsonl{ending}"
+    path.write_bytes(compress(content))
+    with open(path, "rb") as raw:
+        sizes = [len(chunk) for chunk in compression.content(raw, path.name)]
+    assert sum(sizes) == len(content)
+    assert max(sizes) <= 128 << 20
 
 
 def test_a_zstandard_file_with_a_long_window_is_read(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from formats import documents, write_datatrove, write_megatron
 
 from pretrain.data.tokens import ShardWriter, exchange, foreign, open_shards
+from pretrain.data.tokens.aside import made_aside
 from pretrain.data.tokens.exchange import export_tokens, import_tokens
 from pretrain.errors import UserError
 
@@ -115,6 +116,24 @@ def test_any_format_becomes_any_other(tmp_path: Path, monkeypatch: pytest.Monkey
     assert np.concatenate(lengths).tolist() == [len(document) for document in written]
 
 
+@pytest.mark.parametrize("marks", [[], [np.empty(0)] * 3])
+def test_a_megatron_file_without_tokens_is_kept(tmp_path: Path, marks: list[np.ndarray]) -> None:
+    write("megatron", tmp_path / "theirs", 1000, "uint16")
+    write_megatron(tmp_path / "theirs" / "0_worker", [np.empty(0), *marks], "uint16")
+    import_tokens("megatron", tmp_path / "theirs", tmp_path / "ours", Facts(1000))
+    shards = open_shards(tmp_path / "ours")
+    assert [Path(source["path"]).name for source in shards.manifest["sources"]] == [
+        "0_text_document.bin",
+        "1_text_document.bin",
+    ]
+    export_tokens("megatron", shards, tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(tmp_path / "theirs")
+    (tmp_path / "none").mkdir()
+    write_megatron(tmp_path / "none" / "x", [np.empty(0)], "uint16")
+    with pytest.raises(UserError, match="no megatron files with tokens"):
+        import_tokens("megatron", tmp_path / "none", tmp_path / "nothing", Facts(1000))
+
+
 def test_documents_of_raw_tokens_end_with_separators_and_with_the_file(tmp_path: Path) -> None:
     np.array([5, 6, 0, 0, 7, 8], "<u2").tofile(tmp_path / "train.bin")
     import_tokens("nanogpt", tmp_path / "train.bin", tmp_path / "ours", Facts(1000))
@@ -183,6 +202,34 @@ def test_nothing_that_exists_is_overwritten(tmp_path: Path) -> None:
         export_tokens("megatron", open_shards(tmp_path / "out"), tmp_path / "theirs")
 
 
+def test_a_link_to_an_empty_folder_leads_to_the_result(tmp_path: Path) -> None:
+    write("megatron", tmp_path / "theirs", 1000, "uint16")
+    (tmp_path / "large_disk").mkdir()
+    (tmp_path / "out").symlink_to("large_disk")
+    import_tokens("megatron", tmp_path / "theirs", tmp_path / "out", Facts(1000))
+    assert (tmp_path / "out").is_symlink()
+    assert open_shards(tmp_path / "large_disk").tokens == open_shards(tmp_path / "out").tokens == 3104
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("megatron", tmp_path / "theirs", 1000, "uint16")
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "disk")
+    monkeypatch.setattr(exchange, "ShardWriter", None)
+    with pytest.raises(UserError, match="is a mount point"):
+        import_tokens("megatron", tmp_path / "theirs", tmp_path / "disk", Facts(1000))
+
+
+def test_two_imports_cannot_make_one_folder(tmp_path: Path) -> None:
+    write("megatron", tmp_path / "theirs", 1000, "uint16")
+    with made_aside(tmp_path / "ours") as aside:
+        (aside / "note").write_text("first")
+        with pytest.raises(UserError, match="another process is writing"):
+            import_tokens("megatron", tmp_path / "theirs", tmp_path / "ours", Facts(1000))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["ours", "theirs"]
+    assert (tmp_path / "ours" / "note").read_text() == "first"
+
+
 def test_a_killed_import_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
     np.ones(20_000_000, "<u2").tofile(tmp_path / "train.bin")
     program = (
@@ -197,6 +244,7 @@ def test_a_killed_import_leaves_nothing_that_looks_complete(tmp_path: Path) -> N
     assert not (tmp_path / "ours").exists()
     subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
     assert open_shards(tmp_path / "ours").documents == 20_000_000
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["ours", "train.bin"]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from formats import documents, write_datatrove, write_megatron
 
-from pretrain.data.tokens import TokenShards, foreign, open_shards
+from pretrain.data.tokens import Shard, TokenShards, foreign, open_shards
 from pretrain.errors import UserError
 
 LENGTHS = [5, 0, 300, 1, 0, 0, 44, 1200, 2, 0]
@@ -66,6 +66,18 @@ def test_large_files_are_cut_into_shards_at_document_ends(
     assert [shard.tokens for shard in shards.shards] == [305, 1245, 307, 1245, 307, 1245, 2]
     assert_holds(shards, written)
     assert np.array_equal(shards.head(2000), np.concatenate(written)[:2000])
+    assert shards.format == format
+
+
+def test_the_head_of_a_shard_far_into_a_file_is_all_that_is_read(tmp_path: Path) -> None:
+    written = documents(0, 1000, [300, 50])
+    write_megatron(tmp_path / "x", written, "uint16")
+    shards, read = open_shards(tmp_path), []
+    shards.shards = [Shard("x.bin", 50, 1, 100, first_token=300)]
+    files_read = shards.files.read
+    shards.files.read = lambda *place: read.append(files_read(*place)) or read[-1]
+    assert np.array_equal(shards.head(20), written[1][:20])
+    assert list(map(len, read)) == [40]
 
 
 def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:

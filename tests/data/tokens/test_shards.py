@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -64,6 +65,18 @@ def test_head_is_the_first_tokens_across_shards(shards_of_2500: TokenShards) -> 
     assert np.array_equal(shards_of_2500.head(700), np.arange(700))
     assert np.array_equal(shards_of_2500.head(9999), np.arange(2500))
     assert shards_of_2500.head(0).tolist() == []
+
+
+def test_the_names_of_new_shards_are_made_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    fsync = os.fsync
+    monkeypatch.setattr("os.fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")) or fsync(file))
+    writer = ShardWriter(tmp_path, np.dtype("<u2"), 100)
+    for tokens, new_file in ((60, True), (30, False), (30, True), (1, False)):  # the third closes a shard
+        synced.clear()
+        writer.append(np.ones(tokens, "<u2"), np.array([tokens]))
+        writer.commit()
+        assert (str(tmp_path) in synced) == new_file
 
 
 def test_a_corpus_of_many_files_keeps_few_of_them_open(tmp_path: Path) -> None:

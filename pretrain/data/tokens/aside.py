@@ -1,0 +1,78 @@
+"""A new folder of token files: complete under its name, or not there at all."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pretrain.errors import UserError
+from pretrain.files import NO_LOCKS, sync_folder
+
+_CANNOT_WRITE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY),
+}
+
+
+@contextmanager
+def made_aside(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that becomes `out`, durably, when all has gone well, and else goes away.
+
+    What a killed process left of it is removed first. UserError if `out` is anything but a new or empty folder that can
+    be replaced, or another process is making it.
+    """
+    target = out.resolve()  # a link stays, and leads to the result
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"'{out}' exists already. Nothing was changed; give --out a new or empty folder.")
+    if os.path.ismount(target):
+        raise UserError(f"'{out}' is a mount point, which nothing can replace. Give --out a new folder below it.")
+    aside = target.with_name(f".{target.name}.evenkeel.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(aside.with_suffix(".lock"), out):
+            if aside.exists():
+                shutil.rmtree(aside)
+            try:
+                aside.mkdir()
+                yield aside
+                for file in aside.iterdir():
+                    with open(file, "rb") as written:
+                        os.fsync(written.fileno())
+                sync_folder(aside)
+                os.replace(aside, target)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+            sync_folder(aside.parent)
+    except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
+        raise UserError(
+            f"cannot write '{out}': {error}. Nothing was left behind; make room and run it again."
+        ) from error
+
+
+@contextmanager
+def _alone(lock: Path, out: Path) -> Iterator[None]:
+    """Keep out other processes that want to make `out`."""
+    busy = UserError(f"another process is writing '{out}' at this moment. Wait for it or stop it.")
+    with open(lock, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise busy from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        if not lock.exists() or not os.path.samestat(
+            os.fstat(file.fileno()), lock.stat()
+        ):  # its holder has just removed it
+            raise busy
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
