@@ -6,6 +6,7 @@ block, on HTTP as on S3. Only this file retries: the retries of the drivers belo
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 import time
@@ -20,14 +21,17 @@ from fsspec.registry import known_implementations
 from pretrain.errors import UserError
 
 BLOCK_BYTES = 8 << 20
-ATTEMPTS = 6
+ATTEMPTS = 10  # some four minutes: storage has its bad moments in the weeks of a run
+ATTEMPTS_AT_FIRST = 4  # before anything was read from there, when a wrong name is more likely
 FIRST_WAIT_S = 1.0  # doubles from attempt to attempt
+LONGEST_WAIT_S = 60.0
 TIMEOUT_S = 30.0  # of the first attempt; the k-th has k times as long, for links that are slow and not dead
 
 _NAME = re.compile(r"[\w.\-]+(/[\w.\-]+)*", re.ASCII)
 _OVERLOADED = {408, 425, 429}  # the HTTP statuses below 500 that may pass: timeout, too early, too many requests
 _OPTIONS = {"s3": {"config_kwargs": {"retries": {"total_max_attempts": 1}}}}
 
+log = logging.getLogger("evenkeel")
 T = TypeVar("T")
 
 
@@ -40,7 +44,7 @@ class Storage:
     """The objects below one URL, read only; safe to use from several threads.
 
     Every method raises UserError, naming the URL, when the object is not there or may not be read, and when ATTEMPTS
-    attempts with growing pauses have failed.
+    attempts with growing pauses, each of which is logged, have failed.
     """
 
     def __init__(self, location: str) -> None:
@@ -48,6 +52,7 @@ class Storage:
         self.location = location.rstrip("/")
         self._files = _file_system(self.location)
         self._root = self._files._strip_protocol(self.location)
+        self._reached = False
         self._jitter = random.Random()  # of its own: the seeded generators are the run's
 
     def read_bytes(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
@@ -80,20 +85,24 @@ class Storage:
 
     def _patiently(self, url: str, read: Callable[[float], T]) -> T:
         """`read(time limit in seconds)`, again and again while that may help."""
-        began = time.monotonic()
-        for attempt in range(1, ATTEMPTS + 1):
+        began, attempts = time.monotonic(), ATTEMPTS if self._reached else ATTEMPTS_AT_FIRST
+        for attempt in range(1, attempts + 1):
             try:
-                return read(TIMEOUT_S * attempt)
+                found = read(TIMEOUT_S * min(attempt, 6))
+                self._reached = True
+                return found
             except UserError:
                 raise
             except Exception as error:
                 if _is_permanent(error):
                     raise UserError(f"{url} cannot be read: {_seen(error)}. {_advice(error)}") from error
                 failure = error
-            if attempt < ATTEMPTS:
-                time.sleep(FIRST_WAIT_S * 2 ** (attempt - 1) * self._jitter.uniform(0.5, 1))
+            if attempt < attempts:
+                pause_s = min(FIRST_WAIT_S * 2 ** (attempt - 1), LONGEST_WAIT_S) * self._jitter.uniform(0.5, 1)
+                log.warning(f"{url}: {_seen(failure)}; attempt {attempt} of {attempts}, the next in {pause_s:.0f} s")
+                time.sleep(pause_s)
         raise UserError(
-            f"{url} cannot be read: {_seen(failure)}, at the last of {ATTEMPTS} attempts in "
+            f"{url} cannot be read: {_seen(failure)}, at the last of {attempts} attempts in "
             f"{time.monotonic() - began:.0f} s. Check the network and the storage, then start again."
         ) from failure
 

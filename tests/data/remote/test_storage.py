@@ -11,7 +11,7 @@ import pytest
 from faulty_server import Fault, FaultyServer
 
 from pretrain.data.remote import storage
-from pretrain.data.remote.storage import ATTEMPTS, Storage, is_remote
+from pretrain.data.remote.storage import ATTEMPTS, ATTEMPTS_AT_FIRST, Storage, is_remote
 from pretrain.errors import UserError
 
 CONTENT = random.Random(0).randbytes(100_000)
@@ -74,10 +74,27 @@ def test_what_keeps_failing_is_given_up_with_what_was_seen(
     server.faults[PATH] = Fault(kind)
     if kind == "stall":
         monkeypatch.setattr(storage, "TIMEOUT_S", 0.05)
-    with pytest.raises(UserError, match=f"(?s){location}/{NAME} cannot be read: .*{seen}.* {ATTEMPTS} attempts"):
+    with pytest.raises(
+        UserError, match=f"(?s){location}/{NAME} cannot be read: .*{seen}.* {ATTEMPTS_AT_FIRST} attempts"
+    ):
         Storage(location).read_bytes(NAME, 0, 100_000)
     if kind in ("status", "short"):  # aiohttp itself makes up for some resets
-        assert len(server.requests) == ATTEMPTS
+        assert len(server.requests) == ATTEMPTS_AT_FIRST
+
+
+def test_more_patience_is_had_with_what_has_once_answered_and_every_attempt_is_logged(
+    server: FaultyServer, location: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(storage, "FIRST_WAIT_S", 1e-4)
+    there = Storage(location)
+    there.read_bytes(NAME, 0, 10)
+    server.faults[PATH] = Fault("status", times=ATTEMPTS - 1)
+    with caplog.at_level("WARNING", logger="evenkeel"):
+        assert there.read_bytes(NAME, 0, 10) == server.objects[PATH][:10]
+    assert len(server.requests) == 1 + ATTEMPTS
+    assert [record.message.split("; ")[1].split(",")[0] for record in caplog.records] == [
+        f"attempt {number} of {ATTEMPTS}" for number in range(1, ATTEMPTS)
+    ]
 
 
 @pytest.mark.parametrize(("status", "advice"), [(404, "no such object"), (403, "credentials"), (401, "credentials")])
