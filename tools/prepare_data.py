@@ -80,6 +80,7 @@ def _prepare(options: argparse.Namespace) -> None:
         workers=options.workers,
         shuffle_seed=options.shuffle,
         part=options.part,
+        skip_unreadable=options.skip_unreadable,
     )
     _summarise(options.out, shards)
 
@@ -113,6 +114,8 @@ def _summarise(out: Path, shards: dict[str, TokenShards]) -> None:
             f"  {split:8} {held.tokens:>15,} tokens {held.documents:>12,} documents {len(held.shards):>6} shards "
             f"{bytes_per_token:.2f} bytes of text per token"
         )
+    if unreadable := shards["train"].manifest.get("unreadable"):
+        print(f"  left out {len(unreadable)} unreadable places, see `unreadable` in the manifests")
     for split in shards.keys() - {"train"}:
         if not shards[split].tokens:
             option = f"--{split.replace('_', '-')}-fraction"
@@ -144,6 +147,11 @@ def _parser() -> argparse.ArgumentParser:
         type=_part,
         metavar="I/N",
         help="prepare only the I-th (from 0) of N shares of the files, beside others who prepare theirs; then --merge",
+    )
+    parser.add_argument(
+        "--skip-unreadable",
+        action="store_true",
+        help="leave out what is damaged, and name it in the manifests; also to go on where it stopped a preparation",
     )
     parser.add_argument("--merge", action="store_true", help="join all the parts in --out")
     parser.add_argument("--import", choices=FORMATS, help="make shards of the token files --source")

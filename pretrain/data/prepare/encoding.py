@@ -15,7 +15,7 @@ import xxhash
 
 from pretrain.data.prepare.backends import SAMPLE_CHARACTERS, choose_backend, open_backend, reraise_interrupts
 from pretrain.data.prepare.workers import map_in_order
-from pretrain.data.text.blocks import Block
+from pretrain.data.text.blocks import Block, Unreadable, readable_texts
 from pretrain.data.text.documents import cut_long
 from pretrain.data.text.sources import Source
 
@@ -74,20 +74,26 @@ class Encoder:
     val_fraction: float
     held_out_fraction: float = 0.0
     backend: str = "tokenizers"
+    skip_unreadable: bool = False
 
-    def __call__(self, blocks: Iterable[Block]) -> dict[str, Encoded]:
-        """The documents of each of SPLITS."""
+    def __call__(self, blocks: Iterable[Block]) -> tuple[dict[str, Encoded], list[Unreadable]]:
+        """The documents of each of SPLITS, and what was left out."""
         contents: dict[str, list[bytes]] = {split: [] for split in SPLITS}
         files: dict[str, list[int]] = {split: [] for split in SPLITS}
+        faults: list[Unreadable] = []
         for block in blocks:
-            for text in block.texts():
+            for text in self.texts(block, faults):
                 for document in cut_long(text):
                     if document:
                         content = document.encode("utf-8", "replace")
                         split = self._split_of(content)
                         contents[split].append(content)
                         files[split].append(block.file)
-        return {split: self._encode(contents[split], files[split]) for split in SPLITS}
+        return {split: self._encode(contents[split], files[split]) for split in SPLITS}, faults
+
+    def texts(self, block: Block, faults: list[Unreadable]) -> list[str]:
+        """The texts of `block`; what is damaged raises Unreadable, or is left out and added to `faults`."""
+        return readable_texts(block, faults) if self.skip_unreadable else block.texts()
 
     def _split_of(self, content: bytes) -> str:
         """By the text alone: adding files moves no document, and copies of a text are never on both sides.
@@ -130,34 +136,38 @@ def units(source: Source) -> Iterator[Unit]:
         yield Unit(blocks, source.cursor(), source.read_bytes())
 
 
-def encode_in_order(encoder: Encoder, source: Source, workers: int) -> Iterator[tuple[Unit, dict[str, Encoded]]]:
-    """Each unit of the source with its tokens; a few units per worker are held in memory at once.
+def encode_in_order(
+    encoder: Encoder, source: Source, workers: int
+) -> Iterator[tuple[Unit, dict[str, Encoded], list[Unreadable]]]:
+    """Each unit of the source, its tokens and what was left out; a few units per worker are in memory at once.
 
     UserError for a unit that cannot be read, and for one that again and again ends the process that encodes it.
     """
     rest = units(source)
     for first in rest:
-        choice = choose_backend(encoder.tokenizer, _sample(first))
+        choice = choose_backend(encoder.tokenizer, _sample(first, encoder))
         print(f"encoding with {choice.name}: {choice.reason}", file=sys.stderr, flush=True)
         encode = _Encode(replace(encoder, backend=choice.name))
-        yield from map_in_order(encode, itertools.chain([first], rest), workers, place_of=lambda unit: unit.place)
+        all_units = itertools.chain([first], rest)
+        for unit, (parts, faults) in map_in_order(encode, all_units, workers, place_of=lambda unit: unit.place):
+            yield unit, parts, faults
 
 
 @dataclass(frozen=True)
 class _Encode:
     encoder: Encoder
 
-    def __call__(self, unit: Unit, attempt: int) -> dict[str, Encoded]:
+    def __call__(self, unit: Unit, attempt: int) -> tuple[dict[str, Encoded], list[Unreadable]]:
         """The tokens of a unit; by the slower and older library if a process has died of it."""
         encoder = self.encoder if attempt == 1 else replace(self.encoder, backend="tokenizers")
         return encoder(unit.blocks)
 
 
-def _sample(unit: Unit) -> list[str]:
+def _sample(unit: Unit, encoder: Encoder) -> list[str]:
     """About the first SAMPLE_CHARACTERS of the unit."""
     sample, left = [], SAMPLE_CHARACTERS
     for block in unit.blocks:
-        for text in block.texts():
+        for text in encoder.texts(block, []):
             sample.append(text[:left])
             left -= len(sample[-1])
             if not left:

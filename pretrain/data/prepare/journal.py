@@ -68,11 +68,11 @@ class Journal:
             self.writers[split] = ShardWriter(self.out / split, dtype, self.settings["shard_tokens"], state)
         return self.writers
 
-    def note(self, kind: str, split: str, entry: dict) -> None:
-        """Add `entry` to the log; it stays there if a commit follows."""
+    def note(self, kind: str, split: str | None, entry: dict | str) -> None:
+        """Add `entry`, of one split or of all, to the log; it stays there if a commit follows."""
         self._log.write(json.dumps({"kind": kind, "split": split, "entry": entry}).encode() + b"\n")
 
-    def noted(self, kind: str, split: str) -> list[dict]:
+    def noted(self, kind: str, split: str | None) -> list:
         """The entries of that kind and split, in order."""
         self._log.flush()
         with open(self._log.name, "rb") as lines:
@@ -136,7 +136,9 @@ def _open_cut(path: Path, size_bytes: int):
 def _refusal(out: Path, recorded: dict, asked: dict) -> str:
     recorded, asked = _flat(recorded), _flat(asked)
     changes = [
-        f"{key} was {recorded.get(key)!r} and is now {asked.get(key)!r}"
+        "the source files have changed (names, sizes or times of change)"
+        if key == "source listing"
+        else f"{key} was {recorded.get(key)!r} and is now {asked.get(key)!r}"
         for key in sorted(recorded.keys() | asked.keys())
         if recorded.get(key) != asked.get(key)
     ]

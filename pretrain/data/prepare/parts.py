@@ -79,6 +79,7 @@ def joined_manifest(folders: Sequence[Path], split: str) -> tuple[list[dict], di
     description = {key: value for key, value in manifests[0].items() if key not in _OF_THE_WRITER} | {
         "text_bytes": sum(manifest["text_bytes"] for manifest in manifests),
         "sources": [source for manifest in manifests for source in manifest["sources"]],
+        "unreadable": [place for manifest in manifests for place in manifest.get("unreadable", [])],
     }
     return [shard for manifest in manifests for shard in manifest["shards"]], description
 

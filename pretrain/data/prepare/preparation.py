@@ -7,6 +7,8 @@ shuffled preparation first does all this in a hidden folder, from which `shuffle
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain.data.prepare.encoding import Encoded, Encoder, encode_in_order
@@ -16,6 +18,7 @@ from pretrain.data.prepare.ledger import SourceLedger
 from pretrain.data.prepare.parts import refuse_parts, writing_part
 from pretrain.data.prepare.shuffle import shuffle
 from pretrain.data.progress import Progress
+from pretrain.data.text.blocks import Unreadable
 from pretrain.data.text.sources import Source
 from pretrain.data.tokenizer import TokenizerFacts
 from pretrain.data.tokens.shards import TokenShards, open_shards
@@ -39,14 +42,16 @@ def prepare(
     max_tokens: int | None = None,
     shuffle_seed: int | None = None,
     part: tuple[int, int] | None = None,
+    skip_unreadable: bool = False,
 ) -> dict[str, TokenShards]:
     """Write the shard folders out/train and, where their fractions are not 0, out/val and out/held_out; return them.
 
     Goes on if the same preparation stopped earlier, returns at once if it is complete. `max_tokens` ends it at the
     first document end at or past that many training tokens. `shuffle_seed` puts the documents of each split in an order
     that depends on it and on their number alone. `part` = (number, count) says that `source` is that share of a larger
-    one: it gets a folder of its own below `out` until `merge` joins them. UserError for bad input, a folder that holds
-    anything else, and a full disk.
+    one: it gets a folder of its own below `out` until `merge` joins them. `skip_unreadable` leaves out and names what is
+    damaged; a preparation may go on with it that began without. UserError for bad input, a folder that holds anything
+    else, and a full disk.
     """
     settings = {
         "source": source.description,
@@ -58,16 +63,16 @@ def prepare(
     }
     if part is not None:
         with writing_part(out, part) as folder:
-            _tokenise(source, tokenizer, folder, settings | {"part": list(part)}, workers)
+            _tokenise(source, tokenizer, folder, settings | {"part": list(part)}, workers, skip_unreadable)
             return _opened(folder, settings)
     refuse_parts(out)
     refuse_foreign_files(out)
     with writing_in(out):
         try:
             if shuffle_seed is None:
-                _tokenise(source, tokenizer, out, settings, workers)
+                _tokenise(source, tokenizer, out, settings, workers, skip_unreadable)
             else:
-                _tokenise_and_shuffle(source, tokenizer, out, settings, workers, shuffle_seed)
+                _tokenise_and_shuffle(source, tokenizer, out, settings, workers, skip_unreadable, shuffle_seed)
         except _NoTraining:
             forget(out, settings)
             raise
@@ -75,27 +80,35 @@ def prepare(
 
 
 def _tokenise_and_shuffle(
-    source: Source, tokenizer: TokenizerFacts, out: Path, settings: dict, workers: int, seed: int
+    source: Source,
+    tokenizer: TokenizerFacts,
+    out: Path,
+    settings: dict,
+    workers: int,
+    skip_unreadable: bool,
+    seed: int,
 ) -> None:
     journal = Journal(out, settings | {"shuffle": seed})
     if not journal.finished:
-        _tokenise(source, tokenizer, out / UNSHUFFLED, settings, workers)
+        _tokenise(source, tokenizer, out / UNSHUFFLED, settings, workers, skip_unreadable)
         shuffle([out / UNSHUFFLED], journal, workers)
     remove(out / UNSHUFFLED)
 
 
-def _tokenise(source: Source, tokenizer: TokenizerFacts, out: Path, settings: dict, workers: int) -> None:
+def _tokenise(
+    source: Source, tokenizer: TokenizerFacts, out: Path, settings: dict, workers: int, skip_unreadable: bool
+) -> None:
     """Write the documents in the order of the source to out/train and so on, from where this was stopped."""
     out.mkdir(exist_ok=True)
     journal = Journal(out, settings)
     if not journal.finished:
-        _Tokenisation(source, tokenizer, journal).run(workers)
+        _Tokenisation(source, tokenizer, journal, skip_unreadable).run(workers)
 
 
 class _Tokenisation:
     """The source, the writers, the ledger and the journal, which only ever move together."""
 
-    def __init__(self, source: Source, tokenizer: TokenizerFacts, journal: Journal) -> None:
+    def __init__(self, source: Source, tokenizer: TokenizerFacts, journal: Journal, skip_unreadable: bool) -> None:
         self.source = source
         self.tokenizer = tokenizer
         self.journal = journal
@@ -107,6 +120,7 @@ class _Tokenisation:
             dtype,
             val_fraction=self.settings["val_fraction"],
             held_out_fraction=self.settings["held_out_fraction"],
+            skip_unreadable=skip_unreadable,
         )
         self.writers = journal.open_writers(dtype)
         self.state = journal.state
@@ -131,13 +145,19 @@ class _Tokenisation:
         progress = Progress("tokenised", self.source.size_bytes, self._done())
         encoded = encode_in_order(self.encoder, self.source, workers)
         try:
-            for unit, parts in encoded:
+            for unit, parts, faults in encoded:
                 self._write(parts)
+                self._note(faults)
                 self.state |= {"cursor": unit.cursor, "read_bytes": unit.read_bytes}
                 self.journal.commit_if_due()
                 progress.update(self._done())
                 if self._has_enough():
                     break
+        except Unreadable as error:
+            raise UserError(
+                f"{error.fault}. Mend or leave out the file (which begins the preparation anew), or go on without what "
+                "is unreadable: --skip-unreadable."
+            ) from error
         finally:
             encoded.close()
             progress.close()
@@ -151,6 +171,11 @@ class _Tokenisation:
             writer.append(documents.tokens, documents.ends)
             self.ledger.add(split, documents, self.source.files)
             self.state["text_bytes"][split] += int(documents.text_bytes.sum())
+
+    def _note(self, faults: Sequence[Unreadable]) -> None:
+        for fault in faults:
+            print(f"left out: {fault.fault}", file=sys.stderr, flush=True)
+            self.journal.note("unreadable", None, fault.place)
 
     def _tokens_wanted(self) -> int | None:
         limit = self.settings["max_tokens"]
@@ -167,10 +192,13 @@ class _Tokenisation:
 
     def _why_nothing(self) -> str:
         others = [split for split, writer in self.writers.items() if writer.documents]
+        source = self.settings["source"]
+        name = " ".join(source.get("paths", [source.get("name", "stdlib")]))
         if not others:
-            return f"the source {self.settings['source']} holds no text, so there is nothing to write."
+            passed = f"; no record passed --filter {', '.join(source['filters'])}" if source["filters"] else ""
+            return f"the source '{name}' holds no text{passed}, so there is nothing to write."
         return (
-            f"all {written(self.writers)[0]} documents of the source {self.settings['source']} fell into "
+            f"all {written(self.writers)[0]} documents of the source '{name}' fell into "
             f"{' and '.join(others)}, so none is left to train on. Nothing was kept; set aside a smaller share, or give "
             "more documents."
         )
@@ -187,6 +215,7 @@ class _Tokenisation:
             "held_out_fraction": self.settings["held_out_fraction"],
             "shuffle": None,
             "sources": self.ledger.sources(split),
+            "unreadable": self.journal.noted("unreadable", None),
         }
 
 

@@ -1,14 +1,14 @@
 """Bounded pieces of a source file, small enough to send to another process, which turns them into texts.
 
 Each kind has `file`, the number of the file in its source, `place`, where it is for people, and `bytes`, about how much
-text it holds.
+text it holds. What a reader could not read is a block too, which says so when its texts are asked for.
 """
 
 from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
 
@@ -21,13 +21,32 @@ UNREADABLE = (OSError, EOFError, ValueError, SyntaxError, KeyError, NotImplement
 _BUFFER_BYTES = 1 << 20  # without one (or with pre_buffer) pyarrow holds whole columns of a row group, compressed
 
 
+class Unreadable(UserError):
+    """Damage at `place`; what comes after it may be whole."""
+
+    def __init__(self, place: str, reason: str) -> None:
+        super().__init__(place, reason)  # of which pickle makes it anew
+        self.place = place
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.fault}. Mend or leave out the file."
+
+    @property
+    def fault(self) -> str:
+        return f"cannot read {self.place}: {self.reason}"
+
+
 class Block(Protocol):
     file: int
     place: str
     bytes: int
 
     def texts(self) -> list[str]:
-        """The text of each record, in order; empty where there is none or the record does not count."""
+        """The text of each record, in order; empty where there is none or the record does not count.
+
+        Unreadable for damage, another UserError for records that are not what was asked for.
+        """
 
 
 @dataclass(frozen=True)
@@ -72,19 +91,21 @@ class LinesBlock:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"{self.path}, line {number}, is not JSON: {error}. Mend or leave out the file."
-                ) from error
+                raise Unreadable(f"{self.path}, line {number}", f"it is not JSON: {error}") from error
             if not isinstance(record, dict):
-                raise UserError(
-                    f"{self.path}, line {number}, should be a JSON object and is a {type(record).__name__}. "
-                    "Mend or leave out the file."
+                raise Unreadable(
+                    f"{self.path}, line {number}", f"it should be a JSON object and is a {type(record).__name__}"
                 )
             try:
                 texts.append(self.selection.text_of(record))
             except BadRecord as error:
                 raise UserError(f"{self.path}, line {number}, {error}") from error
         return texts
+
+    def lines(self) -> list[LinesBlock]:
+        """Each line by itself."""
+        lines = enumerate(self.content.split(b"\n"), start=self.first)
+        return [replace(self, first=number, content=line) for number, line in lines]
 
 
 @dataclass(frozen=True)
@@ -133,6 +154,22 @@ class RowGroupBlock:
         return _texts_in(table, self.selection, self.place)
 
 
+@dataclass(frozen=True)
+class UnreadableBlock:
+    """What a reader could not read."""
+
+    file: int
+    fault: Unreadable
+    bytes = 0
+
+    @property
+    def place(self) -> str:
+        return self.fault.place
+
+    def texts(self) -> list[str]:
+        raise self.fault
+
+
 @lru_cache(maxsize=1)
 def open_parquet(source: SourceFile):
     """The `ParquetFile`; kept open, since the row groups of a file follow each other."""
@@ -144,8 +181,23 @@ def open_parquet(source: SourceFile):
     )
 
 
+def readable_texts(block: Block, faults: list[Unreadable]) -> list[str]:
+    """The texts of `block` but for what is damaged, which is added to `faults`: a line where there are lines, or all."""
+    try:
+        return block.texts()
+    except Unreadable as fault:
+        lines = block.lines() if isinstance(block, LinesBlock) else []
+        if len(lines) > 1:
+            return [text for line in lines for text in readable_texts(line, faults)]
+        faults.append(fault)
+        return []
+
+
 def unreadable(place: str, error: Exception) -> UserError:
-    return UserError(f"cannot read {place}: {type(error).__name__}: {error}. Mend or leave out the file.")
+    """What to raise for an UNREADABLE `error`: Unreadable unless the system or a library is at fault, not the content."""
+    fault = Unreadable(place, f"{type(error).__name__}: {error}")
+    lacking = isinstance(error, NotImplementedError) or getattr(error, "errno", None) is not None
+    return UserError(str(fault)) if lacking else fault
 
 
 def _texts_in(table, selection: Selection, place: str) -> list[str]:

@@ -13,9 +13,10 @@ from typing import BinaryIO
 
 from pretrain.errors import UserError
 
+PLAIN = (".txt", ".py")
 LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
 TABLES = (".parquet", ".arrow")
-ENDINGS = (".txt", ".py", *LINES, *TABLES)
+ENDINGS = (*PLAIN, *LINES, *TABLES)
 _URL = re.compile(r"[a-z][a-z0-9+.-]*(::[a-z][a-z0-9+.-]*)*://")
 _WILDCARD = re.compile(r"[*\[]")
 

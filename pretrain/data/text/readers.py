@@ -1,7 +1,7 @@
 """How each kind of file becomes blocks.
 
 A reader takes up a file at a place that it gave out, [0, 0] at first, and yields (block, place after it, bytes of the
-file read by then). Where blocks end depends on the file alone.
+file read by then). Where blocks end depends on the file alone. Damage ends a file, except in a Parquet row group.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from pretrain.data.text.blocks import (
     RowGroupBlock,
     TableBlock,
     TextBlock,
+    Unreadable,
+    UnreadableBlock,
     open_parquet,
     unreadable,
 )
@@ -85,12 +87,15 @@ def _read_lines(file: SourceFile, number: int, selection: Selection, place: Plac
         if not file.path.endswith((".gz", ".zst")):
             raw.seek(start)
             skip = 0
-        for block in _whole_lines(_after(compression.content(raw, file.path), skip), file, lines):
-            yield (
-                LinesBlock(number, file.path, lines + 1, block, selection),
-                (start := start + len(block), lines := lines + block.count(b"\n")),
-                raw.tell(),
-            )
+        try:
+            for block in _whole_lines(_after(compression.content(raw, file.path), skip), file, lines):
+                yield (
+                    LinesBlock(number, file.path, lines + 1, block, selection),
+                    (start := start + len(block), lines := lines + block.count(b"\n")),
+                    raw.tell(),
+                )
+        except UNREADABLE as error:
+            raise unreadable(f"{file.path}, from line {lines + 1}", error) from error
 
 
 def _after(chunks: Iterator[bytes], skip: int) -> Iterator[bytes]:
@@ -101,23 +106,31 @@ def _after(chunks: Iterator[bytes], skip: int) -> Iterator[bytes]:
 
 
 def _whole_lines(chunks: Iterator[bytes], file: SourceFile, lines: int) -> Iterator[bytes]:
-    """The shortest runs of whole lines of at least BLOCK_BYTES; the last may be shorter and end without a newline."""
+    """The shortest runs of whole lines of at least BLOCK_BYTES; the last may be shorter and end without a newline.
+
+    The whole lines before damage come before it is raised.
+    """
     held = bytearray()
-    for chunk in chunks:
-        searched = max(len(held), BLOCK_BYTES - 1)
-        held += chunk
-        while end := held.find(b"\n", searched) + 1:
-            block = bytes(held[:end])
-            del held[:end]
-            lines += block.count(b"\n")
-            searched = BLOCK_BYTES - 1
-            yield block
-        if len(held) > MAX_LINE_BYTES:
-            newlines = held.count(b"\n")
-            raise UserError(
-                f"{file.path}, line {lines + 1 + newlines}, has more than {MAX_LINE_BYTES >> 20} MiB. "
-                "A file of this kind holds one JSON object per line: convert it, or leave it out."
-            )
+    try:
+        for chunk in chunks:
+            searched = max(len(held), BLOCK_BYTES - 1)
+            held += chunk
+            while end := held.find(b"\n", searched) + 1:
+                block = bytes(held[:end])
+                del held[:end]
+                lines += block.count(b"\n")
+                searched = BLOCK_BYTES - 1
+                yield block
+            if len(held) > MAX_LINE_BYTES:
+                newlines = held.count(b"\n")
+                raise UserError(
+                    f"{file.path}, line {lines + 1 + newlines}, has more than {MAX_LINE_BYTES >> 20} MiB. "
+                    "A file of this kind holds one JSON object per line: convert it, or leave it out."
+                )
+    except (EOFError, ValueError):
+        if end := held.rfind(b"\n") + 1:
+            yield bytes(held[:end])
+        raise
     if held:
         yield bytes(held)
 
@@ -140,7 +153,9 @@ def _read_parquet(file: SourceFile, number: int, selection: Selection, place: Pl
             for stop, content in _batches_of(table, group, selection, skip):
                 yield TableBlock(number, f"{where}, row {stop}", content, selection), (group, stop), read
         except UNREADABLE as error:
-            raise unreadable(where, error) from error
+            if not isinstance(fault := unreadable(where, error), Unreadable):
+                raise fault from error
+            yield UnreadableBlock(number, fault), (group + 1, 0), read
         skip = 0
 
 
@@ -190,8 +205,13 @@ def _record_batches(raw: BinaryIO, selection: Selection, file: SourceFile) -> It
         table = pyarrow.ipc.open_stream(raw)
         batches = _until_end_mark(table, raw, file.bytes)
     _check_fields(selection, table.schema.names, file)
-    for batch in batches:
-        yield batch.select(selection.fields)
+    count = 0
+    try:
+        for batch in batches:
+            yield batch.select(selection.fields)
+            count += 1
+    except UNREADABLE as error:
+        raise unreadable(f"{file.path}, from record batch {count}", error) from error
 
 
 def _until_end_mark(stream, raw: BinaryIO, size: int) -> Iterator:

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pretrain.data.contents import content_hash
-from pretrain.data.text.blocks import UNREADABLE, Block, unreadable
-from pretrain.data.text.files import SourceFile, library_folder, matching_files, share
+from pretrain.data.text.blocks import UNREADABLE, Block, Unreadable, UnreadableBlock, unreadable
+from pretrain.data.text.files import PLAIN, SourceFile, library_folder, matching_files, share
 from pretrain.data.text.readers import TOPICS, reader_of
 from pretrain.data.text.selection import Filter, Selection
 from pretrain.errors import UserError
@@ -65,6 +65,7 @@ class Source:
         folder: Path | None = None,
     ) -> None:
         """`origin` says where `files` come from; names within `folder` say which they are, wherever it lies."""
+        _refuse_filters_of_plain_text(files, selection)
         names = [file.path if folder is None else Path(file.path).relative_to(folder).as_posix() for file in files]
         self.description = {
             **origin,
@@ -96,25 +97,43 @@ class Source:
         return self._read_bytes
 
     def blocks(self) -> Iterator[Block]:
-        """The blocks from here to the end; UserError names a file that cannot be read."""
+        """The blocks from here to the end. Damage to a file is a block that stands for the rest of it.
+
+        UserError names a file that cannot be read for another reason.
+        """
         first, *place = self._cursor
         before = sum(file.bytes for file in self._files[:first])
         for number in range(first, len(self._files)):
             file = self._files[number]
+            fault = None
             try:
                 for block, after, read in reader_of(file)(file, number, self._selection, tuple(place)):
                     self._cursor, self._read_bytes = [number, *after], before + read
                     yield block
+            except Unreadable as error:
+                fault = error
             except UNREADABLE as error:
-                raise unreadable(file.path, error) from error
+                if not isinstance(fault := unreadable(file.path, error), Unreadable):
+                    raise fault from error
             before += file.bytes
             place = (0, 0)
             self._cursor, self._read_bytes = [number + 1, 0, 0], before
+            if fault is not None:
+                yield UnreadableBlock(number, fault)
 
     def texts(self) -> Iterator[str]:
         """The texts from here to the end, some of them empty; `cursor` is that of whole blocks."""
         for block in self.blocks():
             yield from block.texts()
+
+
+def _refuse_filters_of_plain_text(files: Sequence[SourceFile], selection: Selection) -> None:
+    plain = next((file.path for file in files if file.path.endswith(PLAIN)), None)
+    if selection.filters and plain is not None:
+        raise UserError(
+            f"--filter '{selection.filters[0]}' asks for a field, and {plain} is plain text, which has none. Leave out "
+            f"--filter, or the files that end in {' and '.join(PLAIN)}."
+        )
 
 
 def _library_files() -> list[SourceFile]:

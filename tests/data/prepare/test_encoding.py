@@ -41,7 +41,7 @@ def _source(*spec: str):
 def _encode(encoder: Encoder, spec: str, count: int = 1) -> dict[str, Encoded]:
     """All units of a source joined."""
     joined = {split: [] for split in encoding.SPLITS}
-    for _, parts in encode_in_order(encoder, _source(spec), count):
+    for _, parts, _ in encode_in_order(encoder, _source(spec), count):
         for split, encoded in parts.items():
             joined[split].append(encoded)
     return {split: _join(parts) for split, parts in joined.items()}
@@ -140,7 +140,7 @@ def test_killed_workers_are_replaced_and_nothing_is_lost(corpus: str, facts: Tok
     expected = _as_lists(_encode(_encoder(facts), corpus))
     joined = {split: [] for split in encoding.SPLITS}
     killed = set()
-    for number, (_, parts) in enumerate(encode_in_order(_encoder(facts), _source(corpus), 2)):
+    for number, (_, parts, _) in enumerate(encode_in_order(_encoder(facts), _source(corpus), 2)):
         for split, encoded in parts.items():
             joined[split].append(encoded)
         if number % 3 == 1:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from prepared import Stopped, contents, manifest_of, prepare_files, stop_after, texts_of
+from prepared import OPTIONS, Stopped, contents, manifest_of, prepare_files, stop_after, texts_of
 
 from pretrain.data import fingerprint, open_shards
-from pretrain.data.prepare import journal, preparation
+from pretrain.data.prepare import journal, preparation, prepare
+from pretrain.data.text.sources import open_source
 from pretrain.data.tokenizer import TokenizerFacts
 from pretrain.errors import UserError
 
@@ -197,7 +198,7 @@ def test_source_files_that_changed_meanwhile_are_refused(
         prepare_files(corpus, facts, tmp_path / "out")
     with open(tmp_path / "1.jsonl", "a") as file:
         file.write('\n{"text": "more"}\n')
-    with pytest.raises(UserError, match="source bytes was"):
+    with pytest.raises(UserError, match=r"source bytes was .*; the source files have changed"):
         prepare_files(corpus, facts, tmp_path / "out")
 
 
@@ -264,8 +265,14 @@ def test_a_split_of_no_share_has_no_folder(corpus: str, facts: TokenizerFacts, t
 
 def test_a_source_without_text_is_refused(facts: TokenizerFacts, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
-    with pytest.raises(UserError, match="holds no text"):
+    with pytest.raises(UserError, match=r"the source '.*a\.jsonl' holds no text, so there is nothing to write\.$"):
         prepare_files(str(tmp_path / "a.jsonl"), facts, tmp_path / "out")
+
+
+def test_when_no_record_passes_the_filters_they_are_named(corpus: str, facts: TokenizerFacts, tmp_path: Path) -> None:
+    source = open_source([corpus], text_field="text", subset=None, split="train", filters=["text=nothing"])
+    with pytest.raises(UserError, match="holds no text; no record passed --filter text=nothing, so"):
+        prepare(source, facts, tmp_path / "out", **OPTIONS)
 
 
 @pytest.mark.parametrize("seed", [None, 4])
@@ -294,7 +301,7 @@ def test_a_hidden_folder_of_someone_else_is_refused_and_left_alone(
 def test_a_bad_line_is_named_and_the_workers_end(corpus: str, facts: TokenizerFacts, tmp_path: Path) -> None:
     with open(tmp_path / "3.jsonl", "a") as file:
         file.write("\nnot json\n")
-    with pytest.raises(UserError, match=r"3\.jsonl, line 51, is not JSON"):
+    with pytest.raises(UserError, match=r"3\.jsonl, line 51: it is not JSON.* go on .*: --skip-unreadable\.$"):
         prepare_files(corpus, facts, tmp_path / "out", workers=2)
     assert not multiprocessing.active_children()
 

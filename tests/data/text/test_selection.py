@@ -114,3 +114,11 @@ def test_filters_are_part_of_the_description(tmp_path: Path) -> None:
 def test_only_the_columns_looked_at_are_read_of_tables(file: Path) -> None:
     for block in open_source([str(file)], text_field="text", subset=None, split="train", filters=["score>0"]).blocks():
         assert pyarrow.ipc.open_stream(block.content).schema.names == ["text", "score"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.py"])
+def test_plain_text_has_no_fields_to_filter_by(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("plain")
+    (tmp_path / "b.jsonl").write_text('{"text": "x"}')
+    with pytest.raises(UserError, match=rf"'language=en' asks for a field, and .*{name} is plain text"):
+        open_source([str(tmp_path)], text_field="text", subset=None, split="train", filters=["language=en"])

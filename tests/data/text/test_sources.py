@@ -140,8 +140,8 @@ def test_descriptions_tell_sources_apart(tmp_path: Path) -> None:
 
 
 BAD = [
-    ("a.jsonl", b'{"text": "x"}\n{"text": ', "line 2, is not JSON"),
-    ("a.jsonl", b"[1]\n", "line 1, should be a JSON object and is a list"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": ', "line 2: it is not JSON"),
+    ("a.jsonl", b"[1]\n", "line 1: it should be a JSON object and is a list"),
     ("a.jsonl", b'\n\n{"body": "x", "id": 1}\n', "line 3, has no field 'text'; its fields are body, id"),
     ("a.jsonl", b'{"text": 5}\n', "holds a int, not text"),
     ("a.jsonl", b'{"text": "\xff"}\n', "is not JSON"),

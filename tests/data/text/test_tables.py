@@ -35,14 +35,17 @@ def test_an_arrow_stream_cut_between_messages_is_refused(tmp_path: Path) -> None
     whole, border = _stream(tmp_path / "a.arrow")
     for cut in (border, len(whole) - 8):
         (tmp_path / "a.arrow").write_bytes(whole[:cut])
-        with pytest.raises(UserError, match=rf"a\.arrow: EOFError: .*without its end mark, at byte {cut}\."):
+        with pytest.raises(UserError, match=rf"a\.arrow, from record batch \d: EOFError: .*, at byte {cut}\."):
             list(_open(tmp_path / "a.arrow").texts())
 
 
 def test_arrow_streams_one_after_the_other_are_refused(tmp_path: Path) -> None:
     whole, _ = _stream(tmp_path / "a.arrow")
     (tmp_path / "a.arrow").write_bytes(whole * 2)
-    with pytest.raises(UserError, match=rf"a\.arrow: ValueError: the stream ends at byte {len(whole)}, and the file"):
+    with pytest.raises(
+        UserError,
+        match=rf"record batch 4: ValueError: the stream ends at byte {len(whole)}, and the",
+    ):
         list(_open(tmp_path / "a.arrow").texts())
 
 

@@ -1,0 +1,115 @@
+"""--skip-unreadable: damage is left out and named, nothing else is, and the bytes do not depend on when it was allowed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from prepared import Stopped, contents, manifest_of, prepare_files, stop_after, texts_of
+
+from pretrain.data.prepare import merge, workers
+from pretrain.data.text import readers
+from pretrain.data.tokenizer import TokenizerFacts
+from pretrain.errors import UserError
+
+SPLITS = ("train", "val", "held_out")
+pytestmark = pytest.mark.usefixtures("small_units", "eager")
+
+
+@pytest.fixture
+def damaged(tmp_path: Path, texts: list[str]) -> tuple[str, list[str], set[str]]:
+    """A source of three damaged files among whole ones; where the damage is; and what can be read of it."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    texts = [f"{number} {text}" for number, text in enumerate(texts) if text and "\ud800" not in text]
+    lines = [json.dumps({"text": text}) for text in texts]
+    (folder / "a.jsonl").write_text("\n".join([*lines[:20], '{"text": "cut', *lines[20:40]]))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts[40:80]}), folder / "b.parquet", row_group_size=10)
+    _break_row_group(folder / "b.parquet", 2)
+    cut = gzip.compress("\n".join(lines[80:150]).encode(), 0)
+    (folder / "c.jsonl.gz").write_bytes(cut[: len(cut) // 2])
+    before_the_cut = zlib.decompressobj(31).decompress(cut[: len(cut) // 2]).count(b"\n")
+    assert 20 < before_the_cut < 70
+    (folder / "d.jsonl").write_text("\n".join(lines[150:]))
+    whole = {*texts[:40], *texts[40:60], *texts[70:80], *texts[80 : 80 + before_the_cut], *texts[150:]}
+    places = ["a.jsonl, line 21", "b.parquet, row group 2", f"c.jsonl.gz, from line {before_the_cut + 1}"]
+    return str(folder), [f"{folder}/{place}" for place in places], whole
+
+
+def _break_row_group(path: Path, group: int) -> None:
+    column = pyarrow.parquet.ParquetFile(path).metadata.row_group(group).column(0)
+    content = bytearray(path.read_bytes())
+    content[column.data_page_offset : column.data_page_offset + 40] = b"\xff" * 40
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("largest", [1 << 25, 0])  # row groups read by the workers, and by the reader in batches
+def test_what_is_damaged_is_left_out_and_named(
+    damaged, facts: TokenizerFacts, tokenizer, tmp_path: Path, monkeypatch, capfd, largest: int
+) -> None:
+    monkeypatch.setattr(readers, "MAX_ROW_GROUP_BYTES", largest)
+    spec, places, whole = damaged
+    prepare_files(spec, facts, tmp_path / "out", skip_unreadable=True)
+    found = {text for split in SPLITS for text in texts_of(tmp_path / "out" / split, tokenizer)}
+    assert found == whole
+    printed = [line for line in capfd.readouterr().err.splitlines() if line.startswith("left out: ")]
+    assert len(printed) == 3
+    for place, line in zip(places, printed, strict=True):
+        assert line.startswith(f"left out: cannot read {place}: ")
+    for split in SPLITS:
+        assert manifest_of(tmp_path / "out" / split)["unreadable"] == places
+
+
+@pytest.mark.parametrize("shuffle_seed", [None, 3])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_preparation_that_stopped_at_damage_goes_on_with_the_same_bytes(
+    damaged, facts: TokenizerFacts, tmp_path: Path, monkeypatch, count: int, shuffle_seed: int | None
+) -> None:
+    monkeypatch.setattr(workers, "ALONE_CPU_S", 0.0)
+    spec, places, _ = damaged
+    prepare_files(spec, facts, tmp_path / "whole", skip_unreadable=True, shuffle_seed=shuffle_seed)
+    arguments = {"workers": count, "shuffle_seed": shuffle_seed}
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"a\.jsonl, line 21: .*: --skip-unreadable\.$"):
+            prepare_files(spec, facts, tmp_path / "out", **arguments)
+    for units in (6, 6):  # killed after some of the places
+        stop_after(monkeypatch, units)
+        with pytest.raises(Stopped):
+            prepare_files(spec, facts, tmp_path / "out", skip_unreadable=True, **arguments)
+    prepare_files(spec, facts, tmp_path / "out", skip_unreadable=True, **arguments)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert len(manifest_of(tmp_path / "out/train")["unreadable"]) == len(places)
+
+
+def test_parts_joined_name_the_damage_of_all(damaged, facts: TokenizerFacts, tmp_path: Path) -> None:
+    spec, _, _ = damaged
+    prepare_files(spec, facts, tmp_path / "whole", skip_unreadable=True)
+    for number in range(3):
+        prepare_files(spec, facts, tmp_path / "out", part=(number, 3), skip_unreadable=True)
+    merge(tmp_path / "out", workers=1)
+    for split in SPLITS:
+        unreadable = [manifest_of(tmp_path / out / split)["unreadable"] for out in ("whole", "out")]
+        assert unreadable[0] == unreadable[1] != []
+
+
+def test_what_is_not_damage_still_stops(corpus: str, facts: TokenizerFacts, tmp_path: Path, monkeypatch) -> None:
+    with open(tmp_path / "1.jsonl", "a") as file:
+        file.write('\n{"body": "x"}')
+    with pytest.raises(UserError, match=r"1\.jsonl, line 51, has no field 'text'"):
+        prepare_files(corpus, facts, tmp_path / "out", skip_unreadable=True)
+    real = open
+
+    def forbidden(path: object, *arguments: object, **options: object):
+        if str(path).endswith("2.jsonl"):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path, *arguments, **options)
+
+    (tmp_path / "1.jsonl").unlink()
+    monkeypatch.setattr("builtins.open", forbidden)
+    with pytest.raises(UserError, match=r"2\.jsonl: PermissionError.*\. Mend or leave out the file\.$"):
+        prepare_files(corpus, facts, tmp_path / "other", skip_unreadable=True)
