@@ -15,7 +15,7 @@ from pretrain.data import TokenShards
 from pretrain.data.batches import loader as loader_module
 from pretrain.data.batches.batch import MicroBatch
 from pretrain.data.batches.feed import Feed
-from pretrain.data.batches.loader import Loader, check_enough_samples, eval_batches
+from pretrain.data.batches.loader import Loader, check_enough_samples, eval_batches, slice_of_rank
 from pretrain.data.batches.mixture import Mixture
 from pretrain.data.batches.order import GlobalOrder, Order, WindowedOrder
 from pretrain.data.batches.samples import Concatenated
@@ -62,6 +62,11 @@ def test_the_global_batch_does_not_depend_on_ranks_or_micro_batches(
     one = _global_batches(_feed(shards, window), ranks=1, batch=24, micro=24, steps=20)
     many = _global_batches(_feed(shards, window), ranks=ranks, batch=24, micro=micro, steps=20)
     assert all(torch.equal(a, b) for a, b in zip(one, many, strict=True))
+
+
+@pytest.mark.parametrize("ranks", [1, 8, 512])
+def test_the_slices_of_all_ranks_are_the_global_batch_in_order(ranks: int) -> None:
+    assert [sample for rank in range(ranks) for sample in slice_of_rank(4096, rank, ranks)] == list(range(4096))
 
 
 @pytest.mark.usefixtures("handed")
