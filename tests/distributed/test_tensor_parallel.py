@@ -127,7 +127,8 @@ def test_losses_gradients_and_weights_are_those_of_data_parallel_ranks_alone(tra
         found = last_rows(ours, "weights")[step]
         assert found.keys() == row.keys()
         for weight, facts in row.items():
-            if isinstance(facts, dict):
+            # Softmax does not feel a key's bias: its gradient is rounding alone, which Adam makes as large as any other.
+            if isinstance(facts, dict) and not weight.endswith("k_proj.bias"):
                 assert found[weight]["std"] == pytest.approx(facts["std"], rel=50 * layout.tolerance, abs=1e-7), weight
                 assert found[weight]["rescaled"] == facts["rescaled"], weight
     assert len(last_rows(theirs, "weights")) == 2
