@@ -1,11 +1,13 @@
 """The measurement of methods measures every one that it is asked for; times are never looked at."""
 
+import pytest
 from runs import ENVIRONMENT
 
 from pretrain.bench import methods
 from pretrain.methods import REGISTRY
 
 
+@pytest.mark.slow
 def test_every_method_is_measured_beside_a_plain_model(monkeypatch):
     for key, value in ENVIRONMENT.items():
         monkeypatch.setenv(key, value)
