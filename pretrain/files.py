@@ -6,10 +6,17 @@ import errno
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import xxhash
 
+from pretrain.errors import UserError
+
+# What the disk or the permissions are to blame for.
+CANNOT_WRITE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY),
+}
 # What a file system without locks answers (Lustre mounted without flock, say); then nobody is kept out.
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
@@ -28,6 +35,17 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` by `value` as JSON, atomically and durably."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def open_cut(path: Path, size_bytes: int) -> BinaryIO:
+    """`path` open for appending after exactly its first `size_bytes` bytes; UserError if it has fewer."""
+    file = open(path, "ab")  # noqa: SIM115 - the caller keeps it open
+    if file.tell() < size_bytes:
+        raise UserError(
+            f"{path} is shorter than the interrupted preparation had left it. Delete its folder and start again."
+        )
+    file.truncate(size_bytes)
+    return file
 
 
 def sync_folder(folder: Path) -> None:

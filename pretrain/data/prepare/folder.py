@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import shutil
 from collections.abc import Iterator
@@ -11,11 +10,10 @@ from pathlib import Path
 from typing import IO
 
 from pretrain.errors import UserError
-from pretrain.files import NO_LOCKS
+from pretrain.files import CANNOT_WRITE, NO_LOCKS
 
 JOURNAL = "prepare.json"
 UNSHUFFLED = ".unshuffled"  # in it, what is to be shuffled
-_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
 @contextmanager
@@ -30,7 +28,7 @@ def writing_in(out: Path, *, shared: bool = False) -> Iterator[None]:
             _take(lock, out, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
             yield
     except OSError as error:
-        if error.errno not in _CANNOT_WRITE:
+        if error.errno not in CANNOT_WRITE:
             raise
         raise UserError(
             f"cannot write to '{out}': {error}. Nothing is lost: make room or mend the permissions, and run the same "

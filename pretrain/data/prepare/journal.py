@@ -17,7 +17,7 @@ from pretrain.data.contents import read_json
 from pretrain.data.prepare.folder import JOURNAL, UNSHUFFLED, remove
 from pretrain.data.tokens.writer import ShardWriter
 from pretrain.errors import UserError
-from pretrain.files import write_json
+from pretrain.files import open_cut, write_json
 
 LOG = "prepare.log.jsonl"
 COMMIT_INTERVAL_S = 5.0
@@ -56,7 +56,7 @@ class Journal:
         else:
             if not self._path.exists():
                 write_json(self._path, recorded)
-            self._log = _open_cut(out / LOG, recorded.get("log_bytes", 0))
+            self._log = open_cut(out / LOG, recorded.get("log_bytes", 0))
             self._writers_state: dict = recorded.get("writers", {})
             self._committed = time.monotonic()
 
@@ -120,17 +120,6 @@ def forget(out: Path, settings: dict) -> None:
         remove(out / folder)
     for file in (LOG, JOURNAL):
         (out / file).unlink(missing_ok=True)
-
-
-def _open_cut(path: Path, size_bytes: int):
-    """`path` open for appending after its first `size_bytes` bytes; UserError if it has fewer."""
-    file = open(path, "ab")  # noqa: SIM115 - open as long as the journal
-    if file.tell() < size_bytes:
-        raise UserError(
-            f"{path} is shorter than the interrupted preparation had left it. Delete its folder; start again."
-        )
-    file.truncate(size_bytes)
-    return file
 
 
 def _refusal(out: Path, recorded: dict, asked: dict) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import shutil
@@ -11,12 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pretrain.errors import UserError
-from pretrain.files import NO_LOCKS, sync_folder
-
-_CANNOT_WRITE = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
-    *(errno.ENOTDIR, errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY),
-}
+from pretrain.files import CANNOT_WRITE, NO_LOCKS, sync_folder
 
 
 @contextmanager
@@ -49,7 +43,7 @@ def made_aside(out: Path) -> Iterator[Path]:
                 shutil.rmtree(aside, ignore_errors=True)
             sync_folder(aside.parent)
     except OSError as error:
-        if error.errno not in _CANNOT_WRITE:
+        if error.errno not in CANNOT_WRITE:
             raise
         raise UserError(
             f"cannot write '{out}': {error}. Nothing was left behind; make room and run it again."

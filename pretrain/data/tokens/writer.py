@@ -10,8 +10,7 @@ import numpy as np
 from pretrain.data.tokens.checksums import BlockHasher, hash_file
 from pretrain.data.tokens.corpus import ENDS_DTYPE
 from pretrain.data.tokens.manifest import write_manifest
-from pretrain.errors import UserError
-from pretrain.files import sync_folder
+from pretrain.files import open_cut, sync_folder
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -96,8 +95,8 @@ class ShardWriter:
     def _open(self) -> None:
         """Open the files of the current shard, cut back to what was committed."""
         size_bytes = self._tokens * self.dtype.itemsize
-        self._bin = _open_cut(self._path(".bin"), size_bytes)
-        self._ends = _open_cut(self._path(".ends"), self._documents * ENDS_DTYPE.itemsize)
+        self._bin = open_cut(self._path(".bin"), size_bytes)
+        self._ends = open_cut(self._path(".ends"), self._documents * ENDS_DTYPE.itemsize)
         self._hasher = hash_file(self._path(".bin")) if size_bytes else BlockHasher()
         self._names_unsynced = True
 
@@ -129,14 +128,3 @@ class ShardWriter:
 
     def _path(self, suffix: str) -> Path:
         return self.folder / f"shard_{len(self._closed):05d}{suffix}"
-
-
-def _open_cut(path: Path, size_bytes: int):
-    """`path` open for appending after exactly its first `size_bytes` bytes; UserError if it has fewer."""
-    file = open(path, "ab")  # noqa: SIM115 - the writer keeps it open
-    if file.tell() < size_bytes:
-        raise UserError(
-            f"{path} is shorter than the interrupted preparation had left it. Delete its folder and start again."
-        )
-    file.truncate(size_bytes)
-    return file
