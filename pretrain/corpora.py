@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from pretrain.config import Config, DataSection
-from pretrain.data import TokenShards, check_tokenizer, open_shards
+from pretrain.data import TokenShards, check_tokenizer, fingerprint, open_shards
 from pretrain.data.batches.feed import Feed
 from pretrain.data.batches.loader import check_enough_samples
 from pretrain.data.batches.mixture import Mixture
@@ -30,19 +30,14 @@ from pretrain.errors import UserError
 class Corpora:
     """What a run trains on and is evaluated on.
 
-    sources: the samples of each corpus of `data.train`. vocab_size: one more than the tokenizer's largest id.
+    sources: the samples of each corpus of `data.train`. tokenizer_fingerprint: of the run's tokenizer.
     """
 
     data: DataSection
     seed: int
-    vocab_size: int
+    tokenizer_fingerprint: str
     sources: tuple[Samples, ...]
     val: Samples | None
-
-    @property
-    def tokens(self) -> int:
-        """Of all corpora that are trained on."""
-        return sum(source.shards.tokens for source in self.sources)
 
     @property
     def masked(self) -> bool:
@@ -112,21 +107,21 @@ def open_corpora(
     UserError where a corpus is damaged, was made with another tokenizer, holds too little, or is too large for the cache.
     """
     data = config.data
-    vocab_size = max(tokenizer.get_vocab().values()) + 1
+    found, vocab_size = fingerprint(tokenizer), max(tokenizer.get_vocab().values()) + 1
     cache = CacheSettings(_cache_folder(data) / "shards", int(data.cache.limit_gb * 1e9), data.cache.downloads)
     share = {} if rank is None else {"rank": rank, "world_size": world_size}
 
     def opened(location: str) -> Samples:
         shards = open_shards(location, verify=data.verify, vocab_size=vocab_size, cache=cache, **share)
-        check_tokenizer(shards, tokenizer, config.tokenizer)
+        check_tokenizer(shards, found, config.tokenizer)
         return _cut(shards, data, vocab_size)
 
     sources = tuple(opened(source.path) for source in data.train)
-    corpora = Corpora(data, config.seed, vocab_size, sources, opened(data.val) if data.val else None)
+    corpora = Corpora(data, config.seed, found, sources, opened(data.val) if data.val else None)
     _check_cache(corpora, config.eval.batches * data.global_batch_size)
+    ranks = data_ranks if len(sources) == 1 else 1  # of a mixture a rank may have no sample of some source
     for samples, weight in zip(sources, corpora.mixture.weights, strict=True):
-        alone = len(sources) == 1
-        check_enough_samples(samples, ceil(weight * data.global_batch_size), data_ranks if alone else 1)
+        check_enough_samples(samples, ceil(weight * data.global_batch_size), ranks)
     return corpora
 
 

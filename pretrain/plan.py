@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from pretrain.checkpoint import TrainerState, checkpoint_bytes, complete_checkpoints
 from pretrain.config import Config
 from pretrain.corpora import Corpora, open_corpora
-from pretrain.data import fingerprint, load_tokenizer
+from pretrain.data import load_tokenizer
 from pretrain.data.batches.batch import MicroBatch
 from pretrain.data.batches.loader import Loader, eval_batches
 from pretrain.deepspeed_config import accumulation_steps, deepspeed_config, read_deepspeed
@@ -96,7 +96,7 @@ class Plan:
             forward=_digest_of_forward(self),
             optimizer=self.config.optim.name,
             data_fingerprint=self.corpora.fingerprint,
-            tokenizer_fingerprint=fingerprint(self.tokenizer),
+            tokenizer_fingerprint=self.corpora.tokenizer_fingerprint,
             seed=self.config.seed,
             seq_len=self.config.data.seq_len,
             global_batch_size=self.config.data.global_batch_size,

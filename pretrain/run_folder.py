@@ -59,7 +59,7 @@ class RunFolder:
 
         What an earlier run left is not touched, nor what another rank has recorded: its failure ended the others.
         """
-        with suppress(OSError):
+        with suppress(OSError, UserError):
             recorded = self._recorded()
             if recorded is None or (self.begun and recorded != "failed"):
                 self._write_status("failed", reason)

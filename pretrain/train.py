@@ -78,7 +78,7 @@ def train(plan: Plan, folder: RunFolder, ranks: Ranks) -> None:
     metrics.event(step, "resumed" if step else "started", parameters=plan.parameters, world_size=ranks.world_size)
 
     loader = training_batches(plan, ranks.rank, step)
-    probe = fixed_probe(plan).to(ranks.device)
+    probe = on_every_rank(lambda: fixed_probe(plan)).to(ranks.device)
     weight_monitor = WeightMonitor(weights, config.log.weights_interval_steps)
     throughput = Throughput(config.tokens_per_step, plan.flops_per_token, ranks.world_size, step)
     signal = None

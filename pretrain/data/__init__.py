@@ -1,7 +1,7 @@
 """From text to token shards to batches.
 
-Text becomes shards once (`tokenizer`, `sources`, `prepare`); every run then reads them (`shards`) in an order that is
-a pure function of (manifest, seed, sample number) (`order`, `loader`). Nothing imported here needs torch, so that the
+Text (`text`) becomes shards once (`prepare`, `tokens`); every run then reads them, here or from object storage (`remote`),
+in an order that is computed (`batches`); `audit` tells what they hold. Nothing imported here needs torch, so that the
 processes that tokenise start fast; take `Loader` from `pretrain.data.batches.loader`.
 """
 

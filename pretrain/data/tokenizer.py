@@ -92,16 +92,16 @@ def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id
 
 
-def check_tokenizer(shards: TokenShards, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """UserError unless the shards were made with this very tokenizer, which was loaded from `folder`.
+def check_tokenizer(shards: TokenShards, found: str, folder: str | Path) -> None:
+    """UserError unless the shards were made with the tokenizer in `folder`, whose fingerprint is `found`.
 
     Other trainers' formats do not say; of theirs only the ids are checked.
     """
-    if shards.tokenizer_fingerprint not in (None, found := fingerprint(tokenizer)):
+    if shards.tokenizer_fingerprint not in (None, found):
         raise UserError(
             f"the shards in '{shards.location}' were made with another tokenizer (fingerprint "
-            f"{shards.tokenizer_fingerprint}, {shards.vocab_size} tokens) than the run's '{folder}' (fingerprint {found}, "
-            f"{len(tokenizer)} tokens). Point `tokenizer` at the one they were made with, or prepare the data again."
+            f"{shards.tokenizer_fingerprint}, {shards.vocab_size} tokens) than '{folder}' (fingerprint "
+            f"{found}). Point `tokenizer` at the one they were made with, or prepare the data again."
         )
 
 

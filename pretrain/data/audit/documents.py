@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from pretrain.data.batches.order import SampleOrder
-from pretrain.data.tokenizer import TokenizerFacts, load_tokenizer_facts
+from pretrain.data.tokenizer import TokenizerFacts, check_tokenizer, load_tokenizer_facts
 from pretrain.data.tokens.corpus import TokenShards
 from pretrain.errors import UserError
 
@@ -89,9 +89,4 @@ class Decoder:
 
     def check(self, shards: TokenShards) -> None:
         """UserError if the corpus says that it was made with another tokenizer."""
-        if shards.tokenizer_fingerprint not in (None, self.facts.fingerprint):
-            raise UserError(
-                f"the shards in '{shards.location}' were made with another tokenizer (fingerprint "
-                f"{shards.tokenizer_fingerprint}) than '{self.folder}' (fingerprint {self.facts.fingerprint}). "
-                "Give the one that they were made with."
-            )
+        check_tokenizer(shards, self.facts.fingerprint, self.folder)

@@ -153,7 +153,7 @@ class _Batches:
         self._feed.read(slots, Rows(*(None if part is None else part.numpy() for part in parts)))
         tokens, counted, positions = (None if part is None else part.split(self._micro_batch_size) for part in parts)
         nothing = itertools.repeat(None)
-        return [MicroBatch(*pieces) for pieces in zip(tokens, counted or nothing, positions or nothing)]  # noqa: B905
+        return [MicroBatch(*pieces) for pieces in zip(tokens, counted or nothing, positions or nothing, strict=False)]
 
 
 def eval_batches(

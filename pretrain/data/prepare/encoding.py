@@ -20,6 +20,7 @@ from pretrain.data.text.documents import cut_long
 from pretrain.data.text.sources import Source
 
 UNIT_BYTES = 1 << 21
+UNIT_BLOCKS = 4096  # of tiny files
 SPLITS = ("train", "val", "held_out")
 
 
@@ -127,11 +128,13 @@ class Encoder:
 def units(source: Source) -> Iterator[Unit]:
     """The rest of the source in units whose borders depend on the files alone."""
     blocks: list[Block] = []
+    size = 0
     for block in source.blocks():
         blocks.append(block)
-        if sum(held.bytes for held in blocks) >= UNIT_BYTES:
+        size += block.bytes
+        if size >= UNIT_BYTES or len(blocks) == UNIT_BLOCKS:
             yield Unit(blocks, source.cursor(), source.read_bytes())
-            blocks = []
+            blocks, size = [], 0
     if blocks:
         yield Unit(blocks, source.cursor(), source.read_bytes())
 

@@ -7,7 +7,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -79,10 +78,6 @@ class TokenShards:
         maps_held = _allowed_files() // 16
         self._token_maps = _Recent(maps_held, self._map_tokens)
         self._ends = _Recent(min(maps_held, ENDS_HELD), self._load_ends)
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.location)
 
     def open_tokens(self, shard: int) -> np.ndarray:
         """The tokens of one shard, (tokens,) `dtype`, a read-only memory map; waits for a remote shard to be here.

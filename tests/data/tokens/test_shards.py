@@ -26,7 +26,7 @@ MakeShards = Callable[..., TokenShards]
 
 def test_shards_are_plain_numbers_on_disk(make_shards: MakeShards) -> None:
     shards = make_shards(2500)
-    raw = [np.fromfile(shards.folder / f"shard_{number:05d}.bin", dtype="<u2") for number in range(3)]
+    raw = [np.fromfile(Path(shards.location) / f"shard_{number:05d}.bin", dtype="<u2") for number in range(3)]
     assert np.array_equal(np.concatenate(raw), np.arange(2500))
 
 
@@ -34,7 +34,7 @@ def test_no_document_is_in_two_shards(make_shards: MakeShards) -> None:
     shards = make_shards(2500, shard_tokens=1000, document_tokens=7)
     assert [shard.tokens for shard in shards.shards] == [1001, 1001, 498]  # 1001 is the first multiple of 7 past 1000
     for shard in shards.shards:
-        ends = np.fromfile(shards.folder / shard.ends_file, dtype="<u8")
+        ends = np.fromfile(Path(shards.location) / shard.ends_file, dtype="<u8")
         assert len(ends) == shard.documents
         assert ends[-1] == shard.tokens
         assert (np.diff(ends[:-1]) == 7).all()
@@ -52,7 +52,7 @@ def test_shards_open_as_what_is_on_disk(shards_of_2500: TokenShards) -> None:
     for number, shard in enumerate(shards_of_2500.shards):
         tokens, ends = shards_of_2500.open_tokens(number), shards_of_2500.open_ends(number)
         assert np.array_equal(tokens, np.arange(start, start + shard.tokens))
-        assert np.array_equal(ends, np.fromfile(shards_of_2500.folder / shard.ends_file, dtype="<u8"))
+        assert np.array_equal(ends, np.fromfile(Path(shards_of_2500.location) / shard.ends_file, dtype="<u8"))
         shards_of_2500.close(number)
         assert np.array_equal(tokens, shards_of_2500.open_tokens(number))  # arrays outlive their shard's closing
         with pytest.raises(ValueError, match="read-only"):
@@ -100,7 +100,7 @@ assert all(shards.open_ends(number)[0] == 1 for number in range(500))
 def test_a_file_cut_while_in_use_is_an_error_not_a_crash(make_shards: MakeShards) -> None:
     shards = make_shards(2500)
     for name in ("shard_00001.bin", "shard_00001.ends"):
-        (shards.folder / name).write_bytes((shards.folder / name).read_bytes()[:-8])
+        (Path(shards.location) / name).write_bytes((Path(shards.location) / name).read_bytes()[:-8])
     with pytest.raises(UserError, match=r"shard_00001\.bin ends at byte 1994"):
         shards.open_tokens(1)
     with pytest.raises(UserError, match=r"shard_00001\.ends has 1136 bytes"):
@@ -116,7 +116,7 @@ def test_token_type_follows_the_vocabulary(make_shards: MakeShards) -> None:
 
 def test_fingerprint_is_that_of_the_tokens(make_shards: MakeShards, tmp_path: Path) -> None:
     shards = make_shards(2500)
-    shutil.copytree(shards.folder, tmp_path / "copy")
+    shutil.copytree(Path(shards.location), tmp_path / "copy")
     assert open_shards(tmp_path / "copy").fingerprint == shards.fingerprint
     assert make_shards(2499).fingerprint != shards.fingerprint
 
@@ -124,7 +124,7 @@ def test_fingerprint_is_that_of_the_tokens(make_shards: MakeShards, tmp_path: Pa
 @pytest.mark.parametrize("verify", ["full", "size"])
 @pytest.mark.parametrize("name", ["shard_00001.bin", "shard_00001.ends"])
 def test_a_missing_or_short_file_is_named(make_shards: MakeShards, name: str, verify: str) -> None:
-    file = make_shards(2500).folder / name
+    file = Path(make_shards(2500).location) / name
     content = file.read_bytes()
     file.write_bytes(content[:-2])
     with pytest.raises(UserError, match=f"{name} has {len(content) - 2} bytes and the manifest"):
@@ -136,7 +136,7 @@ def test_a_missing_or_short_file_is_named(make_shards: MakeShards, name: str, ve
 
 @pytest.mark.parametrize("name", ["shard_00001.bin", "shard_00001.ends"])
 def test_one_flipped_bit_is_found_by_the_full_check(make_shards: MakeShards, name: str) -> None:
-    file = make_shards(2500).folder / name
+    file = Path(make_shards(2500).location) / name
     content = bytearray(file.read_bytes())
     content[-8] ^= 1
     file.write_bytes(content)
@@ -166,7 +166,7 @@ def test_a_flipped_bit_is_found_to_within_a_block(tmp_path: Path) -> None:
 
 
 def test_an_id_beyond_the_vocabulary_is_named(make_shards: MakeShards) -> None:
-    path = make_shards(2500).folder / "manifest.json"
+    path = Path(make_shards(2500).location) / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 1500}))
     with pytest.raises(UserError, match=r"shard_00001\.bin has the id 1500 at token 499 \(byte 998\)"):
         open_shards(path.parent)
@@ -177,7 +177,7 @@ def test_an_id_beyond_the_vocabulary_is_named(make_shards: MakeShards) -> None:
     [([7, 7, 14], "document 1 ends at token 7, not after"), ([7, 14, 21], "ends at token 21 of 28")],
 )
 def test_document_ends_that_do_not_fit_are_refused(make_shards: MakeShards, ends: list[int], message: str) -> None:
-    folder = make_shards(28).folder
+    folder = Path(make_shards(28).location)
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     content = np.array(ends, dtype="<u8").tobytes()
@@ -190,7 +190,7 @@ def test_document_ends_that_do_not_fit_are_refused(make_shards: MakeShards, ends
 
 
 def test_ranks_share_the_checksums_and_miss_none(make_shards: MakeShards) -> None:
-    folder = make_shards(5000).folder
+    folder = Path(make_shards(5000).location)
     for number in range(5):
         _flip_one_bit(folder / f"shard_{number:05d}.bin")
         finders = [rank for rank in range(3) if _refuses(folder, rank)]
@@ -220,7 +220,7 @@ def test_ranks_share_the_checksums_and_miss_none(make_shards: MakeShards) -> Non
     ],
 )
 def test_a_wrong_manifest_is_refused(make_shards: MakeShards, change: Callable[[dict], object], message: str) -> None:
-    path = make_shards(2500).folder / "manifest.json"
+    path = Path(make_shards(2500).location) / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
     path.write_text(json.dumps(manifest))
@@ -231,14 +231,14 @@ def test_a_wrong_manifest_is_refused(make_shards: MakeShards, change: Callable[[
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\x00\x01"])
 def test_a_corrupt_manifest_is_refused(make_shards: MakeShards, content: str) -> None:
-    path = make_shards(100).folder / "manifest.json"
+    path = Path(make_shards(100).location) / "manifest.json"
     path.write_text(content)
     with pytest.raises(UserError, match=str(path)):
         open_shards(path.parent)
 
 
 def test_an_older_manifest_is_read(make_shards: MakeShards) -> None:
-    path = make_shards(2500).folder / "manifest.json"
+    path = Path(make_shards(2500).location) / "manifest.json"
     manifest = json.loads(path.read_text())
     for entry in manifest["shards"]:
         del entry["blocks_xxh3_64"]
@@ -249,7 +249,7 @@ def test_an_older_manifest_is_read(make_shards: MakeShards) -> None:
 def test_folders_without_finished_shards_are_refused(tmp_path: Path, make_shards: MakeShards) -> None:
     with pytest.raises(UserError, match=r"no manifest\.json"):
         open_shards(tmp_path / "nowhere")
-    make_shards(100).folder.rename(tmp_path / "train")
+    Path(make_shards(100).location).rename(tmp_path / "train")
     with pytest.raises(UserError, match="holds train and val"):
         open_shards(tmp_path)
 
