@@ -25,7 +25,7 @@ def main() -> None:
 
     import pretrain.modeling  # noqa: F401  (a model that no stock class holds loads without running a file of its folder)
 
-    generate = pipeline("text-generation", model=arguments.model)
+    generate = pipeline("text-generation", model=arguments.model, trust_remote_code=False)
     result = generate(arguments.prompt, max_new_tokens=arguments.max_new_tokens, max_length=None, do_sample=False)
     print(result[0]["generated_text"])
 

@@ -21,6 +21,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from pretrain.data.contents import read_json
 from pretrain.methods.base import LazyTensors
+from pretrain.modeling import MODELING_FILE, EvenkeelLlamaConfig, EvenkeelLlamaForCausalLM
 from pretrain.probe import load_moments, load_probe, probe_logits
 from pretrain.sharded import Moments
 
@@ -73,7 +74,9 @@ def prove(folder: Path, checkpoint: Path, exported: torch.dtype) -> Proof:
     """
     input_ids, trained = load_probe(checkpoint)
     precision = max(trained.dtype, exported, key=lambda dtype: torch.finfo(dtype).eps)
-    model = model_class_of(folder).from_pretrained(folder, dtype=precision, local_files_only=True)
+    model = model_class_of(folder).from_pretrained(
+        folder, dtype=precision, local_files_only=True, trust_remote_code=False
+    )
     found = probe_logits(model, input_ids).double()
     with computing_in(_HIGHER[precision], model):
         exact = probe_logits(model, input_ids).double()
@@ -94,14 +97,15 @@ def prove(folder: Path, checkpoint: Path, exported: torch.dtype) -> Proof:
 
 
 def model_class_of(folder: Path) -> type:
-    """What loads the model in `folder`: an Auto class, or the very class whose modelling file lies there.
+    """What loads the model in `folder`: an Auto class, or our own from the modelling file that the conversion put there.
 
-    (The Auto classes would take the one that the trainer has registered, and leave the exported file untried.)
+    (The Auto classes would take the one that the trainer has registered, and leave the exported file untried. A class
+    that the checkpoint's configuration names besides would be code of whoever made the checkpoint.)
     """
-    auto_map = read_json(folder / "config.json").get("auto_map")
-    if auto_map is None:
+    if read_json(folder / "config.json").get("model_type") != EvenkeelLlamaConfig.model_type:
         return AutoModelForCausalLM
-    return get_class_from_dynamic_module(auto_map["AutoModelForCausalLM"], folder, local_files_only=True)
+    name = f"{MODELING_FILE.stem}.{EvenkeelLlamaForCausalLM.__name__}"
+    return get_class_from_dynamic_module(name, folder, local_files_only=True)
 
 
 def checked(tensors: LazyTensors, checkpoint: Path) -> LazyTensors:

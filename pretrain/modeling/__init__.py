@@ -30,8 +30,9 @@ AutoModelForCausalLM.register(EvenkeelLlamaConfig, EvenkeelLlamaForCausalLM, exi
 def bring_modeling_file(hf_config: PreTrainedConfig, folder: Path) -> None:
     """Put the file that a model of `hf_config` needs into the exported `folder`, and say so in `hf_config`.
 
-    Nothing is done for a stock model.
+    A stock model needs none, whatever file `hf_config` came with the name of.
     """
+    vars(hf_config).pop("auto_map", None)
     if isinstance(hf_config, EvenkeelLlamaConfig):
         shutil.copyfile(MODELING_FILE, folder / MODELING_FILE.name)
         classes = {"AutoConfig": EvenkeelLlamaConfig, "AutoModelForCausalLM": EvenkeelLlamaForCausalLM}

@@ -493,7 +493,7 @@ assert torch.equal(again(ids, use_cache=False).logits, logits)
     environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     ended = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.startswith("transformers_modules."), ended.stdout
+    assert ended.stdout.splitlines()[-1].startswith("transformers_modules."), ended.stdout
     input_ids, trained = load_probe(checkpoint)
     found = load_file(tmp_path / "again/logits.safetensors")["logits"][:, probe_positions(input_ids.shape[1])]
     scale = float(trained.abs().max())

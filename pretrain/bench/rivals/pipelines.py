@@ -137,7 +137,7 @@ def _load_encoder(tokenizer: str) -> None:
     global _encoder
     from transformers import AutoTokenizer
 
-    _encoder = AutoTokenizer.from_pretrained(tokenizer)
+    _encoder = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
 
 
 def _encode_line(line: str) -> list[int]:

@@ -18,6 +18,7 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.exceptions import FSTimeoutError
 from fsspec.registry import known_implementations
 
+from pretrain.credentials import credential_in
 from pretrain.errors import UserError
 
 BLOCK_BYTES = 8 << 20
@@ -48,7 +49,9 @@ class Storage:
     """
 
     def __init__(self, location: str) -> None:
-        """UserError when the scheme is unknown or its library is not installed; nothing is read yet."""
+        """UserError when it holds credentials, or its scheme is unknown or not installed; nothing is read yet."""
+        if fault := credential_in(location):
+            raise UserError(f"{location}: {fault}.")
         self.location = location.rstrip("/")
         self._files = _file_system(self.location)
         self._root = self._files._strip_protocol(self.location)

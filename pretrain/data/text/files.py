@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from pretrain.credentials import credential_in
 from pretrain.errors import UserError
 
 PLAIN = (".txt", ".py")
@@ -86,6 +87,8 @@ def remote_files(pattern: str) -> list[SourceFile]:
     """The files that the URL `pattern` names: itself, those below it, or those that its wildcards match."""
     import fsspec
 
+    if fault := credential_in(pattern):
+        raise UserError(f"--source {pattern}: {fault}.")
     try:
         fs, path = fsspec.url_to_fs(pattern)
         if _WILDCARD.search(path) and not fs.isfile(path):

@@ -20,6 +20,7 @@ OLDEST_SCHEMA_VERSION = 1  # it only lacks the checksums of blocks
 MANIFEST = "manifest.json"
 DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _PLAIN_NAME = re.compile(r"(?!\.\.?$)[^/\\\0]+")
+_CHECKSUM = re.compile(r"[0-9a-f]{32}")  # names a file in the cache of remote corpora
 _SHARD_FIELDS = ("file", "tokens", "documents", "bytes", "xxh3_128", "ends_file", "ends_xxh3_128")
 
 
@@ -89,6 +90,9 @@ def _shard(entry: dict) -> Shard:
     for name in (shard.file, shard.ends_file):
         if not _PLAIN_NAME.fullmatch(name):
             raise ValueError(f"the file name {name!r} leads out of the folder")
+    for checksum in (shard.xxh3_128, shard.ends_xxh3_128):
+        if not _CHECKSUM.fullmatch(checksum):
+            raise ValueError(f"{shard.file} has the checksum {checksum!r}")
     for field in ("tokens", "documents", "bytes"):
         if type(count := getattr(shard, field)) is not int or count <= 0:
             raise ValueError(f"{shard.file} has {count!r} {field}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -57,6 +58,11 @@ def first_bad_id(tokens: np.ndarray, vocab_size: int) -> int | None:
 
 
 def _check_size(path: Path, expected_bytes: int) -> None:
+    if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(path.parent)):
+        raise UserError(
+            f"{path} is a link that leads out of the folder, whose manifest can only speak of what is in it. Copy the "
+            "file there, or move the whole folder and link to that."
+        )
     try:
         found = path.stat().st_size
     except FileNotFoundError:
