@@ -1,0 +1,47 @@
+"""Whether this node is fit to train: one line for each thing that is wrong, on every node before the ranks start.
+
+    python tools/check_node.py --folder runs/1b
+    srun --ntasks-per-node=1 python tools/check_node.py --folder runs/1b --gpus 8 --min-free-gb 200
+
+It looks at the run folder (takes data and gives it back, room, files, clock), temporary space, memory, the open-file limit
+and the GPUs (number, other processes, memory, throttling, errors of memory), and multiplies matrices on each device. It
+changes nothing. Exit code 0: nothing is wrong; 1: something is; 2: the arguments are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import socket
+import sys
+from pathlib import Path
+
+from pretrain import cli
+from pretrain.errors import UserError
+from pretrain.resilience.health import check_node
+
+
+def main() -> None:
+    options = _parse()
+    if (options.gpus or 0) < 0 or not options.min_free_gb >= 0:
+        raise UserError("--gpus and --min-free-gb take numbers from 0 on.")
+    host, healthy = socket.gethostname(), True
+    for finding in check_node(options.folder, options.gpus, options.min_free_gb):
+        print(f"{host}: {finding}", flush=True)
+        healthy = False
+    if not healthy:
+        sys.exit(1)
+    print(f"{host}: nothing is wrong")
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="run folder; it need not exist yet")
+    parser.add_argument("--gpus", type=int, help="GPUs that there must be (default: as many as there are)")
+    parser.add_argument(
+        "--min-free-gb", type=float, default=10.0, help="10^9 bytes that the run folder must have free (default: 10)"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    cli.run(main)
