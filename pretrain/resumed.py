@@ -19,11 +19,11 @@ def changes(checkpoint: Path, config: Config) -> list[str]:
     path = checkpoint / "config.yaml"
     try:
         stored = yaml.safe_load(path.read_text())
-        was = _flat({section: stored.get(section) for section in _SECTIONS})
+        was = flat({section: stored.get(section) for section in _SECTIONS})
     except (OSError, yaml.YAMLError, AttributeError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
     now = config.model_dump(mode="json")
-    found = _flat({section: now[section] for section in _SECTIONS})
+    found = flat({section: now[section] for section in _SECTIONS})
     return [
         f"{key}: {_shown(was, key)} -> {_shown(found, key)}"
         for key in dict.fromkeys([*was, *found])
@@ -35,12 +35,12 @@ def _shown(values: dict[str, Any], key: str) -> Any:
     return values.get(key, "absent")
 
 
-def _flat(value: Any) -> dict[str, Any]:
+def flat(value: Any) -> dict[str, Any]:
+    """Dotted keys of nested mappings; the methods of a list go by their names."""
     return dict(_pairs("", value))
 
 
 def _pairs(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Dotted keys; the methods of a list go by their names."""
     if isinstance(value, list) and all(isinstance(item, dict) and "name" in item for item in value):
         value = {item["name"]: item for item in value}
     if isinstance(value, dict):
