@@ -7,9 +7,11 @@ over the batch.)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
+from math import inf
 
 import torch
 import torch.distributed as dist
@@ -20,20 +22,31 @@ from pretrain.loss import CROSS_ENTROPY
 from pretrain.model import build_model
 from pretrain.optim import build_optimizer
 from pretrain.plan import Plan, validation_batches
+from pretrain.resilience.gate import Gate
+from pretrain.resilience.guard import Verdict
+from pretrain.resilience.phase import enter
 
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step that was taken, or skipped because an fp16 gradient overflowed.
+    """One optimizer step that was taken, or left out.
 
     losses: means over the targets of the global batch that count, float64 scalars on the device: `total`, which the step
     minimizes, and its parts, `cross_entropy` and the terms that methods add. loss_scale: what fp16 gradients were computed
-    at; 1 in other precisions.
+    at; 1 in other precisions. verdict: what the guard, or DeepSpeed at an fp16 overflow, found it to be. norm: of the
+    global gradient before clipping, None where it is not finite or DeepSpeed takes none. clip_factor: what ZClip shortened
+    the gradient by.
     """
 
     losses: dict[str, torch.Tensor]
     loss_scale: float
-    skipped: bool
+    verdict: Verdict
+    norm: float | None
+    clip_factor: float
+
+    @property
+    def skipped(self) -> bool:
+        return self.verdict.skip
 
 
 def build_engine(plan: Plan):
@@ -50,53 +63,47 @@ def build_engine(plan: Plan):
     return engine
 
 
-def train_step(engine, micro_batches: list[MicroBatch], lr: float, ranks: Ranks, masked: bool) -> Step:
-    """One optimizer step at learning rate `lr` over this rank's micro-batches.
+def train_step(gate: Gate, step: int, micro_batches: list[MicroBatch], lr: float, ranks: Ranks, masked: bool) -> Step:
+    """Optimizer step number `step` at learning rate `lr` over this rank's micro-batches, if the gate lets it through.
 
     masked: whether some targets of the run may not count; the same on every rank.
     """
+    engine = gate.engine
     loss_scale = float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
-    # At stage 0 DeepSpeed divides fp16 gradients by the loss scale, but never multiplies the loss by it.
-    left_to_us = loss_scale if engine.zero_optimization_stage() == 0 else 1.0
     engine.module.lm_head.gradient_scale = loss_scale
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     engine.train()
     divisor = _targets_per_micro_batch(micro_batches, ranks) if masked else None
     sums = 0.0
-    for batch in micro_batches:
+    for number, batch in enumerate(micro_batches, start=1):
+        enter("forward", step)
         losses = _losses(engine, batch.to(ranks.device), divisor)
-        engine.backward(losses["total"] * left_to_us)
-        engine.step()
+        enter("backward")
+        # At stage 0 DeepSpeed divides fp16 gradients by the loss scale, but never multiplies the loss by it.
+        engine.backward(losses["total"] * (loss_scale if engine.zero_optimization_stage() == 0 else 1.0))
         sums = sums + torch.stack([loss.detach().double() for loss in losses.values()])
-    means = _mean_over_ranks(sums / len(micro_batches), ranks)
-    return Step(dict(zip(losses, means.unbind(), strict=True)), loss_scale, skipped=not engine.was_step_applied())
-
-
-def grad_norm(engine, step: Step) -> float | None:
-    """The global gradient norm before clipping in `step`, the newest.
-
-    None where DeepSpeed computes none (fp32 at ZeRO stage 0) or that of Muon's updates, and where the step was skipped.
-    """
-    norm = engine.get_global_grad_norm()
-    if norm is None or step.skipped or _holds_updates(engine.optimizer):
-        return None
-    still_scaled = engine.zero_optimization_stage() == 0  # the only fp16 optimizer that leaves the scale in the norm
-    return float(norm) / (step.loss_scale if still_scaled else 1.0)
-
-
-def _holds_updates(optimizer) -> bool:
-    """Whether Muon has turned gradients into updates before the norm is taken; the bf16 optimizer does it after."""
-    uses_muon = any(group.get("use_muon") for group in optimizer.param_groups)
-    return uses_muon and not hasattr(optimizer, "fp32_groups_flat_partition")
+        if number == len(micro_batches):
+            enter("optimizer")
+            means = dict(zip(losses, _mean_over_ranks(sums / number, ranks).unbind(), strict=True))
+            gate.expect(step, means["total"], loss_scale)
+        engine.step()
+    decision = gate.passed()
+    norm = decision.norm if decision.norm != inf else None
+    return Step(means, loss_scale, decision.verdict, norm, decision.factor)
 
 
 @torch.no_grad()
-def validation_loss(engine, plan: Plan, ranks: Ranks) -> float:
-    """The plain cross-entropy over the first batches of the validation shards, the same tokens every time."""
+def validation_loss(engine, plan: Plan, ranks: Ranks, stopped: Callable[[], object]) -> float | None:
+    """The plain cross-entropy over the first batches of the validation shards, the same tokens every time.
+
+    None where `stopped`, asked before each batch, says so on all ranks.
+    """
     engine.eval()
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # of cross-entropies, of targets that count
     for batch in validation_batches(plan, ranks.rank):
+        if stopped():
+            return None
         batch = batch.to(ranks.device)
         counted = _count(batch)
         mean = _losses(engine, batch)[CROSS_ENTROPY].double()

@@ -19,6 +19,8 @@ from pretrain.deepspeed_config import deepspeed_config
 from pretrain.distributed import Ranks, initialize
 from pretrain.engine import build_engine, train_step, validation_loss
 from pretrain.model import bind_methods, hf_config, initialize_weights
+from pretrain.resilience.gate import Gate
+from pretrain.resilience.guard import Guard
 from pretrain.sharded import ShardedWeights
 from pretrain.tensor_parallel import data_rank, data_ranks
 
@@ -84,12 +86,18 @@ def examine(case: dict, ranks: Ranks) -> tuple[dict, dict[str, np.ndarray]]:
     weights = ShardedWeights(engine)
     initialize_weights(weights, config, 0.02)
     start = masters(engine) if config.parallel.tensor == 1 else {}
+    gate = Gate(engine, Guard(config.resilience.guard))
     steps = []
     for number in range(STEPS):
-        done = train_step(engine, share(batch(number), config, ranks), LR, ranks, masked=case.get("masked", True))
+        done = train_step(
+            gate, number + 1, share(batch(number), config, ranks), LR, ranks, masked=case.get("masked", True)
+        )
         steps.append({name: float(value) for name, value in done.losses.items()})
     pretrain.engine.validation_batches = lambda plan, rank: share(batch(STEPS), config, ranks)
-    return {"steps": steps, "validation": validation_loss(engine, SimpleNamespace(), ranks)}, start
+    return {
+        "steps": steps,
+        "validation": validation_loss(engine, SimpleNamespace(), ranks, stopped=lambda: False),
+    }, start
 
 
 def examine_all(cases: dict[str, dict], out: Path) -> None:

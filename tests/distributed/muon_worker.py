@@ -22,6 +22,8 @@ from pretrain.distributed import Ranks, initialize
 from pretrain.engine import train_step
 from pretrain.model import bind_methods, build_model, hf_config, initialize_weights
 from pretrain.optim import build_optimizer
+from pretrain.resilience.gate import Gate
+from pretrain.resilience.guard import Guard
 from pretrain.sharded import ShardedWeights
 
 VOCABULARY, SEQUENCES, LENGTH, STEPS = 101, 12, 16, 4
@@ -79,7 +81,7 @@ def learning_rate(number: int, peak: float, idle: int) -> float:
 
 
 def build(config: Config):
-    """The engine without values, its weights, and the configuration with methods that know the run."""
+    """The gate of an engine without values, its weights, and the configuration with methods that know the run."""
     import deepspeed
 
     ds_config = deepspeed_config(config, dist.get_world_size())
@@ -88,7 +90,7 @@ def build(config: Config):
     model = build_model(config, model_config, ds_config)
     with redirect_stdout(StringIO()):
         engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(model, config), config=ds_config)
-    return engine, ShardedWeights(engine), config
+    return Gate(engine, Guard(config.resilience.guard)), ShardedWeights(engine), config
 
 
 def masters(engine) -> dict[str, np.ndarray]:
@@ -99,41 +101,41 @@ def masters(engine) -> dict[str, np.ndarray]:
     return {name: (p.data if full is None else full).numpy().copy() for name, (full, p) in found.items()}
 
 
-def train(engine, weights: ShardedWeights, config: Config, ranks: Ranks, numbers: range, idle: int) -> None:
+def train(gate: Gate, weights: ShardedWeights, config: Config, ranks: Ranks, numbers: range, idle: int) -> None:
     share = SEQUENCES // ranks.world_size
     for number in numbers:
         mine = batch(number)[ranks.rank * share : (ranks.rank + 1) * share]
         micro_batches = list(map(MicroBatch, mine.split(config.data.micro_batch_size)))
-        train_step(engine, micro_batches, learning_rate(number, config.optim.lr, idle), ranks, masked=False)
+        train_step(gate, number, micro_batches, learning_rate(number, config.optim.lr, idle), ranks, masked=False)
         for method in config.methods:
             method.after_step(number, weights)
 
 
-def edit(engine, weights: ShardedWeights, config: Config, ranks: Ranks) -> dict[str, bool]:
+def edit(gate: Gate, weights: ShardedWeights, config: Config, ranks: Ranks) -> dict[str, bool]:
     """Whether `ShardedWeights` reads and changes the masters of this engine, and the change survives a step."""
-    before, moments = masters(engine), weights.moments()
+    before, moments = masters(gate.engine), weights.moments()
     read = [np.isclose(moments[name].std, w.std(ddof=1, dtype=np.float64), rtol=1e-9) for name, w in before.items()]
     weights.rescale_(dict.fromkeys(before, (0.5, 0.0)))
-    train(engine, weights, config, ranks, range(STEPS, STEPS + 1), idle=STEPS)
-    kept = [np.array_equal(w, before[name] * np.float32(0.5)) for name, w in masters(engine).items()]
+    train(gate, weights, config, ranks, range(STEPS, STEPS + 1), idle=STEPS)
+    kept = [np.array_equal(w, before[name] * np.float32(0.5)) for name, w in masters(gate.engine).items()]
     return {"moments_right": all(read), "rescaled_survives": all(kept)}
 
 
 def examine(case: dict, ranks: Ranks, out: str) -> tuple[dict[str, np.ndarray], dict]:
     """The weights before and after training (and after training on from a checkpoint), and facts."""
     idle = case.get("idle", 0)
-    engine, weights, config = build(run_config(case, ranks.world_size))
+    gate, weights, config = build(run_config(case, ranks.world_size))
     initialize_weights(weights, config, 0.02)
-    tables = {f"start/{name}": w for name, w in masters(engine).items()}
-    train(engine, weights, config, ranks, range(1, 3), idle)
-    engine.save_checkpoint(out, tag="two")
-    train(engine, weights, config, ranks, range(3, STEPS + 1), idle)
-    tables |= {f"end/{name}": w for name, w in masters(engine).items()}
-    facts = edit(engine, weights, config, ranks)
+    tables = {f"start/{name}": w for name, w in masters(gate.engine).items()}
+    train(gate, weights, config, ranks, range(1, 3), idle)
+    gate.engine.save_checkpoint(out, tag="two")
+    train(gate, weights, config, ranks, range(3, STEPS + 1), idle)
+    tables |= {f"end/{name}": w for name, w in masters(gate.engine).items()}
+    facts = edit(gate, weights, config, ranks)
     resumed, weights, _ = build(config)
-    resumed.load_checkpoint(out, tag="two")
+    resumed.engine.load_checkpoint(out, tag="two")
     train(resumed, weights, config, ranks, range(3, STEPS + 1), idle)
-    facts["resume_exact"] = all(np.array_equal(w, tables[f"end/{name}"]) for name, w in masters(resumed).items())
+    facts["resume_exact"] = all(np.array_equal(w, tables[f"end/{name}"]) for name, w in masters(resumed.engine).items())
     return tables, facts
 
 

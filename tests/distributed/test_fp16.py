@@ -125,6 +125,22 @@ def test_a_killed_run_goes_on_with_its_loss_scale(run_file: Path, overflowed, tm
             assert found[key] == expected[key], (step, key)
 
 
+@pytest.mark.parametrize("layout", EVERY)
+def test_gradients_that_overflow_at_the_smallest_scale_are_skips_of_the_guard(
+    run_file: Path, tmp_path: Path, layout: str
+) -> None:
+    stuck = OVERFLOWING | {"min_loss_scale": 2**19}
+    more = {"resilience.guard.max_skips": 2, "resilience.autopsy_steps": 1}
+    words = arguments(run_file, settings(tmp_path, "run", layout, stuck, **more))
+    assert run_ranks(words, tmp_path / "logs", prepare=allow_fp16_on_cpu).code == 4
+    found = events(tmp_path / "run", "not_finite")
+    assert [(event["step"], event["reason"]) for event in found] == [
+        (1, "the gradient norm is inf"),
+        (2, "the gradient norm is inf"),
+    ]
+    assert "there is no checkpoint from before them" in status(tmp_path / "run")["reason"]
+
+
 @pytest.mark.slow
 def test_fp16_goes_with_tensor_parallelism(run_file: Path, overflowed, tmp_path: Path) -> None:
     words = arguments(run_file, settings(tmp_path, "run", "zero3", OVERFLOWING, **{"parallel.tensor": 2}))
