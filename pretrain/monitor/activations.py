@@ -1,11 +1,13 @@
-"""Massive activations: the extremes of the residual stream after each block, on the probe batch.
+"""Massive activations: the extremes of the residual stream after each block.
 
-Per layer (Sun et al. 2024, "Massive Activations in Large Language Models"): the largest |h|, the median |h|, and the
-excess kurtosis E[(h − h̄)⁴]/σ⁴ − 3 over channels, averaged over tokens.
+On the probe batch, per layer (Sun et al. 2024, "Massive Activations in Large Language Models"): the largest |h|, the
+median |h|, and the excess kurtosis E[(h − h̄)⁴]/σ⁴ − 3 over channels, averaged over tokens. In training itself, the
+largest |h| alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -30,18 +32,43 @@ def _statistics(hidden: torch.Tensor) -> dict[str, float]:
 def record_activations(model: torch.nn.Module):
     """While open, each forward pass appends one row per decoder block (`layer` counted from 1) to the yielded list."""
     rows: Rows = []
-    blocks = model.base_model.layers if hasattr(model.base_model, "layers") else model.base_model.h
-
-    def hook(layer: int):
-        def record(module: torch.nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
-            hidden = output if isinstance(output, torch.Tensor) else output[0]
-            rows.append({"layer": layer, **_statistics(hidden.detach())})
-
-        return record
-
-    handles = [block.register_forward_hook(hook(layer)) for layer, block in enumerate(blocks, start=1)]
+    handles = _after_blocks(model, lambda layer, hidden: rows.append({"layer": layer, **_statistics(hidden)}))
     try:
         yield rows
     finally:
         for handle in handles:
             handle.remove()
+
+
+class LargestActivations:
+    """The largest |h| after each block over the forward passes in training mode, from now on until it is taken."""
+
+    def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
+        self._model = model
+        self._largest = torch.zeros(len(_after_blocks(model, self._note)), device=device)
+
+    def take(self) -> torch.Tensor:
+        """(blocks,) float32 on the device, of this rank; NaN where some h was. The next ones start from 0."""
+        taken, self._largest = self._largest, torch.zeros_like(self._largest)
+        return taken
+
+    @torch.no_grad()
+    def _note(self, layer: int, hidden: torch.Tensor) -> None:
+        if self._model.training:
+            lowest, highest = torch.aminmax(hidden)  # one pass, and no |h| in memory
+            place = self._largest[layer - 1]
+            torch.maximum(place, torch.maximum(-lowest, highest).float(), out=place)
+
+
+def _after_blocks(model: torch.nn.Module, note: Callable[[int, torch.Tensor], None]) -> list:
+    """Call `note` with the layer, from 1, and the residual stream after each block; returns the hooks' handles."""
+    blocks = model.base_model.layers if hasattr(model.base_model, "layers") else model.base_model.h
+
+    def hook(layer: int):
+        def record(module: torch.nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
+            hidden = output if isinstance(output, torch.Tensor) else output[0]
+            note(layer, hidden.detach())
+
+        return record
+
+    return [block.register_forward_hook(hook(layer)) for layer, block in enumerate(blocks, start=1)]

@@ -18,7 +18,7 @@ def trace_table(samples: Sequence[dict]) -> str:
             place = [""] * len(place)
         if sample["padding"]:
             rows.append([*place, "padding", sample["padding"], ""])
-    return _table(header, rows, right=(0, 2, 4))
+    return table(header, rows, right=(0, 2, 4))
 
 
 def trace_texts(samples: Sequence[dict], max_characters: int) -> str:
@@ -98,7 +98,7 @@ def _lengths(facts: dict) -> str:
     return (
         f"Length of documents in tokens: {quantiles}, mean {lengths['mean']:,.1f}.\n"
         f"Share of the tokens in documents of a length: {over}.\n\n"
-        + _table(("length", "documents", "of tokens", ""), rows, right=(0, 1, 2))
+        + table(("length", "documents", "of tokens", ""), rows, right=(0, 1, 2))
     )
 
 
@@ -107,14 +107,14 @@ def _top_tokens(facts: dict) -> str:
         (token["id"], token["count"], f"{token['count'] / facts['tokens']:.2%}", _quoted(token.get("text")))
         for token in facts["top_tokens"]
     ]
-    return _table(("id", "count", "of tokens", ""), rows, right=(0, 1, 2)) if rows else ""
+    return table(("id", "count", "of tokens", ""), rows, right=(0, 1, 2)) if rows else ""
 
 
 def _largest_sources(facts: dict) -> str:
     rows = [(source["tokens"], source["documents"], source["path"]) for source in facts["largest_sources"]]
     if not rows:
         return ""
-    return f"Files it was made from: {facts['source_files']:,}. Those that gave most:\n\n" + _table(
+    return f"Files it was made from: {facts['source_files']:,}. Those that gave most:\n\n" + table(
         ("tokens", "documents", "file"), rows, right=(0, 1)
     )
 
@@ -134,7 +134,7 @@ def _stretch(bounds: Sequence[int]) -> str:
     return f"{bounds[0]:,}-{bounds[1] - 1:,}"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[int] = ()) -> str:
+def table(header: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[int] = ()) -> str:
     """Aligned columns; those in `right` at their right ends."""
     cells = [list(header), *([f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]

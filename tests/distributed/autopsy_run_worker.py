@@ -1,0 +1,64 @@
+"""What a rank does: train to the step that reads the poisoned document, and write its autopsy."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from pretrain.config import load_config
+from pretrain.data.batches.samples import Rows
+from pretrain.distributed import initialize
+from pretrain.engine import build_engine, train_step
+from pretrain.model import initialize_weights
+from pretrain.plan import Plan, make_plan, training_batches
+from pretrain.resilience.autopsy import Autopsies, Recorder
+from pretrain.resilience.gate import Gate
+from pretrain.resilience.guard import Guard
+from pretrain.run_folder import RunFolder
+from pretrain.sharded import ShardedWeights
+
+POISON = "zq" * 300
+STEPS_BEFORE = 3
+
+
+def texts(plan: Plan, samples: range) -> list[str]:
+    """The inputs of samples of the run, decoded by transformers."""
+    feed = plan.corpora.feed()
+    rows = Rows.empty(len(samples), feed.seq_len, feed.dtype, feed.masked, feed.carries_documents)
+    feed.read(feed.at(np.asarray(samples)), rows)
+    return [plan.tokenizer.decode(tokens) for tokens in rows.tokens[:, :-1].tolist()]
+
+
+def examine(run_file: Path, settings: list[str], out: Path) -> None:
+    """The life of a rank: the autopsies are in the run's folder, and what is to be compared with them in `out`."""
+    ranks = initialize()
+    plan = make_plan(load_config(run_file, settings), ranks.world_size)
+    config, size = plan.config, plan.config.data.global_batch_size
+    read = texts(plan, range(40 * size))
+    poisoned = next(number for number, text in enumerate(read) if POISON[:20] in text and number >= STEPS_BEFORE * size)
+    position = (poisoned // size - STEPS_BEFORE) * size
+
+    folder = RunFolder(config.folder, ranks)
+    engine = build_engine(plan)
+    weights = ShardedWeights(engine)
+    initialize_weights(weights, config, 0.02)
+    gate, recorder = Gate(engine, Guard(config.resilience.guard)), Recorder(engine, weights, STEPS_BEFORE)
+    gate.watchers.append(recorder.gradients)
+    written = Autopsies(folder.path / "autopsies", config, recorder, ranks)
+    loader = training_batches(plan, ranks.rank, position)
+    paths = []
+    for step in range(1, STEPS_BEFORE + 3):
+        first, micro_batches = loader.position, loader.next_batch()
+        done = train_step(gate, step, micro_batches, 5e-3, ranks, plan.corpora.masked)
+        recorder.end_step(step, range(first, first + size), done.losses, 5e-3, done.clip_factor)
+        if step > STEPS_BEFORE:
+            paths.append(written.write(engine, "the loss is 9.1, which is a made-up spike", micro_batches))
+    (out / "no_folder").write_text("a file where the folder should be")
+    paths.append(Autopsies(out / "no_folder", config, recorder, ranks).write(engine, "not written", micro_batches))
+    loader.close()
+    if ranks.is_first:
+        samples = range(position + STEPS_BEFORE * size, position + (STEPS_BEFORE + 1) * size)
+        found = {"poisoned": poisoned, "samples": list(samples), "texts": [read[sample] for sample in samples]}
+        (out / "found.json").write_text(json.dumps({**found, "paths": [path and str(path) for path in paths]}))
+    os._exit(0)
