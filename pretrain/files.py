@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
+import re
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import xxhash
 
@@ -17,15 +21,58 @@ CANNOT_WRITE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENOTDIR, errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY),
 }
+# What passes by itself now and then: a file server that is taken over by another, a network that is gone for a moment.
+TRANSIENT = {
+    *(errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENOTCONN),
+    *(errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+    *(errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.EPIPE, errno.ESHUTDOWN),
+}
 # What a file system without locks answers (Lustre mounted without flock, say); then nobody is kept out.
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+PAUSES_S = (1, 2, 4)  # after which a transient failure is tried again
+
+log = logging.getLogger("evenkeel")
+T = TypeVar("T")
+
+
+def patiently(action: Callable[[], T], doing: str) -> T:
+    """`action()`, tried again where storage fails as TRANSIENT says, which is logged; other failures are raised at once.
+
+    doing: "writing FILE", for the log. The action must be able to begin anew.
+    """
+    for pause_s in PAUSES_S:
+        try:
+            return action()
+        except Exception as error:
+            number = error_number(error)
+            if number not in TRANSIENT:
+                raise
+            log.warning(f"{doing} failed ({os.strerror(number)}); trying again in {pause_s} s")
+        time.sleep(pause_s)
+    return action()
+
+
+def error_number(error: BaseException | None) -> int | None:
+    """What the system answered, as in `errno`, where `error` comes from it: libraries wrap it, or tell it in words."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        if told := re.search(r"\(os error (\d+)\)", str(error)):  # as libraries written in Rust do
+            return int(told[1])
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` atomically and durably."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` atomically and durably."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(aside, "w") as file:
-        file.write(text)
+    with open(aside, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(aside, path)

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 
+from pretrain.checkpoints.safe_load import read_tensors
+from pretrain.files import write_bytes
 from pretrain.methods import Method
 
 _FILE = "method_state.safetensors"
@@ -19,7 +21,8 @@ def save_method_state(folder: Path, methods: Sequence[Method], model: torch.nn.M
     for method in methods:
         tensors |= method.state(model)
     if tensors:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / _FILE)
+        content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+        write_bytes(folder / _FILE, content)
 
 
 def load_method_state(folder: Path, methods: Sequence[Method], model: torch.nn.Module) -> None:
@@ -30,6 +33,6 @@ def load_method_state(folder: Path, methods: Sequence[Method], model: torch.nn.M
 
 
 def read_method_state(folder: Path) -> dict[str, torch.Tensor]:
-    """What was saved, by name; empty where the methods of the run keep nothing."""
+    """What was saved, by name; empty where the methods of the run keep nothing. UserError if it cannot be read."""
     path = folder / _FILE
-    return load_file(path) if path.exists() else {}
+    return read_tensors(path) if path.exists() else {}

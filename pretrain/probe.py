@@ -12,9 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 
-from pretrain.files import write_json
+from pretrain.checkpoints.safe_load import read_tensors
+from pretrain.files import write_bytes, write_json
 from pretrain.sharded import Moments
 
 SEQUENCES = 2
@@ -49,13 +50,14 @@ def probe_positions(length: int) -> torch.Tensor:
 
 def save_probe(folder: Path, input_ids: torch.Tensor, logits: torch.Tensor, moments: dict[str, Moments]) -> None:
     """Write `probe.safetensors` and `moments.json` into a checkpoint folder."""
-    save_file({"input_ids": input_ids.cpu().contiguous(), "logits": logits.contiguous()}, folder / "probe.safetensors")
+    stored = {"input_ids": input_ids.cpu().contiguous(), "logits": logits.contiguous()}
+    write_bytes(folder / "probe.safetensors", save(stored))
     write_json(folder / "moments.json", {name: asdict(found) for name, found in moments.items()})
 
 
 def load_probe(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """(input_ids, logits) as stored by `save_probe`."""
-    stored = load_file(folder / "probe.safetensors")
+    """(input_ids, logits) as stored by `save_probe`. UserError if they cannot be read."""
+    stored = read_tensors(folder / "probe.safetensors", "input_ids", "logits")
     return stored["input_ids"], stored["logits"]
 
 

@@ -1,13 +1,25 @@
 """Which checkpoint a run starts from, and what verification sees, on one rank and without a model."""
 
+import builtins
+import errno
 import json
+import os
+import random
 import time
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from pretrain.checkpoint import Checkpoints, checkpoint_bytes, complete_checkpoints, verify
+from pretrain.checkpoints import Checkpoints, TrainerState
+from pretrain.checkpoints.folders import complete_checkpoints, put_in_place
+from pretrain.checkpoints.host_copy import host_copy
+from pretrain.checkpoints.manifest import verify
+from pretrain.checkpoints.random_states import random_states, restore_random_states
+from pretrain.checkpoints.room import checkpoint_bytes
+from pretrain.checkpoints.state import read_matching_state, save_state
 from pretrain.config import CheckpointSection
 from pretrain.distributed import Ranks
 from pretrain.errors import UserError
@@ -66,3 +78,112 @@ def test_unfinished_and_doomed_folders_are_no_checkpoints(tmp_path):
 
 def test_a_half_precision_checkpoint_takes_two_bytes_less_per_parameter():
     assert checkpoint_bytes(10**6, half=False) - checkpoint_bytes(10**6, half=True) == 2 * 10**6
+
+
+def flip(path: Path) -> None:
+    path.write_text(path.read_text().swapcase())
+
+
+def test_a_run_goes_back_to_the_newest_whole_checkpoint_of_a_step_or_before(tmp_path):
+    early, middle, late = (make_checkpoint(tmp_path, step) for step in (2, 5, 9))
+    said = []
+    checkpoints = Checkpoints(tmp_path, CheckpointSection(), ALONE, said.append)
+    assert [checkpoints.find_before(step) for step in (1, 2, 4, 5, 8, 9, 99)] == [
+        None, early, early, middle, middle, late, late
+    ]  # fmt: skip
+    flip(middle / "b")
+    assert said == []
+    assert checkpoints.find_before(8) == early
+    assert len(said) == 1
+    assert said[0].startswith(f"skipping a damaged checkpoint: {middle / 'b'} does not match")
+    flip(early / "a")
+    assert checkpoints.find_before(8) is None
+    assert all(path.exists() for path in (early, middle, late))
+
+
+def test_a_checkpoint_takes_the_place_of_one_of_the_same_step(tmp_path):
+    """Also where an attempt has got as far as the first rename, or has done everything and been told that it failed."""
+    for stage in range(3):
+        folder = tmp_path / str(stage)
+        old = make_checkpoint(folder, 5)
+        (old / "a").write_text("old")
+        aside = make_checkpoint(folder / "x", 5).rename(folder / ".step_00000005.incomplete")
+        if stage > 0:
+            old.rename(folder / ".step_00000005.deleting")
+        if stage > 1:
+            aside.rename(old)
+        put_in_place(aside, old)
+        verify(old)
+        assert sorted(path.name for path in folder.iterdir()) == ["step_00000005", "x"]
+
+
+class Disk:
+    """Opens files as `open` does, but for the first `failures` times that `name` is opened."""
+
+    def __init__(self, name: str, number: int, failures: int) -> None:
+        self.name, self.number, self.failures, self.open = name, number, failures, open
+
+    def __call__(self, path, *arguments, **options):
+        if Path(path).name == self.name and self.failures > 0:
+            self.failures -= 1
+            raise OSError(self.number, os.strerror(self.number), str(path))
+        return self.open(path, *arguments, **options)
+
+
+def test_storage_that_fails_for_a_moment_damages_no_checkpoint_and_one_that_stays_away_does(tmp_path, monkeypatch):
+    old, new = make_checkpoint(tmp_path, 2), make_checkpoint(tmp_path, 4)
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    for number, failures, expected, pauses in (
+        (errno.EIO, 3, new, [1, 2, 4]),
+        (errno.ESTALE, 4, old, [1, 2, 4]),
+        (errno.EACCES, 1, old, []),
+    ):
+        slept.clear()
+        disk = Disk("b", number, failures)
+        monkeypatch.setattr(builtins, "open", disk)
+        assert found(tmp_path, "auto") == expected
+        monkeypatch.setattr(builtins, "open", disk.open)
+        assert slept == pauses
+    assert new.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"step": "5"}, "step: Input should be a valid integer"), ({"tempo": 3}, "tempo: "), ({"seed": None}, "seed: ")],
+)
+def test_a_state_of_another_trainer_is_refused_by_the_name_of_its_field(tmp_path, change, message):
+    state = TrainerState(5, 40, 1, 3, "fp32", {}, "data", "tokenizer", 7, 32, 8)
+    save_state(tmp_path, state)
+    assert read_matching_state(tmp_path, state, ()) == state
+    (tmp_path / "trainer.json").write_text(json.dumps(asdict(state) | change))
+    with pytest.raises(UserError, match=f"trainer.json was written by another version of the trainer: {message}"):
+        read_matching_state(tmp_path, state, ())
+
+
+def test_random_states_come_back_through_a_file_that_runs_nothing(tmp_path):
+    draw = lambda: (random.random(), np.random.rand(), float(torch.rand(())), random.gauss(0, 1), np.random.randn())  # noqa: E731
+    draw()
+    torch.save(random_states(), tmp_path / "rng.pt")
+    expected = [draw() for _ in range(3)]
+    restore_random_states(torch.load(tmp_path / "rng.pt", weights_only=True))
+    assert [draw() for _ in range(3)] == expected
+
+
+def test_a_host_copy_keeps_values_and_shared_memory_and_nothing_of_the_original(tmp_path):
+    flat = torch.arange(12.0)
+    state = {
+        "whole": flat,
+        "part": flat[3:7].view(2, 2),
+        "options": {"lr": 0.1, "betas": (0.9, 0.95)},
+        "half": flat.bfloat16(),
+    }
+    copy = host_copy(state)
+    flat.zero_()
+    state["options"]["lr"] = 0.2
+    assert torch.equal(copy["whole"], torch.arange(12.0))
+    assert copy["part"].tolist() == [[3, 4], [5, 6]]
+    assert copy["options"] == {"lr": 0.1, "betas": (0.9, 0.95)}
+    assert torch.equal(copy["half"], torch.arange(12.0).bfloat16())
+    copy["whole"][3] = 9
+    assert copy["part"][0, 0] == 9

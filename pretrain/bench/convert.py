@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 
 from pretrain.bench.table import render
-from pretrain.checkpoint import resolve
+from pretrain.checkpoints.folders import resolve
 
 # Every program gets the checkpoint and a folder that does not exist yet.
 _HEAD = "import sys; from pathlib import Path; checkpoint, out = map(Path, sys.argv[1:]); "

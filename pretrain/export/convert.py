@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
-from pretrain.checkpoint import resolve, verify
+from pretrain.checkpoints.folders import resolve
+from pretrain.checkpoints.manifest import verify
 from pretrain.config import Config, load_config
 from pretrain.data.contents import read_json
 from pretrain.errors import UserError
@@ -89,7 +90,7 @@ def write_model(checkpoint: Path, folder: Path, config: Config, dtype: torch.dty
 
     Where no stock architecture can hold what was trained, it is Evenkeel's own, whose modelling file is written as well.
     """
-    hf_config = AutoConfig.from_pretrained(checkpoint / "hf", local_files_only=True)
+    hf_config = AutoConfig.from_pretrained(checkpoint / "hf", local_files_only=True, trust_remote_code=False)
     config = bind_methods(config, hf_config)
     tensors = checked(dict(master_weights(checkpoint / "deepspeed")), checkpoint)
     folding = [method for method in config.methods if type(method).fold is not Method.fold]
@@ -141,9 +142,9 @@ def _export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> Exported:
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:
-    """Everything that the trainer saved beside the model's configuration."""
+    """Everything that the trainer saved beside the model's configuration; never code, which it does not save."""
     for path in source.iterdir():
-        if path.name != "config.json":
+        if path.name != "config.json" and path.suffix != ".py":
             shutil.copyfile(path, folder / path.name)
 
 

@@ -1,21 +1,20 @@
 """Files of `torch.save` opened without reading their tensors.
 
-A file is unpickled with its tensors on the meta device: they have shapes and know where their bytes lie, and nothing
-more. Objects of other libraries (DeepSpeed's loss scaler, say) become placeholders, so those libraries are neither
-needed nor run.
+A file is read with its tensors on the meta device: they have shapes and know where their bytes lie, and nothing more.
+Objects of other libraries (DeepSpeed's loss scaler, say) become placeholders, so those libraries are neither needed nor
+run, and nothing else in the file is.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from pretrain.checkpoints.safe_load import read_safely
 from pretrain.errors import UserError
 
 _BLOCK = 1 << 20  # elements
@@ -85,10 +84,7 @@ def one_below_the_other(parts: Sequence[StoredWeight]) -> StoredWeight:
 
 def open_stored(path: Path) -> Any:
     """What was saved in `path`, with its tensors on the meta device. Raises UserError if torch cannot read it."""
-    try:
-        return torch.load(path, map_location="meta", pickle_module=_PICKLE, weights_only=False)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is not a file that torch can read: {error}.") from error
+    return read_safely(path, device="meta", stand_in=_Placeholder)
 
 
 def span(path: Path, tensor: torch.Tensor, start: int = 0, count: int | None = None) -> Span:
@@ -121,13 +117,3 @@ class _Placeholder:
     def __init__(self, *arguments: Any) -> None: ...
 
     def __setstate__(self, state: Any) -> None: ...
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module in ("collections", "torch", "torch._utils", "torch._tensor"):
-            return super().find_class(module, name)
-        return _Placeholder
-
-
-_PICKLE = SimpleNamespace(__name__="pickle", Unpickler=_Unpickler)  # what torch.load asks of a pickle module

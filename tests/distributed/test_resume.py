@@ -125,7 +125,7 @@ def half_done(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_rank_draws_random_numbers_of_its_own(half_done: Path) -> None:
     states = [
-        torch.load(half_done / f"checkpoints/step_00000002/rng_rank_{rank}.pt", weights_only=False) for rank in range(2)
+        torch.load(half_done / f"checkpoints/step_00000002/rng_rank_{rank}.pt", weights_only=True) for rank in range(2)
     ]
     assert not torch.equal(states[0]["torch"], states[1]["torch"])
 
@@ -318,6 +318,14 @@ def test_only_the_newest_checkpoints_and_the_chosen_multiples_are_kept(run_file:
     assert kept == ["latest", *(f"step_{step:08d}" for step in (3, 6, 7, 8))]
 
 
+def test_a_damaged_checkpoint_does_not_count_among_those_that_are_kept(run_file: Path, folder: Path) -> None:
+    damage_newest(folder)
+    keep = {"steps": 3, "checkpoint.interval_steps": 1, "checkpoint.keep_last": 2}
+    assert run_ranks(arguments(run_file, go_on(folder, **keep)), folder.parent / "logs").code == 0
+    kept = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
+    assert kept == ["step_00000002", "step_00000003", "step_00000004"]
+
+
 def test_starting_over_in_a_used_folder_does_not_lose_the_new_checkpoints(run_file: Path, folder: Path) -> None:
     anew = go_on(folder, steps=3, **{"checkpoint.resume": "never", "checkpoint.interval_steps": 1})
     anew |= {"checkpoint.keep_last": 1, "optim.lr": 1e-3}
@@ -376,10 +384,7 @@ def test_a_write_that_fails_halfway_through_a_save_leaves_the_older_checkpoint_w
     assert min(path.stat().st_size for path in shards_of(folder / "checkpoints/step_00000004")) > 300_000
     checkpoints = contents(folder / "checkpoints")
     ended = run_ranks(arguments(run_file, go_on(folder)), folder.parent / "logs", limits=limits)
-    assert ended.code == 2
-    assert "could not write the checkpoint of step 6" in ended.stderr
-    assert "The older checkpoints are intact" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    assert_refused(ended, "could not write the checkpoint", "step_00000006", "File too large", "checkpoints are intact")
     assert {n: h for n, h in contents(folder / "checkpoints").items() if ".incomplete" not in n} == checkpoints
     assert status(folder)["status"] == "failed"
     assert run_ranks(arguments(run_file, go_on(folder)), folder.parent / "logs").code == 0

@@ -1,0 +1,75 @@
+"""DeepSpeed's files of a checkpoint, which DeepSpeed itself neither writes nor reads.
+
+It hands over what each file is to hold, and is handed what each file holds. Between its writes lie barriers: a rank whose
+disk fails there would leave the others waiting for ever. And its reads would run whatever a file tells them to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pretrain.checkpoints.safe_load import read_safely
+
+_FOLDER = "deepspeed"
+
+
+def gather_shards(engine, folder: Path) -> dict[Path, Any]:
+    """What this rank's files in the checkpoint `folder` are to hold, tensors being those of `engine`. Collective."""
+    with _in_memory(engine, {}) as files:
+        engine.save_checkpoint(str(folder), tag=_FOLDER, save_latest=False)
+    return {Path(path): content for path, content in files.items()}
+
+
+def read_shards(engine, folder: Path) -> dict[str, Any]:
+    """This rank's files in the checkpoint `folder`. UserError if one cannot be read safely."""
+    paths = {engine._get_ckpt_name(folder, _FOLDER), *engine._get_all_ckpt_names(folder, _FOLDER)[:1]}
+    if engine.zero_optimization():
+        paths.add(engine._get_zero_ckpt_name(folder, _FOLDER))
+    return {path: read_safely(Path(path)) for path in paths}
+
+
+def load_shards(engine, folder: Path, files: dict[str, Any]) -> None:
+    """Give `engine` the weights and optimizer states of `read_shards`; its optimizer's options stay. Collective."""
+    groups = engine.optimizer.param_groups
+    options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    with _in_memory(engine, files):
+        engine.load_checkpoint(str(folder), tag=_FOLDER)
+    for group, own in zip(engine.optimizer.param_groups, options, strict=True):
+        group.update(own)
+
+
+@contextmanager
+def _in_memory(engine, files: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """DeepSpeed's writes go to `files`, by path, and its reads come from there."""
+    own, engine.checkpoint_engine = engine.checkpoint_engine, _Memory(files)
+    engine._copy_recovery_script = lambda folder: None  # it writes past the checkpoint engine
+    try:
+        yield files
+    finally:
+        engine.checkpoint_engine = own
+        del engine._copy_recovery_script
+
+
+class _Memory:
+    """As deepspeed.runtime.checkpoint_engine.CheckpointEngine, without importing it."""
+
+    def __init__(self, files: dict[str, Any]) -> None:
+        self.files = files
+
+    def create(self, info: Any) -> None: ...
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None: ...
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.files[path] = state_dict
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        return self.files[path]
+
+    def commit(self, info: Any) -> None: ...
+
+    def is_decoupled(self) -> bool:
+        return False

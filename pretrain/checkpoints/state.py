@@ -1,0 +1,107 @@
+"""What the trainer itself must remember, and whether a run may go on from what another has remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from pretrain.errors import UserError
+from pretrain.files import patiently, write_json
+
+_FILE = "trainer.json"
+_DATA_KEYS = ("data.train", "data.shuffle", "data.packing", "data.document_attention")
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """What the trainer itself must remember; everything else is a function of it, the configuration and the weights.
+
+    step: optimizer steps done. samples: samples of the run's order consumed by all ranks. The rest identifies the
+    run, so that a checkpoint of another one is refused; None: an older trainer did not write it down. forward: a digest of
+    what forward computes with besides `model`: names and shapes of all weights, methods that act there. evaluation_due:
+    a stop has cut short the evaluation of this step. guard: what the guard against bad steps remembers.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    step: int
+    samples: int
+    world_size: int
+    zero_stage: int
+    precision: str
+    model: dict[str, Any]
+    data_fingerprint: str
+    tokenizer_fingerprint: str
+    seed: int
+    seq_len: int
+    global_batch_size: int
+    tensor_parallel: int = 1
+    forward: str | None = None
+    optimizer: str | None = None
+    evaluation_due: bool = False
+    guard: dict[str, Any] | None = None
+
+
+_WHY_EQUAL = {
+    "world_size": "elastic resume is not supported yet: start the same number of ranks",
+    "tensor_parallel": "DeepSpeed's shards of one tensor-parallel size cannot be loaded by another: set parallel.tensor",
+    "zero_stage": "DeepSpeed's shards of one stage cannot be loaded by another: name the same stage",
+    "precision": "DeepSpeed's shards of one precision cannot be loaded in another: name the same precision",
+    "model": "it is a checkpoint of another architecture",
+    "forward": "the weights would serve another function with this run's. Give back the methods, or start anew: "
+    "checkpoint.resume=never and another name",
+    "optimizer": "its optimizer state belongs to another optimizer. Give back optim.name",
+    "data_fingerprint": "its sample order belongs to other token shards, or to other weights, shuffling or packing of them. "
+    "Give back these keys, or start anew: checkpoint.resume=never and another name",
+    "tokenizer_fingerprint": "it was trained with another tokenizer",
+    "seed": "its sample order belongs to another seed",
+    "seq_len": "its sample order belongs to another sequence length",
+    "global_batch_size": "its sample order belongs to another batch size",
+}
+
+
+def save_state(folder: Path, state: TrainerState) -> None:
+    """Write the state into a checkpoint folder."""
+    write_json(folder / _FILE, asdict(state))
+
+
+def read_matching_state(folder: Path, expected: TrainerState, changed: Sequence[str]) -> TrainerState:
+    """The state in a checkpoint folder. UserError names the first thing that makes it another run's than `expected`.
+
+    changed: what the run file asks otherwise than the checkpoint's, to explain a refusal.
+    """
+    state = _read_state(folder / _FILE)
+    for key, reason in _WHY_EQUAL.items():
+        stored, wanted = getattr(state, key), getattr(expected, key)
+        if stored in (wanted, None):
+            continue
+        if key == "forward":
+            found = f"it was trained with other methods ({'; '.join(changed) or 'in another order'})"
+        elif key == "data_fingerprint":
+            of_data = [change for change in changed if change.startswith(_DATA_KEYS)]
+            found = f"it was trained on other data ({'; '.join(of_data) or 'at the same place'})"
+        else:
+            found = _difference(key, stored, wanted)
+        raise UserError(f"cannot resume from {folder}: {found}; {reason}.")
+    return state
+
+
+def _read_state(path: Path) -> TrainerState:
+    try:
+        return TypeAdapter(TrainerState).validate_json(patiently(path.read_bytes, f"reading {path}"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    except ValidationError as error:
+        found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise UserError(f"{path} was written by another version of the trainer: {found}.") from error
+
+
+def _difference(key: str, stored: Any, wanted: Any) -> str:
+    if isinstance(stored, dict):
+        fields = [name for name in {**stored, **wanted} if stored.get(name) != wanted.get(name)]
+        stored, wanted = ({name: values.get(name) for name in fields} for values in (stored, wanted))
+    return f"it has {key} {stored}, this run {wanted}"
