@@ -26,7 +26,7 @@ test: setup
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/shellcheck .ci/run slurm/*.sbatch
+	$(VENV)/bin/shellcheck -x .ci/run slurm/*
 
 clean:
 	rm -rf $(VENV)
