@@ -29,6 +29,7 @@ from pydantic import (
 from transformers import AutoConfig, PreTrainedConfig
 
 from pretrain.config_errors import explain
+from pretrain.credentials import credential_in
 from pretrain.errors import UserError
 from pretrain.init import AnyInit, NormalInit
 from pretrain.methods import REGISTRY, decisions_that_clash
@@ -129,6 +130,13 @@ class DataSection(Section):
     verify: Literal["full", "size"] = "full"
     cache: CacheSection = CacheSection()
 
+    @field_validator("train", "val", mode="before")
+    @classmethod
+    def _without_credentials(cls, given: Any) -> Any:
+        if fault := credential_in(str(given)):
+            raise ValueError(fault)
+        return given
+
     @field_validator("train", mode="before")
     @classmethod
     def _one_folder_is_a_mixture_of_one(cls, given: Any) -> Any:
@@ -178,9 +186,21 @@ class MuonSection(Section):
     ns_method: Literal["gram", "standard"] = "gram"
 
 
+class ZClipSection(Section):
+    """Clipping that adapts to the run (ZClip, Kumar et al. 2025, arXiv 2504.02507, algorithm 1).
+
+    z_threshold: standard deviations above the mean gradient norm from which it is clipped. alpha: decay of the running
+    mean and variance. warmup_steps: steps that they are first taken from, unclipped.
+    """
+
+    z_threshold: float = Field(2.5, gt=0)
+    alpha: float = Field(0.97, gt=0, lt=1)
+    warmup_steps: int = Field(25, ge=2)
+
+
 class OptimSection(Section):
     """The optimizer. lr and weight_decay are AdamW's; weight_decay acts on matrices only; grad_clip null turns clipping
-    off. muon only goes with that `name`, and with grad_clip null.
+    off. muon only goes with that `name`, and with grad_clip null. zclip clips by the run's own norms, after grad_clip.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -189,6 +209,7 @@ class OptimSection(Section):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     grad_clip: float | None = Field(1.0, gt=0)
+    zclip: ZClipSection | None = None
     muon: MuonSection = MuonSection()
     schedule: ScheduleSection = ScheduleSection()
 
@@ -200,6 +221,10 @@ class OptimSection(Section):
             raise ValueError(
                 "with 'name: muon' grad_clip must be null: DeepSpeed clips after Muon has made its updates, by their "
                 "norm, which is the larger the more matrices the model has, so every step would be far too short"
+            )
+        if self.name == "muon" and self.zclip is not None:
+            raise ValueError(
+                "with 'name: muon' zclip must be null: an update of Muon's does not grow with the gradient"
             )
         return self
 
@@ -219,13 +244,15 @@ class CheckpointSection(Section):
     """When to save, what to keep, where to start.
 
     keep_last: newest checkpoints kept. keep_every_steps: multiples of it are kept for ever. resume: `auto` (the
-    newest valid checkpoint of the run folder, else from scratch), `never`, or the path of one checkpoint.
+    newest valid checkpoint of the run folder, else from scratch), `never`, or the path of one checkpoint. asynchronous:
+    training goes on while a checkpoint is written, from a copy in the host's memory.
     """
 
     interval_steps: int = Field(500, gt=0)
     keep_last: int = Field(3, gt=0)
     keep_every_steps: int | None = Field(None, gt=0)
     resume: str = "auto"
+    asynchronous: bool = False
 
 
 class EvalSection(Section):
@@ -251,6 +278,36 @@ class LogSection(Section):
     wandb: WandbSection = WandbSection()
 
 
+class GuardSection(Section):
+    """What happens to steps that would harm the run.
+
+    A step whose loss or gradient norm is not finite is always skipped: the batch counts, the weights stay. spikes: what to
+    do where either lies `sigma` standard deviations above its mean over the last `window_steps` steps: `report` it, or
+    `skip` the step too. max_skips: after so many skips in a row the run rolls back to the checkpoint before them and goes
+    on with the data after them; max_rollbacks: how often, before it ends.
+    """
+
+    spikes: Literal["report", "skip"] = "report"
+    sigma: float = Field(6.0, gt=0)
+    window_steps: int = Field(128, ge=8)
+    max_skips: int = Field(10, gt=0)
+    max_rollbacks: int = Field(3, ge=0)
+
+
+class ResilienceSection(Section):
+    """Faults and bad days.
+
+    watchdog_s: a phase of the run that takes longer ends it, with the stacks of all ranks; null never does.
+    agreement_interval_steps: how often the ranks compare what they must have in common. autopsy_steps: steps that are
+    remembered for the autopsy of a spike.
+    """
+
+    watchdog_s: float | None = Field(600.0, gt=0)
+    agreement_interval_steps: int = Field(500, gt=0)
+    autopsy_steps: int = Field(8, gt=0)
+    guard: GuardSection = GuardSection()
+
+
 AnyModelSection = Annotated[reduce(or_, map(_family_section, FAMILIES)), Field(discriminator="family")]
 AnyMethod = Annotated[reduce(or_, REGISTRY.values()), Field(discriminator="name")]
 
@@ -263,7 +320,7 @@ class Config(Section):
     activation_checkpointing: recompute blocks in backward.
     """
 
-    name: str = Field(pattern=r"^[\w.\-]+$")
+    name: str = Field(pattern=r"^\w[\w.\-]*$")
     out: str = "runs"
     seed: int = Field(0, ge=0)
     model: AnyModelSection
@@ -280,6 +337,7 @@ class Config(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     eval: EvalSection = EvalSection()
     log: LogSection = LogSection()
+    resilience: ResilienceSection = ResilienceSection()
 
     @model_validator(mode="after")
     def _one_length(self) -> Config:

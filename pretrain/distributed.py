@@ -11,6 +11,7 @@ import socket
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -20,15 +21,18 @@ from pretrain.errors import SharedUserError, UserError
 
 Result = TypeVar("Result")
 
+_control_group: dist.ProcessGroup | None = None
+
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place in the run and the device it computes on."""
+    """This process's place in the run and the device it computes on. launched: by a launcher that watches over it."""
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
+    launched: bool = False
 
     @property
     def is_first(self) -> bool:
@@ -67,9 +71,15 @@ def map_environment() -> None:
         os.environ["MASTER_PORT"] = str(_free_port())
 
 
-def initialize() -> Ranks:
-    """Join the run's process group (NCCL on GPUs, gloo on CPU) and choose this rank's device and threads."""
+def initialize(timeout_s: float | None = None) -> Ranks:
+    """Join the run's process group (NCCL on GPUs, gloo on CPU) and choose this rank's device and threads.
+
+    timeout_s: how long a collective may take before the library gives it up; None for the library's own limit.
+    """
+    global _control_group
+    launched = "RANK" in os.environ or "SLURM_STEP_ID" in os.environ
     map_environment()
+    timeout = {} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}
     import deepspeed
     import deepspeed.ops
 
@@ -77,7 +87,7 @@ def initialize() -> Ranks:
     if torch.cuda.is_available():
         device = _bound_gpu(local_rank)
         torch.cuda.set_device(device)
-        deepspeed.init_distributed(dist_backend="nccl")
+        deepspeed.init_distributed(dist_backend="nccl", **timeout)
     else:
         device = torch.device("cpu")
         # DeepSpeed would compile a shared-memory collective here, which needs a C++ compiler and minutes; gloo does
@@ -85,8 +95,17 @@ def initialize() -> Ranks:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
-        deepspeed.init_distributed(dist_backend="gloo")
-    return Ranks(rank, local_rank, world_size, device)
+        deepspeed.init_distributed(dist_backend="gloo", **timeout)
+    _control_group = dist.new_group(backend="gloo", **timeout)
+    return Ranks(rank, local_rank, world_size, device, launched)
+
+
+def control_group() -> dist.ProcessGroup | None:
+    """All ranks over gloo, for what they agree on between steps: small CPU tensors that no GPU is waited for.
+
+    None, the default group, before `initialize`.
+    """
+    return _control_group
 
 
 def on_every_rank(action: Callable[[], Result]) -> Result:
@@ -122,7 +141,7 @@ def all_gather_object(value: object) -> list:
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values: list = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=control_group())
     return values
 
 

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from pretrain.checkpoint import TrainerState, checkpoint_bytes, complete_checkpoints
+from pretrain.checkpoints import TrainerState
+from pretrain.checkpoints.folders import complete_checkpoints
+from pretrain.checkpoints.room import checkpoint_bytes
 from pretrain.config import Config
 from pretrain.corpora import Corpora, open_corpora
 from pretrain.data import load_tokenizer
@@ -79,15 +81,11 @@ class Plan:
     def flops_per_token(self) -> float:
         return flops_per_token(self.weights, self.model_config, self.config.data.seq_len)
 
-    def samples_after(self, step: int) -> int:
-        """How many samples of the run's order all ranks together have consumed after `step` steps."""
-        return step * self.config.data.global_batch_size
-
-    def state_at(self, step: int) -> TrainerState:
-        """What a checkpoint of this run at `step` stores."""
+    def state_at(self, step: int, samples: int) -> TrainerState:
+        """What a checkpoint of this run stores after `step` steps and `samples` samples of all ranks."""
         return TrainerState(
             step=step,
-            samples=self.samples_after(step),
+            samples=samples,
             world_size=self.world_size,
             tensor_parallel=self.config.parallel.tensor,
             zero_stage=self.zero_stage,
@@ -146,8 +144,8 @@ def _check_touches(method: Method, weights: list[Weight]) -> None:
         raise UserError(f"methods: {method.name} matches no weight of the model, so it would do nothing. Remove it.")
 
 
-def training_batches(plan: Plan, rank: int, step: int) -> Loader:
-    """Rank `rank`'s batches from optimizer step `step` + 1 on; ranks of a tensor-parallel group have the same."""
+def training_batches(plan: Plan, rank: int, samples: int) -> Loader:
+    """Rank `rank`'s batches from the run's sample number `samples` on; ranks of a tensor-parallel group have the same."""
     data = plan.config.data
     return Loader(
         plan.corpora.feed(),
@@ -155,7 +153,7 @@ def training_batches(plan: Plan, rank: int, step: int) -> Loader:
         micro_batch_size=data.micro_batch_size,
         rank=data_rank(plan.config, rank),
         world_size=plan.data_ranks,
-        position=plan.samples_after(step),
+        position=samples,
         pin_memory=torch.cuda.is_available(),
     )
 

@@ -6,7 +6,6 @@ import fcntl
 import logging
 import platform
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ from pretrain.data.contents import read_json
 from pretrain.distributed import Ranks, all_gather_object, from_first_rank, on_every_rank
 from pretrain.errors import UserError
 from pretrain.files import NO_LOCKS, write_json, write_text
+from pretrain.snapshot import code_version
 
 log = logging.getLogger("evenkeel")
 
@@ -50,11 +50,11 @@ class RunFolder:
         self.status("running")
 
     def status(self, status: str, reason: str = "") -> None:
-        """Record running, finished, preempted or failed."""
+        """Record running, finished, preempted or stopped."""
         if self.ranks.is_first:
             self._write_status(status, reason)
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str, exit_code: int) -> None:
         """Record a failure of this rank, if the disk still takes it.
 
         What an earlier run left is not touched, nor what another rank has recorded: its failure ended the others.
@@ -62,14 +62,14 @@ class RunFolder:
         with suppress(OSError, UserError):
             recorded = self._recorded()
             if recorded is None or (self.begun and recorded != "failed"):
-                self._write_status("failed", reason)
+                self._write_status("failed", reason, exit_code=exit_code)
 
     def _recorded(self) -> str | None:
         path = self.path / "status.json"
         return read_json(path).get("status") if path.exists() else None
 
-    def _write_status(self, status: str, reason: str) -> None:
-        write_json(self.path / "status.json", {"status": status, "step": self.step, "reason": reason})
+    def _write_status(self, status: str, reason: str, **more: int) -> None:
+        write_json(self.path / "status.json", {"status": status, "step": self.step, "reason": reason, **more})
 
     def _create(self) -> None:
         try:
@@ -134,21 +134,10 @@ def _environment(hosts: list[str]) -> dict:
         "packages": {name: metadata.version(name) for name in _PACKAGES},
         "cuda": torch.version.cuda,
         "ranks": hosts,
-        "git_revision": _git("rev-parse", "HEAD"),
-        "git_changed_files": (_git("status", "--porcelain") or "").splitlines(),
+        **code_version(),
         "command": sys.argv,
     }
 
 
 def _device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu x{torch.get_num_threads()} threads"
-
-
-def _git(*arguments: str) -> str | None:
-    """git's answer about this code, or None outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

@@ -29,6 +29,7 @@ TINY = {
     "checkpoint": {"interval_steps": 4},
     "eval": {"interval_steps": 4, "batches": 2},
     "log": {"interval_steps": 1, "weights_interval_steps": 3, "activations_interval_steps": 4},
+    "resilience": {"agreement_interval_steps": 1},
 }
 
 

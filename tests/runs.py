@@ -229,6 +229,16 @@ def wait_for(processes: list[subprocess.Popen]) -> Ended:
     return Ended([process.returncode for process in processes], out, err)
 
 
+def deepspeed(words: list[str]) -> list[subprocess.Popen]:
+    """`train.py` on two ranks under the deepspeed launcher."""
+    return [open_process(["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), TRAIN, *words])]
+
+
+def torchrun(words: list[str]) -> list[subprocess.Popen]:
+    """`train.py` on two ranks under torchrun."""
+    return [open_process(["torchrun", "--standalone", "--nproc-per-node", "2", TRAIN, *words])]
+
+
 def free_port(first: int = 10_000, last: int = 19_999) -> int:
     """A port on the loopback that nobody listens on, within first..last; each call starts after the one before.
 
@@ -269,9 +279,9 @@ def status(folder: Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def wait_until(condition: Callable[[], bool], job: Job) -> None:
-    """Poll until `condition` holds; fails if the job ends first."""
-    deadline = time.monotonic() + PATIENCE_S
+def wait_until(condition: Callable[[], bool], job: Job, patience_s: float = PATIENCE_S) -> None:
+    """Poll until `condition` holds; fails if the job ends first, or after `patience_s`."""
+    deadline = time.monotonic() + patience_s
     while not condition():
         assert job.running, f"the run ended before what was waited for: {job.wait()}"
         assert time.monotonic() < deadline, "waited in vain"

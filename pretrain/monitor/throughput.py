@@ -59,6 +59,10 @@ class Throughput:
         self._started = time.perf_counter()
         self._paused_at = self._paused_s = 0.0
 
+    def restart(self, step: int) -> None:
+        """Measure from now on, where `step` steps are done."""
+        self._step, self._started, self._paused_s = step, time.perf_counter(), 0.0
+
     def pause(self) -> None:
         self._paused_at = time.perf_counter()
 

@@ -1,4 +1,7 @@
-"""Signals become a flag that all ranks look at together, so that they stop at the same step."""
+"""Signals become a flag that is looked at where the run can stop; nothing else happens when they arrive.
+
+This file imports no library, so that signals are caught before the libraries take their seconds to load.
+"""
 
 from __future__ import annotations
 
@@ -6,37 +9,37 @@ import os
 import signal
 from types import FrameType
 
-import torch
-import torch.distributed as dist
-
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopFlag:
-    """Set by SIGTERM, SIGINT or SIGUSR1 on this rank; `agreed` tells whether any rank has been signalled."""
+    """Set by SIGTERM, SIGINT or SIGUSR1 on this process; processes forked from it leave stopping to it."""
 
     def __init__(self) -> None:
-        self.received: int = 0
-        self._owner = os.getpid()
-        self._asked: tuple[torch.Tensor, dist.Work] | None = None
+        self.received = 0
+        self.owner = os.getpid()
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
-    def agreed(self, device: torch.device) -> str | None:
-        """The name of a stop signal that some rank has received, the same on every rank; None to go on. Collective.
-
-        Call it once a step: it answers what the ranks knew at the call before, so that no step waits for the exchange.
-        """
-        known = torch.tensor(self.received, device=device)
-        work = dist.all_reduce(known, op=dist.ReduceOp.MAX, async_op=True)
-        self._asked, before = (known, work), self._asked
-        if before is None:
-            return None
-        answer, done = before
-        done.wait()
-        return signal.Signals(int(answer)).name if int(answer) else None
-
     def _note(self, number: int, frame: FrameType | None) -> None:
-        """Data workers inherit the handler by fork; they leave stopping to their trainer."""
-        if os.getpid() == self._owner:
+        if os.getpid() == self.owner:
             self.received = number
+
+
+_flag: StopFlag | None = None
+
+
+def catch() -> StopFlag:
+    """This process's flag; from the first call on, signals that ask to stop no longer end it."""
+    global _flag
+    if _flag is None or _flag.owner != os.getpid():
+        _flag = StopFlag()
+    return _flag
+
+
+def release() -> None:
+    """Signals end this process again, as one of them does now if it has come already."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    if _flag is not None and _flag.received:
+        signal.raise_signal(_flag.received)

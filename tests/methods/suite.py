@@ -212,7 +212,7 @@ class Run:
 
     def batches(self) -> list[torch.Tensor]:
         """The global batch of each step, (sequences, seq_len + 1)."""
-        loader = training_batches(self.plan, rank=0, step=0)
+        loader = training_batches(self.plan, rank=0, samples=0)
         try:
             return [torch.cat([batch.tokens for batch in loader.next_batch()]).long() for _ in range(STEPS)]
         finally:

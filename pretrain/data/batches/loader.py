@@ -26,6 +26,7 @@ from pretrain.errors import UserError
 
 HANDED_TOKENS = 1 << 20  # small steps pass from thread to thread several at a time
 HANDED_AHEAD = 2
+CLOSE_S = 5.0
 LOCATED_SAMPLES = 1 << 13  # numpy takes as long to locate one sample as some thousand
 
 Step = list[MicroBatch]
@@ -67,39 +68,56 @@ class Loader:
         self._thread = threading.Thread(target=self._read_ahead, args=(position,), name="loader", daemon=True)
         self._thread.start()
 
+    def wait(self, timeout_s: float) -> bool:
+        """Whether the next step's batches, or what went wrong with them, are here; waits at most `timeout_s`."""
+        if not self._here and self._failure is None:
+            self._receive(timeout_s)
+        return bool(self._here) or self._failure is not None
+
+    @property
+    def failed(self) -> bool:
+        """Whether `next_batch` would raise."""
+        return not self._here and self._failure is not None
+
     def next_batch(self) -> Step:
         """This rank's micro-batches of the next optimizer step, on the CPU.
 
         Whatever goes wrong while a sample is read is raised when its step is due, and at every later call.
         """
-        if not self._here:
-            self._receive()
+        while not self.wait(timeout_s=1.0):
+            pass
+        if self.failed:
+            raise self._failure
         self.position += self._global_batch_size
         return self._here.pop()
 
     def close(self) -> None:
-        """Stop reading ahead and let go of the shards; the thread has ended when this returns."""
+        """Stop reading ahead and let go of the shards, unless storage that does not answer holds the reader up."""
         self._closing.set()
         self._here.clear()
-        while self._thread.is_alive():
+        deadline = time.monotonic() + CLOSE_S
+        while self._thread.is_alive() and time.monotonic() < deadline:
             try:  # a reader that waits for room in the queue must be let go
                 self._handed.get_nowait()
             except queue.Empty:
                 self._thread.join(timeout=0.01)
-        self.feed.close()
+        if not self._thread.is_alive():
+            self.feed.close()
 
-    def _receive(self) -> None:
+    def _receive(self, timeout_s: float) -> None:
         if self._closing.is_set():
             raise RuntimeError("the loader is closed")
-        if self._failure is None:
-            began = time.perf_counter()
-            handed = self._handed.get()
+        began = time.perf_counter()
+        try:
+            handed = self._handed.get(timeout=timeout_s)
+        except queue.Empty:
+            return
+        finally:
             self.wait_s += time.perf_counter() - began
-            if not isinstance(handed, Exception):
-                self._here = handed[::-1]
-                return
+        if isinstance(handed, Exception):
             self._failure = handed
-        raise self._failure
+        else:
+            self._here = handed[::-1]
 
     def _read_ahead(self, position: int) -> None:
         if self._device is not None:

@@ -1,0 +1,73 @@
+"""How a rank ends: its exit code, and who says why.
+
+0 done, or stopped after saving; 2 the user's input was wrong; 3 a rank or a machine was lost or hung: the same command may
+go on by itself; 4 the run diverged: a person must look; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import NoReturn
+
+from pretrain.distributed import Ranks, rank_from_environment
+from pretrain.errors import Diverged, MachineFault, SharedUserError, UserError
+from pretrain.resilience.phase import current
+from pretrain.run_folder import RunFolder, log
+
+USER_ERROR, FAULT, DIVERGED, OTHER = 2, 3, 4, 1
+# How the communication libraries say that a peer is gone or silent.
+_LOST = (
+    "closed by peer",
+    "reset by peer",
+    "timed out",
+    "timeout",
+    "connection refused",
+    "broken pipe",
+    "nccl",
+    "socket",
+)
+
+
+def end_badly(error: Exception, folder: RunFolder | None, ranks: Ranks) -> NoReturn:
+    """Record why this rank fails and leave at once: peers may wait for it in a collective, the launcher ends them."""
+    if isinstance(error, UserError):
+        if folder is not None and folder.begun:
+            folder.fail(str(error), USER_ERROR)
+            if not ranks.is_first:  # into this rank's file: what the console shows of it is up to the launcher
+                log.warning(f"error: {error}")
+        refuse(error)
+    code, reason = _explain(error, ranks)
+    if code == OTHER:
+        log.exception(f"rank {ranks.rank} failed: {error!r}")
+    else:
+        log.error(f"rank {ranks.rank}: {reason}")
+    if folder is not None:
+        folder.fail(reason, code)
+    os._exit(code)
+
+
+def refuse(error: UserError) -> NoReturn:
+    """End this rank with exit code 2 and the message: from rank 0 alone when every rank has the same one to tell.
+
+    The other ranks linger, because a launcher that sees one rank leave kills the rest before rank 0 has spoken.
+    """
+    rank = rank_from_environment()
+    if rank != 0:
+        time.sleep(3)
+    if rank == 0 or not isinstance(error, SharedUserError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(USER_ERROR)
+
+
+def _explain(error: Exception, ranks: Ranks) -> tuple[int, str]:
+    if isinstance(error, Diverged):
+        return DIVERGED, str(error)
+    if isinstance(error, MachineFault):
+        return FAULT, str(error)
+    phase = current()
+    if ranks.world_size > 1 and isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _LOST):
+        first_line = str(error).splitlines()[0]
+        return FAULT, f"lost another rank in '{phase.name}' of step {phase.step} ({first_line})"
+    return OTHER, f"{error!r} in '{phase.name}' of step {phase.step}"

@@ -1,0 +1,60 @@
+"""What this rank is doing right now, for whoever has to tell where a run stands when it stands still."""
+
+from __future__ import annotations
+
+import mmap
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_MIRROR_BYTES = 256
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of work. number: how many phases this rank has entered; began: on the monotonic clock."""
+
+    name: str = "starting"
+    step: int = 0
+    number: int = 0
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        """How long it has taken so far."""
+        return time.monotonic() - self.began
+
+
+_current = Phase()
+_mirror: mmap.mmap | None = None
+
+
+def enter(name: str, step: int | None = None) -> None:
+    """Begin the phase `name`, of optimizer step `step` or the one of the phase before."""
+    global _current
+    _current = Phase(name, _current.step if step is None else step, _current.number + 1)
+    _reflect()
+
+
+def current() -> Phase:
+    return _current
+
+
+def mirror(path: Path) -> None:
+    """Keep the phase in a file from now on: memory that the system writes out, whatever becomes of this process."""
+    global _mirror
+    path.write_bytes(bytes(_MIRROR_BYTES))
+    with open(path, "r+b") as file:
+        _mirror = mmap.mmap(file.fileno(), _MIRROR_BYTES)
+    _reflect()
+
+
+def read_mirror(path: Path) -> str:
+    """ "'forward' of step 7", as another rank left it; '' where there is nothing."""
+    return path.read_bytes().rstrip(b"\0").decode(errors="replace") if path.exists() else ""
+
+
+def _reflect() -> None:
+    if _mirror is not None:
+        text = f"'{_current.name}' of step {_current.step}".encode()
+        _mirror[:] = text[:_MIRROR_BYTES].ljust(_MIRROR_BYTES, b"\0")

@@ -1,0 +1,185 @@
+"""Ends a run that stands still, and says which rank is to blame.
+
+A thread on every rank looks at the phase that its rank is in. Now and then it leaves a pulse in `<run>/logs/pulses/`:
+the phase and the Python stacks. Where a phase takes longer than the limit, the first rank to notice says so by a file; all
+others leave a last pulse, and from the pulses follows who is to blame: a rank that leaves none is stopped or dead, and
+else the ranks that are the furthest behind are those the others wait for. The files need no rank to answer.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pretrain.distributed import Ranks, from_first_rank
+from pretrain.files import write_text
+from pretrain.resilience import phase
+
+HUNG_EXIT_CODE = 3
+
+
+@dataclass(frozen=True)
+class Pulse:
+    """What a rank left at `time` (seconds since the epoch): its phase, since how many seconds, and its stacks.
+
+    waits: whether it waited for other ranks. last: whether it was left because the run stands still.
+    """
+
+    rank: int
+    host: str
+    pid: int
+    time: float
+    phase: str
+    step: int
+    number: int
+    seconds: float
+    stacks: str
+    waits: bool
+    last: bool
+
+
+class Watchdog:
+    """Watches this rank until `close`. Collective at construction."""
+
+    def __init__(self, folder: Path, ranks: Ranks, limit_s: float, on_hang: Callable[[str], None]) -> None:
+        """folder: the run folder, shared by all ranks. limit_s: seconds that a phase may take.
+
+        on_hang: called on one rank with the verdict, before all ranks end.
+        """
+        self._pulses, self._hang, self._report = (folder / "logs" / name for name in ("pulses", "hang", "hang.txt"))
+        self._ranks, self._limit_s, self._on_hang = ranks, limit_s, on_hang
+        self._tick_s, self._pulse_s = min(limit_s / 10, 5.0), min(limit_s / 4, 60.0)
+        self._pulses.mkdir(parents=True, exist_ok=True)
+        self._file(ranks.rank).unlink(missing_ok=True)
+        phase.mirror(self._phase_file(ranks.rank))
+        from_first_rank(lambda: self._hang.unlink(missing_ok=True))
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        pulsed = 0.0
+        while not self._closed.wait(self._tick_s):
+            # For what no thread of Python can notice: the interpreter's lock is never let go, or the folder does not answer.
+            faulthandler.dump_traceback_later(2 * self._limit_s + 30, exit=True)
+            with suppress(OSError):
+                if phase.current().seconds > self._limit_s or self._hang.exists():
+                    self._end_run()
+                if time.monotonic() - pulsed > self._pulse_s:
+                    self._leave_pulse()
+                    pulsed = time.monotonic()
+
+    def _end_run(self) -> None:
+        self._leave_pulse(last=True)
+        self._hang.touch()
+        time.sleep(2 * self._tick_s + 1)  # the others look once a tick
+        pulses = [pulse for pulse in map(self._read, range(self._ranks.world_size)) if pulse]
+        phases = [phase.read_mirror(self._phase_file(rank)) for rank in range(self._ranks.world_size)]
+        verdict = judge(pulses, phases)
+        if self._ranks.rank == min(pulse.rank for pulse in pulses if pulse.last):
+            with suppress(OSError):
+                write_text(self._report, describe(verdict, pulses))
+            self._on_hang(f"{verdict} The stacks of all ranks are in {self._report}.")
+        else:
+            time.sleep(1)  # a launcher that sees one rank leave kills the rest
+        os._exit(HUNG_EXIT_CODE)
+
+    def _leave_pulse(self, last: bool = False) -> None:
+        now = phase.current()
+        pulse = Pulse(
+            rank=self._ranks.rank,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            time=time.time(),
+            phase=now.name,
+            step=now.step,
+            number=now.number,
+            seconds=now.seconds,
+            stacks=python_stacks(),
+            waits=waits_for_others(),
+            last=last,
+        )
+        write_text(self._file(self._ranks.rank), json.dumps(asdict(pulse)))
+
+    def _read(self, rank: int) -> Pulse | None:
+        path = self._file(rank)
+        return Pulse(**json.loads(path.read_text())) if path.exists() else None
+
+    def _file(self, rank: int) -> Path:
+        return self._pulses / f"rank_{rank}.json"
+
+    def _phase_file(self, rank: int) -> Path:
+        return self._pulses / f"rank_{rank}.phase"
+
+
+def judge(pulses: list[Pulse], phases: list[str]) -> str:
+    """Which ranks are to blame, in a sentence or two. phases: where each rank was last, by rank."""
+    answering = [pulse for pulse in pulses if pulse.last]
+    known = {pulse.rank: pulse for pulse in pulses}
+    silent = sorted(set(range(len(phases))) - {pulse.rank for pulse in answering})
+    if silent:
+        return " ".join(_describe_silent(rank, known.get(rank), phases[rank]) for rank in silent)
+    behind = min(pulse.number for pulse in answering)
+    blamed = [pulse for pulse in answering if pulse.number == behind]
+    blamed = [pulse for pulse in blamed if not pulse.waits] or blamed
+    longest = max(blamed, key=lambda pulse: pulse.seconds)
+    where = f"in {phases[longest.rank]} for {longest.seconds:.0f} s"
+    if len(blamed) == len(phases):
+        return f"All ranks are {where}: what they do together does not end."
+    names = ", ".join(f"{pulse.rank} ({pulse.host})" for pulse in blamed)
+    return f"The others wait for rank {names}: {where}."
+
+
+def _describe_silent(rank: int, pulse: Pulse | None, last_phase: str) -> str:
+    who = f"rank {rank}" if pulse is None else f"rank {rank} ({pulse.host}, process {pulse.pid})"
+    was = f" It was in {last_phase}." if last_phase else ""
+    return f"No answer from {who}: it is stopped, or its machine is gone.{was}"
+
+
+def describe(verdict: str, pulses: list[Pulse]) -> str:
+    """The report: the verdict, a line a rank, and the stacks of each."""
+    lines = [
+        f"rank {pulse.rank:>4}  {pulse.host}  {'answers' if pulse.last else 'SILENT '}  step {pulse.step:>7,}  "
+        f"{pulse.phase} for {pulse.seconds:.1f} s"
+        for pulse in pulses
+    ]
+    stacks = [
+        f"--- rank {pulse.rank}"
+        + ("" if pulse.last else f", as of {time.time() - pulse.time:.0f} s ago")
+        + f"\n{pulse.stacks}"
+        for pulse in pulses
+    ]
+    return "\n".join([verdict, "", *lines, "", *stacks])
+
+
+def python_stacks() -> str:
+    """The stacks of this process's threads, the innermost call last."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    parts = [
+        f"thread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame))
+        for ident, frame in sys._current_frames().items()
+        if ident != threading.get_ident()
+    ]
+    return "".join(parts)
+
+
+def waits_for_others() -> bool:
+    """Whether the main thread is within a collective operation."""
+    frame = sys._current_frames()[threading.main_thread().ident]
+    innermost = traceback.extract_stack(frame)[-3:]
+    return any("torch/distributed/" in call.filename for call in innermost)

@@ -1,0 +1,138 @@
+"""The parts of a run, put together: model, optimizer and data where the newest checkpoint left them, or at the start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.checkpoints import Checkpoints, TrainerState
+from pretrain.data.batches.loader import Loader
+from pretrain.distributed import Ranks, on_every_rank
+from pretrain.engine import build_engine
+from pretrain.method_state import load_method_state
+from pretrain.model import initialize_weights
+from pretrain.monitor.metrics import Metrics
+from pretrain.monitor.throughput import Throughput
+from pretrain.plan import Plan, fixed_probe, training_batches
+from pretrain.resilience.agreement import check_start
+from pretrain.resilience.autopsy import Recorder
+from pretrain.resilience.facts import facts_of_checkpoint
+from pretrain.resilience.gate import Gate
+from pretrain.resilience.guard import Guard
+from pretrain.resilience.orders import Orders
+from pretrain.resilience.phase import enter
+from pretrain.resilience.zclip import ZClip
+from pretrain.resumed import changes
+from pretrain.run_folder import RunFolder, log
+from pretrain.sharded import ShardedWeights
+from pretrain.tensor_parallel import data_rank
+from pretrain.weight_table import describe_weights
+
+
+@dataclass
+class Run:
+    """A run under way, and where it is.
+
+    step: optimizer steps done. saved: step of the newest checkpoint, None if it is not as it should be. evaluation_due: a
+    stop has cut short the evaluation of `step`.
+    """
+
+    plan: Plan
+    folder: RunFolder
+    ranks: Ranks
+    orders: Orders
+    engine: Any
+    gate: Gate
+    weights: ShardedWeights
+    recorder: Recorder
+    checkpoints: Checkpoints
+    metrics: Metrics
+    loader: Loader
+    probe: torch.Tensor
+    throughput: Throughput
+    step: int
+    saved: int | None
+    evaluation_due: bool
+
+    @property
+    def samples(self) -> range:
+        """Of the run's order, those of the step that the loader has given last."""
+        return range(self.loader.position - self.plan.config.data.global_batch_size, self.loader.position)
+
+
+def start(plan: Plan, folder: RunFolder, ranks: Ranks, orders: Orders) -> Run:
+    """Build the model, load the checkpoint to go on from or initialize the weights, and open the data there."""
+    config = plan.config
+    enter("building the model")
+    # Dropout: every data-parallel rank draws for itself, the ranks of a tensor-parallel group alike.
+    torch.manual_seed(config.seed * plan.data_ranks + data_rank(config, ranks.rank))
+    engine = build_engine(plan)
+    gate = Gate(engine, Guard(config.resilience.guard), config.optim.zclip and ZClip(config.optim.zclip))
+    weights = ShardedWeights(engine)
+    recorder = Recorder(engine, weights, config.resilience.autopsy_steps)
+    gate.watchers.append(recorder.gradients)
+    checkpoints = Checkpoints(folder.path / "checkpoints", config.checkpoint, ranks, log.info)
+    state = _go_on(plan, engine, checkpoints) or _begin(plan, weights)
+    gate.load_state(state.guard or {})
+    for method in config.methods:
+        method.prepare(weights)
+    folder.begin(config, state.step)
+    metrics = Metrics(config, enabled=ranks.is_first)
+    begun = "resumed" if state.step else "started"
+    metrics.event(state.step, begun, parameters=plan.parameters, world_size=ranks.world_size)
+    return Run(
+        plan,
+        folder,
+        ranks,
+        orders,
+        engine,
+        gate,
+        weights,
+        recorder,
+        checkpoints,
+        metrics,
+        loader=training_batches(plan, ranks.rank, state.samples),
+        probe=on_every_rank(lambda: fixed_probe(plan)).to(ranks.device),
+        throughput=Throughput(config.tokens_per_step, plan.flops_per_token, ranks.world_size, state.step),
+        step=state.step,
+        saved=state.step,
+        evaluation_due=state.evaluation_due,
+    )
+
+
+def load(plan: Plan, engine, checkpoints: Checkpoints, found: Path, changed: Sequence[str] = ()) -> TrainerState:
+    """Put engine, methods and random generators into the state that the checkpoint `found` holds, which is returned.
+
+    changed: what the run file asks otherwise than the checkpoint's, to explain a refusal.
+    """
+    state = checkpoints.load(found, engine, plan.state_at(0, 0), changed)
+    on_every_rank(lambda: load_method_state(found, plan.config.methods, engine.module))
+    return state
+
+
+def _go_on(plan: Plan, engine, checkpoints: Checkpoints) -> TrainerState | None:
+    """Load the checkpoint that the run goes on from; None to start from scratch."""
+    enter("loading the checkpoint")
+    found = checkpoints.find()
+    check_start(lambda: facts_of_checkpoint(found))
+    if found is None:
+        return None
+    changed = on_every_rank(lambda: changes(found, plan.config))
+    state = load(plan, engine, checkpoints, found, changed)
+    log.info(
+        f"resumed from {found} at step {state.step}" + f"; changed since then: {'; '.join(changed)}" * bool(changed)
+    )
+    return state
+
+
+def _begin(plan: Plan, weights: ShardedWeights) -> TrainerState:
+    """Give the weights their first values."""
+    enter("initializing weights")
+    default_std = plan.model_config.initializer_range
+    measured = initialize_weights(weights, plan.config, default_std)
+    log.info("\n" + describe_weights(plan.weights, plan.config, default_std, measured) + "\n")
+    return plan.state_at(0, 0)

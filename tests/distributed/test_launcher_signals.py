@@ -1,0 +1,75 @@
+"""What happens to the ranks when their launcher is signalled or killed: they save and end soon, and nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from runs import arguments, deepspeed, events, losses, run_ranks, status, torchrun, wait_for
+
+STEPS = 300
+SOON_S = 30
+SIGNALS = {
+    "deepspeed killed": (deepspeed, signal.SIGKILL, False),
+    "deepspeed SIGTERM": (deepspeed, signal.SIGTERM, False),
+    "deepspeed SIGUSR1": (deepspeed, signal.SIGUSR1, False),
+    "deepspeed Ctrl-C": (deepspeed, signal.SIGINT, True),
+    "torchrun killed": (torchrun, signal.SIGKILL, False),
+    "torchrun SIGTERM": (torchrun, signal.SIGTERM, False),
+    "torchrun SIGUSR1": (torchrun, signal.SIGUSR1, False),
+    "torchrun Ctrl-C": (torchrun, signal.SIGINT, True),
+}
+FAST = ("deepspeed killed", "deepspeed Ctrl-C")
+
+
+@pytest.fixture(scope="module")
+def whole(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    out = tmp_path_factory.mktemp("whole")
+    assert run_ranks(arguments(run_file, settings(out)), out / "logs").code == 0
+    return losses(out / "run")
+
+
+def settings(out: Path) -> dict:
+    chosen = {"out": str(out), "name": "run", "steps": STEPS, "data.val": None, "checkpoint.interval_steps": STEPS}
+    return chosen | {"log.activations_interval_steps": STEPS, "log.weights_interval_steps": STEPS}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in SIGNALS]
+)
+def test_the_ranks_save_and_end_when_their_launcher_is_told_to(
+    run_file: Path, tmp_path: Path, whole: dict, name: str
+) -> None:
+    launcher, number, to_all = SIGNALS[name]
+    words, folder = arguments(run_file, settings(tmp_path)), tmp_path / "run"
+    (process,) = launcher(words)
+    while len(losses(folder)) < 3 and process.poll() is None:
+        time.sleep(0.05)
+    ranks = ranks_below(process.pid)
+    (os.killpg if to_all else os.kill)(process.pid, number)  # a terminal's Ctrl-C reaches launcher and ranks
+    began = time.monotonic()
+    _, alive = psutil.wait_procs(ranks, timeout=SOON_S)
+    assert not alive, f"still there after {time.monotonic() - began:.0f} s"
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    wait_for([process])
+
+    left = status(folder)
+    assert left["status"] == "preempted"
+    assert 3 <= left["step"] < STEPS
+    assert [event["step"] for event in events(folder, "checkpoint_saved")] == [left["step"]]
+    assert run_ranks(words, tmp_path / "logs").code == 0
+    assert losses(folder) == whole
+
+
+def ranks_below(launcher: int) -> list[psutil.Process]:
+    """The processes below a launcher that run train.py themselves."""
+    children = psutil.Process(launcher).children(recursive=True)
+    ranks = [child for child in children if "LOCAL_RANK" in child.environ()]
+    assert len(ranks) == 2
+    return ranks
