@@ -26,6 +26,7 @@ from pretrain import cli
 from pretrain.data.audit import tables
 from pretrain.data.audit.damage import find_damage, open_unchecked
 from pretrain.data.audit.documents import Decoder, Documents
+from pretrain.data.audit.rollbacks import Positions
 from pretrain.data.audit.statistics import describe_corpus
 from pretrain.data.audit.trace import add_texts, trace
 from pretrain.data.remote.cache import CacheSettings
@@ -76,11 +77,12 @@ def _of_a_run(options: argparse.Namespace) -> None:
     data = config.data.model_copy(update={"val": None, "verify": "size"})
     corpora = open_corpora(config.model_copy(update={"data": data}), load_tokenizer(config.tokenizer), data_ranks=1)
     traced = trace(corpora.feed(), samples, Decoder(config.tokenizer) if options.text else None)
-    step = samples[0] // config.data.global_batch_size + 1
+    step = _positions(options, config).step_of(samples[0])
     whose = "" if options.rank is None else f", rank {options.rank} of {options.ranks}"
     which = f"sample {samples[0]:,}" if len(samples) == 1 else f"samples {samples[0]:,} to {samples[-1]:,}"
     shown = tables.trace_texts(traced, options.max_characters) if options.text else tables.trace_table(traced)
-    head = f"step {step:,} of {config.total_steps:,}{whose}: {which} of the run"
+    read_by = "no step (left out)" if step is None else f"step {step:,} of {config.total_steps:,}"
+    head = f"{read_by}{whose}: {which} of the run"
     _show(options, {"step": step, "samples": traced}, f"{head}\n\n{shown}")
 
 
@@ -88,13 +90,14 @@ def _samples(options: argparse.Namespace, config: Config) -> range:
     from pretrain.data.batches.loader import check_batch_sizes, slice_of_rank
 
     data, steps = config.data, config.total_steps
+    positions = _positions(options, config)
     if options.sample is not None:
-        if not 0 <= options.sample < steps * data.global_batch_size:
-            raise UserError(f"--sample {options.sample}: the run has 0 to {steps * data.global_batch_size - 1}.")
+        if not 0 <= options.sample < (end := positions.before(steps + 1)):
+            raise UserError(f"--sample {options.sample}: the run has 0 to {end - 1}.")
         return range(options.sample, options.sample + 1)
     if not 1 <= options.step <= steps:
         raise UserError(f"--step {options.step}: the run has 1 to {steps}.")
-    before = (options.step - 1) * data.global_batch_size
+    before = positions.before(options.step)
     if options.rank is None:
         return range(before, before + data.global_batch_size)
     if not 0 <= options.rank < options.ranks:
@@ -102,6 +105,11 @@ def _samples(options: argparse.Namespace, config: Config) -> range:
     check_batch_sizes(data.global_batch_size, data.micro_batch_size, options.ranks)
     taken = slice_of_rank(data.global_batch_size, options.rank, options.ranks)
     return range(before + taken.start, before + taken.stop)
+
+
+def _positions(options: argparse.Namespace, config: Config) -> Positions:
+    """From the metrics beside the configuration, if it is that of a run folder."""
+    return Positions(Path(options.config).with_name("metrics.jsonl"), config.data.global_batch_size)
 
 
 def _verify(options: argparse.Namespace) -> None:

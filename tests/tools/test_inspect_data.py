@@ -159,6 +159,27 @@ def test_one_sample_is_shown_as_its_step_shows_it(run_config: Path, capsys: pyte
     assert "more characters]" in text
 
 
+def test_a_run_that_went_back_reads_other_samples_at_a_step(
+    run_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """At step 7 it went back to step 4, and on with sample 56."""
+    config = Path(shutil.copy(run_config, tmp_path / "config.yaml"))
+    events = [
+        {"kind": "event", "step": 0, "event": "started"},
+        {"kind": "event", "step": 7, "event": "rolled_back", "to_step": 4, "first_sample": 32, "last_sample": 55},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + '{"event": "hal')
+
+    def samples(step: int) -> list[int]:
+        return [sample["sample"] for sample in _inside(capsys, "--config", config, "--step", step)["samples"]]
+
+    assert samples(4) == list(range(24, 32))
+    assert samples(5) == list(range(56, 64))
+    assert samples(300) == list(range(56 + 295 * 8, 56 + 296 * 8))
+    for sample, step in ((31, 4), (32, None), (55, None), (56, 5)):
+        assert _inside(capsys, "--config", config, "--sample", sample)["step"] == step
+
+
 def test_statistics_are_those_of_the_files(corpus: Corpus, numbers: Path) -> None:
     tokens, documents = _tokens_of(numbers), _documents_of(numbers)
     lengths = np.array(list(map(len, documents)))
