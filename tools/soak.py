@@ -1,0 +1,46 @@
+"""Kill a run at random moments, again and again, and compare its losses with those of a run that was left alone.
+
+python tools/soak.py --config configs/tiny_tvr.yaml --out soak [--set key=value ...] [--kills 50] [--minutes 60]
+
+Give it a short run with checkpoints every few steps. What broke a promise ends the soak with code 2 and a sentence; what
+happened to each kill is in OUT/soak.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from pretrain.cli import run
+from pretrain.errors import UserError
+from pretrain.files import write_text
+from pretrain.resilience.soak import Soak, table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, type=Path, help="the run file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the run file"
+    )
+    parser.add_argument("--out", required=True, type=Path, help="folder for the runs; must not exist")
+    parser.add_argument("--kills", type=int, default=50, help="how many faults (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="at most so long (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and faults (default: %(default)s)")
+    arguments = parser.parse_args()
+    if arguments.out.exists():
+        raise UserError(f"{arguments.out} exists: name a new folder.")
+    words = ["--config", str(arguments.config), *(word for setting in arguments.set for word in ("--set", setting))]
+    soak = Soak(words, arguments.out.absolute(), arguments.ranks, arguments.seed)
+    trials = soak.run(arguments.kills, time.monotonic() + 60 * arguments.minutes)
+    write_text(arguments.out / "soak.json", json.dumps([asdict(trial) for trial in trials], indent=1) + "\n")
+    print(table(trials))
+    print(f"\n{len(trials)} faults; every run ended with the losses of one that was left alone, bit for bit")
+
+
+if __name__ == "__main__":
+    run(main)
