@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable
 
@@ -18,6 +19,12 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def clean_up_on_signals() -> None:
+    """From now on SIGTERM and SIGUSR1 end the program in order, with code 128 + their number: no half-written folder stays."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:

@@ -1,7 +1,8 @@
 """A run that is struck at random moments, again and again, and must end with the losses of one that was not.
 
 The soak is its own launcher: it starts the ranks, strikes some of them, waits for the rest to end by themselves, looks at
-what is left, and starts the same command again. Nothing is injected into the ranks: they get signals, as from a cluster.
+what is left, and starts the same command again. Ranks that have not met yet cannot know of each other: of those it ends
+the rest, as every launcher does. Nothing is injected into the ranks: they get signals, as from a cluster.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pretrain.resilience.phase import read_mirror
 SOON_S = 30
 _HANGS_UP_TO_S = 60  # of silence of one rank, with the watchdog's limit of WATCHDOG_S
 WATCHDOG_S = 15
+_NOT_MET = "starting"
 _TRAIN = Path(__file__).resolve().parents[2] / "pretrain/train.py"
 
 
@@ -101,42 +103,35 @@ class Soak:
         """One start of the run, and one fault; None where the run has ended before it."""
         (fault,) = self._random.choices(FAULTS, [fault.weight for fault in FAULTS])
         struck = list(range(self.ranks)) if fault.to_all else [self._random.randrange(self.ranks)]
+        mirror = folder / f"logs/pulses/rank_{struck[0]}.phase"
+        mirror.unlink(missing_ok=True)
         processes = self._start(folder)
         # Mostly while it trains, sometimes while it starts.
         time.sleep(self._random.uniform(0.2, 2.0) * self._startup_s)
         if all(process.poll() is not None for process in processes):
             return None
-        phase = read_mirror(folder / f"logs/pulses/rank_{struck[0]}.phase") or "before the run folder is open"
-        for number in fault.numbers:
-            for rank in struck:
-                _send(processes[rank], number)
-            if number != fault.numbers[-1]:
-                time.sleep(1)
-        seconds = self._wait_for_the_rest(fault, processes, struck)
+        phase = read_mirror(mirror) or _NOT_MET
+        try:
+            self._send(fault, [processes[rank] for rank in struck])
+            seconds = 0.0 if phase == _NOT_MET else _wait_for_the_rest(fault, processes, struck)
+        finally:
+            for process in processes:
+                process.kill()
         codes = [process.wait() for process in processes]
-        self._check(fault, folder, phase, seconds)
-        return Trial(fault.name, phase, max(_losses(folder), default=0), seconds, codes)
-
-    def _wait_for_the_rest(self, fault: Fault, processes: list[subprocess.Popen], struck: list[int]) -> float:
-        began, stopped = time.monotonic(), signal.SIGSTOP in fault.numbers
-        limit = _HANGS_UP_TO_S if stopped else SOON_S
-        waited_for = [process for rank, process in enumerate(processes) if not (stopped and rank in struck)]
-        while any(process.poll() is None for process in waited_for) and time.monotonic() - began < limit:
-            time.sleep(0.05)
-        seconds = time.monotonic() - began
-        alive = any(process.poll() is None for process in waited_for)
-        for process in processes:
-            _send(process, signal.SIGKILL)
-        if alive:
-            raise UserError(f"after {fault.name} other ranks were still there {seconds:.0f} s later.")
-        return seconds
-
-    def _check(self, fault: Fault, folder: Path, phase: str, seconds: float) -> None:
         for checkpoint in complete_checkpoints(folder / "checkpoints"):
             try:
                 verify(checkpoint)
             except UserError as error:
                 raise UserError(f"{fault.name} in {phase} left a checkpoint that is not whole: {error}") from error
+        return Trial(fault.name, phase, max(_losses(folder), default=0), seconds, codes)
+
+    @staticmethod
+    def _send(fault: Fault, processes: list[subprocess.Popen]) -> None:
+        for number in fault.numbers:
+            for process in processes:
+                process.send_signal(number)  # nothing happens to one that has ended
+            if number != fault.numbers[-1]:
+                time.sleep(1)
 
     def _finish(self, folder: Path) -> None:
         self._expect_success(folder, [process.wait() for process in self._start(folder)])
@@ -202,9 +197,16 @@ def _losses(folder: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
 
 
-def _send(process: subprocess.Popen, number: signal.Signals) -> None:
-    if process.poll() is None:
-        process.send_signal(number)
+def _wait_for_the_rest(fault: Fault, processes: list[subprocess.Popen], struck: list[int]) -> float:
+    """The seconds until the ranks that were not stopped have ended. UserError if it takes too long."""
+    began, stopped = time.monotonic(), signal.SIGSTOP in fault.numbers
+    limit = _HANGS_UP_TO_S if stopped else SOON_S
+    waited_for = [process for rank, process in enumerate(processes) if not (stopped and rank in struck)]
+    while any(process.poll() is None for process in waited_for):
+        if time.monotonic() - began > limit:
+            raise UserError(f"{limit} s after {fault.name} other ranks were still there.")
+        time.sleep(0.05)
+    return time.monotonic() - began
 
 
 def _place(rank: int, ranks: int, port: int) -> dict[str, str]:

@@ -8,8 +8,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import launch, run_ranks
+from runs import launch, open_process, run_ranks, wait_for
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM, pipeline
@@ -588,6 +590,19 @@ def test_a_conversion_that_breaks_off_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         convert(fp32_checkpoint, tmp_path / "hf")
     assert visible(tmp_path) == []
+
+
+def test_a_conversion_that_is_told_to_stop_leaves_nothing_and_may_start_again(
+    fp32_checkpoint: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "tools/convert_to_hf.py", "--checkpoint", str(fp32_checkpoint), "--out"]
+    process = open_process([*command, str(tmp_path / "hf")])
+    while not list(tmp_path.glob(".hf.*/model")) and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    assert wait_for([process]).code == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+    assert launch([*command, str(tmp_path / "hf")]).code == 0
 
 
 def test_files_of_another_checkpoint_among_the_shards_are_noticed(copied: Path) -> None:
