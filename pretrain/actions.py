@@ -61,7 +61,6 @@ def report(run: Run, done: Step, lr: float, pace: Pace) -> None:
 
 def evaluate(run: Run) -> None:
     """Validation loss and perplexity, on the console and as an `eval` row; due again where a stop cuts it short."""
-    enter("evaluation")
     loss = validation_loss(run.engine, run.plan, run.ranks, run.orders.now)
     run.evaluation_due = loss is None
     if loss is None:
@@ -174,8 +173,9 @@ def finish(run: Run, order: Order) -> None:
     if order.stop is None:
         status, reason = "finished", "all steps done"
     else:
-        status, reason = "stopped" if order.requested else "preempted", f"stopped by {order.stop} after saving"
+        status = "stopped" if order.requested else "preempted"
+        reason = f"stopped by {order.stop}" + " after saving" * (run.step > 0)
     run.metrics.event(run.step, status, reason=reason)
-    run.metrics.close()
     run.folder.status(status, reason)
+    run.metrics.close()  # may take long: wandb sends what it has
     log.info(f"{status} at step {run.step:,}: {reason}. Run folder: {run.folder.path}")

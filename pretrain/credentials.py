@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 
-_IN_URL = re.compile(r"(?<=://)[^/?#\s@]*:[^/?#\s]*@|(?<=https://)[^/?#\s]+@")
+# AWS's secrets hold slashes; the @ of hf://datasets/owner/name@revision has no colon before it.
+_IN_URL = re.compile(r"(?<=://)[^/?#\s@]*:[^?#\s@]*@|(?<=https://)[^/?#\s]+@")
 _NAMED = re.compile(
     r"(?i)((?:api_?key|access_?key|secret|passw(?:or)?d|\b(?:(?:hf|auth|access|api|session|bearer)_)?token|credentials?"
     r"|signature|\bsig)=)[^\s&]+"

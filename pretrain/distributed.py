@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from pretrain.errors import SharedUserError, UserError
+from pretrain.errors import MachineFault, SharedUserError, UserError
 
 Result = TypeVar("Result")
 
@@ -109,20 +109,21 @@ def control_group() -> dist.ProcessGroup | None:
 
 
 def on_every_rank(action: Callable[[], Result]) -> Result:
-    """Call `action` on each rank; if any rank meets a UserError, all ranks raise it, so none waits for the others.
+    """Call `action` on each rank; if any meets a UserError or MachineFault, all ranks raise it, so none waits for others.
 
     Use it for whatever may go wrong on some ranks only (files of one node, say). The message names the rank at fault.
     """
-    result, message = None, None
+    result, failure = None, None
     try:
         result = action()
-    except UserError as error:
-        message = str(error)
-    messages = all_gather_object(message)
-    failed = [rank for rank, text in enumerate(messages) if text is not None]
+    except (UserError, MachineFault) as error:
+        failure = (SharedUserError if isinstance(error, UserError) else MachineFault, str(error))
+    failures = all_gather_object(failure)
+    failed = [rank for rank, found in enumerate(failures) if found is not None]
     if failed:
-        others = "" if len(failed) == len(messages) else f" (on rank {', '.join(map(str, failed))})"
-        raise SharedUserError(messages[failed[0]] + others)
+        kind, message = failures[failed[0]]
+        others = "" if len(failed) == len(failures) else f" (on rank {', '.join(map(str, failed))})"
+        raise kind(message + others)
     return result  # type: ignore[return-value]
 
 

@@ -12,12 +12,20 @@ import time
 from typing import NoReturn
 
 from pretrain.distributed import Ranks, rank_from_environment
-from pretrain.errors import Diverged, MachineFault, SharedUserError, UserError
+from pretrain.errors import (
+    DIVERGED,
+    MACHINE_FAULT,
+    OTHER,
+    USER_ERROR,
+    Diverged,
+    MachineFault,
+    SharedUserError,
+    UserError,
+)
 from pretrain.resilience.phase import current
 from pretrain.run_folder import RunFolder, log
 
-USER_ERROR, FAULT, DIVERGED, OTHER = 2, 3, 4, 1
-# How the communication libraries say that a peer is gone or silent.
+# How gloo, NCCL and the store say that a peer is gone or silent, and how NCCL says that it was asked for nonsense.
 _LOST = (
     "closed by peer",
     "reset by peer",
@@ -25,9 +33,10 @@ _LOST = (
     "timeout",
     "connection refused",
     "broken pipe",
-    "nccl",
-    "socket",
+    "remote process",
 )
+_LOST += ("socket", "unhandled system error", "ncclremoteerror", "nccl communicator was aborted", "clients joined")
+_ASKED_WRONGLY = ("invalid usage", "invalid argument", "duplicate gpu", "out of memory")
 
 
 def end_badly(error: Exception, folder: RunFolder | None, ranks: Ranks) -> NoReturn:
@@ -48,6 +57,18 @@ def end_badly(error: Exception, folder: RunFolder | None, ranks: Ranks) -> NoRet
     os._exit(code)
 
 
+def end_alone(error: RuntimeError) -> NoReturn:
+    """End this rank because it has not met the others."""
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    print(
+        f"error: rank {rank_from_environment()} could not meet the other {int(os.environ['WORLD_SIZE']) - 1} at {where}: "
+        f"{str(error).splitlines()[0]}. Look for the ranks that have not started, and at firewalls between the nodes.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(MACHINE_FAULT)
+
+
 def refuse(error: UserError) -> NoReturn:
     """End this rank with exit code 2 and the message: from rank 0 alone when every rank has the same one to tell.
 
@@ -61,13 +82,19 @@ def refuse(error: UserError) -> NoReturn:
     os._exit(USER_ERROR)
 
 
+def _tells_of_a_lost_peer(error: Exception) -> bool:
+    text = str(error).lower()
+    said = any(words in text for words in _LOST) and not any(words in text for words in _ASKED_WRONGLY)
+    return isinstance(error, RuntimeError) and said
+
+
 def _explain(error: Exception, ranks: Ranks) -> tuple[int, str]:
     if isinstance(error, Diverged):
         return DIVERGED, str(error)
     if isinstance(error, MachineFault):
-        return FAULT, str(error)
+        return MACHINE_FAULT, str(error)
     phase = current()
-    if ranks.world_size > 1 and isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _LOST):
+    if ranks.world_size > 1 and _tells_of_a_lost_peer(error):
         first_line = str(error).splitlines()[0]
-        return FAULT, f"lost another rank in '{phase.name}' of step {phase.step} ({first_line})"
+        return MACHINE_FAULT, f"lost another rank in '{phase.name}' of step {phase.step} ({first_line})"
     return OTHER, f"{error!r} in '{phase.name}' of step {phase.step}"

@@ -104,6 +104,7 @@ def validation_loss(engine, plan: Plan, ranks: Ranks, stopped: Callable[[], obje
     for batch in validation_batches(plan, ranks.rank):
         if stopped():
             return None
+        enter("evaluation")
         batch = batch.to(ranks.device)
         counted = _count(batch)
         mean = _losses(engine, batch)[CROSS_ENTROPY].double()

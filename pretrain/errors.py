@@ -1,14 +1,17 @@
-"""The exceptions that mean "the user's input is wrong"."""
+"""Whose fault it is: the exceptions that say so, and the exit codes that follow from them."""
 
 from __future__ import annotations
 
 from pretrain.credentials import masked
 
+# Of every command line here; 0 is done, or stopped after saving.
+OTHER, USER_ERROR, MACHINE_FAULT, DIVERGED = 1, 2, 3, 4
+
 
 class UserError(Exception):
     """Input that only the user can mend; the message is one paragraph that names what is wrong and what to do.
 
-    Command lines print the message without a traceback and exit with code 2. What looks like a credential is masked.
+    Command lines print the message without a traceback and exit with USER_ERROR. What looks like a credential is masked.
     """
 
     def __str__(self) -> str:

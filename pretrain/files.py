@@ -29,7 +29,7 @@ TRANSIENT = {
 }
 # What a file system without locks answers (Lustre mounted without flock, say); then nobody is kept out.
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
-PAUSES_S = (1, 2, 4)  # after which a transient failure is tried again
+PAUSES_S = (1, 2, 4, 8, 15, 30)  # after which a transient failure is tried again
 
 log = logging.getLogger("evenkeel")
 T = TypeVar("T")

@@ -100,7 +100,7 @@ def start(plan: Plan, folder: RunFolder, ranks: Ranks, orders: Orders) -> Run:
         throughput=Throughput(config.tokens_per_step, plan.flops_per_token, ranks.world_size, state.step),
         step=state.step,
         saved=state.step,
-        evaluation_due=state.evaluation_due,
+        evaluation_due=state.evaluation_due and plan.corpora.val is not None,
     )
 
 
@@ -134,5 +134,6 @@ def _begin(plan: Plan, weights: ShardedWeights) -> TrainerState:
     enter("initializing weights")
     default_std = plan.model_config.initializer_range
     measured = initialize_weights(weights, plan.config, default_std)
-    log.info("\n" + describe_weights(plan.weights, plan.config, default_std, measured) + "\n")
+    if weights.engine.global_rank == 0:
+        log.info("\n" + describe_weights(plan.weights, plan.config, default_std, measured) + "\n")
     return plan.state_at(0, 0)

@@ -10,12 +10,14 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from pretrain.config import Config
+from pretrain.credentials import masked
 from pretrain.data.contents import read_json
 from pretrain.distributed import Ranks, all_gather_object, from_first_rank, on_every_rank
 from pretrain.errors import UserError
@@ -54,6 +56,14 @@ class RunFolder:
         if self.ranks.is_first:
             self._write_status(status, reason)
 
+    def not_started(self, why: str, *, requested: bool) -> None:
+        """Record that this start ended before it had begun, by `why`; how far the run has come stays."""
+        log.info(f"not started: stopped by {why}")
+        recorded = from_first_rank(self._recorded) or {}
+        if recorded.get("status") not in ("finished", "stopped"):
+            self.step = recorded.get("step", 0)
+            self.status("stopped" if requested else "preempted", f"stopped by {why} before it had started")
+
     def fail(self, reason: str, exit_code: int) -> None:
         """Record a failure of this rank, if the disk still takes it.
 
@@ -61,15 +71,17 @@ class RunFolder:
         """
         with suppress(OSError, UserError):
             recorded = self._recorded()
-            if recorded is None or (self.begun and recorded != "failed"):
+            if recorded is None or (self.begun and recorded.get("status") != "failed"):
                 self._write_status("failed", reason, exit_code=exit_code)
 
-    def _recorded(self) -> str | None:
+    def _recorded(self) -> dict | None:
         path = self.path / "status.json"
-        return read_json(path).get("status") if path.exists() else None
+        return read_json(path) if path.exists() else None
 
     def _write_status(self, status: str, reason: str, **more: int) -> None:
-        write_json(self.path / "status.json", {"status": status, "step": self.step, "reason": reason, **more})
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        found = {"status": status, "step": self.step, "reason": reason, **more, "time": now}
+        write_json(self.path / "status.json", found)
 
     def _create(self) -> None:
         try:
@@ -122,8 +134,8 @@ def _log_to(path: Path, console: bool) -> None:
     handlers: list[logging.Handler] = [logging.FileHandler(path), logging.StreamHandler(sys.stdout)]
     if not console:
         handlers[1].setLevel(logging.ERROR)
+    handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
     for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
 
 
@@ -135,7 +147,7 @@ def _environment(hosts: list[str]) -> dict:
         "cuda": torch.version.cuda,
         "ranks": hosts,
         **code_version(),
-        "command": sys.argv,
+        "command": [masked(word) for word in sys.argv],
     }
 
 

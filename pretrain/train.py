@@ -15,8 +15,9 @@ if __name__ == "__main__":
 
 import argparse
 import os
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
@@ -31,9 +32,9 @@ from pretrain.distributed import (
     on_every_rank,
     rank_from_environment,
 )
-from pretrain.endings import end_badly, refuse
+from pretrain.endings import end_alone, end_badly, refuse
 from pretrain.engine import train_step
-from pretrain.errors import SharedUserError, UserError
+from pretrain.errors import MACHINE_FAULT, SharedUserError, UserError
 from pretrain.monitor.weights import WeightMonitor
 from pretrain.optim import learning_rate
 from pretrain.plan import Plan, describe_plan, make_plan
@@ -43,7 +44,7 @@ from pretrain.resilience.autopsy import Autopsies
 from pretrain.resilience.facts import facts_of_plan, facts_of_process
 from pretrain.resilience.orders import Order, Orders
 from pretrain.resilience.phase import enter
-from pretrain.resilience.watchdog import HUNG_EXIT_CODE, Watchdog
+from pretrain.resilience.watchdog import Watchdog
 from pretrain.run import start
 from pretrain.run_folder import RunFolder, log
 from pretrain.weight_table import describe_weights
@@ -52,12 +53,14 @@ from pretrain.weight_table import describe_weights
 def train(plan: Plan, folder: RunFolder, ranks: Ranks) -> None:
     """Train what `plan` describes, from its newest checkpoint or from the start, to its last step."""
     config, total = plan.config, plan.config.total_steps
-    log.info(describe_plan(plan))
+    if ranks.is_first:
+        log.info(describe_plan(plan))
     orders = Orders(folder.path, ranks, signals.catch())
     if order := orders.now():
-        log.info(f"not started: stopped by {order.stop}")
+        folder.not_started(order.stop, requested=order.requested)
         return
     run = start(plan, folder, ranks, orders)
+    check_step(run.weights, config.methods, run.step, run.loader.position, lr=0.0)
     weight_monitor = WeightMonitor(run.weights, config.log.weights_interval_steps)
     autopsies = Autopsies(folder.path / "autopsies", config, run.recorder, ranks)
     if run.evaluation_due:
@@ -101,7 +104,8 @@ def train(plan: Plan, folder: RunFolder, ranks: Ranks) -> None:
             evaluate(run)
         if due(step, config.log.activations_interval_steps, total):
             look_at_activations(run)
-        if due(step, config.checkpoint.interval_steps, total):
+        # While updates are skipped nothing is new, and what must be gone back to is not to be retired.
+        if due(step, config.checkpoint.interval_steps, total) and not run.gate.guard.streak:
             save(run)
         run.throughput.resume()
 
@@ -145,17 +149,20 @@ def main() -> None:
         if arguments.dry_run:
             dry_run(config)
             return
-        ranks = initialize(collective_limit_s(config))
+        ranks = meet(config)
     except UserError as error:
         # Nothing connects the ranks yet. Those of a node see the same files, so the first of each node speaks.
         refuse(error if local_rank_from_environment() == 0 else SharedUserError(str(error)))
     run(config, ranks)
 
 
-def collective_limit_s(config: Config) -> float | None:
-    """How long the communication library waits for a peer: longer than the watchdog, which can tell for whom."""
+def meet(config: Config) -> Ranks:
+    """Join the other ranks. The communication library waits longer than the watchdog, which can tell for whom."""
     watchdog_s = config.resilience.watchdog_s
-    return watchdog_s and 2 * watchdog_s + 60
+    try:
+        return initialize(watchdog_s and 2 * watchdog_s + 60)
+    except RuntimeError as error:
+        end_alone(error)
 
 
 def run(config: Config, ranks: Ranks) -> None:
@@ -168,11 +175,13 @@ def run(config: Config, ranks: Ranks) -> None:
         check_start(lambda: facts_of_plan(plan))
         on_every_rank(lambda: check_accelerator(plan.ds_config))
         folder = RunFolder(config.folder, ranks)
+        log.info(f"rank {ranks.rank} of {ranks.world_size} on {socket.gethostname()}, process {os.getpid()}")
         with watched(folder, config.resilience, ranks):
             train(plan, folder, ranks)
+            with suppress(RuntimeError):  # all is said and saved: a peer that has left already is no fault
+                dist.destroy_process_group()
     except Exception as error:
         end_badly(error, folder, ranks)
-    dist.destroy_process_group()
 
 
 @contextmanager
@@ -184,7 +193,7 @@ def watched(folder: RunFolder, config: ResilienceSection, ranks: Ranks) -> Itera
 
     def on_hang(verdict: str) -> None:
         log.error(verdict)
-        folder.fail(verdict, HUNG_EXIT_CODE)
+        folder.fail(verdict, MACHINE_FAULT)
 
     watchdog = Watchdog(folder.path, ranks, config.watchdog_s, on_hang)
     yield

@@ -17,15 +17,22 @@ train() {
     say "start $restart on $SLURM_JOB_NODELIST, code in $code"
     trap stop USR1 TERM
     if [[ -f $code/run.yaml ]]; then set -- --config "$code/run.yaml"; fi    # a later start: what was kept, not what is now
+    if ((restart > MAX_RESTARTS)); then
+        say "ends: it has been restarted $restart times, more often than MAX_RESTARTS allows"
+        exit 3
+    fi
     prepared=$(tool prepare "$@")
     status=$?
     if ((status == 0)) && [[ -z $prepared ]]; then exit 0; fi
     if ((status != 0)); then
-        # What has worked before fails for another reason than the user's.
-        if ((status != 2 && restart > 0 && restart < MAX_RESTARTS)); then requeue; fi
+        # What has worked before fails for a reason that may pass, but not for ever.
+        if ((restart > 0)) && echo "$restart" >>"$code/failed_starts" && (($(wc -l <"$code/failed_starts") < 3)); then
+            requeue
+        fi
         exit "$status"
     fi
     code=$prepared
+    rm -f "$code/failed_starts"
     export PYTHONPATH=$code
     scontrol update jobid="$job" comment="$code"    # train.sbatch looks there when the job starts again
     run=${code%/code/*}

@@ -275,8 +275,10 @@ def events(folder: Path, name: str) -> list[dict]:
 
 
 def status(folder: Path) -> dict:
+    """status.json without the time, {} if there is none."""
     path = folder / "status.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return {key: value for key, value in found.items() if key != "time"}
 
 
 def wait_until(condition: Callable[[], bool], job: Job, patience_s: float = PATIENCE_S) -> None:

@@ -136,7 +136,7 @@ def test_storage_that_fails_for_a_moment_damages_no_checkpoint_and_one_that_stay
     monkeypatch.setattr(time, "sleep", slept.append)
     for number, failures, expected, pauses in (
         (errno.EIO, 3, new, [1, 2, 4]),
-        (errno.ESTALE, 4, old, [1, 2, 4]),
+        (errno.ESTALE, 7, old, [1, 2, 4, 8, 15, 30]),
         (errno.EACCES, 1, old, []),
     ):
         slept.clear()

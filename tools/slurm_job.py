@@ -53,7 +53,7 @@ def _prepare(options: argparse.Namespace, job: Job) -> str:
     if options.list:
         options = _parse_line(words_of(options.list, options.line), options)
     config = load_config(options.config, options.set)
-    if reason := reason_not_to_start(config, job, options.max_restarts):
+    if reason := reason_not_to_start(config):
         print(f"nothing to do: {reason}")
         return ""
     return str(prepare(config, job, os.environ))

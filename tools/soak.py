@@ -9,14 +9,13 @@ happened to each kill is in OUT/soak.json.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 from pretrain.cli import run
 from pretrain.errors import UserError
-from pretrain.files import write_text
+from pretrain.files import write_json
 from pretrain.resilience.soak import Soak, table
 
 
@@ -36,10 +35,14 @@ def main() -> None:
         raise UserError(f"{arguments.out} exists: name a new folder.")
     words = ["--config", str(arguments.config), *(word for setting in arguments.set for word in ("--set", setting))]
     soak = Soak(words, arguments.out.absolute(), arguments.ranks, arguments.seed)
-    trials = soak.run(arguments.kills, time.monotonic() + 60 * arguments.minutes)
-    write_text(arguments.out / "soak.json", json.dumps([asdict(trial) for trial in trials], indent=1) + "\n")
-    print(table(trials))
-    print(f"\n{len(trials)} faults; every run ended with the losses of one that was left alone, bit for bit")
+    try:
+        soak.run(arguments.kills, time.monotonic() + 60 * arguments.minutes)
+    finally:
+        write_json(arguments.out / "soak.json", [asdict(trial) for trial in soak.trials])
+        print(table(soak.trials))
+    if len(soak.trials) < arguments.kills:
+        raise UserError(f"only {len(soak.trials)} of {arguments.kills} faults in {arguments.minutes:g} minutes.")
+    print(f"\n{len(soak.trials)} faults; every run ended with the losses of one that was left alone, bit for bit")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,11 @@ def retire(path: Path) -> None:
 
 
 def delete_leftovers(folder: Path) -> None:
-    """What killed runs have left half written or half deleted."""
+    """What killed runs have left half written or half deleted; but one that was being replaced gets its name back."""
+    for aside in folder.glob(".step_*.incomplete"):
+        final = folder / aside.name.removeprefix(".").removesuffix(".incomplete")
+        if _doomed(final).exists() and not final.exists():
+            os.rename(_doomed(final), final)
     for leftover in folder.glob(".step_*"):
         _delete(leftover)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from pretrain.errors import UserError
 from pretrain.files import checksum, patiently, write_json
+from pretrain.resilience.phase import current, enter
 
 MANIFEST = "manifest.json"
 
@@ -20,11 +21,10 @@ def describe(folder: Path, name: str) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "xxh3_128": checksum(path, sync=True)}
 
 
-def save_manifest(folder: Path, entries: dict[str, dict[str, Any]]) -> None:
-    """Write what `describe` has said of each file."""
-    write_json(
-        folder / MANIFEST, {"schema_version": 1, "saved_at": time.time(), "files": dict(sorted(entries.items()))}
-    )
+def save_manifest(folder: Path, entries: dict[str, dict[str, Any]], after: float) -> None:
+    """Write what `describe` has said of each file. after: the newest `saved_at` so far, which a clock may lag behind."""
+    now = max(time.time(), after + 1e-3)
+    write_json(folder / MANIFEST, {"schema_version": 1, "saved_at": now, "files": dict(sorted(entries.items()))})
 
 
 def verify(folder: Path, rank: int = 0, world_size: int = 1) -> None:
@@ -36,6 +36,7 @@ def verify(folder: Path, rank: int = 0, world_size: int = 1) -> None:
     if rank == 0:
         _refuse_unlisted(folder, files)
     for name in sorted(files)[rank::world_size]:
+        enter(current().name)  # it goes on: for the watchdog
         _check(_inside(folder, name), *files[name])
 
 

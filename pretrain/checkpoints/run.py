@@ -23,7 +23,7 @@ from pretrain.checkpoints.folders import (
     step_of,
 )
 from pretrain.checkpoints.host_copy import host_copy
-from pretrain.checkpoints.manifest import save_manifest, verify
+from pretrain.checkpoints.manifest import save_manifest, saved_at, verify
 from pretrain.checkpoints.random_states import random_states, restore_random_states
 from pretrain.checkpoints.room import bytes_of
 from pretrain.checkpoints.safe_load import read_safely
@@ -67,6 +67,7 @@ class Checkpoints:
         self.folder, self.config, self.ranks, self.say = folder, config, ranks, say
         self._under_way: _UnderWay | None = None
         self._damaged: set[Path] = set()
+        self._of_others: set[Path] = set()  # what an earlier history of this folder left, where a rule says to leave it
 
     def save(self, engine, state: TrainerState, add_files: Callable[[Path], None]) -> Saved | None:
         """Write the checkpoint of `state`; `add_files` runs on rank 0 and adds the trainer's own files.
@@ -121,11 +122,14 @@ class Checkpoints:
         checkpoint whatever the rule, which was meant for its first start.
         """
         rule = "auto" if int(os.environ.get("SLURM_RESTART_COUNT", 0)) and self._own() else self.config.resume
+        if rule != "auto":
+            self._of_others = set(self._own())
         if rule == "never":
             return None
         if rule != "auto":
             chosen = from_first_rank(lambda: resolve(Path(rule)))
             self._verify(chosen)
+            self._of_others -= {path for path in self._of_others if path.samefile(chosen)}
             return chosen
         found, damage = self._newest_whole(self._own())
         if found is None and damage:
@@ -136,8 +140,12 @@ class Checkpoints:
         return found
 
     def find_before(self, step: int) -> Path | None:
-        """The run's newest whole checkpoint of `step` or an earlier one, verified; None if there is none."""
-        return self._newest_whole([path for path in self._own() if step_of(path) <= step])[0]
+        """The run's newest whole checkpoint of `step` or an earlier one, verified; None if there is none.
+
+        Those that the start has left alone by its `resume` rule are not the run's.
+        """
+        own = [path for path in self._own() if path not in self._of_others]
+        return self._newest_whole([path for path in own if step_of(path) <= step])[0]
 
     def load(self, path: Path, engine, expected: TrainerState, changed: Sequence[str] = ()) -> TrainerState:
         """Load weights, optimizer and random states into an engine, new or under way; returns the stored state.
@@ -175,7 +183,7 @@ class Checkpoints:
 
     def _publish(self, aside: Path, final: Path, entries: Entries) -> None:
         def complete() -> None:
-            save_manifest(aside, entries)
+            save_manifest(aside, entries, after=max(map(saved_at, complete_checkpoints(self.folder)), default=0.0))
             for folder in [aside, *(path for path in aside.rglob("*") if path.is_dir())]:
                 sync_folder(folder)
 
@@ -186,6 +194,7 @@ class Checkpoints:
         for part in (complete, lambda: put_in_place(aside, final), name):
             self._told(part, aside)
         self._damaged.discard(final)
+        self._of_others.discard(final)
         self._retire_old()
 
     def _retire_old(self) -> None:
@@ -219,7 +228,7 @@ class Checkpoints:
         on_every_rank(lambda: verify(path, self.ranks.rank, self.ranks.world_size))
 
     def _own(self) -> list[Path]:
-        """This run's complete checkpoints as rank 0 sees them, oldest first."""
+        """The complete checkpoints of the run's folder as rank 0 sees them, oldest first."""
         return from_first_rank(lambda: complete_checkpoints(self.folder))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pretrain.config import Config
 from pretrain.errors import UserError
-from pretrain.files import write_text
+from pretrain.files import patiently, write_text
 
 
 class Metrics:
@@ -33,8 +33,9 @@ class Metrics:
         if self._file is None:
             return
         row = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
+        line = json.dumps(_finite(row), allow_nan=False) + "\n"
         try:
-            self._file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+            patiently(lambda: self._file.write(line), f"writing {self._file.name}")
         except OSError as error:
             raise UserError(
                 f"cannot write to {self._file.name}: {error.strerror}. The checkpoints are intact; mend the disk and "

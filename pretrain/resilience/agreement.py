@@ -15,6 +15,7 @@ Under tensor parallelism the ranks that hold the same slices are compared: rank 
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -42,7 +43,7 @@ class RanksDisagree(MachineFault):
 
 
 def check_start(find: Callable[[], Mapping[str, Any]]) -> None:
-    """SharedUserError on every rank unless `find` finds the same on each. Collective.
+    """SharedUserError on every rank unless `find` finds the same on each; in a requeued job MachineFault. Collective.
 
     find: what must be the same, by name, as JSON values; mappings are compared key by key. A UserError that it raises on
     one rank becomes that of all.
@@ -57,7 +58,9 @@ def check_start(find: Callable[[], Mapping[str, Any]]) -> None:
     differences = [
         f"{key}: {who_holds_what(values, _hosts())}" for key, values in columns.items() if _differ(values.values())
     ]
-    raise SharedUserError(
+    # A job that has run before got another node now: the next one may do.
+    kind = MachineFault if int(os.environ.get("SLURM_RESTART_COUNT", 0)) else SharedUserError
+    raise kind(
         f"the ranks do not run the same. {_some(differences, '; ')}. Give every node the same files, environment and "
         "command line, then start again."
     )

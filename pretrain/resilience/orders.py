@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +41,7 @@ class Orders:
 
     def __init__(self, folder: Path, ranks: Ranks, flag: StopFlag) -> None:
         self._folder, self._ranks, self._flag = folder, ranks, flag
-        self._ancestors = ancestors()
+        self._stop: Order | None = None
         self._looked, self._files = 0.0, {STOP_FILE: False, SAVE_FILE: False}
 
     def before_step(self, loader: Loader, step: int) -> Order:
@@ -52,8 +53,8 @@ class Orders:
         while True:
             here = loader.wait(_ROUND_S)
             stop, save, missing, failed = self._agree(self._heard(), self._asked(SAVE_FILE), not here, loader.failed)
-            if stop:
-                return _stop(stop)
+            if stop or self._stop:
+                return self._remember(stop)
             if failed:
                 on_every_rank(lambda: loader.next_batch() if loader.failed else None)
             if not missing:
@@ -62,25 +63,33 @@ class Orders:
     def now(self) -> Order | None:
         """The order to stop, if there is one, the same on every rank. Collective."""
         (stop,) = self._agree(self._heard())
-        return _stop(stop) if stop else None
+        return self._remember(stop)
 
     def saved(self) -> None:
         """What SAVE asked for is done."""
         self._files[SAVE_FILE] = False
         if self._ranks.is_first:
-            (self._folder / SAVE_FILE).unlink(missing_ok=True)
+            with suppress(OSError):
+                (self._folder / SAVE_FILE).unlink(missing_ok=True)
+
+    def _remember(self, stop: int) -> Order | None:
+        """The order that was given first: what has been cut short for it is not taken up again."""
+        if stop and self._stop is None:
+            self._stop = _stop(stop)
+        return self._stop
 
     def _heard(self) -> int:
         if self._flag.received:
             return self._flag.received
-        if self._ranks.launched and ancestors() != self._ancestors:
+        if self._ranks.launched and ancestors() != self._flag.ancestors:
             return _LAUNCHER_GONE
         return _STOP_FILE_FOUND if self._asked(STOP_FILE) else 0
 
     def _asked(self, name: str) -> bool:
         """Whether a person has left the file `name` in the run folder; rank 0 looks for all."""
         if self._ranks.is_first and time.monotonic() - self._looked > _LOOK_EVERY_S:
-            self._files = {file: (self._folder / file).exists() for file in self._files}
+            with suppress(OSError):  # a file server that does not answer now will do so later
+                self._files = {file: (self._folder / file).exists() for file in self._files}
             self._looked = time.monotonic()
         return self._files[name]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import mmap
+import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +27,7 @@ class Phase:
 
 
 _current = Phase()
-_mirror: mmap.mmap | None = None
+_mirror: int | None = None
 
 
 def enter(name: str, step: int | None = None) -> None:
@@ -41,11 +42,9 @@ def current() -> Phase:
 
 
 def mirror(path: Path) -> None:
-    """Keep the phase in a file from now on: memory that the system writes out, whatever becomes of this process."""
+    """Keep the phase in a file from now on, where it stays whatever becomes of this process."""
     global _mirror
-    path.write_bytes(bytes(_MIRROR_BYTES))
-    with open(path, "r+b") as file:
-        _mirror = mmap.mmap(file.fileno(), _MIRROR_BYTES)
+    _mirror = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     _reflect()
 
 
@@ -55,6 +54,8 @@ def read_mirror(path: Path) -> str:
 
 
 def _reflect() -> None:
-    if _mirror is not None:
+    if _mirror is None:
+        return
+    with suppress(OSError):
         text = f"'{_current.name}' of step {_current.step}".encode()
-        _mirror[:] = text[:_MIRROR_BYTES].ljust(_MIRROR_BYTES, b"\0")
+        os.pwrite(_mirror, text[:_MIRROR_BYTES].ljust(_MIRROR_BYTES, b"\0"), 0)

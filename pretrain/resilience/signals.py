@@ -9,15 +9,20 @@ import os
 import signal
 from types import FrameType
 
+from pretrain.resilience.launcher import ancestors
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopFlag:
-    """Set by SIGTERM, SIGINT or SIGUSR1 on this process; processes forked from it leave stopping to it."""
+    """Set by SIGTERM, SIGINT or SIGUSR1 on this process; processes forked from it leave stopping to it.
+
+    ancestors: of this process, when it began.
+    """
 
     def __init__(self) -> None:
         self.received = 0
-        self.owner = os.getpid()
+        self.owner, self.ancestors = os.getpid(), ancestors()
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,24 +23,30 @@ from tqdm import tqdm
 
 from pretrain.checkpoints.folders import complete_checkpoints
 from pretrain.checkpoints.manifest import verify
-from pretrain.errors import UserError
+from pretrain.errors import MACHINE_FAULT, UserError
 from pretrain.resilience.phase import read_mirror
 
 SOON_S = 30
 _HANGS_UP_TO_S = 60  # of silence of one rank, with the watchdog's limit of WATCHDOG_S
 WATCHDOG_S = 15
 _NOT_MET = "starting"
+STRUCK_AT_START = 0.2  # the share of faults before the ranks have met
 _TRAIN = Path(__file__).resolve().parents[2] / "pretrain/train.py"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What is done to the ranks `struck` of all: each gets `numbers`, a second apart."""
+    """What is done to some ranks: each gets `numbers`, a second apart. weight: how often it is chosen."""
 
     name: str
     numbers: tuple[signal.Signals, ...]
     to_all: bool
     weight: int
+
+    @property
+    def saves(self) -> bool:
+        """Whether the struck ranks are to save and end by themselves."""
+        return self.numbers == (signal.SIGTERM,)
 
 
 FAULTS = (
@@ -53,7 +60,7 @@ FAULTS = (
 
 @dataclass(frozen=True)
 class Trial:
-    """One fault. phase: what the struck rank was doing. seconds: until the other ranks had ended. codes: of all ranks."""
+    """One fault. phase: what the struck rank was doing. seconds: until the other ranks had ended. codes: of those."""
 
     fault: str
     phase: str
@@ -70,24 +77,23 @@ class Soak:
         self.words, self.out, self.ranks = words, out, ranks
         self._random = random.Random(seed)
         self._startup_s = 10.0
+        self.trials: list[Trial] = []
 
-    def run(self, kills: int, deadline: float) -> list[Trial]:
+    def run(self, kills: int, deadline: float) -> None:
         """Strike `kills` times, or until the monotonic clock says `deadline`. UserError where a promise is broken."""
         whole = self._undisturbed()
-        trials: list[Trial] = []
         number = 0
         with tqdm(total=kills, unit="kill", disable=not sys.stderr.isatty()) as progress:
-            while len(trials) < kills and time.monotonic() < deadline:
+            while len(self.trials) < kills and time.monotonic() < deadline:
                 number += 1
                 folder = self.out / f"struck_{number}"
-                while len(trials) < kills and time.monotonic() < deadline:
+                while len(self.trials) < kills and time.monotonic() < deadline:
                     if (trial := self._strike(folder)) is None:
                         break
-                    trials.append(trial)
+                    self.trials.append(trial)
                     progress.update()
                 self._finish(folder)
                 self._compare(folder, whole)
-        return trials
 
     def _undisturbed(self) -> dict[int, float]:
         folder = self.out / "whole"
@@ -106,8 +112,9 @@ class Soak:
         mirror = folder / f"logs/pulses/rank_{struck[0]}.phase"
         mirror.unlink(missing_ok=True)
         processes = self._start(folder)
-        # Mostly while it trains, sometimes while it starts.
-        time.sleep(self._random.uniform(0.2, 2.0) * self._startup_s)
+        if self._random.random() > STRUCK_AT_START:
+            _wait_for(lambda: mirror.exists() or processes[0].poll() is not None)
+        time.sleep(self._random.uniform(0, self._startup_s))
         if all(process.poll() is not None for process in processes):
             return None
         phase = read_mirror(mirror) or _NOT_MET
@@ -117,7 +124,9 @@ class Soak:
         finally:
             for process in processes:
                 process.kill()
-        codes = [process.wait() for process in processes]
+        codes = [process.wait() for rank, process in enumerate(processes) if rank not in struck or fault.saves]
+        if phase != _NOT_MET and not set(codes) <= {0, MACHINE_FAULT}:
+            raise UserError(f"after {fault.name} in {phase} ranks ended with {codes}: see {folder}.err.")
         for checkpoint in complete_checkpoints(folder / "checkpoints"):
             try:
                 verify(checkpoint)
@@ -183,7 +192,7 @@ def table(trials: list[Trial]) -> str:
     return "\n".join(rows)
 
 
-def _counted(values) -> str:
+def _counted(values: Iterable[str]) -> str:
     counts: dict[str, int] = {}
     for value in values:
         counts[value] = counts.get(value, 0) + 1
@@ -207,6 +216,11 @@ def _wait_for_the_rest(fault: Fault, processes: list[subprocess.Popen], struck: 
             raise UserError(f"{limit} s after {fault.name} other ranks were still there.")
         time.sleep(0.05)
     return time.monotonic() - began
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    while not condition():
+        time.sleep(0.05)
 
 
 def _place(rank: int, ranks: int, port: int) -> dict[str, str]:

@@ -22,10 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pretrain.distributed import Ranks, from_first_rank
+from pretrain.errors import MACHINE_FAULT
 from pretrain.files import write_text
 from pretrain.resilience import phase
-
-HUNG_EXIT_CODE = 3
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,14 @@ class Watchdog:
 
         on_hang: called on one rank with the verdict, before all ranks end.
         """
-        self._pulses, self._hang, self._report = (folder / "logs" / name for name in ("pulses", "hang", "hang.txt"))
+        self._pulses, self._report = folder / "logs/pulses", folder / "logs/hang.txt"
         self._ranks, self._limit_s, self._on_hang = ranks, limit_s, on_hang
         self._tick_s, self._pulse_s = min(limit_s / 10, 5.0), min(limit_s / 4, 60.0)
         self._pulses.mkdir(parents=True, exist_ok=True)
         self._file(ranks.rank).unlink(missing_ok=True)
         phase.mirror(self._phase_file(ranks.rank))
-        from_first_rank(lambda: self._hang.unlink(missing_ok=True))
+        # A name of this start's own: a rank that an earlier one has left behind must not end this one.
+        self._hang = self._pulses / f"hang_{from_first_rank(time.time_ns)}"
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -77,27 +77,39 @@ class Watchdog:
         while not self._closed.wait(self._tick_s):
             # For what no thread of Python can notice: the interpreter's lock is never let go, or the folder does not answer.
             faulthandler.dump_traceback_later(2 * self._limit_s + 30, exit=True)
-            with suppress(OSError):
-                if phase.current().seconds > self._limit_s or self._hang.exists():
-                    self._end_run()
-                if time.monotonic() - pulsed > self._pulse_s:
-                    self._leave_pulse()
-                    pulsed = time.monotonic()
+            if phase.current().seconds > self._limit_s or self._called():
+                self._end_run()
+            if time.monotonic() - pulsed > self._pulse_s:
+                self._leave_pulse()
+                pulsed = time.monotonic()
+
+    def _called(self) -> bool:
+        with suppress(OSError):
+            return self._hang.exists()
+        return False
 
     def _end_run(self) -> None:
-        self._leave_pulse(last=True)
-        self._hang.touch()
-        time.sleep(2 * self._tick_s + 1)  # the others look once a tick
-        pulses = [pulse for pulse in map(self._read, range(self._ranks.world_size)) if pulse]
-        phases = [phase.read_mirror(self._phase_file(rank)) for rank in range(self._ranks.world_size)]
-        verdict = judge(pulses, phases)
-        if self._ranks.rank == min(pulse.rank for pulse in pulses if pulse.last):
+        """Whatever the run folder still takes: this rank ends."""
+        try:
             with suppress(OSError):
-                write_text(self._report, describe(verdict, pulses))
-            self._on_hang(f"{verdict} The stacks of all ranks are in {self._report}.")
-        else:
+                self._hang.touch()
+            self._leave_pulse(last=True)
+            time.sleep(2 * self._tick_s + 1)  # the others look once a tick
+            self._tell()
+        finally:
+            os._exit(MACHINE_FAULT)
+
+    def _tell(self) -> None:
+        every = range(self._ranks.world_size)
+        pulses = [pulse for pulse in map(self._read, every) if pulse]
+        verdict, blamed = judge(pulses, [phase.read_mirror(self._phase_file(rank)) for rank in every])
+        if self._ranks.rank != min((pulse.rank for pulse in pulses if pulse.last), default=self._ranks.rank):
             time.sleep(1)  # a launcher that sees one rank leave kills the rest
-        os._exit(HUNG_EXIT_CODE)
+            return
+        with suppress(OSError):
+            write_text(self._report, describe(verdict, blamed, pulses))
+            self._hang.unlink()
+        self._on_hang(f"{verdict} The stacks of all ranks are in {self._report}.")
 
     def _leave_pulse(self, last: bool = False) -> None:
         now = phase.current()
@@ -114,11 +126,13 @@ class Watchdog:
             waits=waits_for_others(),
             last=last,
         )
-        write_text(self._file(self._ranks.rank), json.dumps(asdict(pulse)))
+        with suppress(OSError):
+            write_text(self._file(self._ranks.rank), json.dumps(asdict(pulse)))
 
     def _read(self, rank: int) -> Pulse | None:
-        path = self._file(rank)
-        return Pulse(**json.loads(path.read_text())) if path.exists() else None
+        with suppress(OSError, ValueError):
+            return Pulse(**json.loads(self._file(rank).read_text()))
+        return None
 
     def _file(self, rank: int) -> Path:
         return self._pulses / f"rank_{rank}.json"
@@ -127,22 +141,22 @@ class Watchdog:
         return self._pulses / f"rank_{rank}.phase"
 
 
-def judge(pulses: list[Pulse], phases: list[str]) -> str:
-    """Which ranks are to blame, in a sentence or two. phases: where each rank was last, by rank."""
+def judge(pulses: list[Pulse], phases: list[str]) -> tuple[str, list[int]]:
+    """Which ranks are to blame, in a sentence or two, and as numbers. phases: where each rank was last, by rank."""
     answering = [pulse for pulse in pulses if pulse.last]
     known = {pulse.rank: pulse for pulse in pulses}
     silent = sorted(set(range(len(phases))) - {pulse.rank for pulse in answering})
     if silent:
-        return " ".join(_describe_silent(rank, known.get(rank), phases[rank]) for rank in silent)
+        return " ".join(_describe_silent(rank, known.get(rank), phases[rank]) for rank in silent), silent
     behind = min(pulse.number for pulse in answering)
     blamed = [pulse for pulse in answering if pulse.number == behind]
     blamed = [pulse for pulse in blamed if not pulse.waits] or blamed
     longest = max(blamed, key=lambda pulse: pulse.seconds)
     where = f"in {phases[longest.rank]} for {longest.seconds:.0f} s"
     if len(blamed) == len(phases):
-        return f"All ranks are {where}: what they do together does not end."
+        return f"All ranks are {where}: what they do together does not end.", []
     names = ", ".join(f"{pulse.rank} ({pulse.host})" for pulse in blamed)
-    return f"The others wait for rank {names}: {where}."
+    return f"The others wait for rank {names}: {where}.", [pulse.rank for pulse in blamed]
 
 
 def _describe_silent(rank: int, pulse: Pulse | None, last_phase: str) -> str:
@@ -151,20 +165,20 @@ def _describe_silent(rank: int, pulse: Pulse | None, last_phase: str) -> str:
     return f"No answer from {who}: it is stopped, or its machine is gone.{was}"
 
 
-def describe(verdict: str, pulses: list[Pulse]) -> str:
-    """The report: the verdict, a line a rank, and the stacks of each."""
+def describe(verdict: str, blamed: list[int], pulses: list[Pulse]) -> str:
+    """The report: the verdict, a line a rank, and the stacks, those of the blamed ranks first and equal ones once."""
+    now = time.time()
     lines = [
-        f"rank {pulse.rank:>4}  {pulse.host}  {'answers' if pulse.last else 'SILENT '}  step {pulse.step:>7,}  "
-        f"{pulse.phase} for {pulse.seconds:.1f} s"
+        f"rank {pulse.rank:>4}  {pulse.host}  "
+        + ("answers" if pulse.last else f"SILENT, {now - pulse.time:.0f} s ago:")
+        + f"  step {pulse.step:>7,}  {pulse.phase} for {pulse.seconds:.1f} s"
         for pulse in pulses
     ]
-    stacks = [
-        f"--- rank {pulse.rank}"
-        + ("" if pulse.last else f", as of {time.time() - pulse.time:.0f} s ago")
-        + f"\n{pulse.stacks}"
-        for pulse in pulses
-    ]
-    return "\n".join([verdict, "", *lines, "", *stacks])
+    alike: dict[str, list[int]] = {}
+    for pulse in sorted(pulses, key=lambda pulse: pulse.rank not in blamed):
+        alike.setdefault(pulse.stacks, []).append(pulse.rank)
+    stacks = [f"--- rank {', '.join(map(str, ranks))}\n{text}" for text, ranks in alike.items()]
+    return "\n".join([time.strftime("%Y-%m-%d %H:%M:%S"), verdict, "", *lines, "", *stacks])
 
 
 def python_stacks() -> str:

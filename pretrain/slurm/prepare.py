@@ -28,7 +28,7 @@ _FACTS = (
 _FACTS += ("SUBMIT_DIR", "ARRAY_JOB_ID", "ARRAY_TASK_ID")
 
 
-def reason_not_to_start(config: Config, job: Job, max_restarts: int) -> str | None:
+def reason_not_to_start(config: Config) -> str | None:
     """Why there is nothing to do, so that chained jobs end at once; None to start."""
     run = config.folder
     if (run / STOP_FILE).exists():
@@ -36,8 +36,6 @@ def reason_not_to_start(config: Config, job: Job, max_restarts: int) -> str | No
     status = json.loads((run / "status.json").read_text()) if (run / "status.json").is_file() else {}
     if status.get("status") == "finished" and status["step"] >= config.total_steps:
         return f"the run has finished at step {status['step']:,}."
-    if job.restart > max_restarts:
-        return f"the job has been restarted {job.restart} times, more often than MAX_RESTARTS allows."
     return None
 
 

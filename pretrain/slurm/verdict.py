@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pretrain.errors import DIVERGED, MACHINE_FAULT, OTHER, USER_ERROR
 from pretrain.slurm.attempts import FAULT, Attempts, Task
 
 MAX_FAULTS = 3  # in a row that leave no newer checkpoint: the next start would end like them
-_USER_ERROR, _MACHINE_FAULT, _DIVERGED = 2, 3, 4  # exit codes of the trainer
+_BY_SIGNAL = 128  # and more: ended by a signal
 
 
 @dataclass(frozen=True)
@@ -40,25 +41,25 @@ def judge(attempts: Attempts, code: int, told_to_stop: bool, nodes: int, max_res
 
 def _judge(attempts: Attempts, code: int, told_to_stop: bool, nodes: int) -> Verdict:
     unhealthy = attempts.failed_tasks("health")
-    if unhealthy:
+    if unhealthy and not (told_to_stop and all(task.code > _BY_SIGNAL for task in unhealthy)):
         return _unhealthy(unhealthy, nodes)
     failed, status = attempts.failed_tasks("ranks"), attempts.status()
     state, reason = status.get("status"), str(status.get("reason", ""))
     codes = {task.code for task in failed} | ({status["exit_code"]} if status.get("exit_code") else set())
     if state in ("finished", "stopped"):
         return Verdict(False, 0, state, reason)
-    for hopeless in (_USER_ERROR, _DIVERGED):
+    for hopeless in (USER_ERROR, DIVERGED):
         if hopeless in codes:
             return Verdict(
-                False, hopeless, "refused" if hopeless == _USER_ERROR else "diverged", _first(attempts, failed)
+                False, hopeless, "refused" if hopeless == USER_ERROR else "diverged", _first(attempts, failed)
             )
     if state == "preempted":
-        return Verdict(True, _MACHINE_FAULT, state, reason)
-    if told_to_stop and all(ended > 128 for ended in codes):  # by the signal itself: nobody listened yet
-        return Verdict(True, _MACHINE_FAULT, "preempted", "told to stop before the training had begun")
+        return Verdict(True, MACHINE_FAULT, state, reason)
+    if told_to_stop and all(ended > _BY_SIGNAL for ended in codes):  # by the signal itself: nobody listened yet
+        return Verdict(True, MACHINE_FAULT, "preempted", "told to stop before the training had begun")
     if code == 0 and not codes:
         return Verdict(False, 1, "unclear", f"all ranks ended with 0, but status.json says {state or 'nothing of it'}")
-    return Verdict(True, min(codes & {1, _MACHINE_FAULT}, default=_MACHINE_FAULT), FAULT, _first(attempts, failed))
+    return Verdict(True, min(codes & {OTHER, MACHINE_FAULT}, default=MACHINE_FAULT), FAULT, _first(attempts, failed))
 
 
 def _unhealthy(failed: list[Task], nodes: int) -> Verdict:
@@ -66,7 +67,7 @@ def _unhealthy(failed: list[Task], nodes: int) -> Verdict:
     names = tuple(sorted({task.node for task in failed}))
     common = 1 < nodes == len(names)
     reason = f"failed the health check: {', '.join(names)}" + " (every node: none is excluded)" * common
-    return Verdict(True, _MACHINE_FAULT, FAULT, reason, () if common else names)
+    return Verdict(True, MACHINE_FAULT, FAULT, reason, () if common else names)
 
 
 def _first(attempts: Attempts, failed: list[Task]) -> str:

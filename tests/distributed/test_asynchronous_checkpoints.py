@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from faults import together
 from runs import (
     arguments,
     assert_refused,
@@ -175,8 +176,24 @@ def test_storage_that_fails_for_a_moment_is_waited_for_and_the_log_says_so(run_f
     verify(folder / "checkpoints/step_00000003")
 
 
+def test_storage_that_stays_away_is_a_fault_of_the_machine_on_every_rank(run_file: Path, tmp_path: Path) -> None:
+    words = arguments(run_file, settings(tmp_path / "run"))
+    away = failing(errno.EIO, "step_00000006.incomplete/deepspeed/zero_pp_rank_1")
+    ended = run_ranks(words, tmp_path / "logs", prepare=together(impatient, away))
+    assert ended.code == 3, ended.stderr
+    left = status(tmp_path / "run")
+    assert (left["status"], left["exit_code"]) == ("failed", 3)
+    assert FULL in left["reason"]
+    assert "the same command goes on" in left["reason"]
+    assert run_ranks(words, tmp_path / "logs").code == 0
+
+
+def impatient() -> None:
+    files.PAUSES_S = (0,)
+
+
 def test_patience_ends(monkeypatch) -> None:
-    """Four attempts with 1, 2 and 4 s between them; one where waiting cannot help."""
+    """Seven attempts within a minute; one where waiting cannot help."""
     slept: list[float] = []
     monkeypatch.setattr(files.time, "sleep", slept.append)
 
@@ -191,9 +208,9 @@ def test_patience_ends(monkeypatch) -> None:
             files.patiently(fail, "trying")
         return len(tried)
 
-    assert attempts(OSError(errno.ESTALE, "stale")) == 4
-    assert slept == [1, 2, 4]
-    assert attempts(RuntimeError("Io: Stale file handle (os error 116)")) == 4
+    assert attempts(OSError(errno.ESTALE, "stale")) == 7
+    assert slept == [1, 2, 4, 8, 15, 30]
+    assert attempts(RuntimeError("Io: Stale file handle (os error 116)")) == 7
     assert attempts(OSError(errno.ENOSPC, "full")) == 1
     assert attempts(ValueError("no file at all")) == 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -128,18 +129,23 @@ def test_an_unhealthy_node_is_excluded_unless_all_are(
     assert "n1" in found.reason or "n2" in found.reason
 
 
-def test_a_run_that_is_finished_stopped_or_restarted_too_often_is_not_started(run_file: Path, tmp_path: Path) -> None:
+def test_a_node_whose_check_was_told_to_stop_is_not_excluded(tmp_path: Path) -> None:
+    attempts = started(tmp_path)
+    ended(attempts, health={"n1.0": 128 + signal.SIGUSR1})
+    found = judged(attempts, 1, told=True)
+    assert (found.requeue, found.exclude, found.outcome) == (True, (), "preempted")
+
+
+def test_a_run_that_is_finished_or_stopped_is_not_started(run_file: Path, tmp_path: Path) -> None:
     config = load_config(run_file, [f"out={tmp_path}", "name=run", "steps=8"])
-    job = Job("17", 3, "n1")
-    assert reason_not_to_start(config, job, 3) is None
-    assert "restarted 3 times" in (reason_not_to_start(config, job, 2) or "")
+    assert reason_not_to_start(config) is None
     config.folder.mkdir()
     (config.folder / "status.json").write_text(json.dumps({"status": "finished", "step": 8}))
-    assert "finished at step 8" in (reason_not_to_start(config, job, 3) or "")
+    assert "finished at step 8" in (reason_not_to_start(config) or "")
     longer = load_config(run_file, [f"out={tmp_path}", "name=run", "steps=9"])
-    assert reason_not_to_start(longer, job, 3) is None
+    assert reason_not_to_start(longer) is None
     (config.folder / "STOP").touch()
-    assert "STOP exists" in (reason_not_to_start(longer, job, 3) or "")
+    assert "STOP exists" in (reason_not_to_start(longer) or "")
 
 
 def test_the_snapshot_holds_the_code_and_the_run_but_no_secret(
