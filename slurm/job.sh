@@ -43,7 +43,8 @@ train() {
     if [[ -n $stopped ]]; then touch "$STOP_REQUEST"; fi
     rendezvous
     ENDINGS=$record/health step --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --time=10 -- \
-        "$PYTHON" "$code/tools/check_node.py" --folder "$run" ${SLURM_GPUS_PER_NODE:+--gpus "${SLURM_GPUS_PER_NODE##*:}"}
+        "$PYTHON" "$code/tools/check_node.py" --folder "$run" --min-free-gb "$MIN_FREE_GB" \
+        ${SLURM_GPUS_PER_NODE:+--gpus "${SLURM_GPUS_PER_NODE##*:}"}
     if ((status == 0)); then
         ENDINGS=$record/ranks TASK_LOG=$run/logs/slurm_${SLURM_JOB_ID}_rank step --kill-on-bad-exit=1 --wait=60 -- \
             "$PYTHON" "$code/pretrain/train.py" --config "$code/run.yaml"

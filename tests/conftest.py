@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,12 @@ import yaml
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported, by the fork server too
 
+import runs  # noqa: F401  (says what the fork server loads)
 from corpus import Corpus, documents_of, make_corpus, tiny
+
+# There is one of it in a process, and the workers of the data path would start it with next to nothing loaded: then each
+# rank of each test would load the libraries by itself, for seconds and hundreds of megabytes.
+forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,8 @@ def submit(
 ) -> str:
     """sbatch slurm/<script>.sbatch with `words`; its log is <folder>/<log>.txt."""
     command = [*options, f"--output={log}.txt", f"slurm/{script}.sbatch", *words]
-    path = {"PYTHON": sys.executable, "PATH": f"{ENVIRONMENT['PATH']}:/usr/sbin"}
+    # Runs of a megabyte may be tested where there is little room.
+    path = {"MIN_FREE_GB": "0.1", "PYTHON": sys.executable, "PATH": f"{ENVIRONMENT['PATH']}:/usr/sbin"}
     return slurm.submit(*command, cwd=folder, **ENVIRONMENT | path | variables)
 
 
