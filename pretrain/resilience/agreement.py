@@ -95,7 +95,8 @@ def _held_whole(weights: ShardedWeights, methods: Sequence[Method]) -> Iterator[
         copies = ((name, _resident(parameter)) for name, parameter in engine.module.named_parameters())
         yield from ((name, copy) for name, copy in copies if copy is not None)
     for method in methods:
-        yield from method.state(engine.module).items()
+        kept = method.state(engine.module)
+        yield from ((name, tensor) for name, tensor in kept.items() if tensor is not None)  # None before the first step
 
 
 def _stray_elements(piece: Piece, weights: ShardedWeights) -> torch.Tensor:
