@@ -6,6 +6,9 @@ cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}" || exit 1
 # shellcheck source=slurm/cluster.env
 source "$code/slurm/cluster.env"
 export PYTHONPATH=$code PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
+# sbatch takes the submitting shell's variables along. Of a launcher there (torchrun, an interactive job) these would tell
+# every task that it is one and the same rank.
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
 
 # srun does not take --cpus-per-task from the job by itself.
 srun=(srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${SRUN_OPTIONS[@]}")

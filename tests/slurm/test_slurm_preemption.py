@@ -26,7 +26,9 @@ def preempted(slurm: MiniSlurm, submit_folder: Path, run_file: Path, tmp_path_fa
     settings |= {"data.val": None, "log.activations_interval_steps": 1000}
     folder = out / "run"
 
-    job = submit(slurm, submit_folder, words(Path(own.name), settings), *TWO_NODES)
+    # Submitted from a shell that a launcher has made a rank: the job's ranks are told by Slurm all the same.
+    launched = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": "1"}
+    job = submit(slurm, submit_folder, words(Path(own.name), settings), *TWO_NODES, **launched)
     wrong = submit(slurm, submit_folder, words(own, settings | {"name": "wrong", "lr": 1}), *TWO_NODES, log="wrong")
     preempt(slurm, job, trained(folder, 3))
     refused = slurm.wait_over(wrong)
