@@ -135,6 +135,12 @@ def examine(run: Run, done: Step, autopsies: Autopsies, batches: list[MicroBatch
     )
 
 
+def note_clipping(run: Run, done: Step) -> None:
+    """A `zclip` event: by which factor the gradient of this step was shortened as an outlier."""
+    samples = {"first_sample": run.samples.start, "last_sample": run.samples.stop - 1}
+    run.metrics.event(run.step, "zclip", factor=done.clip_factor, grad_norm=done.norm, **samples)
+
+
 def roll_back(run: Run) -> None:
     """Go back to the newest whole checkpoint from before the skipped steps, and on with the data after theirs.
 

@@ -21,6 +21,7 @@ from pretrain.errors import (
     MachineFault,
     SharedUserError,
     UserError,
+    first_line,
 )
 from pretrain.resilience.phase import current
 from pretrain.run_folder import RunFolder, log
@@ -62,7 +63,7 @@ def end_alone(error: RuntimeError) -> NoReturn:
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     print(
         f"error: rank {rank_from_environment()} could not meet the other {int(os.environ['WORLD_SIZE']) - 1} at {where}: "
-        f"{str(error).splitlines()[0]}. Look for the ranks that have not started, and at firewalls between the nodes.",
+        f"{first_line(error)}. Look for the ranks that have not started, and at firewalls between the nodes.",
         file=sys.stderr,
         flush=True,
     )
@@ -95,6 +96,5 @@ def _explain(error: Exception, ranks: Ranks) -> tuple[int, str]:
         return MACHINE_FAULT, str(error)
     phase = current()
     if ranks.world_size > 1 and _tells_of_a_lost_peer(error):
-        first_line = str(error).splitlines()[0]
-        return MACHINE_FAULT, f"lost another rank in '{phase.name}' of step {phase.step} ({first_line})"
+        return MACHINE_FAULT, f"lost another rank in '{phase.name}' of step {phase.step} ({first_line(error)})"
     return OTHER, f"{error!r} in '{phase.name}' of step {phase.step}"

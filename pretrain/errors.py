@@ -28,3 +28,8 @@ class MachineFault(Exception):
 
 class Diverged(Exception):
     """The run does not learn any more, and going back did not help: a person must look."""
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, to be quoted in one of ours: without its last full stop; its kind if it says nothing."""
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import pretrain.modeling  # noqa: F401  (a model that no stock class holds loads without running a file of its folder)
 from pretrain.data.contents import content_hash, read_json
-from pretrain.errors import UserError
+from pretrain.errors import UserError, first_line
 from pretrain.files import checksum
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model that is loaded already
@@ -71,7 +71,7 @@ def load_model(folder: Path, device: str) -> PreTrainedModel:
             output_loading_info=True,
         )
     except Exception as error:  # transformers raises many kinds here
-        raise UserError(f"cannot load the model in '{folder}': {_first_line(error)}{_brings_code(folder)}") from error
+        raise UserError(f"cannot load the model in '{folder}': {first_line(error)}{_brings_code(folder)}") from error
     if report["missing_keys"]:
         raise UserError(
             f"the files in '{folder}' lack weights of its {type(model).__name__}: "
@@ -80,7 +80,7 @@ def load_model(folder: Path, device: str) -> PreTrainedModel:
     try:
         return model.to(device)
     except (AssertionError, RuntimeError) as error:  # torch raises these where a device is not there, or is too small
-        raise UserError(f"cannot put the model on the device '{device}': {_first_line(error)}") from error
+        raise UserError(f"cannot put the model on the device '{device}': {first_line(error)}") from error
 
 
 def evaluate(
@@ -108,7 +108,7 @@ def evaluate(
                 log_samples=False,
             )
     except torch.OutOfMemoryError as error:
-        raise UserError(f"batches of {batch_size} do not fit into memory: {_first_line(error)}") from error
+        raise UserError(f"batches of {batch_size} do not fit into memory: {first_line(error)}") from error
 
 
 def scores(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -151,7 +151,7 @@ def _load(name: str, manager: TaskManager) -> list[Task | Group]:
         found = manager.load(name)
     except Exception as error:  # whatever data sets and task files raise
         raise UserError(
-            f"cannot load the task '{name}': {_first_line(error)}. Where there is no network, fill the cache (HF_HOME) "
+            f"cannot load the task '{name}': {first_line(error)}. Where there is no network, fill the cache (HF_HOME) "
             "on a machine that has one, by the same command with --limit 1."
         ) from error
     groups = found.get("groups", {})
@@ -176,7 +176,3 @@ def _brings_code(folder: Path) -> str:
 
 def _number(value: Any) -> float | None:
     return float(value) if not isinstance(value, str | None) and math.isfinite(value) else None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__

@@ -22,7 +22,17 @@ from contextlib import contextmanager, suppress
 import torch.distributed as dist
 
 from pretrain import quiet  # noqa: F401  (before the libraries that would speak)
-from pretrain.actions import evaluate, examine, finish, look_at_activations, publish, report, roll_back, save
+from pretrain.actions import (
+    evaluate,
+    examine,
+    finish,
+    look_at_activations,
+    note_clipping,
+    publish,
+    report,
+    roll_back,
+    save,
+)
 from pretrain.config import Config, ResilienceSection, load_config
 from pretrain.distributed import (
     Ranks,
@@ -95,6 +105,8 @@ def train(plan: Plan, folder: RunFolder, ranks: Ranks) -> None:
         run.throughput.pause()
         if done.verdict.kind in ("spike", "not finite"):
             examine(run, done, autopsies, batches)
+        if 0 < done.clip_factor < 1:
+            note_clipping(run, done)
         if run.gate.guard.roll_back_due:
             roll_back(run)
             continue

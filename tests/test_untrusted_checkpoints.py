@@ -131,6 +131,24 @@ def test_the_conversion_refuses_a_trap_and_makes_nothing(checkpoint: Path, tmp_p
     assert not out.exists()
 
 
+def test_the_conversion_takes_no_configuration_that_it_does_not_know_and_no_adapter(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    configuration = checkpoint / "hf/config.json"
+    own = configuration.read_text()
+    (checkpoint / "hf/adapter_config.json").write_text('{"base_model_name_or_path": "someone/elses"}')
+    configuration.write_text(json.dumps(json.loads(own) | {"model_type": "unheard_of"}))
+    relist(checkpoint)
+    with pytest.raises(UserError, match=r"hf/config\.json: .*unheard_of.*environment\.json"):
+        convert(checkpoint, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    configuration.write_text(own)
+    relist(checkpoint)
+    convert(checkpoint, tmp_path / "model")
+    assert (tmp_path / "model/tokenizer.json").exists()
+    assert not (tmp_path / "model/adapter_config.json").exists()
+
+
 def name_a_file_above(checkpoint: Path, secret: Path) -> None:
     add_to_manifest(checkpoint, f"deepspeed/../../../{secret.name}", secret)
 

@@ -73,10 +73,9 @@ class Checkpoints:
         """Write the checkpoint of `state`; `add_files` runs on rank 0 and adds the trainer's own files.
 
         With `asynchronous` the large files are only copied here, and None is returned: `advance` publishes the checkpoint.
-        One that is still under way is waited for and published first. Raises UserError, on every rank, when there is no
-        room or a file cannot be written. Older checkpoints are never touched before the new one is complete.
+        The one before must be published. Raises UserError, on every rank, when there is no room or a file cannot be
+        written. Older checkpoints are never touched before the new one is complete.
         """
-        self.advance(wait=True)
         began, aside = time.perf_counter(), self.folder / f".{folder_of(state.step)}.incomplete"
         on_every_rank(lambda: self._prepare(aside, engine))
         contents = gather_shards(engine, aside)

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from pretrain.data.bpe import PROBE, tokenizer_from_sentencepiece
 from pretrain.data.contents import content_hash, read_json
-from pretrain.errors import UserError
+from pretrain.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +66,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds here, from OSError to plain Exception
         raise UserError(
-            f"cannot load a tokenizer from the folder '{path}': {_first_line(error)} "
+            f"cannot load a tokenizer from the folder '{path}': {first_line(error)}. "
             "It should hold tokenizer.json and tokenizer_config.json, as `save_pretrained` writes them."
         ) from error
 
@@ -198,8 +198,3 @@ def _merges(model: dict) -> list:
     if isinstance(model.get("vocab"), list):
         return model["vocab"]
     return [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model.get("merges", [])]
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

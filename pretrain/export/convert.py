@@ -16,7 +16,7 @@ from pretrain.checkpoints.folders import resolve
 from pretrain.checkpoints.manifest import verify
 from pretrain.config import Config, load_config
 from pretrain.data.contents import read_json
-from pretrain.errors import UserError
+from pretrain.errors import UserError, first_line
 from pretrain.export.card import model_card
 from pretrain.export.masters import master_weights
 from pretrain.export.proof import Proof, checked, prove
@@ -90,7 +90,7 @@ def write_model(checkpoint: Path, folder: Path, config: Config, dtype: torch.dty
 
     Where no stock architecture can hold what was trained, it is Evenkeel's own, whose modelling file is written as well.
     """
-    hf_config = AutoConfig.from_pretrained(checkpoint / "hf", local_files_only=True, trust_remote_code=False)
+    hf_config = _configuration(checkpoint / "hf")
     config = bind_methods(config, hf_config)
     tensors = checked(dict(master_weights(checkpoint / "deepspeed")), checkpoint)
     folding = [method for method in config.methods if type(method).fold is not Method.fold]
@@ -141,10 +141,23 @@ def _export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> Exported:
     return Exported(model, parameters, dtype, proof)
 
 
+def _configuration(folder: Path) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds here
+        raise UserError(
+            f"cannot read the model's configuration {folder / 'config.json'}: {first_line(error)}. It is not as the "
+            "trainer saved it, or the installed transformers is another version: see environment.json of the run."
+        ) from error
+
+
 def _copy_tokenizer(source: Path, folder: Path) -> None:
-    """Everything that the trainer saved beside the model's configuration; never code, which it does not save."""
+    """Everything that the trainer saved beside the model's configuration.
+
+    Never what it does not save: code, and the name of an adapter that transformers would load into the model.
+    """
     for path in source.iterdir():
-        if path.name != "config.json" and path.suffix != ".py":
+        if path.name not in ("config.json", "adapter_config.json") and path.suffix != ".py":
             shutil.copyfile(path, folder / path.name)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import random
 from math import sqrt
+from pathlib import Path
 
 import pytest
+from runs import arguments, events, rows, run_ranks
 
 from pretrain.config import OptimSection, ZClipSection
 from pretrain.resilience.zclip import ZClip
@@ -59,6 +61,24 @@ def test_a_zclip_that_is_resumed_anywhere_clips_alike_bit_for_bit() -> None:
             killed.clip(norm)
         resumed.load_state(json.loads(json.dumps(killed.state())))
         assert [resumed.clip(norm) for norm in NORMS[stop:]] == clipped[stop:]
+
+
+def test_each_step_that_is_clipped_is_an_event_with_its_samples(run_file: Path, tmp_path: Path) -> None:
+    eager = {
+        "optim.zclip": {"z_threshold": 0.5, "alpha": 0.8, "warmup_steps": 3},
+        "optim.grad_clip": None,
+        "optim.lr": 0.3,
+    }
+    settings = {"out": str(tmp_path), "name": "run", "steps": 10, "data.val": None, **eager}
+    assert run_ranks(arguments(run_file, settings), tmp_path / "logs").code == 0
+    steps = {row["step"]: row for row in rows(tmp_path / "run", "train")}
+    clipped = {event["step"]: event for event in events(tmp_path / "run", "zclip")}
+    assert clipped.keys() == {step for step, row in steps.items() if row["zclip"] < 1}
+    assert 0 < len(clipped) < 10
+    for step, event in clipped.items():
+        row = steps[step]
+        said = (event["factor"], event["grad_norm"], event["first_sample"], event["last_sample"])
+        assert said == (row["zclip"], row["grad_norm"], row["first_sample"], row["last_sample"])
 
 
 def test_muon_and_zclip_are_refused_together() -> None:

@@ -83,6 +83,18 @@ def over(
     (out / "forbidden").mkdir()
     (out / "forbidden/STOP").touch()
     start("forbidden", *ONE_NODE)
+    start("limited", *ONE_NODE, "--time=1", "--signal=B:USR1@30", MAX_RESTARTS="1")
+    jobs["chained-first"], jobs["chained-second"], jobs["chained-third"] = (
+        submit(
+            slurm,
+            submit_folder,
+            words(run_file, {"out": str(out), "name": "chained", "steps": 8}),
+            *(*ONE_NODE, "--job-name=chained", "--dependency=singleton"),
+            log=f"chained-{place}",
+            MAX_RESTARTS="0",
+        )
+        for place in ("first", "second", "third")
+    )
     listing = submit_folder / "a list.txt"
     lines = [f"'{run_file}' --set 'out={out}' --set name={name}" for name in ("quick-1", "waits-2")]
     listing.write_text("# two runs\n" + "\n".join(lines) + "\n")
@@ -108,6 +120,8 @@ def over(
     for restart in range(2):
         begun("preempted-for-ever", restart)
         slurm.run("scancel", "--batch", "--signal=USR1", jobs["preempted-for-ever"])
+    begun("chained")
+    slurm.run("scancel", "--batch", "--signal=USR1", jobs["chained-first"])
     begun("cancelled")
     slurm.run("scancel", jobs["cancelled"])
     begun("waits-2")
@@ -147,6 +161,22 @@ def test_restarts_are_capped(over: dict[str, Over]) -> None:
     job = over["preempted-for-ever"]
     assert job.state == ("FAILED", "3:0", "1"), job.log
     assert "not requeued: it has been restarted 1 times (MAX_RESTARTS)" in job.log
+
+
+def test_ahead_of_a_limit_that_slurm_enforces_the_job_goes_back_into_the_queue(over: dict[str, Over]) -> None:
+    job = over["limited"]
+    assert [start[0] for start in job.starts] == ["0", "1"]
+    assert job.log.count("told to stop") == 2, job.log
+    assert job.state == ("FAILED", "3:0", "1"), job.log  # by the cap: no limit ended it (TIMEOUT)
+
+
+def test_jobs_of_a_chain_go_on_one_after_the_other_until_the_run_is_finished(over: dict[str, Over]) -> None:
+    first, second, third = (over[f"chained-{place}"] for place in ("first", "second", "third"))
+    assert first.state == ("FAILED", "3:0", "0"), first.log
+    assert second.state == ("COMPLETED", "0:0", "0"), second.log
+    assert third.state == ("COMPLETED", "0:0", "0"), third.log
+    assert len((first.folder.parent / "chained/starts.txt").read_text().splitlines()) == 2
+    assert "nothing to do" in third.log
 
 
 def test_a_job_whose_node_fails_the_check_goes_on_without_it(over: dict[str, Over]) -> None:

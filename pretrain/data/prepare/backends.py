@@ -12,6 +12,7 @@ import numpy as np
 
 from pretrain.data.bpe import PROBE, WORDS
 from pretrain.data.tokenizer import text_tokenizer
+from pretrain.errors import first_line
 
 SAMPLE_CHARACTERS = 200_000
 RENEW_BYTES = 1 << 30
@@ -44,7 +45,7 @@ def choose_backend(tokenizer: str, sample: Sequence[str]) -> Choice:
         return Choice("tokenizers", "gigatoken, which is faster, is not installed")
     except BaseException as error:
         reraise_interrupts(error)
-        return Choice("tokenizers", f"gigatoken cannot load this tokenizer ({_first_line(error)})")
+        return Choice("tokenizers", f"gigatoken cannot load this tokenizer ({first_line(error)})")
     special = [token.content for token in text_tokenizer(tokenizer).get_added_tokens_decoder().values()]
     contents = [
         text.encode("utf-8", "replace") for text in (PROBE, f"{' '.join(special)} {PROBE.join(special)}", *sample)
@@ -54,7 +55,7 @@ def choose_backend(tokenizer: str, sample: Sequence[str]) -> Choice:
         found = fast.encode(contents)
     except BaseException as error:
         reraise_interrupts(error)
-        return Choice("tokenizers", f"gigatoken fails on a sample ({_first_line(error)})")
+        return Choice("tokenizers", f"gigatoken fails on a sample ({first_line(error)})")
     for content, one, other in zip(contents, found, expected, strict=True):
         if not np.array_equal(one, other):
             return Choice(
@@ -118,7 +119,3 @@ def reraise_interrupts(error: BaseException) -> None:
     """A panic of gigatoken is a BaseException too, and means only that this library cannot do it."""
     if isinstance(error, KeyboardInterrupt | SystemExit):
         raise error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

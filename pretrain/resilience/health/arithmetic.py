@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
+from pretrain.errors import first_line
+
 # Rows and columns: on a GPU enough for a tile on every multiprocessor.
 _SIZE = {"cpu": 512, "cuda": 2048}
 # Of the largest element: float32 sums round a few times, bfloat16 results once, to 8 bits.
@@ -33,7 +35,7 @@ def check_device(device: torch.device) -> Iterator[str]:
         try:
             first, second = ((left.to(device) @ right.to(device)).cpu() for _ in range(2))
         except RuntimeError as error:
-            yield f"{device} cannot multiply matrices of {dtype}: {str(error).splitlines()[0]}"
+            yield f"{device} cannot multiply matrices of {dtype}: {first_line(error)}"
             continue
         error = float((first.double() - expected).abs().max() / expected.abs().max())
         if not error <= tolerance:
