@@ -53,7 +53,8 @@ def _judge(attempts: Attempts, code: int, told_to_stop: bool, nodes: int) -> Ver
             return Verdict(
                 False, hopeless, "refused" if hopeless == USER_ERROR else "diverged", _first(attempts, failed)
             )
-    if state == "preempted":
+    # Where a rank fails by itself, srun tells the others to end, and what they then say of a stop is not the reason.
+    if state == "preempted" and (told_to_stop or not codes & {OTHER, MACHINE_FAULT}):
         return Verdict(True, MACHINE_FAULT, state, reason)
     if told_to_stop and all(ended > _BY_SIGNAL for ended in codes):  # by the signal itself: nobody listened yet
         return Verdict(True, MACHINE_FAULT, "preempted", "told to stop before the training had begun")
@@ -72,7 +73,8 @@ def _unhealthy(failed: list[Task], nodes: int) -> Verdict:
 
 def _first(attempts: Attempts, failed: list[Task]) -> str:
     """Who failed first, and its last word."""
-    recorded = str(attempts.status().get("reason", ""))
+    status = attempts.status()
+    recorded = "" if status.get("status") == "preempted" else str(status.get("reason", ""))
     if not failed:
         return recorded or "the ranks were killed, and none was left to say why"
     task = failed[0]

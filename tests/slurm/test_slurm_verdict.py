@@ -45,6 +45,8 @@ def judged(attempts: Attempts, code: int = 143, told: bool = False, nodes: int =
         ({"status": "finished"}, {"n2.1": 134}, 134, False, False, 0),  # a crash on the way out
         ({"status": "stopped"}, {}, 0, True, False, 0),
         ({"status": "preempted"}, {}, 0, True, True, 3),
+        ({"status": "preempted"}, {"n2.1": 1}, 1, True, True, 3),  # a crash on the way out
+        ({"status": "preempted"}, {"n1.0": 137, "n2.1": 137}, 137, False, True, 3),  # Slurm has lost its patience
         (None, {"n1.0": 2, "n2.1": 143}, 143, False, False, 2),
         ({"status": "failed", "exit_code": 2}, {}, 143, False, False, 2),
         ({"status": "failed", "exit_code": 4}, {"n1.0": 4, "n2.1": 3}, 4, False, False, 4),
@@ -92,6 +94,18 @@ def test_faults_that_leave_no_newer_checkpoint_end_the_job(tmp_path: Path) -> No
         assert found.requeue == (restart < MAX_FAULTS - 1)
     assert found.code == 3
     assert "without a new checkpoint" in found.reason
+
+
+def test_a_stop_that_only_the_end_of_another_rank_has_caused_is_a_fault(tmp_path: Path) -> None:
+    """srun sends SIGTERM to the other ranks then, before they have met the one that failed, say."""
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/slurm_17_rank_1.txt").write_text("error: rank 1 could not meet the others\n")
+    for restart in range(MAX_FAULTS):
+        attempts = started(tmp_path, restart)
+        ended(attempts, {"status": "preempted", "reason": "stopped by SIGTERM"}, {"n2.1": 3})
+        found = judged(attempts)
+        assert "rank 1 on n2 ended first, with code 3: error: rank 1 could not meet the others" in found.reason
+        assert found.requeue == (restart < MAX_FAULTS - 1)
 
 
 def test_faults_with_progress_between_them_and_preemptions_do_not(tmp_path: Path) -> None:
