@@ -1,9 +1,10 @@
 # make demo   from nothing to an evaluated model and a report, on this machine
-# make test   every fast test
+# make test   every fast test; JOBS=2 is how many at once
 # make setup  .venv with the pinned packages; PYTHON=python3.11 chooses the interpreter, EXTRAS=test the optional groups
 
 PYTHON ?= python3
 EXTRAS ?= test
+JOBS ?= 2
 VENV := .venv
 STAMP := $(VENV)/.installed-$(EXTRAS)
 
@@ -21,7 +22,7 @@ demo: setup
 	$(VENV)/bin/python tools/demo.py
 
 test: setup
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n $(JOBS)
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported, by the fork server too
@@ -16,9 +18,27 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first import
 import runs  # noqa: F401  (says what the fork server loads)
 from corpus import Corpus, documents_of, make_corpus, tiny
 
-# There is one of it in a process, and the workers of the data path would start it with next to nothing loaded: then each
-# rank of each test would load the libraries by itself, for seconds and hundreds of megabytes.
-forkserver.ensure_running()
+
+class Together(LoadScopeScheduling):
+    """The tests of a file go to one process, as they share its runs; those of the methods share theirs all."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "tests/methods" if file.startswith("tests/methods/") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Together:
+    return Together(config, log)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server() -> None:
+    """Ranks are forked from a process that has the libraries loaded.
+
+    There is one of it in a process, and the workers of the data path would start it with next to nothing loaded: then
+    each rank of each test would load them by itself, for seconds and hundreds of megabytes.
+    """
+    forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")

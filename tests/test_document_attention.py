@@ -6,6 +6,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from tiny_engines import TinyTokenizer
 from torch.nn import functional as F
 from transformers import GPT2Config, GraniteConfig, LlamaConfig, Qwen3Config
 
@@ -111,13 +112,6 @@ def test_without_positions_they_do(model) -> None:
     assert (found - expected)[0, 10:].abs().max() > 0.01
 
 
-class Tokenizer:
-    bos_token_id, eos_token_id = 1, 2
-
-    def __len__(self) -> int:
-        return VOCABULARY
-
-
 def changes_the_model(method: type[Method]) -> bool:
     return any(getattr(method, hook) is not getattr(Method, hook) for hook in ("configure", "transform"))
 
@@ -139,7 +133,7 @@ def test_no_method_lets_documents_see_each_other(method: str, family: str) -> No
             "deepspeed": {"zero_optimization": {"stage": 0}},
         }
     )
-    model_config = hf_config(config, Tokenizer())
+    model_config = hf_config(config, TinyTokenizer(VOCABULARY))
     trained = model_class(model_config)(model_config)
     model = transformed(trained, bind_methods(config, model_config)).double().train()
     torch.manual_seed(0)

@@ -5,6 +5,7 @@ from typing import Literal
 
 import pytest
 import torch
+from tiny_engines import TinyTokenizer
 from transformers import LlamaForCausalLM
 
 from pretrain.config import Config
@@ -24,13 +25,6 @@ MODEL = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
 }
-
-
-class Tokenizer:
-    bos_token_id, eos_token_id = 1, 2
-
-    def __len__(self) -> int:
-        return 100
 
 
 class WiderNorm(Method):
@@ -63,7 +57,7 @@ def config(**changes) -> Config:
 
 
 def test_the_models_fields_come_from_the_run_file_and_the_tokenizer():
-    found = hf_config(config(), Tokenizer())
+    found = hf_config(config(), TinyTokenizer(100))
     assert (found.hidden_size, found.vocab_size, found.max_position_embeddings) == (32, 100, 16)
     assert (found.bos_token_id, found.eos_token_id) == (1, 2)
 
@@ -80,12 +74,12 @@ def test_the_models_fields_come_from_the_run_file_and_the_tokenizer():
 )
 def test_a_model_that_cannot_be_is_refused(fields, message):
     with pytest.raises(UserError, match=message):
-        hf_config(config(model={**MODEL, **fields}), Tokenizer())
+        hf_config(config(model={**MODEL, **fields}), TinyTokenizer(100))
 
 
 def test_methods_change_the_configuration_and_the_modules_before_sharding():
     run = config().model_copy(update={"methods": (WiderNorm(),)})
-    model_config = hf_config(run, Tokenizer())
+    model_config = hf_config(run, TinyTokenizer(100))
     model = build_model(run, model_config, {"zero_optimization": {"stage": 0}})
     assert model.model.norm.variance_epsilon == 0.25
     assert model.model.layers[1].mlp.up_proj.bias.shape == (48,)
@@ -96,7 +90,7 @@ def test_methods_change_the_configuration_and_the_modules_before_sharding():
 
 def test_the_training_model_is_the_stock_model_but_for_its_loss():
     run = config()
-    ours = build_model(run, hf_config(run, Tokenizer()), {"zero_optimization": {"stage": 0}})
+    ours = build_model(run, hf_config(run, TinyTokenizer(100)), {"zero_optimization": {"stage": 0}})
     torch.manual_seed(0)
     stock = LlamaForCausalLM(ours.config)
     ours.load_state_dict(stock.state_dict())
@@ -108,7 +102,7 @@ def test_the_training_model_is_the_stock_model_but_for_its_loss():
 
 def test_tied_embeddings_stay_tied():
     run = config(model={**MODEL, "tie_word_embeddings": True})
-    model = build_model(run, hf_config(run, Tokenizer()), {"zero_optimization": {"stage": 0}})
+    model = build_model(run, hf_config(run, TinyTokenizer(100)), {"zero_optimization": {"stage": 0}})
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
@@ -141,7 +135,7 @@ class InMemory:
 
 def test_a_run_starts_from_the_distribution_and_the_seed_that_it_names():
     run = config(seed=3, init={"distribution": "uniform"}, methods=[{"name": "lir", "initializer_range": 0.5}])
-    weights = InMemory(outline(run, hf_config(run, Tokenizer())))
+    weights = InMemory(outline(run, hf_config(run, TinyTokenizer(100))))
     measured = initialize_weights(weights, run, 0.02)
     second = "model.layers.1.mlp.up_proj.weight"
     expected = torch.empty(48 * 32)
@@ -180,7 +174,7 @@ def test_the_audit_expects_more_spread_of_heavier_tails():
 
 def test_the_table_accounts_for_every_weight():
     run = config(methods=[{"name": "lir"}, {"name": "tvr", "roles": ["up"]}])
-    model_config = hf_config(run, Tokenizer())
+    model_config = hf_config(run, TinyTokenizer(100))
     run = bind_methods(run, model_config)
     weights = outline(run, model_config)
     table = describe_weights(weights, run, 0.02)
@@ -192,7 +186,7 @@ def test_the_table_accounts_for_every_weight():
 
 def test_the_table_says_which_distribution_each_weight_has():
     run = config(methods=[{"name": "lir"}], init={"distribution": "truncated_normal", "bound": 2})
-    table = describe_weights(outline(run, hf_config(run, Tokenizer())), run, 0.02)
+    table = describe_weights(outline(run, hf_config(run, TinyTokenizer(100))), run, 0.02)
     rows = {line.split()[0]: line for line in table.splitlines()[2:]}
     assert "normal cut at 2 deviations, lir: 0.02 / sqrt(l)" in rows["up"]
     assert "constant 1" in rows["norm"]

@@ -1,80 +1,45 @@
 """What a rank does: train a few steps case by case, and write down what was recorded and what one process finds."""
 
 import json
-import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from runs import allow_fp16_on_cpu
 from sharded_worker import masters
+from tiny_engines import LENGTH, VOCABULARY, gated, leave, share, tiny_config, tiny_plan, tokens
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pretrain.config import Config
 from pretrain.data.batches.batch import MicroBatch
-from pretrain.deepspeed_config import deepspeed_config
 from pretrain.distributed import Ranks, initialize
-from pretrain.engine import build_engine, train_step
-from pretrain.model import bind_methods, hf_config, initialize_weights
+from pretrain.engine import train_step
+from pretrain.model import initialize_weights
 from pretrain.monitor.weights import WeightMonitor
 from pretrain.resilience.autopsy import Recorder
 from pretrain.resilience.autopsy.batch import sequence_losses
-from pretrain.resilience.gate import Gate
-from pretrain.resilience.guard import Guard
 from pretrain.sharded import ShardedWeights
-from pretrain.tensor_parallel import data_rank, data_ranks
 
-SEQUENCES, LENGTH, STEPS, VOCABULARY, LR = 8, 16, 4, 101, 0.01
+SEQUENCES, STEPS, LR = 8, 4, 0.01
 KEPT = 2  # steps before the newest, so that the first is forgotten
 BROKEN = 3  # the step whose gradients are not finite from layer 2 down; its weights stay
 # Two ranks cut these in the middle of a row.
 SIZES = {"hidden_size": 38, "intermediate_size": 52, "num_hidden_layers": 3, "num_attention_heads": 2, "head_dim": 6}
 
 
-class Tokenizer:
-    bos_token_id, eos_token_id = 1, 2
-
-    def __len__(self) -> int:
-        return VOCABULARY
-
-
 def run_config(case: dict) -> Config:
     """The run of a case: {deepspeed, micro_batch_size, tensor, muon}."""
     optim = {"lr": LR, "weight_decay": 0.1, "eps": 1e-8, "grad_clip": 0.5}
-    return Config.model_validate(
-        {
-            "name": "case",
-            "model": {"family": "llama", **SIZES, "num_key_value_heads": 2},
-            "tokenizer": "none",
-            "data": {
-                "train": "none",
-                "seq_len": LENGTH,
-                "global_batch_size": SEQUENCES,
-                "micro_batch_size": case["micro_batch_size"],
-            },
-            "steps": STEPS,
-            "optim": {**optim, "name": "muon", "grad_clip": None} if case.get("muon") else optim,
-            "methods": [],
-            "activation_checkpointing": True,
-            "parallel": {"tensor": case.get("tensor", 1)},
-            "deepspeed": case["deepspeed"],
-        }
+    return tiny_config(
+        case,
+        model={**SIZES, "num_key_value_heads": 2},
+        sequences=SEQUENCES,
+        micro_batch_size=case["micro_batch_size"],
+        steps=STEPS,
+        optim={**optim, "name": "muon", "grad_clip": None} if case.get("muon") else optim,
+        activation_checkpointing=True,
     )
-
-
-def batch(number: int) -> torch.Tensor:
-    """The tokens of step `number`, (SEQUENCES, LENGTH + 1)."""
-    return torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(number))
-
-
-def share(number: int, config: Config, ranks: Ranks) -> list[MicroBatch]:
-    """What one rank reads of it."""
-    size = SEQUENCES // data_ranks(config, ranks.world_size)
-    first = data_rank(config, ranks.rank) * size
-    return list(map(MicroBatch, batch(number)[first : first + size].split(config.data.micro_batch_size)))
 
 
 def dense(start: dict[str, np.ndarray], dtype: torch.dtype, number: int) -> dict:
@@ -85,9 +50,9 @@ def dense(start: dict[str, np.ndarray], dtype: torch.dtype, number: int) -> dict
     largest = []
     for layer in model.model.layers:
         layer.register_forward_hook(lambda *seen: largest.append(float(seen[2].detach().abs().max())))
-    tokens = batch(number)
-    logits = model(tokens[:, :-1]).logits
-    losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
+    whole = tokens(number, SEQUENCES)
+    logits = model(whole[:, :-1]).logits
+    losses = F.cross_entropy(logits.transpose(1, 2), whole[:, 1:], reduction="none").mean(1)
     losses.mean().backward()
     return {
         "gradients": {name: float(parameter.grad.norm()) for name, parameter in model.named_parameters()},
@@ -108,20 +73,18 @@ def break_backward(engine) -> None:
 
 
 def examine(case: dict, ranks: Ranks) -> dict:
-    config = run_config(case)
-    model_config = hf_config(config, Tokenizer())
-    config = bind_methods(config, model_config)
-    ds_config = deepspeed_config(config, ranks.world_size)
-    engine = build_engine(SimpleNamespace(config=config, model_config=model_config, ds_config=ds_config))
-    weights = ShardedWeights(engine)
+    plan = tiny_plan(run_config(case))
+    gate, config = gated(plan), plan.config
+    engine, weights = gate.engine, ShardedWeights(gate.engine)
     initialize_weights(weights, config, 0.1)
-    gate, monitor = Gate(engine, Guard(config.resilience.guard)), WeightMonitor(weights, 1)
+    monitor = WeightMonitor(weights, 1)
     recorder = Recorder(engine, weights, KEPT)
     gate.watchers.append(recorder.gradients)
     dtype = next(engine.module.parameters()).dtype
     expected = []
     for number in range(1, STEPS + 1):
-        start, micro_batches, lr = masters(engine), share(number, config, ranks), LR / number
+        start, lr = masters(engine), LR / number
+        micro_batches = share(MicroBatch(tokens(number, SEQUENCES)), config, ranks)
         monitor.before_step(number)
         if number == BROKEN and not case.get("muon"):
             break_backward(engine)
@@ -151,5 +114,4 @@ def examine_all(cases: dict[str, dict], out: Path) -> None:
     found = {name: examine(case, ranks) for name, case in cases.items()}
     if ranks.is_first:
         (out / "found.json").write_text(json.dumps(found, default=list))
-    dist.barrier()
-    os._exit(0)  # taking down the process groups of so many engines, gloo aborts a rank now and then
+    leave()

@@ -4,29 +4,24 @@ of them.
 
 import hashlib
 import json
-import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from muon_worker import LENGTH, SEQUENCES, Tokenizer, batch, masters
+from muon_worker import SEQUENCES, masters
 from muon_worker import SIZES as TWO_LAYERS
 from runs import allow_fp16_on_cpu
+from tiny_engines import forget_garbage, gated, leave, share, tiny_config, tiny_plan, tokens
 
 import pretrain.engine
 from pretrain.config import Config
 from pretrain.data.batches.batch import MicroBatch
-from pretrain.deepspeed_config import deepspeed_config
 from pretrain.distributed import Ranks, initialize
-from pretrain.engine import build_engine, train_step
-from pretrain.model import bind_methods, hf_config, initialize_weights
+from pretrain.engine import train_step
+from pretrain.model import initialize_weights
 from pretrain.resilience.gate import Gate
-from pretrain.resilience.guard import Guard
-from pretrain.resilience.zclip import ZClip
 from pretrain.sharded import ShardedWeights
-from pretrain.tensor_parallel import data_rank, data_ranks
 
 SIZES = {**TWO_LAYERS, "num_hidden_layers": 1}
 LR = 1e-3
@@ -59,36 +54,23 @@ class Harmed(torch.autograd.Function):
 def run_config(case: dict, ranks: int) -> Config:
     """The run of a case: {deepspeed, optim, guard, tensor}, two micro-batches a step and data-parallel rank."""
     tensor = case.get("tensor", 1)
-    shape = SIZES if tensor == 1 else {**SIZES, "num_attention_heads": 6, "num_key_value_heads": 2}
-    return Config.model_validate(
-        {
-            "name": "case",
-            "model": {"family": "llama", **shape},
-            "tokenizer": "none",
-            "data": {
-                "train": "none",
-                "seq_len": LENGTH,
-                "global_batch_size": SEQUENCES,
-                "micro_batch_size": SEQUENCES // (ranks // tensor) // 2,
-            },
-            "steps": 100,
-            "optim": {**ADAMW, **case.get("optim", {})},
-            "parallel": {"tensor": tensor},
-            "resilience": {"guard": {"spikes": "skip", "sigma": 20, "window_steps": 8, **case.get("guard", {})}},
-            "deepspeed": case["deepspeed"],
-        }
+    guard = {"spikes": "skip", "sigma": 20, "window_steps": 8, **case.get("guard", {})}
+    return tiny_config(
+        case,
+        model=SIZES if tensor == 1 else {**SIZES, "num_attention_heads": 6, "num_key_value_heads": 2},
+        sequences=SEQUENCES,
+        micro_batch_size=SEQUENCES // (ranks // tensor) // 2,
+        steps=100,
+        optim={**ADAMW, **case.get("optim", {})},
+        resilience={"guard": guard},
     )
 
 
 def build(case: dict, ranks: Ranks) -> tuple[Gate, Config]:
-    config = run_config(case, ranks.world_size)
-    model_config = hf_config(config, Tokenizer())
-    config = bind_methods(config, model_config)
-    ds_config = deepspeed_config(config, ranks.world_size)
-    engine = build_engine(SimpleNamespace(config=config, model_config=model_config, ds_config=ds_config))
-    initialize_weights(ShardedWeights(engine), config, 0.02)
-    zclip = config.optim.zclip
-    return Gate(engine, Guard(config.resilience.guard), zclip and ZClip(zclip)), config
+    plan = tiny_plan(run_config(case, ranks.world_size))
+    gate = gated(plan)
+    initialize_weights(ShardedWeights(gate.engine), plan.config, 0.02)
+    return gate, plan.config
 
 
 def live(gate: Gate, config: Config, days: list[str], ranks: Ranks) -> list[dict]:
@@ -96,10 +78,8 @@ def live(gate: Gate, config: Config, days: list[str], ranks: Ranks) -> list[dict
     told, good = [], 0
     for number, day in enumerate(days, start=1):
         good += day == "good"
-        whole = batch(good if day in ("good", "everywhere") else 1000 + number)
-        size = SEQUENCES // data_ranks(config, ranks.world_size)
-        mine = whole[data_rank(config, ranks.rank) * size :][:size]
-        micro_batches = list(map(MicroBatch, mine.split(config.data.micro_batch_size)))
+        whole = tokens(good if day in ("good", "everywhere") else 1000 + number, SEQUENCES)
+        micro_batches = share(MicroBatch(whole), config, ranks)
         with Harming(day, len(micro_batches), ranks):
             done = train_step(gate, number, micro_batches, LR, ranks, masked=False)
         told.append(
@@ -179,10 +159,10 @@ def examine_all(cases: dict[str, dict], out: Path) -> None:
     ranks = initialize()
     found = {}
     for name, case in cases.items():
+        forget_garbage()
         found[name], tables = examine(case, ranks)
         if ranks.is_first and tables:
             np.savez(out / f"{name}.npz", **tables)
     if ranks.is_first:
         (out / "found.json").write_text(json.dumps(found))
-    dist.barrier()
-    os._exit(0)  # taking down the process groups of so many engines, gloo aborts a rank now and then
+    leave()

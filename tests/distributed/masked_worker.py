@@ -1,30 +1,25 @@
 """What a rank does: train on batches whose targets do not all count, case by case, and write down the losses."""
 
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from muon_worker import VOCABULARY, Tokenizer, masters
+from muon_worker import masters
 from runs import allow_fp16_on_cpu
+from tiny_engines import LENGTH, VOCABULARY, forget_garbage, gated, leave, share, tiny_config, tiny_plan
 
 import pretrain.engine
 import pretrain.loss
 from pretrain.config import Config
 from pretrain.data.batches.batch import MicroBatch
-from pretrain.deepspeed_config import deepspeed_config
 from pretrain.distributed import Ranks, initialize
-from pretrain.engine import build_engine, train_step, validation_loss
-from pretrain.model import bind_methods, hf_config, initialize_weights
-from pretrain.resilience.gate import Gate
-from pretrain.resilience.guard import Guard
+from pretrain.engine import train_step, validation_loss
+from pretrain.model import initialize_weights
 from pretrain.sharded import ShardedWeights
-from pretrain.tensor_parallel import data_rank, data_ranks
 
-SEQUENCES, LENGTH, STEPS, LR = 8, 16, 3, 5.0
+SEQUENCES, STEPS, LR = 8, 3, 5.0
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 METHODS = [{"name": "z_loss", "coefficient": 0.02}, {"name": "mu_loss", "coefficient": 20.0}]
 # With so large an eps AdamW's step grows with the gradient: one of the wrong size shows in the next loss.
@@ -33,24 +28,15 @@ OPTIM = {"lr": LR, "eps": 1.0, "weight_decay": 0.0, "grad_clip": None, "schedule
 
 def run_config(case: dict) -> Config:
     """The run of a case: {deepspeed, micro_batch_size, tensor}."""
-    return Config.model_validate(
-        {
-            "name": "case",
-            "model": {"family": "llama", **SIZES, "num_key_value_heads": 2},
-            "tokenizer": "none",
-            "data": {
-                "train": "none",
-                "seq_len": LENGTH,
-                "global_batch_size": SEQUENCES,
-                "micro_batch_size": case["micro_batch_size"],
-            },
-            "steps": STEPS,
-            "optim": OPTIM,
-            "methods": METHODS,
-            "activation_checkpointing": True,
-            "parallel": {"tensor": case.get("tensor", 1)},
-            "deepspeed": case["deepspeed"],
-        }
+    return tiny_config(
+        case,
+        model={**SIZES, "num_key_value_heads": 2},
+        sequences=SEQUENCES,
+        micro_batch_size=case["micro_batch_size"],
+        steps=STEPS,
+        optim=OPTIM,
+        methods=METHODS,
+        activation_checkpointing=True,
     )
 
 
@@ -60,33 +46,20 @@ def batch(number: int) -> MicroBatch:
     Each holds two documents.
     """
     generator = torch.Generator().manual_seed(number)
-    tokens = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH + 1), generator=generator)
+    whole = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH + 1), generator=generator)
     counted = torch.rand(SEQUENCES, LENGTH, generator=generator) < torch.linspace(-0.2, 1.0, SEQUENCES)[:, None]
     counted[:2], counted[2] = False, torch.arange(LENGTH) == 5
     begins = torch.randint(1, LENGTH, (SEQUENCES, 1), generator=generator)
     places = torch.arange(LENGTH).expand(SEQUENCES, LENGTH)
-    return MicroBatch(tokens, counted, torch.where(places < begins, places, places - begins))
-
-
-def share(whole: MicroBatch, config: Config, ranks: Ranks) -> list[MicroBatch]:
-    """What one rank reads of a global batch."""
-    size = SEQUENCES // data_ranks(config, ranks.world_size)
-    first, micro = data_rank(config, ranks.rank) * size, config.data.micro_batch_size
-    parts = (whole.tokens, whole.counted, whole.positions)
-    return [MicroBatch(*(part[row : row + micro] for part in parts)) for row in range(first, first + size, micro)]
+    return MicroBatch(whole, counted, torch.where(places < begins, places, places - begins))
 
 
 def examine(case: dict, ranks: Ranks) -> tuple[dict, dict[str, np.ndarray]]:
     """The losses of each step, and of a validation afterwards; and the weights at the start."""
-    config = run_config(case)
-    model_config = hf_config(config, Tokenizer())
-    config = bind_methods(config, model_config)
-    ds_config = deepspeed_config(config, ranks.world_size)
-    engine = build_engine(SimpleNamespace(config=config, model_config=model_config, ds_config=ds_config))
-    weights = ShardedWeights(engine)
-    initialize_weights(weights, config, 0.02)
-    start = masters(engine) if config.parallel.tensor == 1 else {}
-    gate = Gate(engine, Guard(config.resilience.guard))
+    plan = tiny_plan(run_config(case))
+    gate, config = gated(plan), plan.config
+    initialize_weights(ShardedWeights(gate.engine), config, 0.02)
+    start = masters(gate.engine) if config.parallel.tensor == 1 else {}
     steps = []
     for number in range(STEPS):
         done = train_step(
@@ -96,7 +69,7 @@ def examine(case: dict, ranks: Ranks) -> tuple[dict, dict[str, np.ndarray]]:
     pretrain.engine.validation_batches = lambda plan, rank: share(batch(STEPS), config, ranks)
     return {
         "steps": steps,
-        "validation": validation_loss(engine, SimpleNamespace(), ranks, stopped=lambda: False),
+        "validation": validation_loss(gate.engine, SimpleNamespace(), ranks, stopped=lambda: False),
     }, start
 
 
@@ -107,10 +80,10 @@ def examine_all(cases: dict[str, dict], out: Path) -> None:
     ranks = initialize()
     found = {}
     for name, case in cases.items():
+        forget_garbage()
         found[name], start = examine(case, ranks)
         if ranks.is_first and start:
             np.savez(out / f"{name}.npz", **start)
     if ranks.is_first:
         (out / "found.json").write_text(json.dumps(found))
-    dist.barrier()
-    os._exit(0)  # taking down the process groups of so many engines, gloo aborts a rank now and then
+    leave()

@@ -1,32 +1,24 @@
-"""Started by torchrun: trains tiny models with Muon, case by case, and writes down what it sees.
+"""What a rank does: train tiny models with Muon, case by case, and write down what it sees.
 
 Every weight is read through DeepSpeed's own API.
 """
 
 import json
-import os
-import sys
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.distributed as dist
+from tiny_engines import forget_garbage, gated, leave, share, tiny_config, tiny_plan, tokens
 
 from pretrain import quiet  # noqa: F401
 from pretrain.config import Config
 from pretrain.data.batches.batch import MicroBatch
-from pretrain.deepspeed_config import deepspeed_config
 from pretrain.distributed import Ranks, initialize
 from pretrain.engine import train_step
-from pretrain.model import bind_methods, build_model, hf_config, initialize_weights
-from pretrain.optim import build_optimizer
+from pretrain.model import initialize_weights
 from pretrain.resilience.gate import Gate
-from pretrain.resilience.guard import Guard
 from pretrain.sharded import ShardedWeights
 
-VOCABULARY, SEQUENCES, LENGTH, STEPS = 101, 12, 16, 4
+SEQUENCES, STEPS = 12, 4
 
 # Tall and wide matrices. 30 and 44 leave ragged ends on 3 ranks, and slices that begin and end inside a matrix.
 SIZES = {
@@ -42,37 +34,17 @@ SIZES = {
 OPTIM = {"name": "muon", "lr": 4e-3, "eps": 1e-4, "grad_clip": None, "muon": {"lr": 2e-3, "weight_decay": 0.3}}
 
 
-class Tokenizer:
-    bos_token_id, eos_token_id = 1, 2
-
-    def __len__(self) -> int:
-        return VOCABULARY
-
-
 def run_config(case: dict, ranks: int) -> Config:
     """The run of a case: {deepspeed, optim, accumulation, methods, idle, resume}."""
-    return Config.model_validate(
-        {
-            "name": "case",
-            "model": {"family": "llama", **SIZES},
-            "tokenizer": "none",
-            "data": {
-                "train": "none",
-                "seq_len": LENGTH,
-                "global_batch_size": SEQUENCES,
-                "micro_batch_size": SEQUENCES // ranks // case.get("accumulation", 1),
-            },
-            "steps": STEPS,
-            "optim": {**OPTIM, **case.get("optim", {})},
-            "methods": case.get("methods", []),
-            "deepspeed": case["deepspeed"],
-        }
+    return tiny_config(
+        case,
+        model=SIZES,
+        sequences=SEQUENCES,
+        micro_batch_size=SEQUENCES // ranks // case.get("accumulation", 1),
+        steps=STEPS,
+        optim={**OPTIM, **case.get("optim", {})},
+        methods=case.get("methods", []),
     )
-
-
-def batch(number: int) -> torch.Tensor:
-    """The tokens of step `number`, the same on any number of ranks."""
-    return torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(number))
 
 
 def learning_rate(number: int, peak: float, idle: int) -> float:
@@ -80,17 +52,11 @@ def learning_rate(number: int, peak: float, idle: int) -> float:
     return 0.0 if number <= idle else peak / number
 
 
-def build(config: Config):
+def build(config: Config) -> tuple[Gate, ShardedWeights, Config]:
     """The gate of an engine without values, its weights, and the configuration with methods that know the run."""
-    import deepspeed
-
-    ds_config = deepspeed_config(config, dist.get_world_size())
-    model_config = hf_config(config, Tokenizer())
-    config = bind_methods(config, model_config)
-    model = build_model(config, model_config, ds_config)
-    with redirect_stdout(StringIO()):
-        engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(model, config), config=ds_config)
-    return Gate(engine, Guard(config.resilience.guard)), ShardedWeights(engine), config
+    plan = tiny_plan(config)
+    gate = gated(plan)
+    return gate, ShardedWeights(gate.engine), plan.config
 
 
 def masters(engine) -> dict[str, np.ndarray]:
@@ -102,10 +68,8 @@ def masters(engine) -> dict[str, np.ndarray]:
 
 
 def train(gate: Gate, weights: ShardedWeights, config: Config, ranks: Ranks, numbers: range, idle: int) -> None:
-    share = SEQUENCES // ranks.world_size
     for number in numbers:
-        mine = batch(number)[ranks.rank * share : (ranks.rank + 1) * share]
-        micro_batches = list(map(MicroBatch, mine.split(config.data.micro_batch_size)))
+        micro_batches = share(MicroBatch(tokens(number, SEQUENCES)), config, ranks)
         train_step(gate, number, micro_batches, learning_rate(number, config.optim.lr, idle), ranks, masked=False)
         for method in config.methods:
             method.after_step(number, weights)
@@ -139,19 +103,15 @@ def examine(case: dict, ranks: Ranks, out: str) -> tuple[dict[str, np.ndarray], 
     return tables, facts
 
 
-def main() -> None:
+def examine_all(cases: dict[str, dict], out: Path) -> None:
+    """The life of a rank: `facts.json`, and the weights of each case, go to the folder `out`."""
     ranks = initialize()
-    cases, out = json.loads(sys.argv[1]), Path(sys.argv[2])
     facts = {}
     for name, case in cases.items():
+        forget_garbage()
         tables, facts[name] = examine(case, ranks, str(out / name))
         if ranks.is_first:
             np.savez(out / f"{name}.npz", **tables)
     if ranks.is_first:
         (out / "facts.json").write_text(json.dumps(facts))
-    dist.barrier()
-    os._exit(0)  # taking down the process groups of so many engines, gloo aborts a rank now and then
-
-
-if __name__ == "__main__":
-    main()
+    leave()

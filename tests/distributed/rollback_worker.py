@@ -1,22 +1,18 @@
 """What a rank does: train, go back to a checkpoint with the same engine and with a new one, and train on."""
 
 import json
-import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
-from masked_worker import LR, batch, run_config, share
-from muon_worker import Tokenizer
+from masked_worker import LR, batch, run_config
 from runs import allow_fp16_on_cpu
+from tiny_engines import leave, share, tiny_plan
 
 from pretrain.checkpoints import Checkpoints, TrainerState
 from pretrain.config import CheckpointSection
-from pretrain.deepspeed_config import deepspeed_config
 from pretrain.distributed import Ranks, initialize
 from pretrain.engine import build_engine
-from pretrain.model import bind_methods, hf_config, initialize_weights
+from pretrain.model import initialize_weights
 from pretrain.sharded import ShardedWeights
 
 BEFORE, AFTER = 2, 3  # steps before the checkpoint, and after it
@@ -44,12 +40,8 @@ def train(engine, config, ranks: Ranks, first: int, last: int) -> list[float]:
 
 
 def examine(case: dict, folder: Path, ranks: Ranks) -> dict:
-    config = run_config(case)
-    model_config = hf_config(config, Tokenizer())
-    config = bind_methods(config, model_config)
-    plan = SimpleNamespace(
-        config=config, model_config=model_config, ds_config=deepspeed_config(config, ranks.world_size)
-    )
+    plan = tiny_plan(run_config(case))
+    config = plan.config
     checkpoints = Checkpoints(folder, CheckpointSection(asynchronous=case["asynchronous"]), ranks, print)
     engine = build_engine(plan)
     weights = ShardedWeights(engine)
@@ -87,5 +79,4 @@ def examine_all(cases: dict[str, dict], out: Path) -> None:
     ranks = initialize()
     found = {name: examine(case, out / name, ranks) for name, case in cases.items()}
     (out / f"found_{ranks.rank}.json").write_text(json.dumps(found))
-    dist.barrier()
-    os._exit(0)  # taking down the process groups of so many engines, gloo aborts a rank now and then
+    leave()

@@ -1,19 +1,18 @@
-"""Started by torchrun: builds engines over many (stage, precision, threshold) cases and writes down what it sees.
+"""What a rank does: build engines over many (stage, precision, threshold) cases and write down what it sees.
 
 Every dense value here is read through DeepSpeed's own public API, not through `pretrain.sharded`, and every expected
 value is computed densely in float64 or float32 by numpy and torch.
 """
 
-import gc
 import hashlib
 import json
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from runs import allow_fp16_on_cpu
+from tiny_engines import VOCABULARY, TinyTokenizer, forget_garbage, leave
 
 from pretrain import quiet  # noqa: F401
 from pretrain.config import Config
@@ -24,11 +23,6 @@ from pretrain.optim import build_optimizer
 from pretrain.sharded import GatheredWeights, ShardedWeights, gathered
 from pretrain.sharded.draws import Constant
 
-sys.path.append(str(Path(__file__).parent.parent))  # torchrun starts this file as a script
-from runs import allow_fp16_on_cpu
-
-VOCABULARY = 101
-
 # 37 is odd and prime, so no world size divides the weights and every last partition is padded; the others can be cut
 # by tensor parallelism, which wants heads and intermediate sizes that it divides
 SHAPES = {
@@ -38,13 +32,6 @@ SHAPES = {
     # DeepSpeed swaps out no sub-group below 1 MB
     "large": {"hidden_size": 187, "intermediate_size": 701, "num_attention_heads": 1, "head_dim": 6},
 }
-
-
-class Tokenizer:
-    bos_token_id, eos_token_id = 1, 2
-
-    def __len__(self) -> int:
-        return VOCABULARY
 
 
 def run_config(case: dict) -> Config:
@@ -79,7 +66,7 @@ def run_config(case: dict) -> Config:
             "deepspeed": deepspeed,
         }
     )
-    return bind_methods(config, hf_config(config, Tokenizer()))
+    return bind_methods(config, hf_config(config, TinyTokenizer()))
 
 
 def accumulating(data):
@@ -93,7 +80,7 @@ def build(config: Config, nvme_path: str | None = None):
     ds_config = deepspeed_config(config, dist.get_world_size())
     if nvme_path is not None:  # the trainer refuses it because DeepSpeed cannot resume from there
         ds_config["zero_optimization"]["offload_optimizer"] = {"device": "nvme", "nvme_path": nvme_path}
-    model_config = hf_config(config, Tokenizer())
+    model_config = hf_config(config, TinyTokenizer())
     model = build_model(config, model_config, ds_config)
     engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(model, config), config=ds_config)
     weights = ShardedWeights(engine)
@@ -364,13 +351,13 @@ def train_with_methods(config: Config, path: str) -> None:
         np.savez(path, losses=np.array(losses), rescaled=np.array(rescaled), **tables)
 
 
-def main() -> None:
+def examine_all(cases: dict[str, dict], out: Path) -> None:
+    """The life of a rank: what each case showed goes to the file `out`, what runs trained to `out`.<case>.npz."""
     initialize()
     allow_fp16_on_cpu()
-    gc.freeze()  # DeepSpeed collects garbage whenever it makes an engine: not in the libraries, please
-    cases, out = json.loads(sys.argv[1]), sys.argv[2]
     seen = {}
     for name, case in cases.items():
+        forget_garbage()
         config = run_config(case)
         if case.get("misuse"):
             everyone: list = [None] * dist.get_world_size()
@@ -383,11 +370,5 @@ def main() -> None:
         else:
             seen[name] = examine(config, case)
     if dist.get_rank() == 0:
-        with open(out, "w") as file:
-            json.dump(seen, file)
-    dist.barrier()
-    os._exit(0)  # taking down the process groups of forty engines, gloo aborts a rank now and then
-
-
-if __name__ == "__main__":
-    main()
+        out.write_text(json.dumps(seen))
+    leave()

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from gate_worker import ADAMW, EVERYWHERE, HARM, SIZES, examine_all
-from muon_worker import LENGTH, VOCABULARY, batch
+from muon_worker import SEQUENCES
 from runs import start_ranks
+from tiny_engines import LENGTH, VOCABULARY, tokens
 from transformers import LlamaConfig, LlamaForCausalLM
 
 # The first step of all is harmed too: DeepSpeed prepares things at the first one that it takes.
@@ -178,10 +179,10 @@ def dense_training(start: dict[str, np.ndarray], grad_clip: float | None):
     mean = variance = 0.0
     for day in CLIPPED_DAYS:
         good += day == "good"
-        tokens = batch(good)
-        logits = model(tokens[:, :-1], use_cache=False).logits
+        whole = tokens(good, SEQUENCES)
+        logits = model(whole[:, :-1], use_cache=False).logits
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), whole[:, 1:].flatten()).backward()
         gradients = [p.grad.mul_(EVERYWHERE if day == "everywhere" else 1.0) for p in model.parameters()]
         norm = sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
         if len(seen) < WARMUP:

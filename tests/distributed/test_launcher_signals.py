@@ -12,7 +12,7 @@ import psutil
 import pytest
 from runs import arguments, deepspeed, events, losses, run_ranks, status, torchrun, wait_for
 
-STEPS = 300
+STEPS = 120
 SOON_S = 30
 SIGNALS = {
     "deepspeed killed": (deepspeed, signal.SIGKILL, False),

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from masked_worker import LENGTH, LR, METHODS, SIZES, STEPS, VOCABULARY, batch, examine_all
+from masked_worker import LR, METHODS, SIZES, STEPS, batch, examine_all
 from runs import start_ranks
+from tiny_engines import LENGTH, VOCABULARY
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 

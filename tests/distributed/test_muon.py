@@ -6,21 +6,20 @@ The ranks are started once per world size and go through every case (muon_worker
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from muon_worker import LENGTH, OPTIM, SIZES, STEPS, VOCABULARY, batch, learning_rate, run_config
-from runs import free_port, launch
+from muon_worker import OPTIM, SEQUENCES, SIZES, STEPS, examine_all, learning_rate, run_config
+from runs import run_ranks
+from tiny_engines import LENGTH, VOCABULARY, tokens
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pretrain.config import Config
 from pretrain.deepspeed_config import deepspeed_config
 from pretrain.errors import UserError
 
-WORKER = Path(__file__).with_name("muon_worker.py")
 BF16 = {"bf16": {"enabled": True}}
 TARGET_STD = 0.015
 
@@ -65,8 +64,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory):
     def at(ranks: int) -> tuple[dict, dict]:
         if ranks not in finished:
             out, todo = tmp_path_factory.mktemp(f"ranks_{ranks}"), EXACT[ranks] | HALF
-            command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
-            done = launch([*command, f"--master-port={free_port()}", str(WORKER), json.dumps(todo), str(out)])
+            done = run_ranks([], out / "logs", ranks, prepare=partial(examine_all, todo, out))
             assert done.code == 0, done.stdout[-3000:] + done.stderr[-5000:]
             tables = {case: dict(np.load(out / f"{case}.npz")) for case in todo}
             finished[ranks] = tables, json.loads((out / "facts.json").read_text())
@@ -177,10 +175,10 @@ def dense_training(start: dict[str, np.ndarray], case: dict) -> dict[str, np.nda
     optim = {"betas": (0.9, 0.95), "weight_decay": 0.1, **OPTIM, **case.get("optim", {})}
     states: dict[str, dict] = {name: {} for name in start}
     for number in range(1, STEPS + 1):
-        tokens = batch(number)
-        logits = model(tokens[:, :-1], use_cache=False).logits
+        whole = tokens(number, SEQUENCES)
+        logits = model(whole[:, :-1], use_cache=False).logits
         model.zero_grad()
-        torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), whole[:, 1:].flatten()).backward()
         lr = learning_rate(number, optim["lr"], case.get("idle", 0))
         for name, parameter in model.named_parameters():
             update = _muon if _in_block(name, parameter) else _adamw

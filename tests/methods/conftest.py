@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-from suite import METHODS, Case, Run, Runs, cases_of
+from suite import METHODS, SLOW_STAGES, Case, Run, Runs, cases_of
 
 from pretrain.methods import REGISTRY
 
@@ -30,7 +30,8 @@ def on_two(corpus, tmp_path_factory) -> Lazily:
     every = [case for method in METHODS for case in cases_of(method)]
     plain = [case for case in every if case.label == "zero3"]
     variants = [case for case in every if case.stage == 3 and case not in plain]
-    return Lazily([plain, variants, [case for case in every if case.stage != 3]], start)
+    slow = [case for case in every if case.stage in SLOW_STAGES]
+    return Lazily([plain, variants, [case for case in every if case.stage == 2], slow], start)
 
 
 @pytest.fixture(scope="session")

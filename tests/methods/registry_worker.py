@@ -1,22 +1,20 @@
-"""One rank that runs many trainings after another: torchrun ... registry_worker.py CASES.json
+"""One rank that runs many trainings after another.
 
-CASES: {name: {"config": run configuration, "resume_at": step or null}}. Each is trained by `pretrain.train.train` in its
-run folder, after the initial weights were written to <run folder>.initial.pt. With `resume_at`, a second run, called
-<name>_resumed, starts from the first one's checkpoint of that step in a new engine. What a run raises is written to
-<run folder>.error. After a refusal, which all ranks share, the next case is run; any other exception may have left the
-others in a collective, so it ends them all.
+Its cases: {name: {"config": run configuration, "resume_at": step or None, "initial": bool}}. Each is trained by
+`pretrain.train.train` in its run folder, with `initial` after the initial weights were written to
+<run folder>.initial.pt. With `resume_at`, a second run, called <name>_resumed, starts from the first one's checkpoint of
+that step in a new engine. What a run raises is written to <run folder>.error. After a refusal, which all ranks share, the
+next case is run; any other exception may have left the others in a collective, so it ends them all.
 """
 
-import gc
-import json
 import os
 import shutil
-import sys
 import traceback
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tiny_engines import forget_garbage, leave
 
 from pretrain import quiet  # noqa: F401
 from pretrain.config import Config
@@ -52,11 +50,11 @@ def resumed(config: Config, step: int, ranks) -> Config:
     return again
 
 
-def main() -> None:
-    cases = json.loads(Path(sys.argv[1]).read_text())
+def train_all(cases: dict[str, dict]) -> None:
+    """The life of a rank."""
     ranks = initialize()
-    gc.freeze()  # DeepSpeed collects garbage whenever it makes an engine: not in the libraries, please
     for case in cases.values():
+        forget_garbage()
         config = Config.model_validate(case["config"])
         try:
             if case["initial"]:
@@ -68,9 +66,4 @@ def main() -> None:
             Path(f"{config.folder}.error").write_text(traceback.format_exc())
             if not isinstance(error, UserError):
                 os._exit(1)
-        gc.collect()
-    os._exit(0)  # gloo's teardown now and then aborts a process that has had dozens of engines
-
-
-if __name__ == "__main__":
-    main()
+    leave()

@@ -7,17 +7,18 @@ import json
 import os
 import sys
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from corpus import Corpus
-from runs import free_port, launch
+from runs import run_ranks
 
 sys.path.insert(0, str(Path(__file__).parent))
 from dense import DenseLlama, Facts
+from registry_worker import train_all
 
 from pretrain.config import Config
 from pretrain.export.masters import master_weights
@@ -26,8 +27,7 @@ from pretrain.model import _restore_rotary_tables, build_model
 from pretrain.optim import learning_rate
 from pretrain.plan import Plan, make_plan, training_batches
 
-WORKER = Path(__file__).with_name("registry_worker.py")
-STEPS = 4
+STEPS, SEQUENCES = 4, 12
 LLAMA = {
     "family": "llama",
     "hidden_size": 36,
@@ -44,6 +44,7 @@ NOTHING_RESIDENT = {"stage3_param_persistence_threshold": 0}  # a module sees it
 
 
 STAGES_BELOW_3 = (0, 1, 2)
+SLOW_STAGES = (0, 1)  # their pieces are those of stage 2, or whole
 
 # What a reference file says if it says nothing; see dense.py.
 USUAL = {
@@ -88,7 +89,8 @@ class Case:
     def name(self) -> str:
         return "-".join([*self.methods, self.label])
 
-    def config(self, corpus: Corpus, out: Path) -> dict[str, Any]:
+    def config(self, corpus: Corpus, out: Path, ranks: int = 2) -> dict[str, Any]:
+        """The content of the run file, with two micro-batches a step."""
         return {
             "name": self.name,
             "out": str(out),
@@ -98,8 +100,8 @@ class Case:
             "data": {
                 "train": str(corpus.train),
                 "seq_len": 24,
-                "global_batch_size": 12,
-                "micro_batch_size": 2,
+                "global_batch_size": SEQUENCES,
+                "micro_batch_size": SEQUENCES // (ranks // self.tensor) // 2,
             },
             "steps": STEPS,
             "optim": {"lr": 4e-3, "eps": 1e-6, "schedule": {"name": "cosine", "warmup_steps": 2}},
@@ -134,16 +136,13 @@ class Runs:
 
     def __init__(self, cases: list[Case], ranks: int, corpus: Corpus, folder: Path) -> None:
         self.cases = {case.name: case for case in cases}
-        self.configs = {case.name: case.config(corpus, folder / "runs") for case in cases}
+        self.configs = {case.name: case.config(corpus, folder / "runs", ranks) for case in cases}
         self.folder = folder
         todo = {
             case.name: {"config": self.configs[case.name], "resume_at": case.resume_at, "initial": case.initial}
             for case in cases
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "cases.json").write_text(json.dumps(todo))
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
-        self.ended = launch([*command, f"--master-port={free_port()}", str(WORKER), str(folder / "cases.json")])
+        self.ended = run_ranks([], folder / "logs", ranks, prepare=partial(train_all, todo))
 
     def run(self, case: str) -> Run:
         """What the run of a case left; fails with what it raised."""

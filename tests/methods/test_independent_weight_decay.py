@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_engines import TinyTokenizer
 
 from pretrain.config import Config
 from pretrain.model import bind_methods, build_model, hf_config
@@ -17,13 +18,6 @@ MODEL = {
     "num_attention_heads": 2,
     "attention_bias": True,
 }
-
-
-class Tokenizer:
-    bos_token_id, eos_token_id = 1, 2
-
-    def __len__(self) -> int:
-        return 96
 
 
 def decays(**optim) -> dict[str, float]:
@@ -40,7 +34,7 @@ def decays(**optim) -> dict[str, float]:
             "deepspeed": {"zero_optimization": {"stage": 0}},
         }
     )
-    model_config = hf_config(run, Tokenizer())
+    model_config = hf_config(run, TinyTokenizer(96))
     run = bind_methods(run, model_config)
     with torch.device("meta"):
         model = build_model(run, model_config, {"zero_optimization": {"stage": 0}})

@@ -6,6 +6,7 @@ from math import gamma, sqrt
 
 import pytest
 from pydantic import ValidationError
+from tiny_engines import TinyTokenizer
 
 from pretrain.config import Config
 from pretrain.errors import UserError
@@ -23,13 +24,6 @@ LLAMA = {
     "num_key_value_heads": 2,
 }
 GPT2 = {"family": "gpt2", "n_embd": 32, "n_layer": 8, "n_head": 4}
-
-
-class Tokenizer:
-    bos_token_id, eos_token_id = 1, 2
-
-    def __len__(self) -> int:
-        return 96
 
 
 def config(*methods: dict, model: dict = LLAMA, **changes) -> Config:
@@ -50,7 +44,7 @@ def config(*methods: dict, model: dict = LLAMA, **changes) -> Config:
 
 def draws(run: Config) -> dict[str, Draw]:
     """What every weight is drawn from, by name."""
-    model_config = hf_config(run, Tokenizer())
+    model_config = hf_config(run, TinyTokenizer(96))
     bound = bind_methods(run, model_config)
     return {weight.name: initial_rule(weight, bound, 0.02)[0] for weight in outline(bound, model_config)}
 
@@ -140,7 +134,7 @@ def test_two_methods_that_choose_deviations_are_refused():
 
 
 def checked(run: Config) -> None:
-    model_config = hf_config(run, Tokenizer())
+    model_config = hf_config(run, TinyTokenizer(96))
     bound = bind_methods(run, model_config)
     for method in bound.methods:
         method.check(outline(bound, model_config))
@@ -156,7 +150,7 @@ def test_an_embedding_at_unit_scale_is_not_scaled_again():
 
 def test_the_scaled_embedding_says_its_factor():
     run = config({"name": "embedding_scale"})
-    model_config = hf_config(run, Tokenizer())
+    model_config = hf_config(run, TinyTokenizer(96))
     (method,) = bind_methods(run, model_config).methods
     factors = {w.name: method.forward_factor(w) for w in describe_model(model_class(model_config)(model_config))}
     assert factors.pop("model.embed_tokens.weight") == pytest.approx(sqrt(32))

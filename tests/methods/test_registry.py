@@ -13,7 +13,7 @@ from math import sqrt
 import pytest
 import torch
 from pydantic import ValidationError
-from suite import METHODS, STAGES_BELOW_3, Case, has_reference, reference, trained_densely
+from suite import METHODS, SLOW_STAGES, STAGES_BELOW_3, Case, has_reference, reference, trained_densely
 
 from pretrain.config import Config
 from pretrain.errors import UserError
@@ -55,7 +55,11 @@ def test_three_ranks_train_as_the_dense_reference(on_two, on_three, method):
 
 @pytest.mark.parametrize(
     ("method", "stage"),
-    [(method, stage) for method in METHODS for stage in STAGES_BELOW_3],
+    [
+        pytest.param(method, stage, marks=[pytest.mark.slow] * (stage in SLOW_STAGES))
+        for method in METHODS
+        for stage in STAGES_BELOW_3
+    ],
 )
 def test_other_stages_train_as_the_dense_reference(on_two, method, stage):
     assert_trained_alike(on_two.run(f"{method}-zero{stage}"), method, on_two.run(f"{method}-zero3").initial)

@@ -63,7 +63,7 @@ def _texts(file: Path, *filters: str) -> list[str]:
     return [text for text in source.texts() if text]
 
 
-@pytest.mark.parametrize(("filters", "holds"), CONDITIONS, ids=lambda value: str(value))
+@pytest.mark.parametrize(("filters", "holds"), CONDITIONS, ids=[", ".join(filters) for filters, _ in CONDITIONS])
 def test_a_filter_lets_through_what_the_condition_says(
     file: Path, filters: list[str], holds: Callable[[dict], bool]
 ) -> None:

@@ -1,0 +1,95 @@
+"""Tiny models under real engines, for ranks that go through cases one after the other."""
+
+from __future__ import annotations
+
+import gc
+import os
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from pretrain.config import Config
+from pretrain.data.batches.batch import MicroBatch
+from pretrain.deepspeed_config import deepspeed_config
+from pretrain.distributed import Ranks
+from pretrain.engine import build_engine
+from pretrain.model import bind_methods, hf_config
+from pretrain.resilience.gate import Gate
+from pretrain.resilience.guard import Guard
+from pretrain.resilience.zclip import ZClip
+from pretrain.tensor_parallel import data_rank, data_ranks
+
+VOCABULARY, LENGTH = 101, 16
+
+
+class TinyTokenizer:
+    """What a model's configuration is made from."""
+
+    bos_token_id, eos_token_id = 1, 2
+
+    def __init__(self, vocabulary: int = VOCABULARY) -> None:
+        self.vocabulary = vocabulary
+
+    def __len__(self) -> int:
+        return self.vocabulary
+
+
+def tiny_config(case: dict, *, model: dict, sequences: int, micro_batch_size: int, steps: int, **parts: Any) -> Config:
+    """A run without files. case: {deepspeed, tensor}, what the cases of a file differ in."""
+    data = {"seq_len": LENGTH, "global_batch_size": sequences, "micro_batch_size": micro_batch_size}
+    return Config.model_validate(
+        {
+            "name": "case",
+            "model": {"family": "llama", **model},
+            "tokenizer": "none",
+            "data": {"train": "none", **data},
+            "steps": steps,
+            "parallel": {"tensor": case.get("tensor", 1)},
+            "deepspeed": case["deepspeed"],
+            **parts,
+        }
+    )
+
+
+def tiny_plan(config: Config) -> SimpleNamespace:
+    """As much of a plan as an engine is built from; its configuration has methods that know the run."""
+    model_config = hf_config(config, TinyTokenizer())
+    config = bind_methods(config, model_config)
+    ds_config = deepspeed_config(config, dist.get_world_size())
+    return SimpleNamespace(config=config, model_config=model_config, ds_config=ds_config)
+
+
+def gated(plan: SimpleNamespace) -> Gate:
+    """The gate of a new engine, whose weights have no values yet."""
+    zclip = plan.config.optim.zclip
+    return Gate(build_engine(plan), Guard(plan.config.resilience.guard), zclip and ZClip(zclip))
+
+
+def tokens(number: int, sequences: int) -> torch.Tensor:
+    """Those of batch `number`, (sequences, LENGTH + 1), the same on any number of ranks."""
+    return torch.randint(0, VOCABULARY, (sequences, LENGTH + 1), generator=torch.Generator().manual_seed(number))
+
+
+def share(whole: MicroBatch, config: Config, ranks: Ranks) -> list[MicroBatch]:
+    """What one rank reads of a global batch."""
+    size = len(whole.tokens) // data_ranks(config, ranks.world_size)
+    first, micro = data_rank(config, ranks.rank) * size, config.data.micro_batch_size
+    parts = (whole.tokens, whole.counted, whole.positions)
+    return [
+        MicroBatch(*(None if part is None else part[row : row + micro] for part in parts))
+        for row in range(first, first + size, micro)
+    ]
+
+
+def forget_garbage() -> None:
+    """What the next engine is spared: DeepSpeed has all garbage collected whenever it makes one, in the libraries too."""
+    gc.collect()
+    gc.freeze()
+
+
+def leave() -> NoReturn:
+    """The end of a rank that has had dozens of engines: gloo's teardown aborts such a process now and then."""
+    dist.barrier()
+    os._exit(0)
