@@ -83,7 +83,7 @@ def over(
     (out / "forbidden").mkdir()
     (out / "forbidden/STOP").touch()
     start("forbidden", *ONE_NODE)
-    start("limited", *ONE_NODE, "--time=1", "--signal=B:USR1@30", MAX_RESTARTS="1")
+    start("limited", *ONE_NODE, "--time=2", "--signal=B:USR1@30", MAX_RESTARTS="1")
     jobs["chained-first"], jobs["chained-second"], jobs["chained-third"] = (
         submit(
             slurm,
