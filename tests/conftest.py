@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from xdist.scheduler import LoadScopeScheduling
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported, by the fork server too
 
-import runs  # noqa: F401  (says what the fork server loads)
+import runs
 from corpus import Corpus, documents_of, make_corpus, tiny
 
 
@@ -33,12 +32,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Togethe
 
 @pytest.fixture(scope="session", autouse=True)
 def fork_server() -> None:
-    """Ranks are forked from a process that has the libraries loaded.
+    """There is one in a process, and the workers of the data path would start it with next to nothing loaded.
 
-    There is one of it in a process, and the workers of the data path would start it with next to nothing loaded: then
-    each rank of each test would load them by itself, for seconds and hundreds of megabytes.
+    Then each rank of each test would load the libraries by itself, for seconds and hundreds of megabytes.
     """
-    forkserver.ensure_running()
+    runs.start_fork_server()
 
 
 @pytest.fixture(scope="session")
