@@ -7,6 +7,7 @@ from math import exp
 from pathlib import Path
 
 from pretrain.checkpoints import Saved
+from pretrain.config_json import save_config
 from pretrain.data.batches.batch import MicroBatch
 from pretrain.engine import Step, validation_loss
 from pretrain.errors import Diverged
@@ -89,7 +90,7 @@ def save(run: Run) -> None:
 
     def add_files(folder: Path) -> None:
         write_text(folder / "config.yaml", config.to_yaml())
-        plan.model_config.save_pretrained(folder / "hf")
+        save_config(plan.model_config, folder / "hf")
         plan.tokenizer.save_pretrained(folder / "hf")
         save_probe(folder, run.probe, logits, moments)
         save_method_state(folder, config.methods, model)

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from pretrain.checkpoints.folders import resolve
 from pretrain.checkpoints.manifest import verify
 from pretrain.config import Config, load_config
+from pretrain.config_json import save_config
 from pretrain.data.contents import read_json
 from pretrain.errors import UserError, first_line
 from pretrain.export.card import model_card
@@ -108,7 +109,7 @@ def write_model(checkpoint: Path, folder: Path, config: Config, dtype: torch.dty
     files = write_weights(folder, tensors, shapes, dtype)
     hf_config.dtype = dtype
     bring_modeling_file(hf_config, folder)
-    hf_config.save_pretrained(folder)
+    save_config(hf_config, folder)
     GenerationConfig(bos_token_id=hf_config.bos_token_id, eos_token_id=hf_config.eos_token_id).save_pretrained(folder)
     reasons = {method.name: note for method in config.methods if (note := method.fold_note())}
     return Written(hf_config, files, reasons)
