@@ -7,18 +7,22 @@ import signal
 import sys
 from collections.abc import Callable
 
-from pretrain.errors import UserError
+from pretrain import startup
+from pretrain.errors import OTHER, USER_ERROR, UserError
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main` and exit: 0 when it returns, 2 on a `UserError`, 130 on Ctrl-C; other exceptions keep their traceback."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    """Call `main` and exit: 0 when it returns, 2 on a `UserError`, 130 on Ctrl-C; other exceptions keep their traceback.
+
+    Where standard output takes no more, as on a full disk, `main` goes on, and the exit code is 1 instead of 0. A reader
+    that has closed it, as `head` does, has what it wanted.
+    """
+    code = _exit_code(main)
+    if why := startup.lost_output():
+        print(f"error: standard output takes no more: {why}. What was printed is not complete.", file=sys.stderr)
+        code = code or OTHER
+    if code:
+        sys.exit(code)
 
 
 def clean_up_on_signals() -> None:
@@ -49,3 +53,17 @@ def add_source_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
         help="take only records of which this holds: = != < <= > >= against a field, for example 'language_score>=0.65'; "
         "may be given several times",
     )
+
+
+def _exit_code(main: Callable[[], None]) -> int | str | None:
+    """Call `main`; what `sys.exit` is to be told then."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as ended:
+        return ended.code
+    return 0

@@ -116,7 +116,7 @@ def read_deepspeed(config: Config) -> tuple[str, dict[str, Any]]:
         shipped = ", ".join(sorted(f"ds_configs/{p.name}" for p in (REPOSITORY / "ds_configs").glob("*.json")))
         raise UserError(f"deepspeed: there is no file {config.deepspeed}. Shipped with Evenkeel: {shipped}.")
     try:
-        content = json.loads(path.read_text(), object_pairs_hook=_no_duplicates)
+        content = json.loads(path.read_bytes(), object_pairs_hook=_no_duplicates)
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):

@@ -164,9 +164,13 @@ def _slurm_head_address(slurm: os._Environ | dict) -> str:
     """The address of the job's first node, from the node record: node names need not resolve everywhere."""
     nodes = slurm.get("SLURM_STEP_NODELIST", slurm.get("SLURM_JOB_NODELIST", ""))
     try:
-        names = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        names = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, encoding="utf-8", check=True
+        )
         head = names.stdout.split()[0]
-        record = subprocess.run(["scontrol", "show", "node", "-o", head], capture_output=True, text=True, check=True)
+        record = subprocess.run(
+            ["scontrol", "show", "node", "-o", head], capture_output=True, encoding="utf-8", check=True
+        )
     except (OSError, subprocess.CalledProcessError, IndexError) as error:
         raise UserError(
             f"cannot find the address of the first node of '{nodes}' with scontrol ({error}). "

@@ -63,5 +63,5 @@ def load_probe(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 def load_moments(folder: Path) -> dict[str, Moments]:
     """The moments of every weight as stored by `save_probe`."""
-    stored = json.loads((folder / "moments.json").read_text())
+    stored = json.loads((folder / "moments.json").read_bytes())
     return {name: Moments(**fields) for name, fields in stored.items()}

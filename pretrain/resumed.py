@@ -18,7 +18,7 @@ def changes(checkpoint: Path, config: Config) -> list[str]:
     """The keys of data, methods, optimizer and initialization that differ, with both values. UserError if they cannot be read."""
     path = checkpoint / "config.yaml"
     try:
-        stored = yaml.safe_load(path.read_text())
+        stored = yaml.safe_load(path.read_bytes())
         was = flat({section: stored.get(section) for section in _SECTIONS})
     except (OSError, yaml.YAMLError, AttributeError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error

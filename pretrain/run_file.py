@@ -31,7 +31,7 @@ class RunFile:
         self.path = path
         self.origins: dict[str, str] = {}
         try:
-            text = path.read_text()
+            text = path.read_bytes()  # YAML says by itself what its encoding is, whatever the locale
             self._locate(yaml.compose(text, _Loader))
             self.data = yaml.load(text, _Loader)
         except (OSError, UnicodeDecodeError) as error:

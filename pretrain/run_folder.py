@@ -114,7 +114,7 @@ class RunFolder:
 
     def _lock(self) -> None:
         """Hold the folder until this process ends, so that two runs never write the same checkpoints."""
-        self._lock_file = open(self.path / ".lock", "w")  # noqa: SIM115 (held as long as the process lives)
+        self._lock_file = open(self.path / ".lock", "w", encoding="utf-8")  # noqa: SIM115 (held as long as the process lives)
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -131,7 +131,10 @@ def _log_to(path: Path, console: bool) -> None:
     log.handlers.clear()
     log.setLevel(logging.INFO)
     log.propagate = False
-    handlers: list[logging.Handler] = [logging.FileHandler(path), logging.StreamHandler(sys.stdout)]
+    handlers: list[logging.Handler] = [
+        logging.FileHandler(path, encoding="utf-8", errors="backslashreplace"),
+        logging.StreamHandler(sys.stdout),
+    ]
     if not console:
         handlers[1].setLevel(logging.ERROR)
     handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))

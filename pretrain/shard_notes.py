@@ -51,6 +51,6 @@ def load_notes(folder: Path) -> ShardNotes:
     if not path.exists():
         return ShardNotes()
     try:
-        return ShardNotes(**json.loads(path.read_text()))
+        return ShardNotes(**json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error

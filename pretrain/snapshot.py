@@ -48,7 +48,7 @@ def code_version() -> dict[str, Any]:
     """`git_revision` and `git_changed_files` of this very code: of a snapshot, those it was taken from."""
     record = _CODE / _RECORD
     if record.is_file():
-        stored = json.loads(record.read_text())
+        stored = json.loads(record.read_bytes())
         return {key: stored[key] for key in ("git_revision", "git_changed_files")}
     return {
         "git_revision": _git("rev-parse", "HEAD"),
@@ -75,7 +75,7 @@ def _environment() -> dict[str, Any]:
 def _git(*arguments: str) -> str | None:
     """git's answer about this code, or None outside a checkout."""
     try:
-        done = subprocess.run(["git", "-C", str(_CODE), *arguments], capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", "-C", str(_CODE), *arguments], capture_output=True, encoding="utf-8", check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

@@ -8,9 +8,15 @@ goes on from the newest valid checkpoint.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this package, whatever else is called so
+from pretrain import startup
 from pretrain.resilience import signals
 
 if __name__ == "__main__":
+    startup.begin()
     signals.catch()  # the libraries below take their seconds to load
 
 import argparse

@@ -5,7 +5,7 @@ cd "${SLURM_SUBMIT_DIR:?submit this with sbatch}" || exit 1
 : "${job:?how Slurm calls this job}" "${code:?the folder of the code to run}"
 # shellcheck source=slurm/cluster.env
 source "$code/slurm/cluster.env"
-export PYTHONPATH=$code PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
+export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
 # sbatch takes the submitting shell's variables along. Of a launcher there (torchrun, an interactive job) these would tell
 # every task that it is one and the same rank.
 unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
@@ -36,7 +36,6 @@ train() {
     fi
     code=$prepared
     rm -f "$code/failed_starts"
-    export PYTHONPATH=$code
     scontrol update jobid="$job" comment="$code"    # train.sbatch looks there when the job starts again
     run=${code%/code/*}
     record=$run/slurm/$SLURM_JOB_ID/$restart

@@ -20,8 +20,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
 from pathlib import Path
+
+from pretrain import processes
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TRAIN = "pretrain/train.py"
@@ -40,12 +41,11 @@ _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "
 _ports = itertools.count(random.SystemRandom().randrange(10_000))
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["pretrain.train", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"])
 
 
 def start_fork_server() -> None:
     """The process that has the libraries loaded, from which ranks are forked."""
-    forkserver.ensure_running()
+    processes.start_fork_server(["pretrain.train", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"])
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def test_a_half_precision_checkpoint_takes_two_bytes_less_per_parameter():
 
 
 def flip(path: Path) -> None:
-    path.write_text(path.read_text().swapcase())
+    path.write_text(path.read_text(encoding="utf-8").swapcase(), encoding="utf-8")
 
 
 def test_a_run_goes_back_to_the_newest_whole_checkpoint_of_a_step_or_before(tmp_path):

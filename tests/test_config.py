@@ -49,7 +49,7 @@ def mistakes(file: Path, *overrides: str) -> str:
 
 def replace(file: Path, old: str, new: str) -> None:
     assert TEXT.count(old) == 1
-    file.write_text(TEXT.replace(old, new))
+    file.write_text(TEXT.replace(old, new), encoding="utf-8")
 
 
 def test_a_run_file_becomes_typed_values(file: Path) -> None:
@@ -185,12 +185,12 @@ def test_a_wrong_override_is_quoted(file: Path, override: str, expected: str) ->
 
 @pytest.mark.parametrize("content", ["", "- a\n- b\n", "just text\n"])
 def test_a_file_without_keys_is_refused(file: Path, content: str) -> None:
-    file.write_text(content)
+    file.write_text(content, encoding="utf-8")
     assert str(file) in mistakes(file)
 
 
 def test_yaml_that_does_not_parse_names_its_line(file: Path) -> None:
-    file.write_text("name: run\nmodel: {family: llama\n")
+    file.write_text("name: run\nmodel: {family: llama\n", encoding="utf-8")
     assert str(file) in mistakes(file)
     assert "line" in mistakes(file)
 

@@ -228,11 +228,11 @@ def read_first_shard(location: str, cache: Path) -> None:
 
 def plant(path: Path, ran: Path) -> None:
     """Python code that tells when it is run."""
-    path.write_text(f"open({str(ran)!r}, 'w')\n")
+    path.write_text(f"open({str(ran)!r}, 'w')\n", encoding="utf-8")
 
 
 def change(path: Path, **values: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | values), encoding="utf-8")
 
 
 def test_code_in_a_tokenizer_folder_is_not_run(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,16 @@ python tools/bench.py data --rivals-python peers/bin/python
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this package, whatever else is called so
+from pretrain import startup
+
+startup.begin()
+
+import argparse
+import os
 
 from pretrain.cli import run
 

@@ -10,11 +10,17 @@ changes nothing. Exit code 0: nothing is wrong; 1: something is; 2: the argument
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this package, whatever else is called so
+from pretrain import startup
+
+startup.begin()
+
 import argparse
 import os
 import socket
-import sys
-from pathlib import Path
 
 from pretrain import cli
 from pretrain.errors import UserError

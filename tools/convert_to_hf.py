@@ -9,9 +9,15 @@ file and load with trust_remote_code=True. It appears only once its logits are p
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this package, whatever else is called so
+from pretrain import startup
+
+startup.begin()
+
+import argparse
 
 import torch
 from transformers.utils import logging as transformers_logging

@@ -9,11 +9,17 @@ model's folder is run; task files may name Python functions, so a --task-dir is 
 
 from __future__ import annotations
 
-import argparse
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this package, whatever else is called so
+from pretrain import startup
+
+startup.begin()
+
+import argparse
 import time
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +29,6 @@ from pretrain.cli import run
 from pretrain.data.tokenizer import fingerprint, load_tokenizer
 from pretrain.errors import UserError
 from pretrain.files import write_json
-
-# Python looks beside this file first, and tasks import a package of its name.
-sys.path = [folder for folder in sys.path if Path(folder).resolve() != Path(__file__).resolve().parent]
 
 _PACKAGES = ("evenkeel", "lm_eval", "torch", "transformers", "datasets")
 

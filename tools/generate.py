@@ -5,8 +5,15 @@ python tools/generate.py --model hf/tiny_tvr --prompt "def read(path):"
 
 from __future__ import annotations
 
-import argparse
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this package, whatever else is called so
+from pretrain import startup
+
+startup.begin()
+
+import argparse
 
 from pretrain.cli import run
 from pretrain.errors import UserError

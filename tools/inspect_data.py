@@ -17,9 +17,16 @@ Steps are counted from 1, as in metrics.jsonl; samples, ranks, shards, documents
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this package, whatever else is called so
+from pretrain import startup
+
+startup.begin()
+
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain import cli

@@ -19,10 +19,17 @@ Run the same command again after an interruption: it goes on where it stopped an
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this package, whatever else is called so
+from pretrain import startup
+
+startup.begin()
+
 import argparse
 import os
 import re
-from pathlib import Path
 
 from pretrain import cli
 from pretrain.data.prepare import merge, prepare

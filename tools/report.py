@@ -5,8 +5,15 @@ python tools/report.py runs/1b_tvr runs/1b_baseline --out report.html
 
 from __future__ import annotations
 
-import argparse
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this package, whatever else is called so
+from pretrain import startup
+
+startup.begin()
+
+import argparse
 
 from pretrain.cli import run
 from pretrain.report.write import write_report

@@ -9,11 +9,17 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this package, whatever else is called so
+from pretrain import startup
+
+startup.begin()
+
 import argparse
 import os
-import sys
 from contextlib import redirect_stdout
-from pathlib import Path
 
 from pretrain import cli
 from pretrain.slurm.attempts import Attempts, Job

@@ -8,10 +8,17 @@ happened to each kill is in OUT/soak.json.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this package, whatever else is called so
+from pretrain import startup
+
+startup.begin()
+
 import argparse
 import time
 from dataclasses import asdict
-from pathlib import Path
 
 from pretrain.cli import run
 from pretrain.errors import UserError

@@ -8,11 +8,18 @@ It learns from the first --max-bytes of text of the source. The same text gives 
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this package, whatever else is called so
+from pretrain import startup
+
+startup.begin()
+
 import argparse
 import os
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 from pretrain import cli
 from pretrain.data.bpe import tokenizer_from_sentencepiece, train_bpe

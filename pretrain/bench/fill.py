@@ -97,7 +97,7 @@ def _measure(weights: list[Weight], blocks: int, case: Case) -> Cost:
     sampled = [weight for weight in weights if weight.layer is None or weight.layer <= blocks]
     largest = max(count for weight in sampled for *_, count in [_piece(weight, case, 0)])
     fill_slice_(torch.empty(2000), case.draw, 0, "warm-up", Slice((1000, 3), 1, 0, 2), 0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak counts from here
     before, buffer = _resident("VmRSS"), torch.empty(largest)
     seconds, elements, columns = [0.0] * case.ranks, 0.0, [0.0, 0.0]
     for rank in range(case.ranks):
@@ -131,4 +131,4 @@ def _piece(weight: Weight, case: Case, rank: int) -> tuple[Slice, int, int]:
 
 def _resident(kind: str) -> int:
     """VmRSS: bytes of this process in memory; VmHWM: the most there ever were."""
-    return 1024 * int(re.search(rf"{kind}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    return 1024 * int(re.search(rf"{kind}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1])

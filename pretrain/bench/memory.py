@@ -27,7 +27,7 @@ def peak_extra_bytes(call: Callable[[], object]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
-        events = [event for event in json.loads(path.read_text())["traceEvents"] if event["name"] == "[memory]"]
+        events = [event for event in json.loads(path.read_bytes())["traceEvents"] if event["name"] == "[memory]"]
     if not events:
         return 0
     first = min(events, key=lambda event: event["ts"])["args"]

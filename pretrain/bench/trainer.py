@@ -55,7 +55,9 @@ def _evenkeel(config: str, steps: int, ranks: int, threads: int) -> float:
         command += ["--standalone", str(TRAIN), "--config", config]
         _run([*command, *(word for setting in settings for word in ("--set", setting))], threads)
         rows = [
-            json.loads(line) for path in Path(out).glob("*/metrics.jsonl") for line in path.read_text().splitlines()
+            json.loads(line)
+            for path in Path(out).glob("*/metrics.jsonl")
+            for line in path.read_text(encoding="utf-8").splitlines()
         ]
     speeds = [row["tokens_per_s"] for row in rows if row["kind"] == "train"]
     return statistics.median(speeds[steps // 3 :])
@@ -63,7 +65,7 @@ def _evenkeel(config: str, steps: int, ranks: int, threads: int) -> float:
 
 def _run(command: list[str], threads: int) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with exit code {done.returncode}:\n{done.stdout}{done.stderr}")
     return done.stdout

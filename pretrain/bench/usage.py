@@ -36,7 +36,11 @@ def measure(command: Sequence[str], environment: Mapping[str, str] | None = None
     others = set(_children(os.getpid()))
     before, began = _cpu_of_children(), time.perf_counter()
     process = subprocess.Popen(
-        command, env={**os.environ, **(environment or {})}, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command,
+        env={**os.environ, **(environment or {})},
+        encoding="utf-8",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     peak = [0]
     ended = threading.Event()
@@ -77,11 +81,11 @@ def _children(pid: int | str) -> list[str]:
     found = []
     with suppress(OSError):  # a process or a thread that has ended meanwhile
         for children in list(Path(f"/proc/{pid}/task").glob("*/children")):
-            found += children.read_text().split()
+            found += children.read_text(encoding="utf-8").split()
     return found
 
 
 def _own_bytes(pid: str) -> int:
-    with suppress(OSError), open(f"/proc/{pid}/smaps_rollup") as rollup:
+    with suppress(OSError), open(f"/proc/{pid}/smaps_rollup", encoding="utf-8") as rollup:
         return 1024 * sum(int(line.split()[1]) for line in rollup if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
     return 0

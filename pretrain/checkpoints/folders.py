@@ -87,7 +87,7 @@ def _delete(path: Path) -> None:
 
 def _named_by(latest: Path) -> str:
     try:
-        name = latest.read_text().strip()
+        name = latest.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{latest} cannot be read: {error}.") from error
     if not _COMPLETE.fullmatch(name):

@@ -24,7 +24,7 @@ class Metrics:
             return
         path = config.folder / "metrics.jsonl"
         _end_last_line(path)
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 (lives as long as the run)
+        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (lives as long as the run)
         if config.log.wandb.mode != "disabled":
             self._wandb = _wandb_run(config)
 
@@ -65,7 +65,7 @@ def _wandb_run(config: Config) -> Any:
     run = wandb.init(
         project=config.log.wandb.project,
         name=config.name,
-        id=id_file.read_text(),
+        id=id_file.read_text(encoding="utf-8"),
         resume="allow",
         dir=str(config.folder),
         mode=config.log.wandb.mode,

@@ -95,7 +95,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"there is no run folder {folder}. Give the folder that holds the run's metrics.jsonl.")
     path = folder / "config.yaml"
     try:
-        config = yaml.safe_load(path.read_text())
+        config = yaml.safe_load(path.read_bytes())
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing, so {folder} is not a complete run folder. Give the folder that the trainer wrote "
@@ -116,7 +116,7 @@ def _name(folder: Path, config: dict[str, Any]) -> str:
 def _read_status(folder: Path) -> dict[str, Any]:
     path = folder / "status.json"
     try:
-        status = json.loads(path.read_text())
+        status = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
     except ValueError as error:

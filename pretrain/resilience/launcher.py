@@ -18,4 +18,6 @@ def ancestors() -> tuple[int, ...]:
 
 def _parent_of(process: int) -> int:
     # The second field, in brackets, is a name that may hold anything.
-    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+    return int(
+        Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1]
+    )

@@ -161,7 +161,10 @@ class Soak:
         words = [*self.words, *(word for setting in settings for word in ("--set", setting))]
         port = _free_port()
         self.out.mkdir(parents=True, exist_ok=True)
-        with open(self.out / f"{folder.name}.out", "a") as out, open(self.out / f"{folder.name}.err", "a") as err:
+        with (
+            open(self.out / f"{folder.name}.out", "a", encoding="utf-8") as out,
+            open(self.out / f"{folder.name}.err", "a", encoding="utf-8") as err,
+        ):
             return [
                 subprocess.Popen(
                     [sys.executable, "-u", str(_TRAIN), *words],
@@ -201,7 +204,7 @@ def _counted(values: Iterable[str]) -> str:
 
 def _losses(folder: Path) -> dict[int, float]:
     path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
     return {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
 

@@ -131,7 +131,7 @@ class Watchdog:
 
     def _read(self, rank: int) -> Pulse | None:
         with suppress(OSError, ValueError):
-            return Pulse(**json.loads(self._file(rank).read_text()))
+            return Pulse(**json.loads(self._file(rank).read_bytes()))
         return None
 
     def _file(self, rank: int) -> Path:

@@ -68,7 +68,7 @@ class Attempts:
         self.run, self.job = run, job
         self.folder = run / "slurm" / job.id
         self._file = self.folder / "attempts.json"
-        self.all = [Attempt(**entry) for entry in json.loads(self._file.read_text())] if self._file.exists() else []
+        self.all = [Attempt(**entry) for entry in json.loads(self._file.read_bytes())] if self._file.exists() else []
 
     def begin(self) -> None:
         """Note this start, before anything of the run does."""
@@ -90,18 +90,18 @@ class Attempts:
 
     def newest_checkpoint(self) -> str | None:
         latest = self.run / "checkpoints/latest"
-        return latest.read_text().strip() if latest.is_file() else None
+        return latest.read_text(encoding="utf-8").strip() if latest.is_file() else None
 
     def status(self) -> dict:
         """status.json, if this start has written it."""
         if not self._status.exists() or self._status.stat().st_mtime_ns == self.all[-1].status_written_ns:
             return {}
-        return json.loads(self._status.read_text())
+        return json.loads(self._status.read_bytes())
 
     def failed_tasks(self, kind: str) -> list[Task]:
         """Of this start's ranks ("ranks"), or of its nodes' health checks ("health"); first the one that failed first."""
         files = sorted((self._endings / kind).iterdir(), key=lambda path: path.stat().st_mtime_ns)
-        return [Task(path.stem, int(path.suffix[1:]), int(path.read_text())) for path in files]
+        return [Task(path.stem, int(path.suffix[1:]), int(path.read_text(encoding="utf-8"))) for path in files]
 
     def rank_log(self, rank: int) -> Path:
         return self.run / "logs" / f"slurm_{self.job.id}_rank_{rank}.txt"

@@ -33,7 +33,7 @@ def reason_not_to_start(config: Config) -> str | None:
     run = config.folder
     if (run / STOP_FILE).exists():
         return f"{run / STOP_FILE} exists. Delete it to go on."
-    status = json.loads((run / "status.json").read_text()) if (run / "status.json").is_file() else {}
+    status = json.loads((run / "status.json").read_bytes()) if (run / "status.json").is_file() else {}
     if status.get("status") == "finished" and status["step"] >= config.total_steps:
         return f"the run has finished at step {status['step']:,}."
     return None
@@ -72,7 +72,7 @@ def words_of(listing: Path, number: int) -> list[str]:
     Quotes and backslashes group as in a shell, and nothing is expanded or run. UserError if there is no such line.
     """
     try:
-        lines = [line.strip() for line in listing.read_text().splitlines()]
+        lines = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the list of runs {listing}: {error}.") from error
     runs = [line for line in lines if line and not line.startswith("#")]

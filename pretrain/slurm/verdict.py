@@ -79,7 +79,7 @@ def _first(attempts: Attempts, failed: list[Task]) -> str:
         return recorded or "the ranks were killed, and none was left to say why"
     task = failed[0]
     log = attempts.rank_log(task.number)
-    lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
     last_word = recorded or (lines[-1] if lines else "it said nothing")
     return f"rank {task.number} on {task.node} ended first, with code {task.code}: {last_word} (its log: {log})"
 

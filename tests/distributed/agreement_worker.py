@@ -32,7 +32,7 @@ def main(cases: dict[str, dict], out: Path) -> None:
     everyones: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, seen)
     if dist.get_rank() == 0:
-        out.write_text(json.dumps(everyones))
+        out.write_text(json.dumps(everyones), encoding="utf-8")
     leave()
 
 

@@ -370,5 +370,5 @@ def examine_all(cases: dict[str, dict], out: Path) -> None:
         else:
             seen[name] = examine(config, case)
     if dist.get_rank() == 0:
-        out.write_text(json.dumps(seen))
+        out.write_text(json.dumps(seen), encoding="utf-8")
     leave()

@@ -121,7 +121,7 @@ def examined(ranks: int, todo: dict[str, dict], out: Path) -> dict:
     """What so many ranks write down of the cases `todo`."""
     done = start(ranks, todo, out)
     assert done.code == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    return json.loads(out.read_text())
+    return json.loads(out.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")

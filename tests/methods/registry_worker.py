@@ -63,7 +63,7 @@ def train_all(cases: dict[str, dict]) -> None:
             if case["resume_at"]:
                 run(resumed(config, case["resume_at"], ranks), ranks)
         except Exception as error:
-            Path(f"{config.folder}.error").write_text(traceback.format_exc())
+            Path(f"{config.folder}.error").write_text(traceback.format_exc(), encoding="utf-8")
             if not isinstance(error, UserError):
                 os._exit(1)
     leave()

@@ -148,7 +148,7 @@ class Runs:
         """What the run of a case left; fails with what it raised."""
         folder = self.folder / "runs" / case
         error = Path(f"{folder}.error")
-        assert not error.exists(), f"{case}: {error.read_text()}"
+        assert not error.exists(), f"{case}: {error.read_text(encoding='utf-8')}"
         assert folder.exists(), self.ended.stderr[-5000:]
         return Run(folder, self.configs[case])
 

@@ -119,7 +119,7 @@ class MiniSlurm:
 
     def _spawn(self, program: str, *options: str) -> None:
         name = options[-1] if program == "slurmd" else program
-        log = open(self.folder / "log" / f"{name}.txt", "a")  # noqa: SIM115 (the daemon keeps it)
+        log = open(self.folder / "log" / f"{name}.txt", "a", encoding="utf-8")  # noqa: SIM115 (the daemon keeps it)
         self._daemons[name] = subprocess.Popen(
             [program, "-D", *options], env=self.environment, stdout=log, stderr=log, start_new_session=True
         )
@@ -132,7 +132,7 @@ def _descendants(pid: int) -> list[int]:
 def _stepds(node: str, folder: Path) -> list[int]:
     """The slurmstepd processes of `node`: they are no children of its slurmd, but hold its spool folder's sockets."""
     spool = str(folder / "spool" / node)
-    listening = Path("/proc/net/unix").read_text().splitlines()
+    listening = Path("/proc/net/unix").read_text(encoding="utf-8").splitlines()
     inodes = {line.split()[6] for line in listening if line.split()[-1].startswith(spool)}
     return [pid for pid in _pgrep("-u", getpass.getuser(), "-x", "slurmstepd") if inodes & _sockets(pid)]
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 rank = os.environ["SLURM_PROCID"]
-text = Path(sys.argv[sys.argv.index("--config") + 1]).read_text()
+text = Path(sys.argv[sys.argv.index("--config") + 1]).read_text(encoding="utf-8")
 out, name = (re.search(rf"^{key}: '?(.*?)'?$", text, re.MULTILINE)[1] for key in ("out", "name"))
 run = Path(out) / name
 told = []
@@ -26,7 +26,7 @@ def end(code: int, status: str | None = None, message: str = "") -> None:
     os._exit(code)
 
 
-with open(run / "starts.txt", "a") as starts:
+with open(run / "starts.txt", "a", encoding="utf-8") as starts:
     starts.write(f"{os.environ.get('SLURM_RESTART_COUNT', '0')} {os.environ['SLURMD_NODENAME']} {rank}\n")
 if name == "crashes":
     end(1, message=f"Segmentation of rank {rank}")

@@ -21,7 +21,7 @@ def preempted(slurm: MiniSlurm, submit_folder: Path, run_file: Path, tmp_path_fa
     """A run that was preempted once, while its checkout and run file were being spoilt, and one with a wrong run file."""
     out = tmp_path_factory.mktemp("runs") / "an out; touch pwned"
     own = submit_folder / "my run.yaml"
-    own.write_text(run_file.read_text())
+    own.write_text(run_file.read_text(encoding="utf-8"))
     settings = {"out": str(out), "name": "run", "steps": STEPS, "checkpoint.interval_steps": 1000}
     settings |= {"data.val": None, "log.activations_interval_steps": 1000}
     folder = out / "run"

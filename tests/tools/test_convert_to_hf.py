@@ -106,7 +106,7 @@ STOCK = {"llama": LlamaForCausalLM, "gpt2": GPT2LMHeadModel}
 def checkpoint_of(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The checkpoint of two steps of training under a sharding, made when first asked for. Copy it to damage it."""
     out = tmp_path_factory.mktemp("runs")
-    template = yaml.safe_load(run_file.read_text())
+    template = yaml.safe_load(run_file.read_text(encoding="utf-8"))
     made: dict[str, Path] = {}
 
     def make(name: str) -> Path:

@@ -509,7 +509,7 @@ def test_six_runs_with_awkward_names_and_depths_fit_on_a_page(tmp_path):
 def test_line_cut_short_at_the_end_is_left_out(tmp_path):
     run = config()
     folder = write_run(tmp_path / "tiny", run, [row for row in run_rows(run) if row["step"] <= 300])
-    with open(folder / "metrics.jsonl", "a") as file:
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write('{"kind": "train", "step": 310, "tok')
     assert drawn(folder, out=tmp_path / "page.html").tiles["steps"] == "300 of 400"
 

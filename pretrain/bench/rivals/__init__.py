@@ -14,7 +14,7 @@ _FIND = "import importlib.util as u, sys; print(*[n for n in sys.argv[1:] if not
 def missing_modules(python: str, needs: Sequence[tuple[str, str]]) -> str:
     """Empty where the interpreter `python` has all modules of `needs` ((module, pip's name)...), else what to install."""
     command = [python, "-c", _FIND, *(module for module, _ in needs)]
-    absent = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    absent = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.split()
     names = [pip for module, pip in needs if module in absent]
     return f"not installed (pip install {' '.join(names)})" if names else ""
 

@@ -147,9 +147,9 @@ def grow_datasets(folder: Path, samples: int, seq_len: int) -> None:
     import datasets
 
     copies = -(-samples // len(datasets.load_from_disk(str(folder))))
-    state = json.loads((folder / "state.json").read_text())
+    state = json.loads((folder / "state.json").read_bytes())
     state["_data_files"] *= copies
-    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
 
 def read_datasets(folder: Path, *, batch_size: int, workers: int, **_) -> Iterator[torch.Tensor]:
@@ -169,7 +169,7 @@ def write_mosaicml(tokens: np.ndarray, folder: Path) -> None:
 
 
 def grow_mosaicml(folder: Path, samples: int, seq_len: int) -> None:
-    index = json.loads((folder / "index.json").read_text())
+    index = json.loads((folder / "index.json").read_bytes())
     shard = index["shards"][0]
     file = shard["raw_data"]["basename"]
     index["shards"] = []
@@ -177,7 +177,7 @@ def grow_mosaicml(folder: Path, samples: int, seq_len: int) -> None:
         name = f"copy.{number:07}.mds"
         (folder / name).symlink_to(file)
         index["shards"].append({**shard, "raw_data": {**shard["raw_data"], "basename": name}})
-    (folder / "index.json").write_text(json.dumps(index))
+    (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def read_mosaicml(folder: Path, *, batch_size: int, workers: int, position: int = 0, **_) -> Iterator[torch.Tensor]:
@@ -226,14 +226,14 @@ class _Stretch:
 
 
 def grow_litdata(folder: Path, samples: int, seq_len: int) -> None:
-    index = json.loads((folder / "index.json").read_text())
+    index = json.loads((folder / "index.json").read_bytes())
     chunk = max(index["chunks"], key=lambda chunk: chunk["dim"])
     index["chunks"] = []
     for number in range(-(-samples * seq_len // chunk["dim"])):
         name = f"chunk-0-{number + 1_000_000}.bin"
         (folder / name).symlink_to(chunk["filename"])
         index["chunks"].append({**chunk, "filename": name})
-    (folder / "index.json").write_text(json.dumps(index))
+    (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
 def read_litdata(

@@ -32,7 +32,7 @@ class Positions:
 def _restarts(metrics: Path) -> Iterator[tuple[int, int]]:
     """From the events of the newest run in the file: (step gone back to, first sample after those left out)."""
     found: list[tuple[int, int]] = []
-    for line in metrics.read_text().splitlines(keepends=True) if metrics.is_file() else ():
+    for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.is_file() else ():
         if '"event"' not in line or not line.endswith("\n"):  # a run that was killed leaves half a line
             continue
         row = json.loads(line)

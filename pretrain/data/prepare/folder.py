@@ -24,7 +24,7 @@ def writing_in(out: Path, *, shared: bool = False) -> Iterator[None]:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with open(out / ".lock", "a+") as lock:
+        with open(out / ".lock", "a+", encoding="utf-8") as lock:
             _take(lock, out, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
             yield
     except OSError as error:

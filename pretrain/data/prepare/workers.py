@@ -7,7 +7,6 @@ processes costs as much as encoding tens of megabytes, they start when there pro
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import queue
 import signal
@@ -20,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from pretrain.errors import UserError
+from pretrain.processes import start_fork_server
 
 ALONE_CPU_S = 2.0  # how long this process works before it starts others
 ATTEMPTS = 3
@@ -142,8 +142,7 @@ class _Worker:
 
     def __init__(self, function: Function) -> None:
         # Forked from a server that has the imports done but neither threads nor this process's memory.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["__main__", __name__, function.__class__.__module__])
+        context = start_fork_server(["__main__", __name__, function.__class__.__module__])
         self.connection, other_end = context.Pipe()
         self.numbers: list[int] = []
         self.process = context.Process(target=_work, args=(other_end, function), daemon=True)

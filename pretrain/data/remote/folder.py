@@ -173,7 +173,7 @@ class SharedFolder:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        with open(self.folder / ".lock", "a") as file:
+        with open(self.folder / ".lock", "a", encoding="utf-8") as file:
             _lock(file.fileno(), fcntl.LOCK_EX)
             yield
 

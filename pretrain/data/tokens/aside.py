@@ -54,7 +54,7 @@ def made_aside(out: Path) -> Iterator[Path]:
 def _alone(lock: Path, out: Path) -> Iterator[None]:
     """Keep out other processes that want to make `out`."""
     busy = UserError(f"another process is writing '{out}' at this moment. Wait for it or stop it.")
-    with open(lock, "a") as file:
+    with open(lock, "a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -57,7 +57,7 @@ class DatatroveWriter:
         self._file.close()
         self._index.close()
         metadata = f"Unknown Tokenizer|{self.dtype.itemsize}\n{self._tokens}\n{self._tokens} T"
-        Path(f"{self._path}.metadata").write_text(metadata)
+        Path(f"{self._path}.metadata").write_text(metadata, encoding="utf-8")
 
 
 def _token_file(path: Path) -> TokenFile:
@@ -83,7 +83,7 @@ def _token_file(path: Path) -> TokenFile:
 
 
 def _kind_in(metadata: Path) -> np.dtype:
-    first_line = metadata.read_text(errors="replace").split("\n", 1)[0]
+    first_line = metadata.read_text(encoding="utf-8", errors="replace").split("\n", 1)[0]
     size = first_line.rpartition("|")[2]
     if not size.isdigit() or int(size) not in KINDS:
         raise UserError(f"{metadata} should begin with 'tokenizer|2' or 'tokenizer|4' and begins with {first_line!r}.")

@@ -89,7 +89,7 @@ def _listed_documents(path: Path) -> tuple[Path, np.ndarray] | None:
     if not listing.exists():
         return None
     try:
-        with gzip.open(listing, "rt", newline="") as file:
+        with gzip.open(listing, "rt", encoding="utf-8", newline="") as file:
             spans = np.array([(int(row[0]), int(row[1])) for row in csv.reader(file)], np.int64).reshape(-1, 2)
     except (OSError, EOFError, ValueError, IndexError) as error:
         raise UserError(f"cannot read {listing}: {error}. Restore it, or remove it to use separators.") from error

@@ -34,7 +34,7 @@ def read_gpus() -> tuple[list[Element], str]:
         return [], ""
     command = ["nvidia-smi", "-q", "-x", *(["-i", visible] if visible else [])]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=_PATIENCE_S)
     except (OSError, subprocess.TimeoutExpired) as error:
         return [], f"nvidia-smi does not answer: {error}"
     if done.returncode:

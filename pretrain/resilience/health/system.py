@@ -24,7 +24,7 @@ def check_limits() -> Iterator[str]:
 
 def check_memory(table: Path = Path("/proc/meminfo")) -> Iterator[str]:
     """table: what the kernel says of its memory, in kB."""
-    lines = (line.split() for line in table.read_text().splitlines())
+    lines = (line.split() for line in table.read_text(encoding="utf-8", errors="replace").splitlines())
     kilobytes = {words[0].rstrip(":"): int(words[1]) for words in lines}
     total, available = kilobytes["MemTotal"], kilobytes["MemAvailable"]
     if available < _MEMORY_FREE * total:

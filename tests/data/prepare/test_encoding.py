@@ -156,7 +156,7 @@ def test_killed_workers_are_replaced_and_nothing_is_lost(corpus: str, facts: Tok
 def _die(one: tuple[str, str], attempt: int) -> str:
     """Kill this process for the input "bad", and at its first attempt for "shy"."""
     name, marks = one
-    with open(marks, "a") as file:
+    with open(marks, "a", encoding="utf-8") as file:
         file.write(f"{name} {attempt}\n")
     if name == "bad" or (name == "shy" and attempt == 1):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -214,6 +214,6 @@ def _hold_workers(encoder: Encoder, corpus: str, pids: Path) -> None:
 
 def _is_alive(pid: int) -> bool:
     try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
         return False

@@ -119,7 +119,7 @@ def test_parts_of_source_files_that_changed_meanwhile_are_not_merged(
     corpus: str, facts: TokenizerFacts, tmp_path: Path
 ) -> None:
     prepare_files(corpus, facts, tmp_path / "out", part=(0, 2))
-    with open(tmp_path / "3.jsonl", "a") as file:
+    with open(tmp_path / "3.jsonl", "a", encoding="utf-8") as file:
         file.write('\n{"text": "more"}\n')
     prepare_files(corpus, facts, tmp_path / "out", part=(1, 2))
     with pytest.raises(UserError, match=r"part 1/2 .* was made with another source than part 0/2"):
@@ -164,11 +164,11 @@ def test_wholes_and_parts_refuse_each_other(corpus: str, facts: TokenizerFacts, 
 def test_a_part_and_a_merge_exclude_each_other(corpus: str, facts: TokenizerFacts, tmp_path: Path) -> None:
     _prepare_parts(corpus, facts, tmp_path / "out", 2)
     for lock, kind in (("parts/part_0000_of_0002/.lock", fcntl.LOCK_EX), (".lock", fcntl.LOCK_EX)):
-        with open(tmp_path / "out" / lock, "a+") as file:
+        with open(tmp_path / "out" / lock, "a+", encoding="utf-8") as file:
             fcntl.flock(file, kind)
             with pytest.raises(UserError, match="another preparation is writing"):
                 prepare_files(corpus, facts, tmp_path / "out", part=(0, 2))
-    with open(tmp_path / "out/.lock", "a+") as file:
+    with open(tmp_path / "out/.lock", "a+", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_SH)  # as a part does
         prepare_files(corpus, facts, tmp_path / "out", part=(0, 2))
         with pytest.raises(UserError, match="another preparation is writing"):

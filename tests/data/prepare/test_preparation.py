@@ -54,7 +54,9 @@ def test_the_manifest_counts_what_each_file_gave(corpus: str, facts: TokenizerFa
         assert [source["path"] for source in sources] == [str(tmp_path / f"{number}.jsonl") for number in range(4)]
         for source in sources:
             file = Path(source["path"])
-            of_file = [json.loads(line)["text"].encode("utf-8", "replace").decode() for line in file.open()]
+            of_file = [
+                json.loads(line)["text"].encode("utf-8", "replace").decode() for line in file.open(encoding="utf-8")
+            ]
             given = [text for text in of_file if text in of_split]
             assert source["documents"] == len(given) > 0
             ids = tokenizer(given, split_special_tokens=True, add_special_tokens=False)["input_ids"]
@@ -196,7 +198,7 @@ def test_source_files_that_changed_meanwhile_are_refused(
     stop_after(monkeypatch, 5)
     with pytest.raises(Stopped):
         prepare_files(corpus, facts, tmp_path / "out")
-    with open(tmp_path / "1.jsonl", "a") as file:
+    with open(tmp_path / "1.jsonl", "a", encoding="utf-8") as file:
         file.write('\n{"text": "more"}\n')
     with pytest.raises(UserError, match=r"source bytes was .*; the source files have changed"):
         prepare_files(corpus, facts, tmp_path / "out")
@@ -299,7 +301,7 @@ def test_a_hidden_folder_of_someone_else_is_refused_and_left_alone(
 
 
 def test_a_bad_line_is_named_and_the_workers_end(corpus: str, facts: TokenizerFacts, tmp_path: Path) -> None:
-    with open(tmp_path / "3.jsonl", "a") as file:
+    with open(tmp_path / "3.jsonl", "a", encoding="utf-8") as file:
         file.write("\nnot json\n")
     with pytest.raises(UserError, match=r"3\.jsonl, line 51: it is not JSON.* go on .*: --skip-unreadable\.$"):
         prepare_files(corpus, facts, tmp_path / "out", workers=2)

@@ -98,7 +98,7 @@ def test_parts_joined_name_the_damage_of_all(damaged, facts: TokenizerFacts, tmp
 
 
 def test_what_is_not_damage_still_stops(corpus: str, facts: TokenizerFacts, tmp_path: Path, monkeypatch) -> None:
-    with open(tmp_path / "1.jsonl", "a") as file:
+    with open(tmp_path / "1.jsonl", "a", encoding="utf-8") as file:
         file.write('\n{"body": "x"}')
     with pytest.raises(UserError, match=r"1\.jsonl, line 51, has no field 'text'"):
         prepare_files(corpus, facts, tmp_path / "out", skip_unreadable=True)

@@ -41,4 +41,4 @@ def write_datatrove(path: Path, documents: list[np.ndarray], size: int, metadata
     path.write_bytes(struct.pack(f"<{len(tokens)}{'H' if size == 2 else 'I'}", *tokens))
     Path(f"{path}.index").write_bytes(struct.pack(f"<{len(ends)}Q", *ends))
     if metadata:
-        Path(f"{path}.metadata").write_text(f"gpt2|{size}\n{len(tokens)}\n{len(tokens)} T")
+        Path(f"{path}.metadata").write_text(f"gpt2|{size}\n{len(tokens)}\n{len(tokens)} T", encoding="utf-8")

@@ -1,0 +1,83 @@
+"""What every command line here begins with, before any library loads: its own package, and standard streams that hold.
+
+It imports no library, as what loads one before `begin` may find another's modules, or get the number of a closed stream.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import select
+import sys
+from pathlib import Path
+from typing import TextIO
+
+_PACKAGE = Path(__file__).resolve().parent
+_OF_SCRIPTS = (_PACKAGE, _PACKAGE.parent / "tools")
+
+
+class Console(io.FileIO):
+    """A standard stream that may go away: a pipe without a reader, a terminal that is gone, a full disk.
+
+    What it does not take is lost and the program goes on: its work is worth more than what it says. failure: the first one.
+    """
+
+    failure: OSError | None = None
+
+    def write(self, content) -> int:
+        """Write all of `content`, waiting where the stream is in non-blocking mode, or as much as it takes."""
+        left = memoryview(content).cast("B")
+        size = len(left)
+        try:
+            while len(left):
+                written = super().write(left)
+                if written is None:
+                    select.select([], [self], [])
+                left = left[written or 0 :]
+        except OSError as error:
+            self.failure = self.failure or error
+        return size
+
+
+def begin() -> None:
+    """Prepare this process for a script's work. To be called once, first of all."""
+    # Python looks for modules beside the script first: others' imports of `config` or `distributed` would get ours.
+    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() not in _OF_SCRIPTS]
+    for descriptor in range(3):
+        _open(descriptor)
+    if sys.stdout is sys.__stdout__:
+        sys.stdout = _console(1, sys.stdout)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _console(2, sys.stderr)
+
+
+def lost_output() -> str | None:
+    """Why some of what was written to standard output is lost; None if it is not, or if its reader has closed it."""
+    sys.stdout.flush()
+    buffer = getattr(sys.stdout, "buffer", None)
+    failure = getattr(getattr(buffer, "raw", buffer), "failure", None)
+    return None if failure is None or failure.errno == errno.EPIPE else failure.strerror
+
+
+def _open(descriptor: int) -> None:
+    """Open a standard stream that is closed, as nothing: the next file opened would get its number, and what is printed."""
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
+        os.set_inheritable(descriptor, True)
+
+
+def _console(descriptor: int, stream: TextIO | None) -> TextIO:
+    """A text stream over a `Console`, buffered as `stream` is, that escapes what its encoding lacks."""
+    console = Console(descriptor, "w", closefd=False)
+    if stream is None:
+        return io.TextIOWrapper(io.BufferedWriter(console), "utf-8", "backslashreplace")
+    return io.TextIOWrapper(
+        console if stream.write_through else io.BufferedWriter(console),
+        stream.encoding,
+        "backslashreplace",
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )

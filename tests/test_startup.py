@@ -1,0 +1,146 @@
+"""Command lines under environments that they do not choose: foreign modules, locales, closed streams, odd TMPDIR."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from corpus import Corpus
+from runs import ENVIRONMENT, REPOSITORY
+
+INSPECT = REPOSITORY / "tools/inspect_data.py"
+TRAIN = REPOSITORY / "pretrain/train.py"
+# These two work without the package.
+SCRIPTS = [TRAIN, *(path for path in (REPOSITORY / "tools").glob("*.py") if path.stem not in ("check_python", "demo"))]
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+
+
+def run(command: list, cwd: Path, variables: dict[str, str] | None = None, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env=os.environ | ENVIRONMENT | (variables or {}),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=240,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_finds_its_package_before_any_library_loads(script: Path) -> None:
+    body = ast.parse(script.read_text(encoding="utf-8")).body
+    head = [ast.unparse(node) for node in body[1:6]]
+    assert head == [
+        "from __future__ import annotations",
+        "import sys",
+        "from pathlib import Path",
+        "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))",
+        "from pretrain import startup",
+    ]
+    begun = next(number for number, node in enumerate(body) if "startup.begin()" in ast.unparse(node))
+    between = [ast.unparse(node) for node in body[6:begun]]
+    assert between in ([], ["from pretrain.resilience import signals"])
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for PYTHONPATH with modules of others that are called as ours are, which are asked for at the end."""
+    folder = tmp_path_factory.mktemp("foreign path")
+    (folder / "pretrain.py").write_text("raise SystemExit('foreign pretrain')", encoding="utf-8")
+    for name in ("distributed", "config", "report"):
+        (folder / f"{name}.py").touch()
+    (folder / "sitecustomize.py").write_text(
+        "import atexit, sys\n"
+        "def tell():\n"
+        "    import config, distributed, report\n"
+        "    print(*(module.__file__ for module in (sys.modules['pretrain'], config, distributed, report)), sep='\\n')\n"
+        "atexit.register(tell)\n",
+        encoding="utf-8",
+    )
+    return folder
+
+
+@pytest.mark.parametrize(("script", "safe_path"), [(TRAIN, ""), (REPOSITORY / "tools/report.py", "1")])
+def test_modules_of_others_are_not_mixed_up_with_ours(script: Path, safe_path: str, foreign: Path) -> None:
+    """Neither our package with another of its name, nor theirs with files of our folders."""
+    ended = run([script, "--help"], foreign, {"PYTHONPATH": str(foreign), "PYTHONSAFEPATH": safe_path})
+    assert ended.returncode == 0, ended.stderr
+    ours, *theirs = ended.stdout.splitlines()[-4:]
+    assert ours == str(REPOSITORY / "pretrain/__init__.py")
+    assert theirs == [str(foreign / f"{name}.py") for name in ("config", "distributed", "report")]
+
+
+WORKERS = """
+import sys
+sys.path.insert(0, {repository!r})
+from pretrain.data.prepare import workers
+def shout(text, attempt):
+    return text.upper()
+if __name__ == "__main__":
+    workers.ALONE_CPU_S = 0.0
+    print(*(found for _, found in workers.map_in_order(shout, "abcd", 2, place_of=str)))
+"""
+
+
+def test_workers_start_below_a_long_tmpdir_and_beside_foreign_modules(tmp_path: Path) -> None:
+    """The path of a socket has 107 bytes at most; the server that workers come from starts with `python -c`."""
+    beside = tmp_path / "beside"
+    beside.mkdir()
+    for name in ("random", "struct", "queue", "pretrain"):
+        (beside / f"{name}.py").write_text(f"raise SystemExit('foreign {name}')", encoding="utf-8")
+    script = tmp_path / "script.py"
+    script.write_text(WORKERS.format(repository=str(REPOSITORY)), encoding="utf-8")
+    temporary = tmp_path / "/".join(["job_directory_of_the_scheduler"] * 4)
+    temporary.mkdir(parents=True)
+    for folder in (temporary, tmp_path / "missing"):
+        ended = run([script], beside, {"TMPDIR": str(folder)})
+        assert (ended.returncode, ended.stdout) == (0, "A B C D\n"), ended.stderr
+    assert not list(temporary.iterdir())
+
+
+@pytest.fixture(scope="module")
+def document(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> list:
+    """The command that prints a text of many lines in Greek letters, which the tiny tokenizer has byte by byte."""
+    folder = tmp_path_factory.mktemp("greek")
+    (folder / "text.txt").write_text("σ·–\n" * 20_000, encoding="utf-8")
+    prepare = [REPOSITORY / "tools/prepare_data.py", "--source", folder / "text.txt", "--val-fraction", 0]
+    ended = run([*prepare, "--tokenizer", corpus.tokenizer, "--out", folder / "shards"], folder)
+    assert ended.returncode == 0, ended.stderr
+    return [INSPECT, "--corpus", folder / "shards/train", "--tokenizer", corpus.tokenizer, "--document", "0"]
+
+
+def test_what_the_terminal_cannot_show_is_escaped(document: list, tmp_path: Path) -> None:
+    plain, escaped = run(document, tmp_path), run(document, tmp_path, ASCII)
+    assert (plain.returncode, escaped.returncode) == (0, 0), escaped.stderr
+    assert "σ·–" in plain.stdout
+    assert escaped.stdout == plain.stdout.encode("ascii", "backslashreplace").decode("ascii")
+
+
+@pytest.mark.parametrize(
+    ("redirection", "codes", "said"),
+    [
+        ("| head -n 1", "0 0", ""),
+        ("<&- >&- 2>&-", "0", ""),
+        ("> /dev/full", "1", "error: standard output takes no more: No space left on device."),
+    ],
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_standard_output_that_goes_away(
+    redirection: str, codes: str, said: str, unbuffered: str, document: list, tmp_path: Path
+) -> None:
+    words = " ".join(map(str, [sys.executable, *document]))
+    ended = subprocess.run(
+        ["bash", "-c", f"{words} {redirection}; echo ${{PIPESTATUS[@]}} > {tmp_path}/codes"],
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=240,
+    )
+    assert (tmp_path / "codes").read_text(encoding="utf-8").strip() == codes
+    assert ended.stderr.startswith(said)
+    assert bool(ended.stderr) == bool(said)
