@@ -1,12 +1,12 @@
 """The typed run configuration: one YAML file plus `--set a.b=c`; every error names the key, its line and the nearest key.
 
-Sections are frozen pydantic models that refuse unknown keys. The schema is the reference: each section's docstring
-says what its keys mean. `docs/configuration.md` shows a whole file.
+Sections are frozen pydantic models that refuse unknown keys (`pretrain.values`). The schema is the reference: each
+section's docstring says what its keys mean. `docs/configuration.md` shows a whole file.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import re
 from collections.abc import Sequence
 from functools import reduce
 from math import ceil
@@ -14,19 +14,8 @@ from operator import or_
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    create_model,
-    field_serializer,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
-from transformers import AutoConfig, PreTrainedConfig
+from pydantic import AfterValidator, Field, ValidationError, field_serializer, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from pretrain.config_errors import explain
 from pretrain.credentials import credential_in
@@ -34,54 +23,24 @@ from pretrain.errors import UserError
 from pretrain.init import AnyInit, NormalInit
 from pretrain.methods import REGISTRY, decisions_that_clash
 from pretrain.methods.base import INITIAL_DISTRIBUTION
-from pretrain.run_file import RunFile
+from pretrain.model_section import family_section
+from pretrain.run_file import RunFile, to_yaml
+from pretrain.values import Count, LocalPath, Location, NodePath, Positive, Share, Values, at, check_name, expanded
 
 FAMILIES = ("llama", "gpt2")
 
 
-class Section(BaseModel):
-    """A part of the configuration: frozen, and unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+Rate = Annotated[float, Field(gt=0, le=100)]
 
 
-class ModelSection(Section):
-    """The model: its family, and Hugging Face config fields of that family under their own names.
-
-    vocab_size defaults to the tokenizer's, max_position_embeddings to data.seq_len.
-    """
-
-    family: str
-
-    @property
-    def hf_fields(self) -> dict[str, Any]:
-        """The fields that the run file set (null leaves the default), for the family's Hugging Face configuration."""
-        return {key: value for key, value in self if key != "family" and value is not None}
-
-    @model_serializer
-    def _only_what_was_set(self) -> dict[str, Any]:
-        return {"family": self.family, **self.hf_fields}
-
-
-def _family_section(family: str) -> type[ModelSection]:
-    """A `ModelSection` whose keys are the fields of the family's Hugging Face configuration."""
-    hf_class = type(AutoConfig.for_model(family))
-    own = {field.name for field in dataclasses.fields(hf_class)} - {
-        field.name for field in dataclasses.fields(PreTrainedConfig)
-    }
-    names = own | set(hf_class.attribute_map) | {"tie_word_embeddings", "bos_token_id", "eos_token_id"}
-    fields: dict[str, Any] = {name: (Any, None) for name in sorted(names)}
-    return create_model(f"{family}_model", __base__=ModelSection, family=(Literal[family], family), **fields)
-
-
-class SourceSection(Section):
+class SourceSection(Values):
     """One corpus of a mixture: its shards, and its share of the samples as a weight relative to the others'."""
 
-    path: str
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    path: Location
+    weight: Positive = 1.0
 
 
-class ShuffleSection(Section):
+class ShuffleSection(Values):
     """How far samples are shuffled in each epoch.
 
     scope: `global` over the whole corpus, or `windowed`: shards in a shuffled order, and samples among `window_shards`
@@ -89,7 +48,7 @@ class ShuffleSection(Section):
     """
 
     scope: Literal["global", "windowed"] = "global"
-    window_shards: int = Field(8, gt=0)
+    window_shards: Count = 8
 
     @model_validator(mode="after")
     def _windows_where_there_are_any(self) -> ShuffleSection:
@@ -98,18 +57,18 @@ class ShuffleSection(Section):
         return self
 
 
-class CacheSection(Section):
+class CacheSection(Values):
     """Where shards of remote corpora are kept on each node, shared by its ranks and by other runs.
 
     limit_gb: 10^9 bytes that the folder never exceeds. downloads: files of a corpus that are fetched ahead at a time.
     """
 
-    folder: str = "~/.cache/evenkeel"
-    limit_gb: float = Field(100.0, gt=0, allow_inf_nan=False)
-    downloads: int = Field(4, gt=0)
+    folder: NodePath = "~/.cache/evenkeel"
+    limit_gb: Positive = 100.0
+    downloads: int = Field(4, gt=0, le=256)
 
 
-class DataSection(Section):
+class DataSection(Values):
     """Where the tokens come from and how they form batches.
 
     train: a shard folder or URL, or a list of {path, weight}. val: a shard folder or URL (null: no evaluation). seq_len:
@@ -120,10 +79,10 @@ class DataSection(Section):
     """
 
     train: tuple[SourceSection, ...]
-    val: str | None = None
-    seq_len: int = Field(gt=0)
-    global_batch_size: int = Field(gt=0)
-    micro_batch_size: int = Field(gt=0)
+    val: Location | None = None
+    seq_len: Count
+    global_batch_size: Count
+    micro_batch_size: Count
     shuffle: ShuffleSection = ShuffleSection()
     packing: Literal["concatenate", "best_fit"] = "concatenate"
     document_attention: bool = False
@@ -141,7 +100,7 @@ class DataSection(Section):
     @classmethod
     def _one_folder_is_a_mixture_of_one(cls, given: Any) -> Any:
         if isinstance(given, str):
-            return ({"path": given},)
+            return ({"path": expanded(given)},)
         if not isinstance(given, list | tuple) or not given:
             raise ValueError("give a shard folder, or a list of mappings of the keys path, weight")
         return given
@@ -159,7 +118,7 @@ class DataSection(Section):
         return sources[0].path if len(sources) == 1 else [source.model_dump() for source in sources]
 
 
-class ScheduleSection(Section):
+class ScheduleSection(Values):
     """The learning rate over the run: see `pretrain.optim.learning_rate`."""
 
     name: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
@@ -168,10 +127,7 @@ class ScheduleSection(Section):
     decay_ratio: float = Field(0.2, gt=0, le=1)
 
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class MuonSection(Section):
+class MuonSection(Values):
     """Muon, which steps the matrices of the blocks where `optim.name` is muon; AdamW steps the rest.
 
     lr, weight_decay: null takes those of `optim`. momentum: of the average of gradients. scale: `adam_rms` makes an
@@ -179,39 +135,53 @@ class MuonSection(Section):
     times sqrt(rows / columns) in tall matrices. ns_method: which Newton-Schulz iteration orthogonalizes.
     """
 
-    lr: float | None = Field(None, gt=0)
-    momentum: Beta = 0.95
+    lr: Rate | None = None
+    momentum: Share = 0.95
     weight_decay: float | None = Field(None, ge=0)
     scale: Literal["adam_rms", "spectral"] = "adam_rms"
     ns_method: Literal["gram", "standard"] = "gram"
 
 
-class ZClipSection(Section):
+class ZClipSection(Values):
     """Clipping that adapts to the run (ZClip, Kumar et al. 2025, arXiv 2504.02507, algorithm 1).
 
     z_threshold: standard deviations above the mean gradient norm from which it is clipped. alpha: decay of the running
     mean and variance. warmup_steps: steps that they are first taken from, unclipped.
     """
 
-    z_threshold: float = Field(2.5, gt=0)
+    z_threshold: Positive = 2.5
     alpha: float = Field(0.97, gt=0, lt=1)
     warmup_steps: int = Field(25, ge=2)
 
 
-class OptimSection(Section):
+class OptimSection(Values):
     """The optimizer. lr and weight_decay are AdamW's; weight_decay acts on matrices only; grad_clip null turns clipping
     off. muon only goes with that `name`, and with grad_clip null. zclip clips by the run's own norms, after grad_clip.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
-    lr: float = Field(gt=0)
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
+    lr: Rate
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    eps: Positive = 1e-8
     weight_decay: float = Field(0.1, ge=0)
-    grad_clip: float | None = Field(1.0, gt=0)
+    grad_clip: Positive | None = 1.0
     zclip: ZClipSection | None = None
     muon: MuonSection = MuonSection()
     schedule: ScheduleSection = ScheduleSection()
+
+    @model_validator(mode="after")
+    def _decay_that_shrinks(self) -> OptimSection:
+        muon_lr, muon_decay = self.muon.lr or self.lr, self.muon.weight_decay
+        for key, lr, decay in (
+            ("weight_decay", self.lr, self.weight_decay),
+            ("muon.weight_decay", muon_lr, self.weight_decay if muon_decay is None else muon_decay),
+        ):
+            if lr * decay >= 1:
+                raise at(
+                    key,
+                    f"{decay:g} times the learning rate {lr:g} must be below 1: a step takes that share of a weight",
+                )
+        return self
 
     @model_validator(mode="after")
     def _muon_as_it_works(self) -> OptimSection:
@@ -229,18 +199,18 @@ class OptimSection(Section):
         return self
 
 
-class ParallelSection(Section):
+class ParallelSection(Values):
     """Ways to cut one model other than ZeRO.
 
     tensor: consecutive ranks that hold one copy of every block matrix between them and read the same batch. sequence:
     only 1 is supported so far.
     """
 
-    tensor: int = Field(1, gt=0)
-    sequence: Literal[1] = 1
+    tensor: Count = 1
+    sequence: int = Field(1, ge=1, le=1)
 
 
-class CheckpointSection(Section):
+class CheckpointSection(Values):
     """When to save, what to keep, where to start.
 
     keep_last: newest checkpoints kept. keep_every_steps: multiples of it are kept for ever. resume: `auto` (the
@@ -248,37 +218,44 @@ class CheckpointSection(Section):
     training goes on while a checkpoint is written, from a copy in the host's memory.
     """
 
-    interval_steps: int = Field(500, gt=0)
-    keep_last: int = Field(3, gt=0)
-    keep_every_steps: int | None = Field(None, gt=0)
-    resume: str = "auto"
+    interval_steps: Count = 500
+    keep_last: Count = 3
+    keep_every_steps: Count | None = None
+    resume: LocalPath = "auto"
     asynchronous: bool = False
 
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _a_rule_or_a_path(cls, given: Any) -> Any:
+        if not isinstance(given, str):
+            raise PydanticCustomError("string_type", "give auto, never, or the path of a checkpoint")
+        return given
 
-class EvalSection(Section):
+
+class EvalSection(Values):
     """Validation loss every `interval_steps` over the first `batches` global batches of data.val."""
 
-    interval_steps: int = Field(500, gt=0)
-    batches: int = Field(50, gt=0)
+    interval_steps: Count = 500
+    batches: Count = 50
 
 
-class WandbSection(Section):
+class WandbSection(Values):
     """Weights & Biases tracking, with the names of metrics.jsonl."""
 
     mode: Literal["disabled", "offline", "online"] = "disabled"
     project: str = "evenkeel"
 
 
-class LogSection(Section):
+class LogSection(Values):
     """How often to write console lines and `train` rows, `weights` rows and `activations` rows."""
 
-    interval_steps: int = Field(10, gt=0)
-    weights_interval_steps: int = Field(50, gt=0)
-    activations_interval_steps: int = Field(500, gt=0)
+    interval_steps: Count = 10
+    weights_interval_steps: Count = 50
+    activations_interval_steps: Count = 500
     wandb: WandbSection = WandbSection()
 
 
-class GuardSection(Section):
+class GuardSection(Values):
     """What happens to steps that would harm the run.
 
     A step whose loss or gradient norm is not finite is always skipped: the batch counts, the weights stay. spikes: what to
@@ -288,13 +265,13 @@ class GuardSection(Section):
     """
 
     spikes: Literal["report", "skip"] = "report"
-    sigma: float = Field(6.0, gt=0)
+    sigma: Positive = 6.0
     window_steps: int = Field(128, ge=8)
-    max_skips: int = Field(10, gt=0)
+    max_skips: Count = 10
     max_rollbacks: int = Field(3, ge=0)
 
 
-class ResilienceSection(Section):
+class ResilienceSection(Values):
     """Faults and bad days.
 
     watchdog_s: a phase of the run that takes longer ends it, with the stacks of all ranks; null never does.
@@ -302,17 +279,26 @@ class ResilienceSection(Section):
     remembered for the autopsy of a spike.
     """
 
-    watchdog_s: float | None = Field(600.0, gt=0)
-    agreement_interval_steps: int = Field(500, gt=0)
-    autopsy_steps: int = Field(8, gt=0)
+    watchdog_s: float | None = Field(600.0, ge=1, le=1e7)
+    agreement_interval_steps: Count = 500
+    autopsy_steps: Count = 8
     guard: GuardSection = GuardSection()
 
 
-AnyModelSection = Annotated[reduce(or_, map(_family_section, FAMILIES)), Field(discriminator="family")]
+AnyModelSection = Annotated[reduce(or_, map(family_section, FAMILIES)), Field(discriminator="family")]
 AnyMethod = Annotated[reduce(or_, REGISTRY.values()), Field(discriminator="name")]
 
 
-class Config(Section):
+def _run_name(name: str) -> str:
+    if not re.fullmatch(r"\w[\w.\-]*", name):
+        raise ValueError("is no name for a folder: letters, digits, _ . and - make one, and neither . nor - begins it")
+    return check_name(name)
+
+
+RunName = Annotated[str, AfterValidator(_run_name)]
+
+
+class Config(Values):
     """One run.
 
     name, out: the run folder is <out>/<name>. steps or tokens: the length, exactly one of them. methods: each once.
@@ -320,24 +306,31 @@ class Config(Section):
     activation_checkpointing: recompute blocks in backward.
     """
 
-    name: str = Field(pattern=r"^\w[\w.\-]*$")
-    out: str = "runs"
-    seed: int = Field(0, ge=0)
+    name: RunName
+    out: LocalPath = "runs"
+    seed: int = Field(0, ge=0, lt=2**48)
     model: AnyModelSection
-    tokenizer: str
+    tokenizer: LocalPath
     data: DataSection
-    steps: int | None = Field(None, gt=0)
-    tokens: float | None = Field(None, gt=0, allow_inf_nan=False)
+    steps: Count | None = None
+    tokens: float | None = Field(None, ge=1)
     optim: OptimSection
     methods: tuple[AnyMethod, ...] = ()
     init: AnyInit = NormalInit()
-    deepspeed: str | dict[str, Any]
+    deepspeed: LocalPath | dict[str, Any]
     activation_checkpointing: bool = False
     parallel: ParallelSection = ParallelSection()
     checkpoint: CheckpointSection = CheckpointSection()
     eval: EvalSection = EvalSection()
     log: LogSection = LogSection()
     resilience: ResilienceSection = ResilienceSection()
+
+    @field_validator("deepspeed", mode="before")
+    @classmethod
+    def _a_file_or_its_content(cls, given: Any) -> Any:
+        if not isinstance(given, str | dict):
+            raise ValueError("give the path of a DeepSpeed JSON file, or its content as a mapping")
+        return expanded(given) if isinstance(given, str) else given
 
     @model_validator(mode="after")
     def _one_length(self) -> Config:
@@ -346,6 +339,8 @@ class Config(Section):
                 "give the length of the run once: either 'steps' or 'tokens' (to override one that the file sets: "
                 "--set tokens=null --set steps=100)"
             )
+        if self.total_steps * self.tokens_per_step > 2**63 - 1:
+            raise at("steps" if self.steps else "tokens", "more tokens in all than a 64-bit integer can count")
         return self
 
     @model_validator(mode="after")
@@ -392,7 +387,7 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The resolved configuration: this text alone reproduces the run."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return to_yaml(self.model_dump(mode="json"))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -3,36 +3,68 @@
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Iterator
 from typing import Any
 
+import yaml
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from pretrain.run_file import RunFile
+from pretrain.run_file import Loader, Origin, RunFile
 
 
 def explain(mistake: ErrorDetails, root: type[BaseModel], file: RunFile) -> str:
     """One line for one validation error of `file.data` against the schema `root`."""
     keys, section, members = _follow(mistake["loc"], root, file.data)
-    key, kind, given = ".".join(keys), mistake["type"], mistake["input"]
-    message = mistake["msg"].removeprefix("Value error, ")
+    kind, given = mistake["type"], mistake["input"]
+    if kind == "at_key":
+        keys.append(mistake["ctx"]["key"])
+        given = None
+    key, message = ".".join(keys), mistake["msg"].removeprefix("Value error, ")
     if not key:
         return f"{file.where('methods' if message.startswith('method') else key)}: {message}"
     where = file.where(key)
     if kind == "missing":
         return f"{where}: the key '{key}' is missing"
     if kind == "extra_forbidden":
-        return f"{where}: unknown key '{key}'; {_nearest(key, section, root)}"
+        hint = getattr(section, "elsewhere", {}).get(keys[-1]) or _nearest(key, section, root)
+        return f"{where}: unknown key '{key}'; {hint}"
     if kind.startswith("union_tag"):
         return f"{where}: {key}: {_unknown_tag(mistake['ctx'], root)}"
     if kind in ("model_type", "model_attributes_type"):
         message = f"give a mapping {_example(given, members)}"
     elif kind == "tuple_type":
         message = f"give a list, such as [{_tagged(given, members)}]" if members else "give a list"
-    got = "" if isinstance(given, dict | BaseModel) else f" (got {given!r})"
-    return f"{where}: {key}: {message}{got}"
+    if kind == "at_key" or isinstance(given, dict | BaseModel):
+        return f"{where}: {key}: {message}"
+    origin = file.origins.get(key)
+    return f"{where}: {key}: {message} (got {_as_written(given, origin)}){_as_read(kind, given, origin)}"
+
+
+def _as_written(given: Any, origin: Origin | None) -> str:
+    """A value as the file has it, if it has it on one line."""
+    if origin is None or origin.text is None or isinstance(given, list | tuple):
+        return repr(list(given) if isinstance(given, tuple) else given)
+    return repr(origin.text) if origin.quoted or isinstance(given, str) else origin.text or "nothing"
+
+
+def _as_read(kind: str, given: Any, origin: Origin | None) -> str:
+    """How YAML came to another kind of value than was meant, and what to write instead; empty where it did not."""
+    if origin is None or not origin.text:
+        return ""
+    if kind == "string_type":
+        read = {bool: str(given).lower(), type(None): "nothing"}.get(type(given), f"the number {given}")
+        return f": YAML reads {origin.text} as {read}; for the text write it in quotes"
+    if isinstance(given, str) and kind in ("int_type", "float_type", "bool_type"):
+        if not origin.quoted and re.fullmatch(r"[-+]?0\d+", given):
+            return f": a leading 0 means base 8 to some readers of YAML; write {int(given)}"
+        if not origin.quoted and ":" in given:
+            return ": some readers of YAML take this for a number in base 60; write it out"
+        if not isinstance(yaml.load(given, Loader), str):
+            return ": a text, because of the quotes; leave them out"
+    return ""
 
 
 def _follow(

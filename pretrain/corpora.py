@@ -24,6 +24,7 @@ from pretrain.data.remote.cache import CacheSettings
 from pretrain.data.remote.storage import is_remote
 from pretrain.data.tokens.corpus import ENDS_DTYPE
 from pretrain.errors import UserError
+from pretrain.values import expanded
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _cut(shards: TokenShards, data: DataSection, vocab_size: int) -> Samples:
 
 
 def _cache_folder(data: DataSection) -> Path:
-    return Path(data.cache.folder).expanduser()
+    return Path(expanded(data.cache.folder))
 
 
 def _check_cache(corpora: Corpora, val_samples: int) -> None:

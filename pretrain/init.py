@@ -5,15 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from pretrain.sharded.draws import Draw, GeneralizedGaussian, Normal, TruncatedNormal, Uniform
+from pretrain.values import Values
 
 
-class Init(BaseModel, ABC):
+class Init(Values, ABC):
     """A distribution but for its deviation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     @abstractmethod
     def draw(self, std: float) -> Draw:

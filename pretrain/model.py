@@ -43,11 +43,7 @@ def hf_config(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedC
     fields = {key: value for key, value in defaults.items() if aliases.get(key) not in given} | given
     try:
         result = AutoConfig.for_model(config.model.family, **fields)
-        if result.hidden_size % result.num_attention_heads:
-            raise ValueError(f"hidden_size {result.hidden_size} is not a multiple of the attention heads")
-        if result.num_attention_heads % (getattr(result, "num_key_value_heads", None) or 1):
-            raise ValueError("num_attention_heads is not a multiple of num_key_value_heads")
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         reason = " ".join(str(error).split()).removesuffix(".")
         raise UserError(f"the 'model' section is not a valid {config.model.family}: {reason}.") from error
     if result.vocab_size < len(tokenizer):
@@ -60,6 +56,15 @@ def hf_config(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedC
             f"model.max_position_embeddings {result.max_position_embeddings} is smaller than "
             f"data.seq_len {config.data.seq_len}."
         )
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        ids = getattr(result, key)
+        if outside := [
+            one for one in (ids if isinstance(ids, list) else [ids]) if one is not None and one >= result.vocab_size
+        ]:
+            raise UserError(
+                f"model.{key} {outside[0]} is outside of the vocabulary, whose ids are 0 to {result.vocab_size - 1}. "
+                "Give one of these, or leave it out."
+            )
     for method in config.methods:
         result = method.configure(result)
     return result

@@ -9,19 +9,33 @@ section below it, whose other keys belong to the kind that it was (`_KINDS`).
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from pretrain.errors import UserError
+from pretrain.values import expanded
 
 # The key that says what kind of thing a section is, and so which other keys it may hold.
 _KINDS = {"model": "family", "init": "distribution"}
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a key was given, "file:line" or "--set ...", and its value as it is written there.
+
+    text: None for lists and mappings. quoted: a text whatever it looks like.
+    """
+
+    place: str
+    text: str | None = None
+    quoted: bool = False
+
+
 class RunFile:
-    """data: the content, on top of that of its bases. origins: where each key was given, "file:line" or "--set ..."."""
+    """data: the content, on top of that of its bases. origins: of every key."""
 
     def __init__(self, path: Path, extended_by: tuple[Path, ...] = ()) -> None:
         """Read `path` and the files that it extends; `extended_by` are the files whose base it is, the first one first.
@@ -29,14 +43,15 @@ class RunFile:
         Raises UserError if a file cannot be read, is not YAML, holds a key twice, or extends itself.
         """
         self.path = path
-        self.origins: dict[str, str] = {}
+        self.origins: dict[str, Origin] = {}
         try:
             text = path.read_bytes()  # YAML says by itself what its encoding is, whatever the locale
-            self._locate(yaml.compose(text, _Loader))
-            self.data = yaml.load(text, _Loader)
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise UserError(f"cannot read the run file {path}: {error}.") from error
-        except yaml.YAMLError as error:
+        try:
+            self._locate(yaml.compose(text, Loader))
+            self.data = yaml.load(text, Loader)
+        except _NOT_YAML as error:
             raise UserError(f"{path} is not valid YAML: {error}") from error
         if not isinstance(self.data, dict):
             raise UserError(f"{path} holds no configuration; it must be a mapping of keys such as 'name' and 'model'.")
@@ -49,8 +64,10 @@ class RunFile:
         Raises UserError for a malformed setting or a path that leads nowhere.
         """
         key, equals, text = setting.partition("=")
-        if not equals:
+        if not equals or not all(key.split(".")):
             raise UserError(f"--set {setting}: expected key=value, as in --set optim.lr=3e-4.")
+        if not text.strip():
+            raise UserError(f"--set {setting}: there is no value; null leaves a key without one.")
         *parents, last = key.split(".")
         target: Any = self.data
         for depth, part in enumerate(parents):
@@ -59,26 +76,31 @@ class RunFile:
             else:
                 target = target[_index(target, part, setting, parents[:depth])]
         try:
-            value, node = yaml.load(text, _Loader), yaml.compose(text, _Loader)
-        except yaml.YAMLError as error:
+            value, node = yaml.load(text, Loader), yaml.compose(text, Loader)
+            self._forget(key)
+            self._note(key, f"--set {setting}", node)
+            self._locate(node, f"{key}.", f"--set {setting}")
+        except _NOT_YAML as error:
             raise UserError(f"--set {setting}: the value is not valid YAML.") from error
         target[last if isinstance(target, dict) else _index(target, last, setting, parents)] = value
-        self._forget(key)
-        self.origins[key] = f"--set {setting}"
-        self._locate(node, f"{key}.", f"--set {setting}")
 
     def where(self, key: str) -> str:
         """The place to look at for a dotted key: its own, that of a key below it or of its section, or the file."""
-        below = (place for other, place in self.origins.items() if other.startswith(f"{key}."))
+        if key in self.origins:
+            return self.origins[key].place
+        below = (origin.place for other, origin in self.origins.items() if other.startswith(f"{key}."))
         section = key.rpartition(".")[0]
-        return self.origins.get(key) or next(below, None) or (self.where(section) if section else str(self.path))
+        return next(below, None) or (self.where(section) if section else str(self.path))
 
     def _base(self, chain: tuple[Path, ...]) -> RunFile:
         """The file that this one extends; `chain` are the files up to this one."""
-        where, named = self.origins["extends"], self.data["extends"]
+        where, named = self.where("extends"), self.data["extends"]
         if not isinstance(named, str):
             raise UserError(f"{where}: extends: give the path of one run file (got {named!r}).")
-        path = self.path.parent / named
+        try:
+            path = self.path.parent / expanded(named)
+        except ValueError as error:
+            raise UserError(f"{where}: extends: {error} (got {named!r}).") from error
         if path.resolve() in (file.resolve() for file in chain):
             circle = " -> ".join(str(file) for file in (*chain, path))
             raise UserError(f"{where}: extends: the files extend each other in a circle: {circle}.")
@@ -108,7 +130,7 @@ class RunFile:
     def _forget(self, key: str) -> None:
         """Drop the origins of `key` and of all below it: its value is replaced."""
         self.origins = {
-            other: place for other, place in self.origins.items() if other != key and not other.startswith(f"{key}.")
+            other: origin for other, origin in self.origins.items() if other != key and not other.startswith(f"{key}.")
         }
 
     def _locate(self, node: yaml.Node | None, prefix: str = "", origin: str | None = None) -> None:
@@ -122,18 +144,48 @@ class RunFile:
         for name, place, value in pairs:
             key, where = f"{prefix}{name}", origin or f"{self.path}:{place.start_mark.line + 1}"
             if key in self.origins:
-                raise UserError(f"{where}: the key '{key}' stands twice; it is also at {self.origins[key]}.")
-            self.origins[key] = where
+                raise UserError(f"{where}: the key '{key}' stands twice; it is also at {self.where(key)}.")
+            self._note(key, where, value)
             self._locate(value, f"{key}.", origin)
 
+    def _note(self, key: str, place: str, node: yaml.Node | None) -> None:
+        """Keep where `key` was given, and its value as it was written."""
+        scalar = isinstance(node, yaml.ScalarNode)
+        self.origins[key] = Origin(place, node.value if scalar else None, scalar and node.style is not None)
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-3 as a number, as YAML 1.2 does."""
+
+# RecursionError: an alias inside of what it stands for. ValueError: an integer of thousands of digits.
+_NOT_YAML = (yaml.YAMLError, RecursionError, ValueError)
+_TAG = "tag:yaml.org,2002:"
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class Loader(yaml.SafeLoader):
+    """SafeLoader with the numbers of YAML 1.2 (1e-3 is one); 1:30, 010 and 2026-11-30 are texts, not 90, 8 and a date."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (how PyYAML has it)
+        first: [(tag, pattern) for tag, pattern in rules if tag.removeprefix(_TAG) not in ("int", "float", "timestamp")]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes whatever it or `Loader` would not read as a text."""
+
+
+_WHOLE = r"(0|[1-9]\d*(_\d+)*)"
+_MANTISSA = rf"({_WHOLE}\.\d*|\.\d+)"
+_NUMBERS = {
+    "int": rf"^[-+]?({_WHOLE}|0x[0-9a-fA-F]+)$",
+    "float": rf"^([-+]?({_MANTISSA}|({_MANTISSA}|{_WHOLE})[eE][-+]?\d+|\.(inf|Inf|INF))|\.(nan|NaN|NAN))$",
+}
+for _kind, _pattern in _NUMBERS.items():
+    for _class in (Loader, _Dumper):
+        _class.add_implicit_resolver(_TAG + _kind, re.compile(_pattern), list("-+.0123456789"))
+
+
+def to_yaml(data: dict[str, Any]) -> str:
+    """`data` as text that `RunFile`, and every other reader of YAML, reads back as it is."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False)
 
 
 def _changes_kind(key: str, below: dict, above: dict) -> bool:

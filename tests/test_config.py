@@ -170,7 +170,7 @@ def test_all_mistakes_are_told_at_once(file: Path) -> None:
         ("methods=[{}, {name: tvr, sdt: 1}]", "--set methods=[{}, {name: tvr, sdt: 1}]: unknown key 'methods.1.sdt'"),
         ("methods=lir", "--set methods=lir: methods: give a list, such as [{name: lir}] (got 'lir')"),
         ("methods={name: LIR}", "methods: give a list, such as [{name: lir}]"),
-        ("methods=null", "methods: give a list, such as [{name: ...}] (got None)"),
+        ("methods=null", "methods: give a list, such as [{name: ...}] (got null)"),
         ("optim=3", "--set optim=3: optim: give a mapping of the keys name, lr,"),
         ("init=uniform", "init: give a mapping such as {distribution: uniform} (got 'uniform')"),
         ("methods=[{name: mu_loss}, {name: mu_centering}]", "{name: mu_centering}]: methods mu_loss and mu_centering"),

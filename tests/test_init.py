@@ -60,7 +60,7 @@ def test_the_written_configuration_gives_the_same_distribution(tmp_path):
         (["init.distribution=truncated_normal", "init.shape=1"], "unknown key 'init.shape'"),
         (["init.distribution=truncated_normal", "init.bond=1"], "did you mean 'init.bound'?"),
         (["init.distribution=truncated_normal", "init.bound=0"], "init.bound: Input should be greater"),
-        (["init.distribution=truncated_normal", "init.bound=.inf"], "init.bound: Input should be less"),
+        (["init.distribution=truncated_normal", "init.bound=.inf"], "init.bound: Input should be a finite number"),
         (["init.distribution=truncated_normal", "init.bound=.nan"], "init.bound"),
         (["init.distribution=generalized_gaussian", "init.shape=0.1"], "init.shape: Input should be greater"),
         (["init.distribution=truncnormal"], "unknown distribution 'truncnormal'; did you mean 'truncated_normal'?"),

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, PrivateAttr
+from pydantic import PrivateAttr
 
 from pretrain.layout import Weight
+from pretrain.values import Values
 
 if TYPE_CHECKING:
     from typing import Self
@@ -71,7 +72,7 @@ class RunFacts:
         return f"{self.embedding if self.tied else 'lm_head'}.weight"
 
 
-class Method(BaseModel):
+class Method(Values):
     """One stability method. Override only what it needs; every hook has a neutral default.
 
     Subclasses set `name: Literal["..."]` and declare their options as fields. Fields are frozen: whatever a method
@@ -84,8 +85,6 @@ class Method(BaseModel):
     already put the embedding's factor into a Granite), one with 2 an embedding that is what enters the residual stream,
     and one with 3 the class and the weights that all the others have made.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     decides: ClassVar[frozenset[str]] = frozenset()
     conflicts: ClassVar[Mapping[str, str]] = {}
