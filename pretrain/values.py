@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 from pydantic_core import PydanticCustomError
 
 _LARGEST_INTEGER = 2**63 - 1  # of an int64 tensor
-_FLOAT32 = (1.2e-38, 3.4e38)  # the smallest and the largest size of a normal number
+_LARGEST_FLOAT = 3.4e38  # of float32
 _LONGEST_NAME, _LONGEST_PATH = 255, 4000  # bytes; Linux takes 255 and 4,095, and files are made below the path
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.\-]+://")
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(.*?)\})", re.ASCII)
@@ -53,12 +53,9 @@ def _converted(given: Any) -> Any:
 
 def _check_reach(number: Any) -> None:
     """ValueError if it is a number that tensors cannot hold."""
-    smallest, largest = _FLOAT32
     if isinstance(number, int) and abs(number) > _LARGEST_INTEGER:
         raise ValueError("is larger than a 64-bit integer can be")
-    if isinstance(number, float) and 0 < abs(number) < smallest:
-        raise ValueError("is too close to zero for float32")
-    if isinstance(number, float) and abs(number) > largest:
+    if isinstance(number, float) and abs(number) > _LARGEST_FLOAT:
         raise ValueError("is too large for float32")
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from transformers import LlamaConfig
 
 from pretrain.config import Config, load_config
 from pretrain.errors import UserError
+from pretrain.model_section import ROPE_TYPES, rope_keys
 from pretrain.run_file import RunFile
 
 TEXT = """\
@@ -354,3 +357,234 @@ def test_files_that_extend_each_other_are_refused(tmp_path: Path) -> None:
     assert f"{paths[2]}:2: extends: the files extend each other in a circle" in text
     paths[0].write_text("extends: a.yaml\n")
     assert f"{paths[0]}:1: extends: the files extend each other in a circle" in mistakes(paths[0])
+
+
+# values
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.lr=.inf", "optim.lr: Input should be a finite number (got .inf)"),
+        ("optim.lr=1e400", "optim.lr: Input should be a finite number (got 1e400)"),
+        ("optim.lr=.nan", "optim.lr: Input should be a finite number (got .nan)"),
+        ('optim.lr="1e-3"', "(got '1e-3'): a text, because of the quotes; leave them out"),
+        ("optim.betas=[0.9, .nan]", "optim.betas.1: Input should be a finite number"),
+        ("steps=true", "steps: Input should be a valid integer (got true)"),
+        ("steps=1:30", "(got '1:30'): some readers of YAML take this for a number in base 60"),
+        ("steps=010", "(got '010'): a leading 0 means base 8 to some readers of YAML; write 10"),
+        ("steps=1.5", "steps: Input should be a valid integer (got 1.5)"),
+        ("steps=99999999999999999999", "steps: is larger than a 64-bit integer can be"),
+        ("seed=18446744073709551616", "seed: Input should be less than 281474976710656"),
+        ("data.document_attention=1", "Input should be a valid boolean (got 1)"),
+        ("parallel.sequence=true", "parallel.sequence: Input should be a valid integer (got true)"),
+        ("methods=[{name: tvr, target_std: true}]", "methods.0.target_std: Input should be a valid number (got true)"),
+        ("init={distribution: truncated_normal, bound: true}", "init.bound: Input should be a valid number"),
+        ("data.train=[{path: a, weight: true}]", "data.train.0.weight: Input should be a valid number (got true)"),
+        ("optim.weight_decay=1e4", "optim.weight_decay: 10000 times the learning rate 0.001 must be below 1"),
+        ("resilience.watchdog_s=1e-3", "resilience.watchdog_s: Input should be greater than or equal to 1"),
+        ("checkpoint.resume=no", "auto, never, or the path of a checkpoint (got no): YAML reads no as false"),
+        ("name=null", "name: Input should be a valid string (got null): YAML reads null as nothing"),
+        ("name=1e3", "(got 1e3): YAML reads 1e3 as the number 1000; for the text write it in quotes"),
+        ("name=-x", "name: is no name for a folder"),
+        (f"name={'x' * 256}", "is longer than the 255 bytes that file systems take"),
+        ("out=", "there is no value; null leaves a key without one"),
+        ('out=""', "out: is empty: give a path"),
+        ("deepspeed=3", "deepspeed: give the path of a DeepSpeed JSON file, or its content as a mapping (got 3)"),
+        ("a={b: &x [*x]}", "not valid YAML"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_and_shown_as_it_was_written(
+    file: Path, override: str, expected: str
+) -> None:
+    assert expected in mistakes(file, override)
+
+
+def test_what_the_file_itself_says_is_shown_as_it_was_written(file: Path) -> None:
+    replace(file, "steps: 10", "steps: 0x1G\ncheckpoint: {resume: no}")
+    assert "run.yaml:11: steps: Input should be a valid integer (got '0x1G')" in mistakes(file)
+    assert "run.yaml:12: checkpoint.resume: give auto, never" in mistakes(file)
+
+
+@pytest.mark.parametrize("name", ["007", "2026-11-30", "1e3", "no", "1:30", "1_000", "0x10", ".5", "null"])
+def test_names_that_look_like_something_else_read_back_as_the_same(file: Path, tmp_path: Path, name: str) -> None:
+    config = load_config(file, [f'out="{name}"', "name='1e3'"])
+    (tmp_path / "resolved.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "resolved.yaml") == config
+    assert yaml.safe_load(config.to_yaml())["out"] == config.out  # as other readers of YAML see it
+
+
+def test_whole_numbers_may_be_written_with_an_exponent_or_underscores(file: Path) -> None:
+    assert load_config(file, ["steps=1e4"]).steps == load_config(file, ["steps=10_000"]).steps == 10_000
+    assert load_config(file, ["name=2026-11-30"]).name == "2026-11-30"
+
+
+# the model
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.hidden_act=silly", "model.hidden_act: there is no such activation here; there are: gelu,"),
+        ("model.head_dim=0", "model.head_dim: Input should be greater than 0 (got 0)"),
+        ("model.head_dim=5", "model.head_dim: rotary positions need heads of an even size, not 5"),
+        ("model.num_attention_heads=0", "model.num_attention_heads: Input should be greater than 0"),
+        (
+            "model.num_attention_heads=3",
+            "model.num_attention_heads: the 3 attention heads do not divide hidden_size 64",
+        ),
+        ("model.num_key_value_heads=0", "model.num_key_value_heads: Input should be greater than 0"),
+        ("model.num_key_value_heads=3", "model.num_key_value_heads: 3 does not divide num_attention_heads 32"),
+        ("model.hidden_size=0", "model.hidden_size: Input should be greater than 0"),
+        ("model.hidden_size=wide", "model.hidden_size: Input should be a valid integer (got 'wide')"),
+        ("model.hidden_size=66", "model.hidden_size: the 32 attention heads do not divide hidden_size 66"),
+        ("model.pad_token_id=-1", "model.pad_token_id: Input should be greater than or equal to 0"),
+        ("model.eos_token_id=[1, x]", "model.eos_token_id: give one token id, or a list of them"),
+        ("model.attention_dropout=1", "model.attention_dropout: Input should be less than 1"),
+        ("model.rms_norm_eps=0", "model.rms_norm_eps: Input should be greater than 0"),
+        ("model.tie_word_embeddings=1", "model.tie_word_embeddings: Input should be a valid boolean"),
+        ("model.rope_parameters={rope_type: foo}", "no such rope type; there are: default, linear, dynamic, yarn"),
+        ("model.rope_parameters={rope_type: linear, rope_theta: 1e4}", "rope_type linear needs factor"),
+        ("model.rope_parameters={rope_theta: abc}", "model.rope_parameters.rope_theta: Input should be a valid number"),
+        ("model.rope_parameters={factor: 2}", "rope_type default does not take factor, only: rope_theta"),
+        ("model.rope_parameters={rope_thta: 2}", "did you mean 'model.rope_parameters.rope_theta'?"),
+        (
+            "model.rope_parameters={rope_type: longrope, short_factor: [1, 1], long_factor: [1]}",
+            "short_factor needs one number for each of the 1 frequencies",
+        ),
+        ("model.torch_dtype=bfloat16", "unknown key 'model.torch_dtype'; leave it out: the DeepSpeed file says"),
+        ("model.model_type=llama", "unknown key 'model.model_type'; it is called 'family' here"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_refused_at_its_key(file: Path, override: str, expected: str) -> None:
+    assert expected in mistakes(file, override)
+
+
+def test_fields_of_gpt2_have_two_names_and_one_value(child: Callable[[str], Path]) -> None:
+    assert "n_head: the 5 attention heads do not divide hidden_size 48" in mistakes(
+        child("model: {family: gpt2, n_embd: 48, n_head: 5}\n")
+    )
+    assert "model.hidden_size: is another name of 'n_embd'" in mistakes(
+        child("model: {family: gpt2, n_embd: 48, n_head: 4, hidden_size: 48}\n")
+    )
+
+
+# What Llama 3.1's config.json says, and what transformers makes of it.
+LLAMA_31 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize("kind", ["rope_type", "type"])
+def test_the_older_spelling_of_rope_means_what_transformers_takes_it_for(file: Path, tmp_path: Path, kind: str) -> None:
+    older = {"rope_theta": 500000.0, "rope_scaling": {kind: "llama3", **LLAMA_31}}
+    config = load_config(file, [f"model.{key}={json.dumps(value)}" for key, value in older.items()])
+    theirs = LlamaConfig(rope_theta=500000.0, rope_scaling={"rope_type": "llama3", **LLAMA_31})
+    assert config.model.hf_fields["rope_parameters"] == theirs.rope_parameters
+    assert config.model.hf_fields.keys() == {"hidden_size", "rope_parameters"}
+    (tmp_path / "resolved.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "resolved.yaml") == config
+    assert load_config(tmp_path / "resolved.yaml").to_yaml() == config.to_yaml()
+
+
+@pytest.mark.parametrize(
+    ("newer", "older", "fault"),
+    [
+        ("{rope_theta: 1e4}", "rope_theta=1e4", None),
+        ("{rope_type: linear, factor: 2}", "rope_scaling={type: linear, factor: 2}", None),
+        ("{rope_theta: 1e4}", "rope_theta=1e5", "model.rope_theta: says rope_theta 100000.0"),
+        ("{rope_type: default}", "rope_scaling={type: linear, factor: 2}", "says rope_type linear"),
+        ("null", "rope_scaling={type: linear, rope_type: yarn, factor: 2}", "model.rope_scaling.type: 'linear' is not"),
+    ],
+)
+def test_two_spellings_of_rope_must_agree(file: Path, newer: str, older: str, fault: str | None) -> None:
+    overrides = (f"model.rope_parameters={newer}", f"model.{older}")
+    if fault is None:
+        assert load_config(file, overrides).model == load_config(file, overrides[:1]).model
+    else:
+        assert fault in mistakes(file, *overrides)
+
+
+@pytest.mark.parametrize("kind", ROPE_TYPES)
+def test_what_a_rope_type_needs_is_what_transformers_asks_for(kind: str) -> None:
+    required, optional = rope_keys(kind)
+    everything = {key: 2.0 for key in required | optional} | {"rope_type": kind}
+    if kind == "longrope":
+        everything |= {"short_factor": [1.0] * 64, "long_factor": [1.0] * 64}
+    LlamaConfig(rope_parameters=dict(everything))
+    for key in required - {"rope_type", "rope_theta", "original_max_position_embeddings"}:
+        with pytest.raises(KeyError, match=key):
+            LlamaConfig(rope_parameters={name: value for name, value in everything.items() if name != key})
+
+
+# paths
+
+
+def test_variables_and_home_folders_are_filled_in_in_every_path(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.setenv("NESTED", "~/nested")
+    settings = {
+        "out": "~/runs",
+        "tokenizer": "$SCRATCH/tok",
+        "data.train": "${SCRATCH}/train",
+        "data.val": "$NESTED/val",
+        "deepspeed": "~/ds.json",
+        "checkpoint.resume": "~/runs/x/checkpoints/latest",
+    }
+    config = load_config(file, [f"{key}={value}" for key, value in settings.items()])
+    assert config.out == "/home/me/runs"
+    assert config.tokenizer == "/scratch/me/tok"
+    assert config.data.train[0].path == "/scratch/me/train"
+    assert config.data.val == "/home/me/nested/val"
+    assert config.deepspeed == "/home/me/ds.json"
+    assert config.checkpoint.resume == "/home/me/runs/x/checkpoints/latest"
+    mixture = load_config(file, ["data.train=[{path: $SCRATCH/a}, {path: 's3://bucket/$b'}]"])
+    assert [source.path for source in mixture.data.train] == ["/scratch/me/a", "s3://bucket/$b"]
+    monkeypatch.setenv("HOME", "/home/other")
+    (file.parent / "resolved.yaml").write_text(config.to_yaml())
+    assert load_config(file.parent / "resolved.yaml") == config  # what was meant when it was written
+
+
+def test_the_cache_folder_is_filled_in_on_the_node_that_uses_it(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_DISK", "/local/0")
+    config = load_config(file, ["data.cache.folder=$LOCAL_DISK/cache"])
+    assert config.data.cache.folder == "$LOCAL_DISK/cache"
+    monkeypatch.delenv("LOCAL_DISK")
+    assert "data.cache.folder: $LOCAL_DISK is not set here" in mistakes(file, "data.cache.folder=$LOCAL_DISK/cache")
+
+
+@pytest.mark.parametrize("key", ["out", "tokenizer", "data.train", "data.val", "deepspeed", "checkpoint.resume"])
+@pytest.mark.parametrize(
+    ("path", "fault"),
+    [
+        ("$UNSET/x", "$UNSET is not set here"),
+        ("${UNSET}/x", "$UNSET is not set here"),
+        ("$EMPTY/x", "$EMPTY is empty here"),
+        ("${SET:-x}/x", "${SET:-x} is no variable"),
+        ("~no_such_user/x", "~no_such_user stands for a home folder, and there is none"),
+        (f"a/{'x' * 300}", "is longer than the 255 bytes"),
+        ("x/" * 3000, "is longer than the 4,000 bytes"),
+        ('"a\\0b"', "holds a control character"),
+    ],
+)
+def test_a_path_that_cannot_be_meant_is_refused(
+    file: Path, monkeypatch: pytest.MonkeyPatch, key: str, path: str, fault: str
+) -> None:
+    monkeypatch.delenv("UNSET", raising=False)
+    monkeypatch.setenv("EMPTY", "")
+    monkeypatch.setenv("SET", "set")
+    text = mistakes(file, f"{key}={path}")
+    assert f"{key}: " in text
+    assert fault in text
+
+
+def test_a_run_cannot_be_written_to_a_url(file: Path) -> None:
+    assert "out: is a URL" in mistakes(file, "out=s3://bucket/runs")
+
+
+def test_a_base_may_be_named_by_a_variable(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = file.parent / "child.yaml"
+    monkeypatch.setenv("BASES", str(file.parent))
+    path.write_text("extends: $BASES/run.yaml\nseed: 4\n")
+    assert load_config(path).seed == 4
+    monkeypatch.delenv("BASES")
+    assert f"{path}:1: extends: $BASES is not set here" in mistakes(path)

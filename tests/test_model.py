@@ -67,9 +67,8 @@ def test_the_models_fields_come_from_the_run_file_and_the_tokenizer():
     [
         ({"vocab_size": 99}, "vocab_size 99 is smaller than the 100 tokens"),
         ({"max_position_embeddings": 8}, "smaller than data.seq_len 16"),
-        ({"num_attention_heads": 3}, "not a"),
-        ({"num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value_heads"),
-        ({"hidden_size": "wide"}, "model"),
+        ({"pad_token_id": 100}, "model.pad_token_id 100 is outside of the vocabulary, whose ids are 0 to 99"),
+        ({"eos_token_id": [2, 700]}, "model.eos_token_id 700 is outside"),
     ],
 )
 def test_a_model_that_cannot_be_is_refused(fields, message):

@@ -136,7 +136,9 @@ def sequences_longer_than_the_model(at: Case) -> None:
     at.overrides["model.max_position_embeddings"] = 16
 
 
-@case("'model' section is not a valid llama", "attention heads")
+@case(
+    "--set model.num_attention_heads=5: model.num_attention_heads: the 5 attention heads do not divide hidden_size 48"
+)
 def width_that_the_heads_do_not_share(at: Case) -> None:
     at.overrides["model.num_attention_heads"] = 5
 
