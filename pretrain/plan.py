@@ -35,6 +35,8 @@ from pretrain.precision import precision_of
 from pretrain.probe import probe_batch
 from pretrain.tensor_parallel import check_model, data_rank, data_ranks, elements_per_rank
 
+_DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop", "attention_dropout")  # fields of the families' configurations
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -130,7 +132,7 @@ def _digest_of_forward(plan: Plan) -> str:
     """Of the weights' names and shapes, and of the methods that change what forward computes, with their options."""
     acting = [method for method in plan.config.methods if _acts_in_forward(method)]
     lines = [f"{weight.name} {weight.shape}" for weight in plan.weights]
-    lines += sorted(f"{method.name} {method.model_dump_json(exclude_defaults=True)}" for method in acting)
+    lines += sorted(method.forward_identity() for method in acting)
     return blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
 
 
@@ -184,6 +186,7 @@ def describe_plan(plan: Plan) -> str:
     lines = {
         "model": f"{config.model.family}, {short(plan.parameters)} parameters, vocabulary "
         f"{plan.model_config.vocab_size:,}",
+        **_describe_dropout(plan.model_config),
         "data": plan.corpora.describe(config.total_steps * data.global_batch_size),
         "length": f"{config.total_steps:,} steps x {config.tokens_per_step:,} tokens = {short(tokens)} tokens, "
         f"{plan.flops_per_token * tokens:.2e} FLOPs",
@@ -198,6 +201,13 @@ def describe_plan(plan: Plan) -> str:
         "methods": ", ".join(method.name for method in config.methods) or "none",
     }
     return "\n".join(f"{key:<9} {value}" for key, value in lines.items())
+
+
+def _describe_dropout(model_config: PreTrainedConfig) -> dict[str, str]:
+    """A line for a model that trains with dropout, which few expect: Hugging Face's GPT-2 does unless told otherwise."""
+    rates = {field: getattr(model_config, field, 0.0) for field in _DROPOUTS}
+    said = [f"model.{field} {rate:g}" for field, rate in rates.items() if rate]
+    return {"dropout": ", ".join(said) + " in training"} if said else {}
 
 
 def short(count: float) -> str:

@@ -132,6 +132,13 @@ class Method(Values):
         weight of one element that holds it; None where the method does not touch it.
         """
 
+    def forward_identity(self) -> str:
+        """What tells this method's forward from another's; a run goes on only from a checkpoint with the same.
+
+        Its options, unless something else of the run shows in forward.
+        """
+        return f"{self.name} {self.model_dump_json(exclude_defaults=True)}"
+
     # initial values
 
     def init_std(self, weight: Weight) -> float | None:

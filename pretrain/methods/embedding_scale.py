@@ -1,13 +1,14 @@
 """Scaled embedding: the residual stream starts at about unit scale.
 
-    x₀ = m · E[t],    m = √d unless `multiplier` says otherwise
+    x₀ = m · E[t],    m = √d, or 1/σ with σ the deviation that E is drawn with, or a number
 
 d the hidden size. A pre-norm block's gradient is divided by the scale of the stream, so a stream that starts at 0.02
 amplifies the first blocks' gradients fifty times; at about 1 it does not. Only the input is scaled: where the head's
 matrix is the embedding's, the head multiplies by E. The product is computed in float32 on the rows that are looked up
 and then cast, so the fold is exact to the bit. GPT-2's learned positions are added afterwards, unscaled.
 
-Source: Takase et al. 2023, "Spike No More" (arXiv 2312.16903), as Scaled Embed; Vaswani et al. 2017, section 3.4.
+Source: Takase et al. 2023, "Spike No More" (arXiv 2312.16903), as Scaled Embed; Vaswani et al. 2017, section 3.4. With
+1/σ, so √(5d/2) under Small initialization: Nishida et al. 2024 (arXiv 2410.05052), in all of their runs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from math import sqrt
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from transformers import GraniteConfig, LlamaConfig, PreTrainedConfig
 
 from pretrain.errors import UserError
@@ -29,28 +30,39 @@ from pretrain.reparameterization import Multiple, reparameterize
 class EmbeddingScale(Method):
     """Scaled embedding; folds into E ← m E, where the head shares E into a Granite, which has the factor built in.
 
-    multiplier: m; null is √d.
+    rule: m is √d (`sqrt_d`) or 1/σ (`inverse_std`, so that the stream starts at deviation 1). multiplier: m itself, instead.
     """
 
     decides: ClassVar[frozenset[str]] = frozenset({EMBEDDING})
 
     name: Literal["embedding_scale"] = "embedding_scale"
+    rule: Literal["sqrt_d", "inverse_std"] = "sqrt_d"
     multiplier: float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _one_of_the_two(self) -> EmbeddingScale:
+        if self.multiplier is not None and self.rule != "sqrt_d":
+            raise ValueError(f"give either multiplier or rule: {self.rule}, not both")
+        return self
 
     def transform(self, model: torch.nn.Module) -> None:
         reparameterize(model, self.run.embedding, self._multiple)
 
     def check(self, weights: list[Weight]) -> None:
-        std = self.run.initial_std(self.run.matrices[self.run.embedding])
-        if self.multiplier is None and std >= 1:
+        std = self._initial_std
+        if self.multiplier is None and (std >= 1 if self.rule == "sqrt_d" else std == 1):
             raise UserError(
-                f"methods: embedding_scale, with sqrt(hidden_size), cannot be combined with an embedding that is drawn with "
+                f"methods: embedding_scale, with {self.rule}, cannot be combined with an embedding that is drawn with "
                 f"deviation {std:g}: it is at unit scale already, as he_init and whatever builds on it have it. Remove "
                 "embedding_scale, or say what you want by its 'multiplier'."
             )
 
     def forward_factor(self, weight: Weight) -> float | str | None:
         return self._multiple.factor if weight.role == "embed" else None
+
+    def forward_identity(self) -> str:
+        drawn = f" {self._multiple.factor!r}" if self.rule == "inverse_std" else ""
+        return super().forward_identity() + drawn
 
     def training_rule(self, weight: Weight) -> str | None:
         where = " as input" if self.run.tied else ""
@@ -74,7 +86,13 @@ class EmbeddingScale(Method):
 
     @property
     def _multiple(self) -> Multiple:
-        return Multiple(self.multiplier or sqrt(self.run.hidden_size))
+        rule = sqrt(self.run.hidden_size) if self.rule == "sqrt_d" else 1 / self._initial_std
+        return Multiple(self.multiplier or rule)
+
+    @property
+    def _initial_std(self) -> float:
+        """The deviation that the embedding is drawn with."""
+        return self.run.initial_std(self.run.matrices[self.run.embedding])
 
 
 def _granite(hf_config: LlamaConfig, embedding_multiplier: float) -> GraniteConfig:

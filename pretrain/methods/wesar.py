@@ -3,12 +3,19 @@
     W̄ = α · W,    W ~ N(0, σ²),   α starts at σ_target / σ
 
 for every matrix, embeddings and head included; σ is the same for all of them, σ_target is what He's or Small's
-initialization (`backbone`) would give this matrix. So W̄ starts as with the backbone, while every stored W, and with it
-the size of Adam's relative steps, has the same scale. α is a scalar in float32, trained like any weight, without weight
+initialization (`backbone`) would give this matrix, and 1 for the embedding with either. So W̄ starts as with the backbone
+and a scaled embedding, while every stored W, and with it the size of Adam's relative steps, has the same scale:
+
+                     stored     α starts at           W̄ starts with
+    embedding        σ          1 / σ                 1
+    q, k, v, ...     σ          σ_backbone / σ        σ_backbone
+
+α is a scalar in float32, trained like any weight, without weight
 decay; W̄ is computed in float32 and then cast, so the fold is exact to the bit.
 
-Source: Nishida et al. 2024 (arXiv 2410.05052), section 3 and Table 1. Defaults: σ² = 4e-5, He. The paper does not say
-whether α decays; it does not here, like every gain. In its Table 7 a frozen α is worse than a trained one.
+Source: Nishida et al. 2024 (arXiv 2410.05052), section 3, Table 1 and, for the embedding, section 5.3: all that they
+compare has embedding scaling. Defaults: σ² = 4e-5, He. The paper does not say whether α decays; it does not here, like
+every gain. In its Table 7 a frozen α is worse than a trained one.
 """
 
 from __future__ import annotations
@@ -16,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from math import sqrt
+from types import MappingProxyType
 from typing import ClassVar, Literal
 
 import torch
@@ -44,11 +52,17 @@ class Gate(Effective):
 class WeSaR(TrainedFactors):
     """WeSaR; folds into the stock class by W ← α W.
 
-    variance: σ². The paper found 1e-5 to 4e-5 about equal. backbone: `he` (with an embedding of deviation 1) or `small`.
+    variance: σ². The paper found 1e-5 to 4e-5 about equal. backbone: `he` or `small`.
     frozen: keep α as it starts.
     """
 
     decides: ClassVar[frozenset[str]] = TrainedFactors.decides | {EMBEDDING}
+    conflicts: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "embedding_scale": "wesar has a scaled embedding already, with either backbone: what it multiplies the embedding "
+            "by starts at 1 / its deviation"
+        }
+    )
 
     name: Literal["wesar"] = "wesar"
     variance: float = Field(4e-5, gt=0)
@@ -69,9 +83,9 @@ class WeSaR(TrainedFactors):
 
     def init_rule(self, weight: Weight) -> str | None:
         if weight.role == "scale":
-            return (
-                f"wesar: {backbone_rule(self.backbone, self.matrix_of(weight), tied=False)} / {sqrt(self.variance):.3g}"
-            )
+            matrix = self.matrix_of(weight)
+            target = "1" if _is_embedding(matrix) else backbone_rule(self.backbone, matrix, tied=False)
+            return f"wesar: {target} / {sqrt(self.variance):.3g}"
         return f"wesar: {sqrt(self.variance):.3g}" if weight.fan_in else None
 
     def forward_factor(self, weight: Weight) -> float | str | None:
@@ -101,4 +115,10 @@ class WeSaR(TrainedFactors):
 
     def _alpha(self, matrix: Weight) -> float:
         """How α starts."""
-        return backbone_std(self.backbone, matrix, self.run, tied=False) / sqrt(self.variance)
+        target = 1.0 if _is_embedding(matrix) else backbone_std(self.backbone, matrix, self.run, tied=False)
+        return target / sqrt(self.variance)
+
+
+def _is_embedding(matrix: Weight) -> bool:
+    """Whether its rows are what the residual stream starts as; GPT-2's positions are added to it at the same scale."""
+    return matrix.role in ("embed", "position")

@@ -5,12 +5,14 @@ from __future__ import annotations
 from math import gamma, sqrt
 
 import pytest
+import torch
 from pydantic import ValidationError
 from tiny_engines import TinyTokenizer
 
 from pretrain.config import Config
 from pretrain.errors import UserError
-from pretrain.layout import describe_model
+from pretrain.layout import describe, describe_model
+from pretrain.methods.embedding_scale import EmbeddingScale
 from pretrain.model import bind_methods, hf_config, initial_rule, model_class, outline
 from pretrain.sharded.draws import Constant, Draw, GeneralizedGaussian, Normal, TruncatedNormal
 
@@ -93,6 +95,30 @@ def test_xavier_counts_a_fused_matrix_as_three():
     assert found["transformer.wpe.weight"].std == pytest.approx(sqrt(2 / 48))
 
 
+def glorot(inputs: int, outputs: int) -> float:
+    """The deviation that torch's own `xavier_normal_` gives an nn.Linear."""
+    torch.manual_seed(0)
+    return float(torch.nn.init.xavier_normal_(torch.empty(outputs, inputs)).std())
+
+
+@pytest.mark.parametrize("model", [{**LLAMA, "num_key_value_heads": 4}, GPT2], ids=["llama", "gpt2"])
+def test_xavier_starts_as_the_code_of_output_embedding_centering(model):
+    """One matrix of 3d outputs for q, k, v; an embedding of 1/√d; 0.02/√(2N) for the attention's output alone."""
+    options = {"fused_qkv": True, "unit_embedding": True, "attention_output_std": 0.02}
+    found = draws(config({"name": "xavier_init", **options}, model=model))
+    if model is GPT2:
+        assert found["transformer.h.0.attn.c_attn.weight"].std == pytest.approx(glorot(32, 96), rel=0.05)
+        assert found["transformer.h.0.attn.c_proj.weight"].std == pytest.approx(0.005)
+        return
+    for role in "qkv":
+        assert found[block(3, f"self_attn.{role}_proj")].std == pytest.approx(glorot(32, 96), rel=0.05)
+        assert found[block(3, f"self_attn.{role}_proj")].std == pytest.approx(sqrt(1 / 64))
+    assert found[block(8, "self_attn.o_proj")].std == pytest.approx(0.02 / sqrt(16))
+    assert found[block(8, "mlp.down_proj")].std == pytest.approx(glorot(48, 32), rel=0.05)
+    assert found["model.embed_tokens.weight"].std == pytest.approx(1 / sqrt(32))
+    assert found["lm_head.weight"].std == pytest.approx(glorot(32, 96), rel=0.05)
+
+
 @pytest.mark.parametrize(("fan", "embedding", "up"), [("out", 96, 48), ("in", 32, 32)])
 def test_gg_init_has_the_variance_of_its_fan_whatever_its_shape(fan, embedding, up):
     for shape in (0.7, 2.0):
@@ -141,17 +167,46 @@ def checked(run: Config) -> None:
 
 
 def test_an_embedding_at_unit_scale_is_not_scaled_again():
-    scaled = {"name": "embedding_scale"}
+    scaling = {"name": "embedding_scale"}
     with pytest.raises(UserError, match="drawn with deviation 1: it is at unit scale already"):
-        checked(config(scaled, {"name": "he_init"}))
-    checked(config(scaled, {"name": "small_init"}))
-    checked(config({**scaled, "multiplier": 2.0}, {"name": "he_init"}))
+        checked(config(scaling, {"name": "he_init"}))
+    checked(config(scaling, {"name": "small_init"}))
+    checked(config({**scaling, "multiplier": 2.0}, {"name": "he_init"}))
+    with pytest.raises(UserError, match=r"with inverse_std, .* at unit scale already"):
+        checked(config({**scaling, "rule": "inverse_std"}, {"name": "he_init"}))
+    checked(config({**scaling, "rule": "inverse_std"}, {"name": "small_init"}))
+
+
+def scaled(*methods: dict, **options) -> EmbeddingScale:
+    """The bound method `embedding_scale` with these options, beside other methods."""
+    run = config({"name": "embedding_scale", **options}, *methods)
+    return bind_methods(run, hf_config(run, TinyTokenizer(96))).methods[0]
 
 
 def test_the_scaled_embedding_says_its_factor():
-    run = config({"name": "embedding_scale"})
-    model_config = hf_config(run, TinyTokenizer(96))
-    (method,) = bind_methods(run, model_config).methods
-    factors = {w.name: method.forward_factor(w) for w in describe_model(model_class(model_config)(model_config))}
+    model_config = hf_config(config(), TinyTokenizer(96))
+    layout = describe_model(model_class(model_config)(model_config))
+    factors = {weight.name: scaled().forward_factor(weight) for weight in layout}
     assert factors.pop("model.embed_tokens.weight") == pytest.approx(sqrt(32))
     assert set(factors.values()) == {None}
+
+
+def test_the_inverse_deviation_brings_the_stream_to_unit_scale():
+    """arXiv 2410.05052: 1/σ, which is √(5d/2) with Small initialization."""
+    embedding = describe("model.embed_tokens.weight", (96, 32))
+    small, lir = {"name": "small_init"}, {"name": "lir", "initializer_range": 0.05}
+    for methods, factor in (([small], sqrt(5 * 32 / 2)), ([lir], 20), ([], 50)):
+        assert scaled(*methods, rule="inverse_std").forward_factor(embedding) == pytest.approx(factor)
+
+
+def test_a_resumed_run_has_the_factor_that_it_started_with():
+    """What a checkpoint knows the methods by tells two factors apart, and no two starts that forward does not show."""
+    lir, narrower = ({"name": "lir", "initializer_range": std} for std in (0.02, 0.01))
+    assert scaled(lir).forward_identity() == scaled(narrower).forward_identity() == "embedding_scale {}"
+    identities = {scaled(*m, rule="inverse_std").forward_identity() for m in ([lir], [narrower], [])}
+    assert len(identities) == 2  # without lir it is 0.02, too
+
+
+def test_a_multiplier_and_a_rule_contradict_each_other():
+    with pytest.raises(ValidationError, match="give either multiplier or rule: inverse_std, not both"):
+        config({"name": "embedding_scale", "rule": "inverse_std", "multiplier": 3.0})

@@ -1,4 +1,7 @@
-"""WeSaR's options: the backbone that W̄ starts as, and gates that are not trained."""
+"""WeSaR's options: the backbone that W̄ starts as, and gates that are not trained.
+
+The deviations are those of the paper's Table 1; the embedding's is 1 in each of its columns.
+"""
 
 from math import sqrt
 
@@ -9,13 +12,17 @@ from transformers import LlamaForCausalLM
 
 from pretrain.config import Config
 from pretrain.folding import as_lazy
+from pretrain.layout import describe
+from pretrain.methods import RunFacts, decisions_that_clash
+from pretrain.methods.embedding_scale import EmbeddingScale
+from pretrain.methods.wesar import WeSaR
 from pretrain.model import build_model
 from pretrain.plan import Plan, make_plan
 
 LAYERS, HIDDEN, MLP = 2, 48, 96
 HE = {"embed": 1.0, "q": 1 / sqrt(HIDDEN), "o": 1 / sqrt(2 * LAYERS * HIDDEN), "down": 1 / sqrt(LAYERS * MLP)}
 SMALL = sqrt(2 / (5 * HIDDEN))
-SMALLS = {"embed": SMALL, "q": SMALL, "o": SMALL / sqrt(2 * LAYERS), "down": SMALL / sqrt(2 * LAYERS)}
+SMALLS = {"embed": 1.0, "q": SMALL, "o": SMALL / sqrt(2 * LAYERS), "down": SMALL / sqrt(2 * LAYERS)}
 
 
 def plan_with(corpus, **options) -> Plan:
@@ -36,6 +43,25 @@ def test_the_product_starts_with_the_deviation_of_the_backbone(corpus, backbone,
             alpha = wesar.init_draw(scales[factor]).value if isinstance(factor, str) else factor
             assert wesar.init_std(weight) == pytest.approx(3e-3)
             assert alpha * 3e-3 == pytest.approx(targets[weight.role])
+
+
+@pytest.mark.parametrize(("backbone", "query"), [("he", 3.494), ("small", 2.210)])
+def test_gates_start_with_the_papers_numbers(backbone, query):
+    """d = 2048, N = 24, σ² = 4e-5: 158.1 for the embedding with either backbone."""
+    matrices = {
+        "model.embed_tokens": describe("model.embed_tokens.weight", (32000, 2048)),
+        "model.layers.0.self_attn.q_proj": describe("model.layers.0.self_attn.q_proj.weight", (2048, 2048)),
+    }
+    facts = dict.fromkeys(RunFacts.__dataclass_fields__) | {"hidden_size": 2048, "layers": 24, "matrices": matrices}
+    wesar = WeSaR(backbone=backbone).bound(RunFacts(**facts))
+    starts = [wesar.init_draw(describe(f"{module}.weight_scale", (1,))).value for module in matrices]
+    assert starts == [pytest.approx(158.1, abs=0.05), pytest.approx(query, abs=5e-4)]
+
+
+@pytest.mark.parametrize("backbone", ["he", "small"])
+def test_its_embedding_is_a_scaled_one_already(backbone):
+    (clash,) = decisions_that_clash((EmbeddingScale(), WeSaR(backbone=backbone)))
+    assert "wesar has a scaled embedding already, with either backbone" in clash
 
 
 def test_frozen_gates_fold_to_the_bit(corpus):

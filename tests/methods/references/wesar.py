@@ -1,4 +1,7 @@
-"""WeSaR: W̄ = α W for every matrix; W ~ N(0, σ²) and α = σ_He / σ at the start (arXiv 2410.05052, Table 1)."""
+"""WeSaR: W̄ = α W for every matrix; W ~ N(0, σ²) and α = σ_He / σ at the start (arXiv 2410.05052, Table 1).
+
+The embedding's σ_He is 1: stored values of deviation σ times 1/σ.
+"""
 
 from math import sqrt
 
