@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from math import sqrt
 from pathlib import Path
 
 import pytest
 import yaml
 from corpus import Corpus
+from tiny_engines import TinyTokenizer
 
 from pretrain import plan as plans
 from pretrain.config import Config, load_config
 from pretrain.errors import UserError
 from pretrain.methods import REGISTRY
+from pretrain.model import bind_methods, hf_config, initial_rule, outline
 from pretrain.optim import learning_rate
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -21,7 +24,13 @@ RUNS = sorted(set(CONFIGS.rglob("*.yaml")) - set(BASES))
 SIZES = ("130m", "1b")
 
 # Parameters of models whose names do not count what they have; the demo, with the vocabulary of the tests.
-NAMED_OTHERWISE = {"lns_1b": 1.34e9, "tiny_baseline": 3.3e6, "tiny_tvr": 3.3e6}
+NAMED_OTHERWISE = {
+    "wesar_small_rapid": 1.34e9,
+    "wesar_small_stable": 1.34e9,
+    "lns_1b": 1.34e9,
+    "tiny_baseline": 3.3e6,
+    "tiny_tvr": 3.3e6,
+}
 
 
 def of(path: Path) -> str:
@@ -97,3 +106,49 @@ def test_the_centering_runs_decay_to_the_papers_last_learning_rate(path: Path) -
     config = load_config(path)
     assert learning_rate(config.optim, config.total_steps, config.total_steps) == pytest.approx(1e-5, rel=1e-3)
     assert config.total_steps * config.tokens_per_step == 13_107_200_000
+
+
+def initial_deviations(config: Config) -> tuple[Config, dict[str, float]]:
+    """The run with methods that know it, and the deviation of each weight of its model."""
+    model_config = hf_config(config, TinyTokenizer(config.model.hf_fields["vocab_size"]))
+    bound = bind_methods(config, model_config)
+    weights = outline(bound, model_config)
+    return bound, {weight.name: initial_rule(weight, bound, 0.02)[0].std for weight in weights}
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "papers").glob("oec_*.yaml")), ids=of)
+def test_the_centering_runs_start_as_the_papers_code(path: Path) -> None:
+    """nanoGPT's modules: nn.Linear by `xavier_normal_` with a fused c_attn of 3d outputs; N(0, 1/d) for the embedding."""
+    config = load_config(path)
+    d, mlp, layers = (config.model.hf_fields[f] for f in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    _, found = initial_deviations(config)
+    block = f"model.layers.{layers - 1}."
+    expected = {
+        "model.embed_tokens.weight": sqrt(1 / d),
+        **{f"{block}self_attn.{role}_proj.weight": sqrt(2 / (d + 3 * d)) for role in "qkv"},
+        f"{block}self_attn.o_proj.weight": 0.02 / sqrt(2 * layers),
+        **{f"{block}mlp.{role}_proj.weight": sqrt(2 / (d + mlp)) for role in ("gate", "up", "down")},
+        "lm_head.weight": sqrt(2 / (d + 50304)),
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "tokens", "warmup"), [("rapid", 1e-3, 1.05e6, 100), ("stable", 5e-4, 4.2e6, 2000)]
+)
+def test_the_baselines_of_wesar_are_the_papers(name: str, lr: float, tokens: float, warmup: int) -> None:
+    """arXiv 2410.05052: d 2048, 24 blocks of 16 heads; Small initialization, and an embedding that starts at deviation 1."""
+    config = load_config(CONFIGS / f"papers/wesar_small_{name}.yaml")
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    assert [config.model.hf_fields[size] for size in sizes] == [2048, 24, 16, 32000]
+    assert (config.optim.lr, config.optim.schedule.warmup_steps) == (lr, warmup)
+    assert config.tokens_per_step == pytest.approx(tokens, rel=0.01)
+    assert config.total_steps * config.tokens_per_step == pytest.approx(30e9, rel=1e-3)
+    assert (config.optim.betas, config.optim.weight_decay, config.optim.grad_clip) == ((0.9, 0.95), 0.01, 1.0)
+    bound, found = initial_deviations(config)
+    small, scale, z_loss = bound.methods
+    assert (small.name, scale.name, z_loss.coefficient) == ("small_init", "embedding_scale", 1e-4)
+    embedding = bound.methods[0].run.matrices["model.embed_tokens"]
+    assert found[embedding.name] == found["lm_head.weight"] == pytest.approx(0.01398, abs=5e-6)
+    assert found["model.layers.3.mlp.down_proj.weight"] == pytest.approx(0.01398 / sqrt(48), rel=1e-3)
+    assert scale.forward_factor(embedding) == pytest.approx(sqrt(5 * 2048 / 2))

@@ -9,8 +9,8 @@
 N blocks; 1/(2N) keeps the residual stream from growing with depth. Biases 0, norms 1.
 
 Source: He et al. 2015 (arXiv 1502.01852); Nishida et al. 2024, "Initialization of Large Language Models via
-Reparameterization to Mitigate Loss Spikes" (arXiv 2410.05052), Table 1. An embedding of deviation 1 is what the paper
-calls embedding scaling.
+Reparameterization to Mitigate Loss Spikes" (arXiv 2410.05052), Table 1. An embedding of deviation 1 starts
+the stream as the paper's embedding scaling does, which multiplies a narrower one by 1/σ.
 """
 
 from __future__ import annotations

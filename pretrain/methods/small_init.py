@@ -5,8 +5,9 @@
 
 d the hidden size, N blocks; 2/(5d) is Xavier's variance of a d x 4d matrix. Biases 0, norms 1.
 
-Source: Nguyen and Salazar 2019, "Transformers without Tears" (arXiv 1910.05895); used as the baseline by Nishida et
-al. 2024 (arXiv 2410.05052, section 2) and, with another rule for o and down, by GPT-NeoX.
+Source: Nguyen and Salazar 2019, "Transformers without Tears" (arXiv 1910.05895). Nishida et al. 2024 (arXiv 2410.05052)
+have it in their baseline, with the embedding scaled to deviation 1 besides: `embedding_scale` with `rule: inverse_std`.
+GPT-NeoX has it with another rule for o and down.
 """
 
 from __future__ import annotations
