@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -81,6 +81,8 @@ class Weight:
     layer: the block it belongs to, counted from 1 as in the papers; None outside the blocks.
     shape: the FULL shape, whatever piece this rank owns.
     fan_in, fan_out: of a matrix; None for vectors.
+    padding_row: the row of an embedding that stands for padding (torch's `padding_idx`): it starts at 0, and looking it up
+    gives it no gradient. None where there is none.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Weight:
     shape: tuple[int, ...]
     fan_in: int | None
     fan_out: int | None
+    padding_row: int | None = None
 
     @property
     def numel(self) -> int:
@@ -148,4 +151,10 @@ def full_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
 
 def describe_model(model: torch.nn.Module) -> list[Weight]:
     """Every weight of `model` in the order of its definition; a tied weight appears once, under its first name."""
-    return [describe(name, full_shape(parameter)) for name, parameter in model.named_parameters()]
+    found = [describe(name, full_shape(parameter)) for name, parameter in model.named_parameters()]
+    return [
+        replace(weight, padding_row=model.get_submodule(weight.name.removesuffix(".weight")).padding_idx)
+        if weight.role == "embed"
+        else weight
+        for weight in found
+    ]

@@ -24,7 +24,7 @@ from pretrain.loss import with_loss_head
 from pretrain.methods import RunFacts
 from pretrain.optim import weight_decay
 from pretrain.sharded import Moments, ShardedWeights
-from pretrain.sharded.draws import Constant, Draw
+from pretrain.sharded.draws import Constant, Draw, ZeroRow
 
 
 def hf_config(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
@@ -89,7 +89,7 @@ def bind_methods(config: Config, model_config: PreTrainedConfig) -> Config:
     """`config` with methods that know the run they are part of."""
 
     def initial_std(weight: Weight) -> float:
-        return initial_rule(weight, bound, model_config.initializer_range)[0].std
+        return _rule_of_rows(weight, bound, model_config.initializer_range)[0].std
 
     def forward_factor(weight: Weight) -> float | str:
         return next((found for method in bound.methods if (found := method.forward_factor(weight)) is not None), 1.0)
@@ -144,8 +144,16 @@ def initial_rule(weight: Weight, config: Config, default_std: float) -> tuple[Dr
     """The distribution of a weight at initialization, and the rule in words.
 
     Norm gains and trained factors are 1, biases 0. Matrices have the run's distribution, with deviation `default_std`
-    unless a method says otherwise.
+    unless a method says otherwise. The row of an embedding that stands for padding is 0, as in transformers.
     """
+    draw, rule = _rule_of_rows(weight, config, default_std)
+    if weight.padding_row is None:
+        return draw, rule
+    return ZeroRow(draw, weight.padding_row, weight.shape), f"{rule}; row {weight.padding_row} (padding): 0"
+
+
+def _rule_of_rows(weight: Weight, config: Config, default_std: float) -> tuple[Draw, str]:
+    """`initial_rule` of all rows that do not stand for padding."""
     for method in config.methods:
         if (draw := method.init_draw(weight)) is not None:
             return draw, ", ".join(filter(None, (draw.description, method.init_rule(weight))))

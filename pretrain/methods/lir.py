@@ -3,6 +3,7 @@
     W_l ~ N(0, σ² / (l · scale_factor)),  l = 1..N counted from 1
 
 for every matrix of decoder block l; matrices outside the blocks (embeddings, head) are N(0, σ²); biases 0, norms 1.
+The embedding's row of `model.pad_token_id`, if there is one, is 0, as with every initialization here.
 (The run's `init` section may choose another distribution than the normal; the deviations are the same.)
 
 Source: Owen et al. 2025, "Variance Control via Weight Rescaling in LLM Pre-training" (arXiv 2503.17500) and its

@@ -229,6 +229,40 @@ class Orthogonal(Draw):
             out[first - start : last - start].copy_(values[first - before : last - before])
 
 
+@dataclass(frozen=True)
+class ZeroRow(Draw):
+    """A matrix drawn from `rest`, whose mean is 0, but for one row, which is 0.
+
+    shape: of the matrix. The other rows have the bits that they have without the zeros.
+    """
+
+    rest: Draw
+    row: int
+    shape: tuple[int, int]
+
+    @property
+    def std(self) -> float:
+        return self.rest.std * sqrt(self._share)
+
+    @property
+    def kurtosis(self) -> float:
+        return self.rest.kurtosis / self._share
+
+    @property
+    def description(self) -> str:
+        return f"{self.rest.description}, row {self.row} is 0"
+
+    @property
+    def _share(self) -> float:
+        """The share of elements that are drawn."""
+        return 1 - 1 / self.shape[0]
+
+    def fill_(self, out: torch.Tensor, *, seed: int, name: str, start: int) -> None:
+        self.rest.fill_(out, seed=seed, name=name, start=start)
+        first = self.row * self.shape[1] - start
+        out[max(0, first) : max(0, first + self.shape[1])] = 0.0
+
+
 def _reflectors(normals: np.ndarray, size: int) -> tuple[list[np.ndarray], np.ndarray]:
     """Vectors v of size, size - 1, ..., 1 elements, each with v·v = 2, so that x - (x·v) v reflects x; and the signs of
     the columns that make R's diagonal positive. normals: as many as the vectors' elements.

@@ -23,6 +23,7 @@ from pretrain.sharded.draws import (
     Orthogonal,
     TruncatedNormal,
     Uniform,
+    ZeroRow,
     fill_slice_,
 )
 from pretrain.sharded.piece import Slice
@@ -37,7 +38,7 @@ RANDOM = [
     GeneralizedGaussian(0.02, shape=2.0),
     GeneralizedGaussian(0.02, shape=6.5),
 ]
-ALL = [*RANDOM, Constant(1.5)]
+ALL = [*RANDOM, Constant(1.5), ZeroRow(Normal(0.02), row=2, shape=(9, 21)), ZeroRow(Uniform(1.0), row=0, shape=(2, 40))]
 GOLDEN = {
     Normal(0.02): [-0.0372162275, 0.0431247316, -0.0260827374, -0.0100897001],
     TruncatedNormal(0.02): [0.0381900445, 0.00365348766, -0.0264375713, -0.0102269622],
@@ -170,6 +171,19 @@ def test_mean_std_and_kurtosis_are_those_of_the_density(draw):
     assert abs((values**2).mean() - 1) < 5 * np.sqrt(reference.kurtosis - 1) / errors
     eighth = reference.moment(8) / reference.moment(2) ** 4
     assert abs((values**4).mean() - reference.kurtosis) < 5 * np.sqrt(eighth - reference.kurtosis**2) / errors
+
+
+@pytest.mark.parametrize("draw", RANDOM, ids=str)
+def test_a_row_of_zeros_changes_no_other_value_and_counts_in_the_moments(draw):
+    rows, columns = 5, 1 << 16
+    expected = drawn(draw, 0, rows * columns).reshape(rows, columns)
+    expected[3] = 0.0
+    with_zeros = ZeroRow(draw, 3, (rows, columns))
+    np.testing.assert_array_equal(drawn(with_zeros, 0, rows * columns).reshape(rows, columns), expected)
+    values = expected.astype(np.float64)
+    assert with_zeros.mean == 0.0
+    assert with_zeros.std == pytest.approx(values.std(), rel=0.02)
+    assert with_zeros.kurtosis == pytest.approx((values**4).mean() / (values**2).mean() ** 2, rel=0.25)
 
 
 @pytest.mark.parametrize("draw", RANDOM, ids=str)
