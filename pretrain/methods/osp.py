@@ -11,6 +11,7 @@ out of the residual stream's axes.
 Source: Park et al. 2025, "Outlier-Safe Pre-Training for Robust 4-Bit Quantization of Large Language Models"
 (arXiv 2506.19697). Both parts are on, as there; the norm is that of the release, RMS with a scalar, not the l2 norm of
 the paper's formula, and the projections have no bias (one after R_2 would be a bias of the logits, which Llama lacks).
+The release's Muon orthogonalizes q, k and v head by head and steps the norms' gains too; here it takes whole matrices.
 """
 
 from __future__ import annotations

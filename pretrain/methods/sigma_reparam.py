@@ -15,7 +15,7 @@ Embeddings and head are plain. The norms before the blocks stay, so this is the 
 other gains do.
 
 Source: Zhai et al. 2023 (arXiv 2303.06296) and apple/ml-sigma-reparam. Default variance 64e-5: the best of 1, 4, 16, 64
-and 256e-5 at 1.3B, Nishida et al. 2024 (arXiv 2410.05052).
+and 256e-5 at 1.3B, Nishida et al. 2024 (arXiv 2410.05052), who have it on embeddings and head too.
 """
 
 from __future__ import annotations

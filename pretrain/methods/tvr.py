@@ -15,9 +15,10 @@ gradients are a random walk with steps of one learning rate, and weight decay λ
 
     s² ← s² (1 − lr_t λ)² + lr_t²    over all steps t of the run, from the initial s²
 
-Source: Owen et al. 2025 (arXiv 2503.17500) and its release. Where the release differs: it re-bases its interval on
-resume, wipes the bias of a rescaled module, computes in the storage dtype, and does nothing under ZeRO. Relative targets
-and their warmup are ours.
+Source: Owen et al. 2025 (arXiv 2503.17500) and its release. Where the release differs: it counts its interval from the
+first step that it sees, so with 5 it acts after steps 6, 11, 16, ..., and after others once it was resumed; it wipes the
+bias of a rescaled module, computes in the storage dtype, and does nothing under ZeRO. Relative targets and their warmup
+are ours.
 """
 
 from __future__ import annotations

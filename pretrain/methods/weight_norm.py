@@ -12,7 +12,8 @@ frequent the token is.
 
 Source: Salimans and Kingma 2016 (arXiv 1602.07868), who set g from the first batch. For transformers: Nishida et
 al. 2024 (arXiv 2410.05052), Tables 6 and 12, who normalize embeddings and head too; the default σ² = 16e-5 is their best
-of 1, 4, 16, 64 and 256e-5 at 1.3B. They do not say how g starts: at the backbone's scale here, as in `wesar`.
+of 1, 4, 16, 64 and 256e-5 at 1.3B. They let each method's factors start as its own paper does (section 5.3, appendix
+C.1), so g from the first batch. It starts at the backbone's scale here, as in `wesar`, a number that the run file tells.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class WeightNorm(TrainedFactors):
     """Weight normalization; folds into the stock class by w_i ← g_i w_i / ‖w_i‖.
 
     variance: σ². Only its ratio to the learning rate matters: it says how fast rows turn. backbone: `he` (with an
-    embedding of deviation 1) or `small`.
+    embedding of deviation 1) or `small` (then `embedding_scale` with `rule: inverse_std` scales the embedding as they do).
     """
 
     conflicts: ClassVar[Mapping[str, str]] = MappingProxyType(
