@@ -27,6 +27,7 @@ import pretrain.modeling  # noqa: F401  (a model that no stock class holds loads
 from pretrain.data.contents import content_hash, read_json
 from pretrain.errors import UserError, first_line
 from pretrain.files import checksum
+from pretrain.metric_faults import nothing_lost
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model that is loaded already
 
@@ -90,16 +91,17 @@ def evaluate(
     batch_size: int | str = 8,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """What the harness's `simple_evaluate` returns for `tasks` of `load_tasks`, without the samples.
+    """What the harness's `simple_evaluate` returns for `tasks` of `load_tasks`, without the samples; and `faults`.
 
-    batch_size: sequences, or "auto" for what fits into memory. limit: documents of each task (None: all).
-    Raises UserError if the device's memory is too small.
+    batch_size: sequences, or "auto" for what fits into memory. limit: documents of each task (None: all). faults: the
+    metrics that could not be computed and why, as `nothing_lost` has them. Raises UserError if the device's memory is too
+    small.
     """
     os.environ["DISABLE_MULTIPROC"] = "1"  # or standard errors are computed in forks of a process that uses a GPU
     try:
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr), nothing_lost(tasks) as faults:
             language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-            return simple_evaluate(
+            results = simple_evaluate(
                 language_model,
                 tasks=tasks,
                 task_manager=TaskManager(include_defaults=False),  # the tasks are loaded already
@@ -107,6 +109,7 @@ def evaluate(
                 bootstrap_iters=_DRAWS,
                 log_samples=False,
             )
+            return {**results, "faults": faults}
     except torch.OutOfMemoryError as error:
         raise UserError(f"batches of {batch_size} do not fit into memory: {first_line(error)}") from error
 
@@ -175,4 +178,7 @@ def _brings_code(folder: Path) -> str:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if not isinstance(value, str | None) and math.isfinite(value) else None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except (TypeError, ValueError, OverflowError):  # a text, a list, an integer of 400 digits
+        return None

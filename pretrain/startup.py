@@ -5,11 +5,14 @@ It imports no library, as what loads one before `begin` may find another's modul
 
 from __future__ import annotations
 
+import atexit
 import errno
 import io
 import os
 import select
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import TextIO
 
@@ -50,6 +53,8 @@ def begin() -> None:
         sys.stdout = _console(1, sys.stdout)
     if sys.stderr is sys.__stderr__:
         sys.stderr = _console(2, sys.stderr)
+    if not os.path.isabs(os.path.expanduser("~")):
+        _make_home()
 
 
 def lost_output() -> str | None:
@@ -58,6 +63,16 @@ def lost_output() -> str | None:
     buffer = getattr(sys.stdout, "buffer", None)
     failure = getattr(getattr(buffer, "raw", buffer), "failure", None)
     return None if failure is None or failure.errno == errno.EPIPE else failure.strerror
+
+
+def _make_home() -> None:
+    """Give libraries a home for their caches, for as long as this process lasts.
+
+    Without HOME, and with a user that has no entry, as containers have them, `~` stays a `~`, and libraries make a folder of
+    this name where the command is run.
+    """
+    os.environ["HOME"] = tempfile.mkdtemp(prefix="evenkeel-home-")
+    atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
 
 
 def _open(descriptor: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from corpus import Corpus
-from runs import ENVIRONMENT, REPOSITORY
+from runs import ENVIRONMENT, REPOSITORY, launch
 
 INSPECT = REPOSITORY / "tools/inspect_data.py"
 TRAIN = REPOSITORY / "pretrain/train.py"
@@ -144,3 +144,24 @@ def test_standard_output_that_goes_away(
     assert (tmp_path / "codes").read_text(encoding="utf-8").strip() == codes
     assert ended.stderr.startswith(said)
     assert bool(ended.stderr) == bool(said)
+
+
+# As in a container whose user has no entry.
+WITHOUT_HOME = "import os, pwd\npwd.getpwuid = {}.__getitem__\nos.environ.pop('HOME', None)\n"
+SAY_HOME = "print(os.path.expanduser('~'), os.path.isdir(os.path.expanduser('~')))"
+
+
+def test_a_process_without_a_home_gets_one_that_ends_with_it() -> None:
+    begin = "from pretrain import startup\nstartup.begin()\n"
+    before = launch([sys.executable, "-c", WITHOUT_HOME + SAY_HOME])
+    assert before.stdout == "~ False\n", before.stderr
+    ended = launch([sys.executable, "-c", WITHOUT_HOME + begin + SAY_HOME])
+    home, exists = ended.stdout.split()
+    assert exists == "True", ended.stderr
+    assert Path(home).is_absolute()
+    assert not Path(home).exists()
+
+
+def test_a_home_that_is_there_stays(tmp_path: Path) -> None:
+    ask = "import os\nfrom pretrain import startup\nstartup.begin()\nprint(os.environ['HOME'])"
+    assert launch([sys.executable, "-c", ask], {"HOME": str(tmp_path)}).stdout == f"{tmp_path}\n"

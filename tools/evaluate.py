@@ -51,27 +51,31 @@ def main() -> None:
     model = evaluation.load_model(options.model, options.device)
     results = evaluation.evaluate(model, tokenizer, tasks, options.batch_size, options.limit)
 
-    print(make_table(results))
-    if "groups" in results:
-        print(make_table(results, "groups"))
-    _write(
-        file,
-        {
-            "model": {
-                "path": str(options.model),
-                "class": type(model).__name__,
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "parameters": model.num_parameters(),
-                "weights": weights,
-                "tokenizer": fingerprint(tokenizer),
-            },
-            "results": evaluation.scores(results),
-            "settings": {"batch_size": options.batch_size, "device": options.device, "limit": options.limit},
-            "versions": {package: metadata.version(package) for package in _PACKAGES},
-            "began": round(began),
-            "seconds": round(time.time() - began, 1),
+    content = {
+        "model": {
+            "path": str(options.model),
+            "class": type(model).__name__,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "parameters": model.num_parameters(),
+            "weights": weights,
+            "tokenizer": fingerprint(tokenizer),
         },
-    )
+        "results": evaluation.scores(results),
+        "faults": results["faults"],
+        "settings": {"batch_size": options.batch_size, "device": options.device, "limit": options.limit},
+        "versions": {package: metadata.version(package) for package in _PACKAGES},
+        "began": round(began),
+        "seconds": round(time.time() - began, 1),
+    }
+    try:
+        _write(file, content)
+    finally:  # a full disk loses the file alone, a closed terminal the table alone
+        print(make_table(results))
+        if "groups" in results:
+            print(make_table(results, "groups"))
+    for fault in results["faults"]:
+        lost = fault["metric"] or "its metrics"
+        print(f"warning: {fault['task']}: {lost} could not be computed ({fault['reason']})", file=sys.stderr)
     print(f"complete: {file}")
 
 

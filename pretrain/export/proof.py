@@ -8,16 +8,17 @@ higher one; the difference is what rounding does to this model, and the trainer'
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import isclose
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from pretrain.data.contents import read_json
 from pretrain.methods.base import LazyTensors
@@ -104,8 +105,19 @@ def model_class_of(folder: Path) -> type:
     """
     if read_json(folder / "config.json").get("model_type") != EvenkeelLlamaConfig.model_type:
         return AutoModelForCausalLM
-    name = f"{MODELING_FILE.stem}.{EvenkeelLlamaForCausalLM.__name__}"
-    return get_class_from_dynamic_module(name, folder, local_files_only=True)
+    return getattr(_imported(folder / MODELING_FILE.name), EvenkeelLlamaForCausalLM.__name__)
+
+
+def _imported(file: Path) -> ModuleType:
+    """The module in `file`, run where it lies, and nothing is written.
+
+    transformers would copy it to its module cache first, which must be writable, and which is a folder called ~ where there
+    is no home; Python's own import would leave its bytecode in the exported folder.
+    """
+    module = sys.modules[f"exported_{file.stem}"] = ModuleType(f"exported_{file.stem}")
+    module.__file__ = str(file)
+    exec(compile(file.read_text(encoding="utf-8"), file, "exec"), vars(module))
+    return module
 
 
 def checked(tensors: LazyTensors, checkpoint: Path) -> LazyTensors:

@@ -149,9 +149,9 @@ def copied(fp32_checkpoint: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(fp32_checkpoint, tmp_path / "step_00000002"))
 
 
-def command_line(checkpoint: Path, out: Path, *flags: str):
+def command_line(checkpoint: Path, out: Path, *flags: str, variables: dict[str, str] | None = None):
     words = ["tools/convert_to_hf.py", "--checkpoint", str(checkpoint), "--out", str(out), *flags]
-    return launch([sys.executable, *words])
+    return launch([sys.executable, *words], variables)
 
 
 def deepspeed_says(checkpoint: Path) -> tuple[dict[str, torch.Tensor], torch.dtype]:
@@ -451,9 +451,9 @@ def test_a_fold_gets_the_weights_as_forward_saw_them(
 
 @pytest.fixture(scope="module")
 def own_class(checkpoint_of, tmp_path_factory: pytest.TempPathFactory):
-    """(checkpoint, folder, output of the command line)."""
+    """(checkpoint, folder, output of the command line), converted where no cache can be written."""
     out = tmp_path_factory.mktemp("hf") / "model"
-    ended = command_line(checkpoint_of("own_class"), out)
+    ended = command_line(checkpoint_of("own_class"), out, variables={"HF_HOME": "/dev/null/nowhere"})
     assert ended.code == 0, ended.stderr
     return checkpoint_of("own_class"), out, ended.stdout
 
@@ -466,6 +466,7 @@ def test_the_command_line_and_the_card_say_which_class_and_why(own_class) -> Non
         assert line in output
         assert line.partition(": ")[2] in card
     assert 'model="PATH_OR_NAME_OF_THIS_FOLDER", trust_remote_code=True)' in card
+    assert "__pycache__" not in visible(folder)  # the proof ran the file where it lies
     assert "stock EvenkeelLlamaForCausalLM" not in card
 
 

@@ -293,6 +293,77 @@ def test_wrong_tasks_are_refused(setting: Setting, tmp_path: Path, capsys: pytes
         (tmp_path / "words.json").rename(setting.tasks / "words.json")
 
 
+SPACELESS = "".join(str(number * number) for number in range(100))
+FAULTY = f"""
+from datasets import Dataset
+
+def broken(answers): raise ValueError("cannot aggregate\\nat all")
+def unknown(doc, results): return {{"acc": 1 / (len(doc["text"]) % 2)}}
+def spaceless(**_): return {{"test": Dataset.from_list([{{"text": {SPACELESS!r}}}])}}
+def long(**_): return {{"test": Dataset.from_list([{{"text": f"{{n}}" * 50}} for n in (7, 8, 7)])}}
+"""
+FAULTY_TASKS = {
+    "spaceless": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+custom_dataset: !function faulty.spaceless
+metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bits_per_byte, aggregation: !function faulty.broken}]
+""",
+    "long": """
+output_type: loglikelihood
+doc_to_text: "a"
+doc_to_target: "{{' ' + text}}"
+custom_dataset: !function faulty.long
+metric_list: [{metric: perplexity, aggregation: perplexity}, {metric: acc}]
+""",
+    "unscored": """
+output_type: loglikelihood
+doc_to_text: "a"
+doc_to_target: "{{text}}"
+custom_dataset: !function functions.words
+process_results: !function faulty.unknown
+metric_list: [{metric: acc, aggregation: mean}]
+""",
+}
+
+
+def test_a_metric_that_cannot_be_computed_is_null_and_the_others_stand(
+    setting: Setting, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tasks = Path(shutil.copytree(setting.tasks, tmp_path / "tasks"))
+    (tasks / "faulty.py").write_text(FAULTY)
+    for name, lines in FAULTY_TASKS.items():
+        (tasks / f"{name}.yaml").write_text(f"task: {name}\ntest_split: test{lines}")
+    both = {"group": "faulty", "task": ["long", "spaceless"], "aggregate_metric_list": [{"metric": "perplexity"}]}
+    (tasks / "faulty.yaml").write_text(yaml.safe_dump(both))
+    words = ["--task-dir", tasks]
+    code, said = evaluate(capsys, setting, tasks="faulty,unscored,words", out=tmp_path, words=words)
+    assert code == 0, said
+    written = (tmp_path / "results.json").read_text()
+    results = json.loads(written, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    values = {(row["task"], row["metric"]): (row["value"], row["stderr"]) for row in results["results"]}
+
+    reference = Reference(setting)
+    assert reference.page(SPACELESS) < -math.log(sys.float_info.max)
+    per_byte = math.exp(-reference.page(SPACELESS) / len(SPACELESS))
+    assert values["spaceless", "word_perplexity"] == (None, None)
+    assert values["spaceless", "bits_per_byte"] == (None, None)
+    assert values["spaceless", "byte_perplexity"][0] == pytest.approx(per_byte, rel=1e-4)
+    likelihoods = [reference.continuation("a", f" {f'{n}' * 50}") for n in (7, 8, 7)]
+    expected = math.exp(-sum(likelihoods) / 3)
+    assert expected > math.sqrt(sys.float_info.max)  # so its standard error cannot be computed
+    assert values["long", "perplexity"] == (pytest.approx(expected, rel=1e-3), None)
+    assert values["faulty", "perplexity"][0] == values["long", "perplexity"][0]
+    assert values["unscored", "acc"] == (None, None)
+    assert values["words", "perplexity"][0] > 0
+    assert [(fault["task"], fault["metric"], fault["reason"]) for fault in results["faults"]] == [
+        ("unscored", None, "ZeroDivisionError: division by zero"),
+        ("spaceless", "word_perplexity", "OverflowError: math range error"),
+        ("spaceless", "bits_per_byte", "ValueError: cannot aggregate"),
+    ]
+
+
 def test_results_are_never_overwritten(setting: Setting, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     there = tmp_path / "results.json"
     there.write_text("of last week")
