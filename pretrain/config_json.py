@@ -1,7 +1,8 @@
 """config.json with which transformers 4 and 5, and tools that know the fields of one of them, make the same model.
 
 transformers 5 keeps RoPE in `rope_parameters`. Older readers know `rope_theta` and `rope_scaling`, and without a word
-compute with a theta of 10,000 where these are missing. Version 5 reads both, so both are written.
+compute with a theta of 10,000 where these are missing. Version 5 reads both, so both are written. GPT-2's `n_ctx`, which
+later versions call `n_positions`, is read by llama.cpp's converter.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ def config_fields(hf_config: PreTrainedConfig) -> dict[str, Any]:
     """The content of config.json: the fields of `hf_config` under their present names and under older ones."""
     fields = json.loads(hf_config.to_json_string())
     older = {"torch_dtype": fields["dtype"]} if fields.get("dtype") else {}
+    if "n_positions" in fields:
+        older["n_ctx"] = fields["n_positions"]
     return fields | older | _rope(hf_config, fields.get("rope_parameters") or {})
 
 

@@ -104,3 +104,12 @@ def test_transformers_4_computes_the_same_logits(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program, *models], cwd=tmp_path, env=environment, capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
     torch.testing.assert_close(torch.load(tmp_path / "found.pt"), expected)
+
+
+def test_gpt2_has_its_context_under_the_older_name_too(tmp_path: Path) -> None:
+    saved(GPT2Config(n_positions=96), tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert saved(again, tmp_path)["n_ctx"] == again.n_positions == 96
+    again.n_positions = 48
+    assert saved(again, tmp_path)["n_ctx"] == 48
+    assert "n_ctx" not in saved(LlamaConfig(**TINY), tmp_path)
