@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from pretrain import startup
+from pretrain import startup, typed
 from pretrain.errors import OTHER, USER_ERROR, UserError
 
 
@@ -36,6 +36,7 @@ def add_source_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
     parser.add_argument(
         "--source",
         nargs="+",
+        type=typed.location,
         required=required,
         metavar="SOURCE",
         help="'stdlib', one hf://owner/dataset, or files, folders, globs and URLs (s3://, https://) of .txt .py "

@@ -24,8 +24,9 @@ from pretrain.init import AnyInit, NormalInit
 from pretrain.methods import REGISTRY, decisions_that_clash
 from pretrain.methods.base import INITIAL_DISTRIBUTION
 from pretrain.model_section import family_section
+from pretrain.paths import check_name, expanded, local
 from pretrain.run_file import RunFile, to_yaml
-from pretrain.values import Count, LocalPath, Location, NodePath, Positive, Share, Values, at, check_name, expanded
+from pretrain.values import Count, LocalPath, Location, NodePath, Positive, Share, Values, at
 
 FAMILIES = ("llama", "gpt2")
 
@@ -243,7 +244,7 @@ class WandbSection(Values):
     """Weights & Biases tracking, with the names of metrics.jsonl."""
 
     mode: Literal["disabled", "offline", "online"] = "disabled"
-    project: str = "evenkeel"
+    project: str = Field("evenkeel", min_length=1)
 
 
 class LogSection(Values):
@@ -393,9 +394,13 @@ class Config(Values):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read the run file at `path` and apply `--set` overrides ("a.b=c", the value in YAML).
 
-    Raises UserError that lists every mistake with its file and line, the full key and the nearest valid key.
+    path: a text is read as the paths in a run file are. Raises UserError that lists every mistake with its file and
+    line, the full key and the nearest valid key.
     """
-    file = RunFile(Path(path))
+    try:
+        file = RunFile(Path(local(path)) if isinstance(path, str) else path)
+    except ValueError as error:
+        raise UserError(f"the run file '{path}': {error}.") from error
     for override in overrides:
         file.override(override)
     try:

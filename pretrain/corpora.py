@@ -24,7 +24,7 @@ from pretrain.data.remote.cache import CacheSettings
 from pretrain.data.remote.storage import is_remote
 from pretrain.data.tokens.corpus import ENDS_DTYPE
 from pretrain.errors import UserError
-from pretrain.values import expanded
+from pretrain.paths import expanded
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from pretrain.errors import UserError
-from pretrain.values import expanded
+from pretrain.paths import expanded
 
 # The key that says what kind of thing a section is, and so which other keys it may hold.
 _KINDS = {"model": "family", "init": "distribution"}

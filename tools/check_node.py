@@ -22,15 +22,12 @@ import argparse
 import os
 import socket
 
-from pretrain import cli
-from pretrain.errors import UserError
+from pretrain import cli, typed
 from pretrain.resilience.health import check_node
 
 
 def main() -> None:
     options = _parse()
-    if (options.gpus or 0) < 0 or not options.min_free_gb >= 0:
-        raise UserError("--gpus and --min-free-gb take numbers from 0 on.")
     host, healthy = socket.gethostname(), True
     for finding in check_node(options.folder, options.gpus, options.min_free_gb):
         print(f"{host}: {finding}", flush=True)
@@ -43,10 +40,13 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="run folder; it need not exist yet")
-    parser.add_argument("--gpus", type=int, help="GPUs that there must be (default: as many as there are)")
+    parser.add_argument("--folder", type=typed.path, required=True, help="run folder; it need not exist yet")
+    parser.add_argument("--gpus", type=typed.whole(0), help="GPUs that there must be (default: as many as there are)")
     parser.add_argument(
-        "--min-free-gb", type=float, default=10.0, help="10^9 bytes that the run folder must have free (default: 10)"
+        "--min-free-gb",
+        type=typed.number(least=0),
+        default=10.0,
+        help="10^9 bytes that the run folder must have free (default: 10)",
     )
     return parser.parse_args()
 

@@ -27,6 +27,7 @@ from pretrain.cli import clean_up_on_signals, run
 from pretrain.export.card import is_own
 from pretrain.export.convert import Written, convert
 from pretrain.export.proof import NotEqualError, name_of
+from pretrain.typed import path
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -60,9 +61,9 @@ def _choice(model: Written) -> str:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, help="runs/NAME/checkpoints/step_00000500, or .../latest"
+        "--checkpoint", type=path, required=True, help="runs/NAME/checkpoints/step_00000500, or .../latest"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--out", type=path, required=True, help="folder to make")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="of the weights (default: what the trainer computes in)"
     )

@@ -29,6 +29,7 @@ from pretrain.cli import run
 from pretrain.data.tokenizer import fingerprint, load_tokenizer
 from pretrain.errors import UserError
 from pretrain.files import write_json
+from pretrain.typed import path
 
 _PACKAGES = ("evenkeel", "lm_eval", "torch", "transformers", "datasets")
 
@@ -100,10 +101,10 @@ def _write(file: Path, content: dict[str, Any]) -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="a folder that tools/convert_to_hf.py wrote")
+    parser.add_argument("--model", type=path, required=True, help="a folder that tools/convert_to_hf.py wrote")
     parser.add_argument("--tasks", type=_names, required=True, metavar="NAME,...", help="`lm_eval ls tasks` lists them")
-    parser.add_argument("--task-dir", type=Path, help="folder of task files (*.yaml) besides the harness's own")
-    parser.add_argument("--out", type=Path, help="folder for results.json (default: evaluation/ in the model's)")
+    parser.add_argument("--task-dir", type=path, help="folder of task files (*.yaml) besides the harness's own")
+    parser.add_argument("--out", type=path, help="folder for results.json (default: evaluation/ in the model's)")
     parser.add_argument(
         "--batch-size", type=_batch_size, default=8, help="sequences, or 'auto': what fits into memory (default: 8)"
     )

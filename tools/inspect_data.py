@@ -29,7 +29,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from pretrain import cli
+from pretrain import cli, typed
 from pretrain.data.audit import tables
 from pretrain.data.audit.damage import find_damage, open_unchecked
 from pretrain.data.audit.documents import Decoder, Documents
@@ -166,7 +166,7 @@ def _cache(options: argparse.Namespace) -> CacheSettings | None:
     from pretrain.config import CacheSection
 
     usual = CacheSection()
-    folder = Path(options.cache_folder or usual.folder).expanduser()
+    folder = options.cache_folder or typed.path(usual.folder)
     return CacheSettings(folder / "shards", int(usual.limit_gb * 1e9), usual.downloads)
 
 
@@ -190,13 +190,18 @@ def _flag(name: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     of = parser.add_mutually_exclusive_group(required=True)
-    of.add_argument("--config", type=Path, metavar="YAML", help="run file, or the config.yaml of a run folder")
-    of.add_argument("--corpus", metavar="LOCATION", help="shard folder or URL, Megatron prefix, datatrove folder")
+    of.add_argument("--config", type=typed.path, metavar="YAML", help="run file, or the config.yaml of a run folder")
+    of.add_argument(
+        "--corpus",
+        type=typed.location,
+        metavar="LOCATION",
+        help="shard folder or URL, Megatron prefix, datatrove folder",
+    )
     part = parser.add_mutually_exclusive_group()
-    part.add_argument("--step", type=int, help="the samples of this optimizer step, from 1")
-    part.add_argument("--sample", type=int, help="this sample of the run, from 0")
-    parser.add_argument("--rank", type=int, help="only those of this data-parallel rank")
-    parser.add_argument("--ranks", type=int, help="how many data-parallel ranks there are")
+    part.add_argument("--step", type=typed.whole(1), help="the samples of this optimizer step, from 1")
+    part.add_argument("--sample", type=typed.whole(0), help="this sample of the run, from 0")
+    parser.add_argument("--rank", type=typed.whole(0), help="only those of this data-parallel rank")
+    parser.add_argument("--ranks", type=typed.whole(1), help="how many data-parallel ranks there are")
     parser.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="as in training"
     )
@@ -204,10 +209,17 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--verify", action="store_true", help="compare every file with its checksum")
     what.add_argument("--document", metavar="D", help="print this document decoded: D, or SHARD:D")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer of the corpus: folder or SentencePiece .model file")
-    parser.add_argument("--cache-folder", type=Path, help="where remote shards are kept (default: as in training)")
     parser.add_argument(
-        "--max-characters", type=int, default=1000, help="of each document that is printed (default: %(default)s)"
+        "--tokenizer", type=typed.path, help="tokenizer of the corpus: folder or SentencePiece .model file"
+    )
+    parser.add_argument(
+        "--cache-folder", type=typed.path, help="where remote shards are kept (default: as in training)"
+    )
+    parser.add_argument(
+        "--max-characters",
+        type=typed.whole(),
+        default=1000,
+        help="of each document that is printed (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print the same as JSON; texts are not cut")
     return parser

@@ -31,7 +31,7 @@ import argparse
 import os
 import re
 
-from pretrain import cli
+from pretrain import cli, typed
 from pretrain.data.prepare import merge, prepare
 from pretrain.data.text.sources import open_source
 from pretrain.data.tokenizer import load_tokenizer_facts
@@ -132,22 +132,26 @@ def _summarise(out: Path, shards: dict[str, TokenShards]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_source_arguments(parser, required=False)
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder or SentencePiece .model file")
-    parser.add_argument("--out", type=Path, help="folder for train/ and so on; new, empty, or to go on in")
+    parser.add_argument("--tokenizer", type=typed.path, help="tokenizer folder or SentencePiece .model file")
+    parser.add_argument("--out", type=typed.path, help="folder for train/ and so on; new, empty, or to go on in")
     parser.add_argument("--val-fraction", type=float, default=0.01, help="share of documents for val (default: 0.01)")
     parser.add_argument(
         "--held-out-fraction", type=float, default=0.0, help="share of documents for held_out, a test set (default: 0)"
     )
-    parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens per shard (default: 100000000)")
-    parser.add_argument("--max-tokens", type=int, help="stop after the document that reaches this many training tokens")
+    parser.add_argument(
+        "--shard-tokens", type=typed.whole(), default=100_000_000, help="tokens per shard (default: 100000000)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=typed.whole(), help="stop after the document that reaches this many training tokens"
+    )
     parser.add_argument(
         "--workers",
-        type=int,
+        type=typed.whole(),
         default=len(os.sched_getaffinity(0)),
         help="processes that tokenise, threads that shuffle or merge; the result is the same (default: the CPU cores)",
     )
     parser.add_argument(
-        "--shuffle", type=int, metavar="SEED", help="shuffle the documents of each split across its shards"
+        "--shuffle", type=typed.whole(), metavar="SEED", help="shuffle the documents of each split across its shards"
     )
     parser.add_argument(
         "--part",

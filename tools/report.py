@@ -15,14 +15,15 @@ startup.begin()
 
 import argparse
 
+from pretrain import typed
 from pretrain.cli import run
 from pretrain.report.write import write_report
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folder, as the trainer wrote it")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
+    parser.add_argument("runs", nargs="+", type=typed.path, metavar="RUN", help="run folder, as the trainer wrote it")
+    parser.add_argument("--out", type=typed.path, default=Path("report.html"), help="the page (default: %(default)s)")
     arguments = parser.parse_args()
     for path in write_report(arguments.runs, arguments.out):
         print(path)

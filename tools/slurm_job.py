@@ -21,20 +21,22 @@ import argparse
 import os
 from contextlib import redirect_stdout
 
-from pretrain import cli
+from pretrain import cli, typed
 from pretrain.slurm.attempts import Attempts, Job
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--max-restarts", type=int, default=100, help="requeues of one job (default: %(default)s)")
+    parser.add_argument(
+        "--max-restarts", type=typed.whole(), default=100, help="requeues of one job (default: %(default)s)"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     prepare = commands.add_parser("prepare", help="check the run file, keep the code, note the start")
     _add_run_arguments(prepare)
     verdict = commands.add_parser("verdict", help="whether the job goes back into the queue")
-    verdict.add_argument("--run", type=Path, required=True, help="the run folder")
-    verdict.add_argument("--code", type=int, required=True, help="srun's exit code")
-    verdict.add_argument("--nodes", type=int, default=1, help="nodes of the job (default: %(default)s)")
+    verdict.add_argument("--run", type=typed.path, required=True, help="the run folder")
+    verdict.add_argument("--code", type=typed.whole(), required=True, help="srun's exit code")
+    verdict.add_argument("--nodes", type=typed.whole(), default=1, help="nodes of the job (default: %(default)s)")
     verdict.add_argument("--told-to-stop", action="store_true", help="the batch script was signalled")
     options = parser.parse_args()
     job = Job.from_environment(os.environ)
@@ -46,9 +48,9 @@ def main() -> None:
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--config", help="the run file")
-    which.add_argument("--list", type=Path, help="a file of runs, one a line: RUN_FILE [--set KEY=VALUE ...]")
-    parser.add_argument("--line", type=int, default=1, help="which run of the list (default: %(default)s)")
+    which.add_argument("--config", type=typed.path, help="the run file")
+    which.add_argument("--list", type=typed.path, help="a file of runs, one a line: RUN_FILE [--set KEY=VALUE ...]")
+    parser.add_argument("--line", type=typed.whole(), default=1, help="which run of the list (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key")
 
 
@@ -68,7 +70,7 @@ def _prepare(options: argparse.Namespace, job: Job) -> str:
 def _parse_line(words: list[str], options: argparse.Namespace) -> argparse.Namespace:
     """A line's run file and settings; those of the command line come on top."""
     parser = argparse.ArgumentParser(prog=f"{options.list}, run {options.line}")
-    parser.add_argument("config")
+    parser.add_argument("config", type=typed.path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     run = parser.parse_args(words)
     return argparse.Namespace(config=run.config, set=[*run.set, *options.set], max_restarts=options.max_restarts)

@@ -21,7 +21,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 
-from pretrain import cli
+from pretrain import cli, typed
 from pretrain.data.bpe import tokenizer_from_sentencepiece, train_bpe
 from pretrain.data.contents import read_json
 from pretrain.data.text.sources import Source, open_source
@@ -40,7 +40,7 @@ def main() -> None:
         split=options.split,
         filters=options.filters,
     )
-    settings = {"source": source.description, "vocab_size": options.vocab_size, "max_bytes": int(options.max_bytes)}
+    settings = {"source": source.description, "vocab_size": options.vocab_size, "max_bytes": options.max_bytes}
     if _is_made(options.out, settings):
         print(f"complete already: {options.out}")
         return
@@ -91,9 +91,11 @@ def _export(model: bytes, settings: dict, out: Path) -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_source_arguments(parser)
-    parser.add_argument("--vocab-size", type=int, default=8192, help="number of tokens (default: 8192)")
-    parser.add_argument("--max-bytes", type=float, default=50e6, help="text to learn from, in bytes (default: 50e6)")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--vocab-size", type=typed.whole(1), default=8192, help="number of tokens (default: 8192)")
+    parser.add_argument(
+        "--max-bytes", type=typed.whole(1), default=50_000_000, help="text to learn from, in bytes (default: 50e6)"
+    )
+    parser.add_argument("--out", type=typed.path, required=True, help="folder to make")
     return parser.parse_args()
 
 

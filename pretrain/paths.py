@@ -1,0 +1,56 @@
+"""How paths are read, in run files and on command lines: $VAR, ${VAR} and ~ are filled in, or the path is refused."""
+
+from __future__ import annotations
+
+import os
+import re
+
+_LONGEST_NAME, _LONGEST_PATH = 255, 4000  # bytes; Linux takes 255 and 4,095, and files are made below the path
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.\-]+://")
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(.*?)\})", re.ASCII)
+
+
+def expanded(path: str) -> str:
+    """`path` with $VAR, ${VAR} and a leading ~ or ~user filled in; a URL as it is.
+
+    Raises ValueError, a sentence, where something is undefined or empty, or the path is none that a file system takes.
+    """
+    if _URL.match(path):
+        return path
+    path = os.path.expanduser(_VARIABLE.sub(_variable, path))
+    if path.startswith("~"):
+        raise ValueError(f"{path.split('/')[0]} stands for a home folder, and there is none: write the path out")
+    if not path:
+        raise ValueError("is empty: give a path")
+    if any(ord(letter) < 32 or ord(letter) == 127 for letter in path):
+        raise ValueError("holds a control character")
+    for name in path.split("/"):
+        check_name(name)
+    if len(os.fsencode(path)) > _LONGEST_PATH:
+        raise ValueError(f"is longer than the {_LONGEST_PATH:,} bytes that file systems take")
+    return path
+
+
+def local(path: str) -> str:
+    """As `expanded`; ValueError also for a URL."""
+    path = expanded(path)
+    if _URL.match(path):
+        raise ValueError("is a URL; give a folder or file that this machine can open")
+    return path
+
+
+def check_name(name: str) -> str:
+    """`name`, or ValueError if no file can have it because it is too long."""
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        raise ValueError(f"'{name[:20]}...' is longer than the {_LONGEST_NAME} bytes that file systems take")
+    return name
+
+
+def _variable(found: re.Match) -> str:
+    name = found[1] or found[2]
+    if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
+        raise ValueError(f"{found[0]} is no variable: only $NAME and ${{NAME}} are filled in")
+    if not (value := os.environ.get(name)):
+        state = "empty" if name in os.environ else "not set"
+        raise ValueError(f"${name} is {state} here: set it, or write the path out")
+    return value
