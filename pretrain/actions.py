@@ -12,6 +12,7 @@ from pretrain.data.batches.batch import MicroBatch
 from pretrain.engine import Step, validation_loss
 from pretrain.errors import Diverged
 from pretrain.files import write_text
+from pretrain.finite import fault_of_model
 from pretrain.loss import CROSS_ENTROPY
 from pretrain.method_state import save_method_state
 from pretrain.monitor.activations import record_activations
@@ -80,13 +81,20 @@ def look_at_activations(run: Run) -> None:
 
 
 def save(run: Run) -> None:
-    """A checkpoint of this step, unless there is one: with what conversion needs and must prove equal."""
+    """A checkpoint of this step, unless there is one: with what conversion needs and must prove equal.
+
+    None of a model with NaN or infinity, which the log says: there is nothing to go on from.
+    """
     if run.saved == run.step:
         return
     publish(run, wait=True)
     enter("saving")
     plan, config, model = run.plan, run.plan.config, run.engine.module
     moments, logits = run.weights.moments(), probe_logits(model, run.probe)
+    if fault := fault_of_model(run.weights, moments, logits):
+        log.warning(f"step {run.step:>7,}  not saved: {fault}")
+        run.metrics.event(run.step, "not_saved", reason=fault)
+        return
 
     def add_files(folder: Path) -> None:
         write_text(folder / "config.yaml", config.to_yaml())
@@ -150,7 +158,9 @@ def roll_back(run: Run) -> None:
     enter("rolling back")
     guard, first, last = run.gate.guard, run.gate.guard.streak_start, run.step
     skipped = f"the updates of steps {first:,} to {last:,} were skipped"
-    if guard.gave_up:
+    if first == last:
+        skipped = f"the update of step {last:,} was skipped"
+    if guard.rollbacks >= guard.config.max_rollbacks:
         raise Diverged(f"{skipped}, and going back {guard.rollbacks} times has not helped")
     publish(run, wait=True)
     found = run.checkpoints.find_before(first - 1)
@@ -174,14 +184,20 @@ def roll_back(run: Run) -> None:
 
 
 def finish(run: Run, order: Order) -> None:
-    """Record why the loop ended. Every way exits with 0: launchers mask what another code would say."""
+    """Record why the loop ended. Every way exits with 0: launchers mask what another code would say.
+
+    Raises Diverged if all steps are done and the last one has left no model to save.
+    """
     enter("ending")
     run.loader.close()
+    if order.stop is None and run.saved != run.step:
+        raise Diverged(f"step {run.step:,} was the last one and is not saved: NaN or infinity in the model")
     if order.stop is None:
         status, reason = "finished", "all steps done"
     else:
         status = "stopped" if order.requested else "preempted"
-        reason = f"stopped by {order.stop}" + " after saving" * (run.step > 0)
+        saving = "after saving" if run.saved == run.step else "without saving, as the model holds NaN or infinity"
+        reason = f"stopped by {order.stop}" + f" {saving}" * (run.step > 0)
     run.metrics.event(run.step, status, reason=reason)
     run.folder.status(status, reason)
     run.metrics.close()  # may take long: wandb sends what it has

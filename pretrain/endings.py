@@ -90,7 +90,7 @@ def _tells_of_a_lost_peer(error: Exception) -> bool:
 
 
 def _explain(error: Exception, ranks: Ranks) -> tuple[int, str]:
-    if isinstance(error, Diverged):
+    if isinstance(error, (Diverged, FloatingPointError)):  # the latter from a method that met NaN in the weights
         return DIVERGED, str(error)
     if isinstance(error, MachineFault):
         return MACHINE_FAULT, str(error)

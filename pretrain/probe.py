@@ -21,6 +21,7 @@ from pretrain.sharded import Moments
 SEQUENCES = 2
 POSITIONS = 8
 MAX_LENGTH = 256
+_PROBE, _MOMENTS = "probe.safetensors", "moments.json"
 
 
 def probe_batch(tokens: torch.Tensor, seq_len: int) -> torch.Tensor:
@@ -51,17 +52,22 @@ def probe_positions(length: int) -> torch.Tensor:
 def save_probe(folder: Path, input_ids: torch.Tensor, logits: torch.Tensor, moments: dict[str, Moments]) -> None:
     """Write `probe.safetensors` and `moments.json` into a checkpoint folder."""
     stored = {"input_ids": input_ids.cpu().contiguous(), "logits": logits.contiguous()}
-    write_bytes(folder / "probe.safetensors", save(stored))
-    write_json(folder / "moments.json", {name: asdict(found) for name, found in moments.items()})
+    write_bytes(folder / _PROBE, save(stored))
+    write_json(folder / _MOMENTS, {name: asdict(found) for name, found in moments.items()})
+
+
+def has_probe(folder: Path) -> bool:
+    """Whether `save_probe` has written to this checkpoint folder."""
+    return (folder / _PROBE).exists()
 
 
 def load_probe(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """(input_ids, logits) as stored by `save_probe`. UserError if they cannot be read."""
-    stored = read_tensors(folder / "probe.safetensors", "input_ids", "logits")
+    stored = read_tensors(folder / _PROBE, "input_ids", "logits")
     return stored["input_ids"], stored["logits"]
 
 
 def load_moments(folder: Path) -> dict[str, Moments]:
     """The moments of every weight as stored by `save_probe`."""
-    stored = json.loads((folder / "moments.json").read_bytes())
+    stored = json.loads((folder / _MOMENTS).read_bytes())
     return {name: Moments(**fields) for name, fields in stored.items()}

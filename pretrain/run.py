@@ -13,6 +13,7 @@ from pretrain.checkpoints import Checkpoints, TrainerState
 from pretrain.data.batches.loader import Loader
 from pretrain.distributed import Ranks, on_every_rank
 from pretrain.engine import build_engine
+from pretrain.finite import refuse_unless_finite
 from pretrain.method_state import load_method_state
 from pretrain.model import initialize_weights
 from pretrain.monitor.metrics import Metrics
@@ -75,7 +76,7 @@ def start(plan: Plan, folder: RunFolder, ranks: Ranks, orders: Orders) -> Run:
     weights = ShardedWeights(engine)
     recorder = Recorder(engine, weights, config.resilience.autopsy_steps)
     gate.watchers.append(recorder.gradients)
-    checkpoints = Checkpoints(folder.path / "checkpoints", config.checkpoint, ranks, log.info)
+    checkpoints = Checkpoints(folder.path / "checkpoints", config.checkpoint, ranks, log.info, refuse_unless_finite)
     state = _go_on(plan, engine, checkpoints) or _begin(plan, weights)
     gate.load_state(state.guard or {})
     for method in config.methods:

@@ -113,7 +113,7 @@ def train(plan: Plan, folder: RunFolder, ranks: Ranks) -> None:
             examine(run, done, autopsies, batches)
         if 0 < done.clip_factor < 1:
             note_clipping(run, done)
-        if run.gate.guard.roll_back_due:
+        if run.gate.guard.must_go_back(last=step == total):
             roll_back(run)
             continue
         if step % config.resilience.agreement_interval_steps == 0:

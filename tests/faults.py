@@ -105,3 +105,19 @@ def _spoil(samples: range, factor: float) -> None:
 def _all(faults: tuple[Callable[[], None], ...]) -> None:
     for fault in faults:
         fault()
+
+
+def infinite_rate(first_step: int) -> Callable[[], None]:
+    """The learning rate of `first_step` and of all after it is infinite: one update makes every weight NaN or infinite."""
+    return partial(_raise_rate, first_step)
+
+
+def _raise_rate(first_step: int) -> None:
+    from pretrain import train
+
+    learning_rate = train.learning_rate
+
+    def raised(config: object, step: int, total: int) -> float:
+        return float("inf") if step >= first_step else learning_rate(config, step, total)
+
+    train.learning_rate = raised

@@ -63,8 +63,16 @@ class _UnderWay:
 class Checkpoints:
     """Saves, finds, verifies, loads and retires the checkpoints of one run. Every method is collective."""
 
-    def __init__(self, folder: Path, config: CheckpointSection, ranks: Ranks, say: Callable[[str], None]) -> None:
-        self.folder, self.config, self.ranks, self.say = folder, config, ranks, say
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointSection,
+        ranks: Ranks,
+        say: Callable[[str], None],
+        check: Callable[[Path], None] = lambda path: None,
+    ) -> None:
+        """check: raises UserError for a checkpoint whose files are as they were saved but that none may go on from."""
+        self.folder, self.config, self.ranks, self.say, self.check = folder, config, ranks, say, check
         self._under_way: _UnderWay | None = None
         self._damaged: set[Path] = set()
         self._of_others: set[Path] = set()  # what an earlier history of this folder left, where a rule says to leave it
@@ -223,8 +231,9 @@ class Checkpoints:
         return None, damage
 
     def _verify(self, path: Path) -> None:
-        """`verify`, the ranks sharing the reading. UserError on every rank if a file differs."""
+        """`verify`, the ranks sharing the reading, and `check`. UserError on every rank if a file differs or it is refused."""
         on_every_rank(lambda: verify(path, self.ranks.rank, self.ranks.world_size))
+        from_first_rank(lambda: self.check(path))
 
     def _own(self) -> list[Path]:
         """The complete checkpoints of the run's folder as rank 0 sees them, oldest first."""

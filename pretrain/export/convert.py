@@ -23,6 +23,7 @@ from pretrain.export.masters import master_weights
 from pretrain.export.proof import Proof, checked, prove
 from pretrain.export.weights import Shapes, write_weights
 from pretrain.files import write_text
+from pretrain.finite import refuse_unless_finite
 from pretrain.folding import as_lazy, change
 from pretrain.layout import role_and_layer
 from pretrain.method_state import read_method_state
@@ -80,9 +81,13 @@ def convert(checkpoint: Path, out: Path, dtype: torch.dtype | None = None) -> Ex
 
 
 def verified(path: Path) -> Path:
-    """The folder of the checkpoint that `path` means, each file compared with its manifest. UserError if one differs."""
+    """The folder of the checkpoint that `path` means, each file compared with its manifest.
+
+    UserError if one differs, or if the model in it has diverged.
+    """
     checkpoint = resolve(path)
     verify(checkpoint)
+    refuse_unless_finite(checkpoint)
     return checkpoint
 
 

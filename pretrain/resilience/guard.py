@@ -63,15 +63,12 @@ class Guard:
                 self._windows[name].append(value)
         return verdict
 
-    @property
-    def roll_back_due(self) -> bool:
-        """Whether so many steps in a row were skipped that the run must go back to before them."""
-        return self.streak >= self.config.max_skips
+    def must_go_back(self, *, last: bool) -> bool:
+        """Whether the run must go back to before the steps that were skipped: `max_skips` in a row, or any at the end.
 
-    @property
-    def gave_up(self) -> bool:
-        """Whether a rollback is due that `max_rollbacks` does not allow any more."""
-        return self.roll_back_due and self.rollbacks >= self.config.max_rollbacks
+        last: whether the step judged was the run's last. No step after it can show that the skips were for a moment.
+        """
+        return self.streak >= (1 if last else self.config.max_skips)
 
     def rolled_back(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint that holds `state`, and remember that this has happened once more."""

@@ -94,13 +94,14 @@ def test_a_rollback_is_due_after_so_many_skips_in_a_row() -> None:
     guard = after(guard_of(max_skips=3), 16)
     guard.judge(17, NAN, 1.0)
     guard.judge(18, 50.0, 1.0)
-    assert (guard.streak, guard.streak_start, guard.roll_back_due) == (2, 17, False)
+    assert (guard.streak, guard.streak_start, guard.must_go_back(last=False)) == (2, 17, False)
+    assert guard.must_go_back(last=True), "no later step can show that it passes"
     guard.judge(19, *day(19))
     assert (guard.streak, guard.streak_start) == (0, None)
     for step in (20, 21, 22):
-        assert not guard.roll_back_due
+        assert not guard.must_go_back(last=False)
         guard.judge(step, NAN, 1.0)
-    assert (guard.streak_start, guard.roll_back_due, guard.gave_up) == (20, True, False)
+    assert (guard.streak_start, guard.must_go_back(last=False)) == (20, True)
 
 
 def test_it_gives_up_when_a_rollback_more_than_allowed_is_due() -> None:
@@ -108,12 +109,11 @@ def test_it_gives_up_when_a_rollback_more_than_allowed_is_due() -> None:
     begun = guard.state()
     for rollbacks in (1, 2):
         guard.judge(5, NAN, 1.0)
-        assert guard.roll_back_due
-        assert not guard.gave_up
+        assert guard.must_go_back(last=False)
         guard.rolled_back(begun)
-        assert (guard.rollbacks, guard.streak, guard.roll_back_due) == (rollbacks, 0, False)
+        assert (guard.rollbacks, guard.streak, guard.must_go_back(last=False)) == (rollbacks, 0, False)
     guard.judge(5, NAN, 1.0)
-    assert guard.gave_up
+    assert guard.rollbacks == guard.config.max_rollbacks
 
 
 def test_a_guard_that_is_resumed_anywhere_decides_alike_bit_for_bit() -> None:
