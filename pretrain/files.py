@@ -63,6 +63,20 @@ def error_number(error: BaseException | None) -> int | None:
     return None
 
 
+def require_utf8(path: Path, what: str) -> None:
+    """UserError where the name of `path` is bytes that are no UTF-8. what: it is, for the message.
+
+    For what tokenizers, safetensors and sentencepiece are to read or write; our own files may have any name.
+    """
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{what} '{path}' has a name that is not UTF-8, which the libraries that read and write there do not take. "
+            "Give it another name, or reach it by a link that has one."
+        ) from None
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` atomically and durably."""
     write_bytes(path, text.encode())

@@ -27,6 +27,7 @@ from pretrain.data.batches.batch import MicroBatch
 from pretrain.data.batches.loader import Loader, eval_batches
 from pretrain.deepspeed_config import accumulation_steps, deepspeed_config, read_deepspeed
 from pretrain.errors import UserError
+from pretrain.files import require_utf8
 from pretrain.layout import Weight
 from pretrain.methods import Method
 from pretrain.model import bind_methods, hf_config, outline
@@ -109,6 +110,7 @@ def make_plan(config: Config, world_size: int, rank: int | None = None) -> Plan:
     Rank `rank` verifies its share of the shards, None all of them. The plan's configuration holds the content of the
     DeepSpeed file, so that it reproduces the run alone. Raises UserError for whatever does not fit.
     """
+    require_utf8(config.folder, "the run folder")
     ds_config = deepspeed_config(config, world_size)
     config = config.model_copy(update={"deepspeed": read_deepspeed(config)[1]})
     tokenizer = load_tokenizer(config.tokenizer)

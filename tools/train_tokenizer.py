@@ -26,13 +26,14 @@ from pretrain.data.bpe import tokenizer_from_sentencepiece, train_bpe
 from pretrain.data.contents import read_json
 from pretrain.data.text.sources import Source, open_source
 from pretrain.errors import UserError
-from pretrain.files import write_json
+from pretrain.files import require_utf8, write_json
 
 RECORD = "training.json"
 
 
 def main() -> None:
     options = _parse()
+    require_utf8(options.out, "--out")
     source = open_source(
         options.source,
         text_field=options.text_field,

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from pretrain.data.bpe import PROBE, tokenizer_from_sentencepiece
 from pretrain.data.contents import content_hash, read_json
 from pretrain.errors import UserError, first_line
+from pretrain.files import require_utf8
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,6 +59,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
             f"there is no tokenizer at '{path}'. Give a folder with tokenizer files or a SentencePiece .model file; "
             f"tools/train_tokenizer.py makes such a folder, and `hf download REPO --local-dir {path}` fetches one."
         )
+    require_utf8(path, "the tokenizer")
     if path.is_file():
         return tokenizer_from_sentencepiece(path)
     from transformers import AutoTokenizer

@@ -22,7 +22,7 @@ from pretrain.export.card import model_card
 from pretrain.export.masters import master_weights
 from pretrain.export.proof import Proof, checked, prove
 from pretrain.export.weights import Shapes, write_weights
-from pretrain.files import write_text
+from pretrain.files import require_utf8, write_text
 from pretrain.finite import refuse_unless_finite
 from pretrain.folding import as_lazy, change
 from pretrain.layout import role_and_layer
@@ -64,6 +64,8 @@ def convert(checkpoint: Path, out: Path, dtype: torch.dtype | None = None) -> Ex
     if `out` holds anything, if the checkpoint is not whole, or if there is no room; NotEqualError if the proof fails.
     """
     _refuse_existing(out)
+    require_utf8(out, "--out")
+    require_utf8(checkpoint, "--checkpoint")
     checkpoint = verified(checkpoint)
     dtype = dtype or load_probe(checkpoint)[1].dtype
     try:

@@ -136,7 +136,10 @@ def _stretch(bounds: Sequence[int]) -> str:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[int] = ()) -> str:
     """Aligned columns; those in `right` at their right ends."""
-    cells = [list(header), *([f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows)]
+    cells = [
+        list(header),
+        *([f"{cell:,}" if isinstance(cell, int) else _in_one_line(cell) for cell in row] for row in rows),
+    ]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = [
         "  ".join(
@@ -146,3 +149,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], right: Sequen
         for row in cells
     ]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def _in_one_line(cell: str) -> str:
+    r"""The cell with `\n` for the line's end that the name of a file may hold."""
+    return cell.replace("\n", "\\n")
