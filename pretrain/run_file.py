@@ -68,6 +68,8 @@ class RunFile:
             raise UserError(f"--set {setting}: expected key=value, as in --set optim.lr=3e-4.")
         if not text.strip():
             raise UserError(f"--set {setting}: there is no value; null leaves a key without one.")
+        if any("\ud800" <= letter <= "\udfff" for letter in setting):  # how Python holds a byte that is no UTF-8
+            raise UserError(f"--set {setting}: the value is not UTF-8, as run files are. Give the file another name.")
         *parents, last = key.split(".")
         target: Any = self.data
         for depth, part in enumerate(parents):
