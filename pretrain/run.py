@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pretrain.checkpoints import Checkpoints, TrainerState
+from pretrain.checkpoints.state import read_matching_state, read_state
 from pretrain.data.batches.loader import Loader
 from pretrain.distributed import Ranks, on_every_rank
 from pretrain.engine import build_engine
@@ -18,6 +18,7 @@ from pretrain.method_state import load_method_state
 from pretrain.model import initialize_weights
 from pretrain.monitor.metrics import Metrics
 from pretrain.monitor.throughput import Throughput
+from pretrain.optional import optional
 from pretrain.plan import Plan, fixed_probe, training_batches
 from pretrain.resilience.agreement import check_start
 from pretrain.resilience.autopsy import Recorder
@@ -27,7 +28,7 @@ from pretrain.resilience.guard import Guard
 from pretrain.resilience.orders import Orders
 from pretrain.resilience.phase import enter
 from pretrain.resilience.zclip import ZClip
-from pretrain.resumed import changes
+from pretrain.resumed import Change, changes, check_length, environment_changes
 from pretrain.run_folder import RunFolder, log
 from pretrain.sharded import ShardedWeights
 from pretrain.tensor_parallel import data_rank
@@ -77,14 +78,15 @@ def start(plan: Plan, folder: RunFolder, ranks: Ranks, orders: Orders) -> Run:
     recorder = Recorder(engine, weights, config.resilience.autopsy_steps)
     gate.watchers.append(recorder.gradients)
     checkpoints = Checkpoints(folder.path / "checkpoints", config.checkpoint, ranks, log.info, refuse_unless_finite)
-    state = _go_on(plan, engine, checkpoints) or _begin(plan, weights)
+    state, changed = _go_on(plan, engine, checkpoints) or (_begin(plan, weights), [])
     gate.load_state(state.guard or {})
     for method in config.methods:
         method.prepare(weights)
     folder.begin(config, state.step)
     metrics = Metrics(config, enabled=ranks.is_first)
     begun = "resumed" if state.step else "started"
-    metrics.event(state.step, begun, parameters=plan.parameters, world_size=ranks.world_size)
+    told = {"changes": [asdict(change) for change in changed]} if changed else {}
+    metrics.event(state.step, begun, parameters=plan.parameters, world_size=ranks.world_size, **told)
     return Run(
         plan,
         folder,
@@ -105,29 +107,37 @@ def start(plan: Plan, folder: RunFolder, ranks: Ranks, orders: Orders) -> Run:
     )
 
 
-def load(plan: Plan, engine, checkpoints: Checkpoints, found: Path, changed: Sequence[str] = ()) -> TrainerState:
-    """Put engine, methods and random generators into the state that the checkpoint `found` holds, which is returned.
-
-    changed: what the run file asks otherwise than the checkpoint's, to explain a refusal.
-    """
-    state = checkpoints.load(found, engine, plan.state_at(0, 0), changed)
+def load(plan: Plan, engine, checkpoints: Checkpoints, found: Path) -> TrainerState:
+    """Put engine, methods and random generators into the state that the checkpoint `found` holds, which is returned."""
+    state = checkpoints.load(found, engine, plan.state_at(0, 0))
     on_every_rank(lambda: load_method_state(found, plan.config.methods, engine.module))
     return state
 
 
-def _go_on(plan: Plan, engine, checkpoints: Checkpoints) -> TrainerState | None:
-    """Load the checkpoint that the run goes on from; None to start from scratch."""
+def _go_on(plan: Plan, engine, checkpoints: Checkpoints) -> tuple[TrainerState, list[Change]] | None:
+    """Load the checkpoint that the run goes on from, and say what has changed since; None to start from scratch."""
     enter("loading the checkpoint")
     found = checkpoints.find()
     check_start(lambda: facts_of_checkpoint(found))
     if found is None:
         return None
-    changed = on_every_rank(lambda: changes(found, plan.config))
-    state = load(plan, engine, checkpoints, found, changed)
-    log.info(
-        f"resumed from {found} at step {state.step}" + f"; changed since then: {'; '.join(changed)}" * bool(changed)
-    )
-    return state
+    changed = on_every_rank(lambda: _compare(plan, found))
+    state = load(plan, engine, checkpoints, found)
+    log.info(f"resumed from {found} at step {state.step}")
+    for change in changed:
+        log.info(f"resumed; changed since then: {change.with_effect}")
+    return state, changed
+
+
+def _compare(plan: Plan, found: Path) -> list[Change]:
+    """What has changed since the checkpoint `found` was written. UserError if this run cannot go on from it."""
+    step = read_state(found).step
+    changed = changes(found, plan.config, step)
+    read_matching_state(found, plan.state_at(0, 0), [str(change) for change in changed])
+    check_length(found, step, plan.config)
+    with optional("environment", "what has changed in the environment is not known"):
+        changed += environment_changes(found)
+    return changed
 
 
 def _begin(plan: Plan, weights: ShardedWeights) -> TrainerState:

@@ -18,6 +18,7 @@ from pretrain.files import sync_folder, write_json, write_text
 
 RUN_FILE = "run.yaml"
 _RECORD = "snapshot.json"
+_GIT_S = 20.0  # that git may take to answer
 _CODE = Path(__file__).resolve().parent.parent
 _PARTS = ("pretrain", "tools", "configs", "ds_configs", "slurm", "pyproject.toml", "constraints.txt")
 
@@ -42,6 +43,14 @@ def take_snapshot(folder: Path, config: Config, job: dict[str, str]) -> None:
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"cannot write the snapshot of the code to {folder}: {error.strerror or error}.") from error
+
+
+def version_of(package: str) -> str | None:
+    """The installed version of a package; None where it was put there without saying."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def code_version() -> dict[str, Any]:
@@ -73,9 +82,9 @@ def _environment() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    """git's answer about this code, or None outside a checkout."""
+    """git's answer about this code, or None outside a checkout, and where git is not there or does not answer."""
     try:
-        done = subprocess.run(["git", "-C", str(_CODE), *arguments], capture_output=True, encoding="utf-8", check=True)
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(["git", "-C", str(_CODE), *arguments], capture_output=True, check=True, timeout=_GIT_S)
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
+    return done.stdout.decode(errors="replace").strip()

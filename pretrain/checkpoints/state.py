@@ -13,6 +13,7 @@ from pretrain.errors import UserError
 from pretrain.files import patiently, write_json
 
 _FILE = "trainer.json"
+_FORWARD_KEYS = ("methods", "order of methods", "model", "init")
 _DATA_KEYS = ("data.train", "data.shuffle", "data.packing", "data.document_attention")
 
 
@@ -69,18 +70,19 @@ def save_state(folder: Path, state: TrainerState) -> None:
     write_json(folder / _FILE, asdict(state))
 
 
-def read_matching_state(folder: Path, expected: TrainerState, changed: Sequence[str]) -> TrainerState:
+def read_matching_state(folder: Path, expected: TrainerState, changed: Sequence[str] = ()) -> TrainerState:
     """The state in a checkpoint folder. UserError names the first thing that makes it another run's than `expected`.
 
     changed: what the run file asks otherwise than the checkpoint's, to explain a refusal.
     """
-    state = _read_state(folder / _FILE)
+    state = read_state(folder)
     for key, reason in _WHY_EQUAL.items():
         stored, wanted = getattr(state, key), getattr(expected, key)
         if stored in (wanted, None):
             continue
         if key == "forward":
-            found = f"it was trained with other methods ({'; '.join(changed) or 'in another order'})"
+            of_methods = [change for change in changed if change.startswith(_FORWARD_KEYS)]
+            found = f"it was trained with other methods ({'; '.join(of_methods) or 'in another order'})"
         elif key == "data_fingerprint":
             of_data = [change for change in changed if change.startswith(_DATA_KEYS)]
             found = f"it was trained on other data ({'; '.join(of_data) or 'at the same place'})"
@@ -90,7 +92,9 @@ def read_matching_state(folder: Path, expected: TrainerState, changed: Sequence[
     return state
 
 
-def _read_state(path: Path) -> TrainerState:
+def read_state(folder: Path) -> TrainerState:
+    """The state in a checkpoint folder. UserError if it cannot be read."""
+    path = folder / _FILE
     try:
         return TypeAdapter(TrainerState).validate_json(patiently(path.read_bytes, f"reading {path}"))
     except OSError as error:

@@ -243,6 +243,7 @@ REFUSALS = {
         (*OTHER_RUN, "optimizer adamw, this run muon", "Give back optim.name"),
     ),
     "other data": (None, {"data.train": "other shards"}, 2, (*OTHER_RUN, "other token shards")),
+    "fewer steps than trained": (None, {"steps": 3}, 2, (*OTHER_RUN, "it has trained 4 steps, this run asks for 3")),
 }
 
 
@@ -301,8 +302,13 @@ def test_what_the_optimizer_is_told_anew_is_said_and_done(run_file: Path, folder
         for name, change in names.items()
     }
     ended = run_together(commands, folder.parent / "logs")
-    assert "changed since then: optim.weight_decay: 0.1 -> 50.0" in ended["fading"].stdout + ended["fading"].stderr
-    assert "changed since then" not in ended["as_before"].stdout + ended["as_before"].stderr
+    longer = "steps: 4 -> 6"
+    for name, expected in {"as_before": [longer], "fading": [longer, "optim.weight_decay: 0.1 -> 50.0"]}.items():
+        said = [line.partition("changed since then: ")[2] for line in ended[name].stdout.splitlines()]
+        assert [line[: len(key)] for line, key in zip(filter(None, said), expected, strict=True)] == expected
+        [resumed] = events(folder.with_name(name), "resumed")
+        assert [f"{change['key']}: {change['was']} -> {change['now']}" for change in resumed["changes"]] == expected
+        assert "the learning rate of step 5 is 5.00e-03" in resumed["changes"][0]["effect"]
     fading, as_before = (
         json.loads((folder.with_name(name) / "checkpoints/step_00000006/moments.json").read_text())["lm_head.weight"]
         for name in ("fading", "as_before")
