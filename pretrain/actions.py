@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
-from math import exp
+from math import exp, inf
 from pathlib import Path
 
 from pretrain.checkpoints import Saved
@@ -18,12 +19,15 @@ from pretrain.method_state import save_method_state
 from pretrain.monitor.activations import record_activations
 from pretrain.monitor.console import memory_bytes, progress_line
 from pretrain.monitor.throughput import Pace
+from pretrain.optional import optional, prepared
 from pretrain.probe import probe_logits, save_probe
 from pretrain.resilience.autopsy import Autopsies
 from pretrain.resilience.orders import Order
 from pretrain.resilience.phase import enter
 from pretrain.run import Run, load
 from pretrain.run_folder import log
+
+FINISHED_S, STOPPED_S = 60.0, 5.0  # that a run waits at its end for its tracker
 
 
 def report(run: Run, done: Step, lr: float, pace: Pace) -> None:
@@ -73,11 +77,17 @@ def evaluate(run: Run) -> None:
 
 
 def look_at_activations(run: Run) -> None:
-    """An `activations` row: the extremes of the residual stream on the fixed probe."""
+    """An `activations` row: the extremes of the residual stream on the fixed probe, of the layers where that works."""
     enter("activations")
-    with record_activations(run.engine.module) as rows:
-        probe_logits(run.engine.module, run.probe)
-    run.metrics.write("activations", run.step, layers=rows)
+    kind, failing = "activations", "the activations on the probe could not be measured"
+    with ExitStack() as hooks:
+        rows = prepared(kind, failing, lambda: hooks.enter_context(record_activations(run.engine.module)))
+        if rows is None:
+            return
+        with run.optional_pass(kind, failing):
+            probe_logits(run.engine.module, run.probe)
+    if rows:
+        run.metrics.write("activations", run.step, layers=rows)
 
 
 def save(run: Run) -> None:
@@ -128,7 +138,9 @@ def examine(run: Run, done: Step, autopsies: Autopsies, batches: list[MicroBatch
     """Say that a step was not as it should be, and look into it."""
     enter("autopsy")
     found = done.verdict
-    path = autopsies.write(run.engine, found.reason, batches)
+    path = None
+    with run.optional_pass("autopsy", f"the autopsy of step {run.step} failed"):
+        path = autopsies.write(run.engine, found.reason, batches)
     log.warning(
         f"step {run.step:>7,}  {found.kind}{', update skipped' * done.skipped}: {found.reason}"
         + f"; see {path}" * (path is not None)
@@ -200,5 +212,9 @@ def finish(run: Run, order: Order) -> None:
         reason = f"stopped by {order.stop}" + f" {saving}" * (run.step > 0)
     run.metrics.event(run.step, status, reason=reason)
     run.folder.status(status, reason)
-    run.metrics.close()  # may take long: wandb sends what it has
+    with optional("tracking", "the end of tracking has failed"):
+        stopped, watchdog_s = order.stop is not None, run.plan.config.resilience.watchdog_s
+        patience_s = STOPPED_S if stopped else FINISHED_S  # whoever stops a run may kill it soon
+        run.tracker.close(min(patience_s, (watchdog_s or inf) / 2), linger=stopped)
+    run.metrics.close()
     log.info(f"{status} at step {run.step:,}: {reason}. Run folder: {run.folder.path}")

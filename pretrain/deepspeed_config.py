@@ -55,6 +55,7 @@ _NOT_HERE = {
     "scheduler": "the run file's 'optim.schedule' sets the learning rate",
     "torch_autocast": "mixed precision comes from the 'bf16' or the 'fp16' block",
     "tensor_parallel": "set parallel.tensor in the run file",
+    "wandb": "set log.wandb in the run file",
     "activation_checkpointing": "set 'activation_checkpointing: true' in the run file",
 }
 

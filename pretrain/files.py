@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +108,15 @@ def open_cut(path: Path, size_bytes: int) -> BinaryIO:
         )
     file.truncate(size_bytes)
     return file
+
+
+def free_bytes(folder: Path) -> int | None:
+    """What the file system that holds `folder` has free; None where it does not say."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError as error:
+        log.warning(f"how much {folder} has free is not known: {error.strerror}")
+        return None
 
 
 def sync_folder(folder: Path) -> None:

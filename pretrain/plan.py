@@ -7,7 +7,6 @@ model; `--dry-run` prints it, training goes on from it.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -27,7 +26,7 @@ from pretrain.data.batches.batch import MicroBatch
 from pretrain.data.batches.loader import Loader, eval_batches
 from pretrain.deepspeed_config import accumulation_steps, deepspeed_config, read_deepspeed
 from pretrain.errors import UserError
-from pretrain.files import require_utf8
+from pretrain.files import free_bytes, require_utf8
 from pretrain.layout import Weight
 from pretrain.methods import Method
 from pretrain.model import bind_methods, hf_config, outline
@@ -243,21 +242,22 @@ def _check_disk(plan: Plan) -> None:
     existing, one = _existing_folder(plan.config), _checkpoint_bytes(plan)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"cannot write to the run folder {plan.config.folder}: {existing} is not a writable folder.")
-    free = shutil.disk_usage(existing).free
-    if free < one:
+    free = free_bytes(existing)
+    if free is not None and free < one:
         raise UserError(f"one checkpoint needs {one / 1e9:.2f} GB but {existing} has {free / 1e9:.2f} GB free.")
 
 
 def _describe_disk(plan: Plan) -> str:
-    free = shutil.disk_usage(_existing_folder(plan.config)).free
+    free = free_bytes(_existing_folder(plan.config))
     one, at_once = (
         _checkpoint_bytes(plan),
         plan.config.checkpoint.keep_last + 1,
     )  # the new one comes before the old goes
     wanted = (at_once - len(complete_checkpoints(plan.config.folder / "checkpoints"))) * one
-    return f"{one / 1e9:.2f} GB per checkpoint, up to {at_once} at a time; {free / 1e9:.1f} GB free" + (
-        f", {wanted / 1e9:.1f} GB WILL BE NEEDED" if wanted > free else ""
-    )
+    figures = f"{one / 1e9:.2f} GB per checkpoint, up to {at_once} at a time"
+    if free is None:
+        return f"{figures}; how much is free is not known"
+    return f"{figures}; {free / 1e9:.1f} GB free" + (f", {wanted / 1e9:.1f} GB WILL BE NEEDED" if wanted > free else "")
 
 
 def _checkpoint_bytes(plan: Plan) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from pretrain.method_state import load_method_state
 from pretrain.model import initialize_weights
 from pretrain.monitor.metrics import Metrics
 from pretrain.monitor.throughput import Throughput
-from pretrain.optional import optional
+from pretrain.monitor.tracker import Tracker, mode_of
+from pretrain.optional import listen, optional
 from pretrain.plan import Plan, fixed_probe, training_batches
 from pretrain.resilience.agreement import check_start
 from pretrain.resilience.autopsy import Recorder
@@ -53,6 +55,7 @@ class Run:
     recorder: Recorder
     checkpoints: Checkpoints
     metrics: Metrics
+    tracker: Tracker
     loader: Loader
     probe: torch.Tensor
     throughput: Throughput
@@ -64,6 +67,14 @@ class Run:
     def samples(self) -> range:
         """Of the run's order, those of the step that the loader has given last."""
         return range(self.loader.position - self.plan.config.data.global_batch_size, self.loader.position)
+
+    def optional_pass(self, kind: str, failing: str) -> AbstractContextManager[None]:
+        """`optional`, around forward passes, where they need no other rank: else a rank that fails must end the run.
+
+        The other ranks are in the middle of the same pass then, and wait for it.
+        """
+        together = self.plan.zero_stage == 3 or self.plan.config.parallel.tensor > 1
+        return nullcontext() if together and self.ranks.world_size > 1 else optional(kind, failing)
 
 
 def start(plan: Plan, folder: RunFolder, ranks: Ranks, orders: Orders) -> Run:
@@ -83,7 +94,8 @@ def start(plan: Plan, folder: RunFolder, ranks: Ranks, orders: Orders) -> Run:
     for method in config.methods:
         method.prepare(weights)
     folder.begin(config, state.step)
-    metrics = Metrics(config, enabled=ranks.is_first)
+    metrics = Metrics(folder.path, enabled=ranks.is_first)
+    listen(lambda kind, reason: metrics.event(folder.step, "went_without", what=kind, reason=reason))
     begun = "resumed" if state.step else "started"
     told = {"changes": [asdict(change) for change in changed]} if changed else {}
     metrics.event(state.step, begun, parameters=plan.parameters, world_size=ranks.world_size, **told)
@@ -98,6 +110,7 @@ def start(plan: Plan, folder: RunFolder, ranks: Ranks, orders: Orders) -> Run:
         recorder,
         checkpoints,
         metrics,
+        tracker=_track(plan, folder, metrics),
         loader=training_batches(plan, ranks.rank, state.samples),
         probe=on_every_rank(lambda: fixed_probe(plan)).to(ranks.device),
         throughput=Throughput(config.tokens_per_step, plan.flops_per_token, ranks.world_size, state.step),
@@ -105,6 +118,21 @@ def start(plan: Plan, folder: RunFolder, ranks: Ranks, orders: Orders) -> Run:
         saved=state.step,
         evaluation_due=state.evaluation_due and plan.corpora.val is not None,
     )
+
+
+def _track(plan: Plan, folder: RunFolder, metrics: Metrics) -> Tracker:
+    """The run's tracker, which does nothing on ranks other than 0."""
+    told = {
+        "tracking_off": "tracking is off: {}. The run goes on, its rows are in metrics.jsonl; tried again now and then",
+        "tracking_on": "tracking is on again: {}",
+    }
+
+    def tell(event: str, about: str) -> None:
+        log.warning(told[event].format(about.rstrip(".")))
+        metrics.event(folder.step, event, reason=about)
+
+    mode = mode_of(plan.config.log.wandb) if folder.ranks.is_first else "disabled"
+    return Tracker(folder.path, mode, tell)
 
 
 def load(plan: Plan, engine, checkpoints: Checkpoints, found: Path) -> TrainerState:

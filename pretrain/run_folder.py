@@ -9,9 +9,9 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -22,7 +22,9 @@ from pretrain.data.contents import read_json
 from pretrain.distributed import Ranks, all_gather_object, from_first_rank, on_every_rank
 from pretrain.errors import UserError
 from pretrain.files import NO_LOCKS, write_json, write_text
-from pretrain.snapshot import code_version
+from pretrain.monitor.lines import LogFile
+from pretrain.optional import optional
+from pretrain.snapshot import code_version, version_of
 
 log = logging.getLogger("evenkeel")
 
@@ -45,10 +47,11 @@ class RunFolder:
     def begin(self, config: Config, step: int) -> None:
         """Record what runs here, once nothing can refuse it any more."""
         self.step, self.begun = step, True
-        environment = _environment(all_gather_object(f"{socket.gethostname()} {_device_name()}"))
+        hosts = all_gather_object(f"{socket.gethostname()} {_fact(_device_name)}")
         if self.ranks.is_first:
             write_text(self.path / "config.yaml", config.to_yaml())
-            write_json(self.path / "environment.json", environment)
+            with optional("environment", "environment.json could not be written"):
+                write_json(self.path / "environment.json", _environment(hosts))
         self.status("running")
 
     def status(self, status: str, reason: str = "") -> None:
@@ -131,27 +134,31 @@ def _log_to(path: Path, console: bool) -> None:
     log.handlers.clear()
     log.setLevel(logging.INFO)
     log.propagate = False
-    handlers: list[logging.Handler] = [
-        logging.FileHandler(path, encoding="utf-8", errors="backslashreplace"),
-        logging.StreamHandler(sys.stdout),
-    ]
-    if not console:
-        handlers[1].setLevel(logging.ERROR)
-    handlers[0].setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
-    for handler in handlers:
-        log.addHandler(handler)
+    file = LogFile(path)
+    file.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+    log.addHandler(file)
+    on_console = logging.StreamHandler(sys.stdout)
+    on_console.setLevel(logging.INFO if console else logging.ERROR)
+    log.addHandler(on_console)
 
 
 def _environment(hosts: list[str]) -> dict:
     return {
         "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "platform": _fact(platform.platform),
+        "packages": {name: version_of(name) for name in _PACKAGES},
         "cuda": torch.version.cuda,
         "ranks": hosts,
         **code_version(),
         "command": [masked(word) for word in sys.argv],
     }
+
+
+def _fact(find: Callable[[], str]) -> str | None:
+    """What `find` finds; None, which is said, where it fails."""
+    with optional("environment", "a fact about the environment is not known"):
+        return find()
+    return None
 
 
 def _device_name() -> str:

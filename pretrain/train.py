@@ -51,8 +51,10 @@ from pretrain.distributed import (
 from pretrain.endings import end_alone, end_badly, refuse
 from pretrain.engine import train_step
 from pretrain.errors import MACHINE_FAULT, SharedUserError, UserError
+from pretrain.monitor import tracker
 from pretrain.monitor.weights import WeightMonitor
 from pretrain.optim import learning_rate
+from pretrain.optional import optional
 from pretrain.plan import Plan, describe_plan, make_plan
 from pretrain.precision import check_accelerator
 from pretrain.resilience.agreement import check_start, check_step
@@ -86,6 +88,8 @@ def train(plan: Plan, folder: RunFolder, ranks: Ranks) -> None:
     while run.step < total or run.evaluation_due:
         order = orders.before_step(run.loader, run.step + 1)
         publish(run)
+        with optional("tracking", "the tracking could not be looked after"):
+            run.tracker.look()
         if order.stop:
             break
         if order.save:
@@ -107,7 +111,8 @@ def train(plan: Plan, folder: RunFolder, ranks: Ranks) -> None:
         if facts:
             run.metrics.write("weights", step, **facts)
         if due(step, config.log.interval_steps, total):
-            report(run, done, lr, run.throughput.lap(step, total, run.loader.wait_s))
+            with optional("report", "a report could not be made"):
+                report(run, done, lr, run.throughput.lap(step, total, run.loader.wait_s))
         run.throughput.pause()
         if done.verdict.kind in ("spike", "not finite"):
             examine(run, done, autopsies, batches)
@@ -144,6 +149,8 @@ def dry_run(config: Config) -> None:
     if rank_from_environment() == 0:
         plan = make_plan(config, int(os.environ["WORLD_SIZE"]))
         print(describe_plan(plan))
+        if tracker.mode_of(config.log.wandb) != "disabled":
+            print(f"tracking  {tracker.describe(config.log.wandb)}")
         print("\n" + describe_weights(plan.weights, plan.config, plan.model_config.initializer_range))
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -311,6 +312,14 @@ class Runs:
         self.folder = self.out / "whole"
 
 
+def wait_for(condition: Callable[[], object]) -> None:
+    """wandb's process goes on by itself where the run has failed."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def hold_secrets() -> None:
     os.environ.update(SECRETS)
 
@@ -335,7 +344,7 @@ def test_secrets_of_the_environment_are_in_no_file_and_no_output(runs: Runs) -> 
     assert runs.broken.code == 1
     assert "broken on purpose" in status(runs.out / "broken")["reason"]
     for ended, name in ((runs.whole, "whole"), (runs.broken, "broken")):
-        assert list((runs.out / name / "wandb").glob("offline-run-*/*.wandb"))
+        wait_for(lambda name=name: list((runs.out / name / "wandb").glob("offline-run-*/*.wandb")))
         files = [path for path in (runs.out / name).rglob("*") if path.is_file()]
         assert len(files) > 8
         for secret in SECRETS.values():

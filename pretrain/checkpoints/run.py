@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -33,7 +32,7 @@ from pretrain.checkpoints.writing import Entries, Writing, told
 from pretrain.config import CheckpointSection
 from pretrain.distributed import Ranks, all_gather_object, control_group, from_first_rank, on_every_rank
 from pretrain.errors import SharedUserError, UserError
-from pretrain.files import patiently, sync_folder, write_text
+from pretrain.files import free_bytes, patiently, sync_folder, write_text
 from pretrain.shard_notes import notes_on, save_notes
 
 Result = TypeVar("Result")
@@ -154,15 +153,14 @@ class Checkpoints:
         own = [path for path in self._own() if path not in self._of_others]
         return self._newest_whole([path for path in own if step_of(path) <= step])[0]
 
-    def load(self, path: Path, engine, expected: TrainerState, changed: Sequence[str] = ()) -> TrainerState:
+    def load(self, path: Path, engine, expected: TrainerState) -> TrainerState:
         """Load weights, optimizer and random states into an engine, new or under way; returns the stored state.
 
-        The optimizer's options (weight decay, betas, ...) stay those of this run. changed: what the run file asks
-        otherwise than the checkpoint's, to explain a refusal. Raises UserError, on every rank and before anything is
-        loaded, naming the first difference where the checkpoint belongs to another run than `expected` (whose step and
-        samples are not compared), or the file that cannot be read safely.
+        The optimizer's options (weight decay, betas, ...) stay those of this run. Raises UserError, on every rank and
+        before anything is loaded, naming the first difference where the checkpoint belongs to another run than `expected`
+        (whose step and samples are not compared), or the file that cannot be read safely.
         """
-        state = on_every_rank(lambda: read_matching_state(path, expected, changed))
+        state = on_every_rank(lambda: read_matching_state(path, expected))
         files = on_every_rank(lambda: read_shards(engine, path))
         states = on_every_rank(lambda: read_safely(path / _random_file(self.ranks)))
         load_shards(engine, path, files)
@@ -175,8 +173,8 @@ class Checkpoints:
             return
         try:
             delete_leftovers(self.folder)
-            free = shutil.disk_usage(self.folder.parent).free
-            if free < (needed := bytes_of(engine)):
+            free = free_bytes(self.folder.parent)
+            if free is not None and free < (needed := bytes_of(engine)):
                 raise UserError(
                     f"the checkpoint needs {needed / 1e9:.2f} GB but {self.folder} has {free / 1e9:.2f} GB free. "
                     "The older checkpoints are intact; free space and start the same command again."

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 import torch
 
+from pretrain.optional import optional
+
 Rows = list[dict[str, float]]
 
 
@@ -30,9 +32,17 @@ def _statistics(hidden: torch.Tensor) -> dict[str, float]:
 
 @contextmanager
 def record_activations(model: torch.nn.Module):
-    """While open, each forward pass appends one row per decoder block (`layer` counted from 1) to the yielded list."""
+    """While open, each forward pass appends one row per decoder block (`layer` counted from 1) to the yielded list.
+
+    A block whose statistics fail is left out: other ranks may be in the same pass, and must not be left waiting.
+    """
     rows: Rows = []
-    handles = _after_blocks(model, lambda layer, hidden: rows.append({"layer": layer, **_statistics(hidden)}))
+
+    def note(layer: int, hidden: torch.Tensor) -> None:
+        with optional("activations", f"the activations of layer {layer} could not be measured"):
+            rows.append({"layer": layer, **_statistics(hidden)})
+
+    handles = _after_blocks(model, note)
     try:
         yield rows
     finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from pretrain.config import Config
 from pretrain.data.contents import content_hash, read_json
 from pretrain.files import checksum
 from pretrain.plan import Plan
+from pretrain.snapshot import version_of
 
 _LIBRARIES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy", "safetensors")
 # They change what is computed, or which collectives a rank joins.
@@ -31,7 +31,7 @@ def facts_of_process(config: Config) -> Facts:
         "file": code(Path(pretrain.__file__).parent),
         "version of": {
             "python": platform.python_version(),
-            **{name: metadata.version(name) for name in _LIBRARIES},
+            **{name: version_of(name) for name in _LIBRARIES},
             "cuda": torch.version.cuda,
         },
         "device": _device(),

@@ -13,15 +13,14 @@ from typing import Any
 from pretrain.config import Config
 from pretrain.data.batches.batch import MicroBatch
 from pretrain.distributed import Ranks
-from pretrain.errors import UserError
 from pretrain.files import sync_folder, write_json, write_text
 from pretrain.layout import Weight
 from pretrain.loss import CROSS_ENTROPY
+from pretrain.optional import optional
 from pretrain.resilience.autopsy import report
 from pretrain.resilience.autopsy.batch import Batch, read_batch, sequence_losses
 from pretrain.resilience.autopsy.parts import measures, update_ratio
 from pretrain.resilience.autopsy.recorder import Figures, Recorder
-from pretrain.run_folder import log
 
 KEPT = 20  # of a run: a spike a day for three weeks
 _COMPLETE = re.compile(r"step_\d{8,}(_\d+)?")
@@ -50,15 +49,11 @@ class Autopsies:
         self._newest = now
         steps = self.recorder.figures()
         losses = sequence_losses(engine, micro_batches, self.config.parallel.tensor, self.ranks)
-        if not self.ranks.is_first:
-            return None
-        try:
-            return self._write(steps, reason, losses)
-        except (OSError, UserError) as error:
-            log.warning(f"the autopsy of step {now} could not be written to {self.folder}: {error}")
-        except Exception:
-            log.exception(f"the autopsy of step {now} failed")
-        return None
+        path = None
+        if self.ranks.is_first:
+            with optional("autopsy", f"the autopsy of step {now} could not be written to {self.folder}"):
+                path = self._write(steps, reason, losses)
+        return path
 
     def _write(self, steps: list[Figures], reason: str, losses: list[float | None]) -> Path:
         with read_batch(self.config, steps[-1].samples, losses) as batch:

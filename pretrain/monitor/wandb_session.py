@@ -1,0 +1,173 @@
+"""Brings the rows of a run into wandb, in a process of its own: nothing that wandb does or waits for reaches training.
+
+    python -m pretrain.monitor.wandb_session RUN_FOLDER MODE      # started by pretrain/monitor/tracker.py
+
+`metrics.jsonl` is the truth, and wandb follows it. Row number n of those that are no events is wandb's step n, so wandb's
+own count says which rows it has: those that a server, or the offline files of the run folder, hold are not given again.
+Imports no torch: it starts in the time that wandb takes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import select
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pretrain import startup
+from pretrain.errors import UserError, first_line
+from pretrain.files import write_text
+from pretrain.monitor.wandb_files import steps_in_files
+
+INIT_S = 30  # that wandb may take to begin
+POLL_S = 2.0
+LINGER_S = 60  # that the rest of the rows may take once the trainer is gone
+_EVENT = b'{"kind": "event"'
+# wandb reads its settings from the environment, and passes over those that its version does not know.
+_SETTINGS = {"WANDB_CONSOLE": "off", "WANDB_INIT_TIMEOUT": str(INIT_S), "WANDB__TRANSACTION_LOG_FLUSH_INTERVAL": "2"}
+
+
+class Rows:
+    """The rows of `metrics.jsonl` but for events, numbered from 0, in the order in which they come."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset, self.count = path, 0, 0
+
+    def new(self, first: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Those that are whole and have not been looked at yet, from number `first` on."""
+        if not self._path.exists():
+            return
+        with open(self._path, "rb") as file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                self._offset += len(line)
+                if line.startswith(_EVENT):
+                    continue
+                number, self.count = self.count, self.count + 1
+                if number >= first:
+                    yield number, json.loads(line)
+
+
+class Session:
+    """One wandb run under way, the same one at every start of the run: its id is in `wandb_id` in the run folder."""
+
+    def __init__(self, folder: Path, mode: str) -> None:
+        """mode: online or offline. Takes up to INIT_S seconds, and raises whatever wandb raises."""
+        for name, value in _SETTINGS.items():
+            os.environ.setdefault(name, value)
+        import wandb
+
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        id_file = folder / "wandb_id"
+        if not id_file.exists():
+            write_text(id_file, uuid.uuid4().hex[:12])
+        run_id = id_file.read_text(encoding="utf-8").strip()
+        self._rows = Rows(folder / "metrics.jsonl")
+        self._run = wandb.init(
+            project=config["log"]["wandb"]["project"],
+            name=config["name"],
+            id=run_id,
+            resume="allow",
+            dir=str(folder),
+            mode=mode,
+            config=config,
+        )
+        self._run.define_metric("*", step_metric="step")
+        self.first = self._run.starting_step if mode == "online" else steps_in_files(folder, run_id)
+        self.place = self._run.url if mode == "online" else Path(self._run.dir).parent
+
+    def send(self) -> int:
+        """Give wandb the rows that it has not got yet; returns how many."""
+        sent = 0
+        for number, row in self._rows.new(self.first):
+            values = {key: value for key, value in row.items() if key not in ("kind", "step", "time")}
+            known = {"step": row["step"], "_timestamp": row["time"]}
+            self._run.log({**known, **flat({row["kind"]: values})}, step=number, commit=True)
+            sent += 1
+        return sent
+
+    def finish(self, exit_code: int = 0) -> None:
+        """Wait until wandb has all rows where they belong. exit_code: of the run."""
+        self._run.finish(exit_code=exit_code)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested names joined by slashes, as wandb groups them; the rows of a list go by their layer."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, list):
+            value = {str(row["layer"]): row for row in value}
+        if isinstance(value, dict):
+            found.update(flat(value, f"{prefix}{key}/"))
+        elif isinstance(value, int | float | bool):
+            found[prefix + key] = value
+    return found
+
+
+@contextmanager
+def alone(folder: Path, patience_s: float) -> Iterator[None]:
+    """Hold the run's place in wandb. UserError if another process does so for longer than `patience_s`."""
+    deadline = time.monotonic() + patience_s
+    with open(folder / ".wandb_lock", "w", encoding="utf-8") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(f"another process brings {folder} into wandb right now: wait for it.") from None
+                time.sleep(0.2)
+        yield
+
+
+def follow(folder: Path, mode: str, say: Callable[..., None]) -> None:
+    """Give wandb each row as it comes, until the trainer closes stdin or is gone; then the rest, within LINGER_S."""
+    with alone(folder, LINGER_S):
+        session = Session(folder, mode)
+        say(on=str(session.place))
+        while not select.select([sys.stdin], [], [], POLL_S)[0]:
+            session.send()
+        threading.Timer(LINGER_S, os._exit, [1]).start()
+        session.send()
+        session.finish(_exit_code(folder))
+
+
+def _exit_code(folder: Path) -> int:
+    """That of the run, as its status says."""
+    return json.loads((folder / "status.json").read_text(encoding="utf-8")).get("exit_code", 0)
+
+
+def main() -> None:
+    startup.begin()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the trainer says when to end, or its end does
+    channel = os.dup(1)
+    os.dup2(2, 1)
+
+    def say(**message: str) -> None:
+        with suppress(BrokenPipeError):  # the trainer may be gone
+            os.write(channel, json.dumps(message).encode() + b"\n")
+
+    try:
+        follow(Path(sys.argv[1]), sys.argv[2], say)
+    except BaseException as error:  # wandb also raises SystemExit
+        say(off=first_line(error))
+        os._exit(1)
+    os._exit(0)  # what wandb would do at exit waits for a server that may be away
+
+
+if __name__ == "__main__":
+    main()
