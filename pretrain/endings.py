@@ -97,4 +97,4 @@ def _explain(error: Exception, ranks: Ranks) -> tuple[int, str]:
     phase = current()
     if ranks.world_size > 1 and _tells_of_a_lost_peer(error):
         return MACHINE_FAULT, f"lost another rank in '{phase.name}' of step {phase.step} ({first_line(error)})"
-    return OTHER, f"{error!r} in '{phase.name}' of step {phase.step}"
+    return OTHER, f"{repr(error)[:500]} in '{phase.name}' of step {phase.step}"

@@ -6,13 +6,16 @@ It imports no library, as what loads one before `begin` may find another's modul
 from __future__ import annotations
 
 import atexit
+import codecs
 import errno
 import io
+import locale
 import os
 import select
 import shutil
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TextIO
 
@@ -45,6 +48,9 @@ class Console(io.FileIO):
 
 def begin() -> None:
     """Prepare this process for a script's work. To be called once, first of all."""
+    _take_text_as_utf8()
+    if any(option.startswith("error") for option in sys.warnoptions):
+        warnings.simplefilter("default")  # what a library warns of is said, and ends nothing
     # Python looks for modules beside the script first: others' imports of `config` or `distributed` would get ours.
     sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() not in _OF_SCRIPTS]
     for descriptor in range(3):
@@ -63,6 +69,20 @@ def lost_output() -> str | None:
     buffer = getattr(sys.stdout, "buffer", None)
     failure = getattr(getattr(buffer, "raw", buffer), "failure", None)
     return None if failure is None or failure.errno == errno.EPIPE else failure.strerror
+
+
+def _take_text_as_utf8() -> None:
+    """Start this program again in Python's UTF-8 mode where the locale has another encoding.
+
+    Libraries read their own files as the locale says, and file names and arguments would be taken apart by it. What is
+    shown stays in the encoding of the terminal.
+    """
+    if sys.flags.utf8_mode or codecs.lookup(locale.getpreferredencoding(False)).name == "utf-8":
+        return
+    if sys.stdout is not None:
+        os.environ.setdefault("PYTHONIOENCODING", sys.stdout.encoding)
+    os.environ["PYTHONUTF8"] = "1"  # for processes that this one starts
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def _make_home() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import sys
@@ -103,6 +104,14 @@ def test_workers_start_below_a_long_tmpdir_and_beside_foreign_modules(tmp_path: 
     assert not list(temporary.iterdir())
 
 
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_arguments_are_utf_8_in_any_locale(locale: str, tmp_path: Path) -> None:
+    variables = ASCII | {"LC_ALL": locale, "PYTHONIOENCODING": "utf-8"}
+    ended = run([INSPECT, "--corpus", "σ"], tmp_path, variables)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: 'σ' is not a folder of finished token shards")
+
+
 @pytest.fixture(scope="module")
 def document(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> list:
     """The command that prints a text of many lines in Greek letters, which the tiny tokenizer has byte by byte."""
@@ -165,3 +174,33 @@ def test_a_process_without_a_home_gets_one_that_ends_with_it() -> None:
 def test_a_home_that_is_there_stays(tmp_path: Path) -> None:
     ask = "import os\nfrom pretrain import startup\nstartup.begin()\nprint(os.environ['HOME'])"
     assert launch([sys.executable, "-c", ask], {"HOME": str(tmp_path)}).stdout == f"{tmp_path}\n"
+
+
+def test_a_run_goes_to_its_end_where_everything_around_it_is_odd(run_file: Path, tmp_path: Path) -> None:
+    """Libraries read their own files as the locale says, warn, ask for a home and for names of users, and print."""
+    (tmp_path / "odd.yaml").write_text(run_file.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    temporary = tmp_path / "/".join(["job_directory_of_the_scheduler"] * 4)
+    temporary.mkdir(parents=True)
+    variables = ASCII | {
+        "TMPDIR": str(temporary),
+        "TZ": "Nowhere/Bad",
+        "OMP_NUM_THREADS": "1",
+        "PATH": os.environ["PATH"],
+    }
+    variables |= {"PYTHONWARNINGS": "error", "PYTHONOPTIMIZE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    variables |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+    words = f"{sys.executable} {TRAIN} --config odd.yaml --set name=σ --set out=runs --set steps=2"
+    ended = subprocess.run(
+        ["bash", "-c", f"umask 077; ulimit -n 64; {words} | head -n 1; echo ${{PIPESTATUS[0]}}"],
+        cwd=tmp_path,
+        env=variables,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=480,
+    )
+    said, code = ended.stdout.splitlines()
+    assert said.startswith("rank 0 of 1 on ")
+    assert code == "0", ended.stderr[-3000:]
+    status = json.loads((tmp_path / "runs/σ/status.json").read_bytes())
+    assert (status["status"], status["step"]) == ("finished", 2)
+    assert "finished at step 2" in (tmp_path / "runs/σ/log.txt").read_text(encoding="utf-8")
