@@ -6,6 +6,7 @@ section's docstring says what its keys mean. `docs/configuration.md` shows a who
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from functools import reduce
@@ -109,9 +110,12 @@ class DataSection(Values):
     @field_validator("train")
     @classmethod
     def _each_source_once(cls, sources: tuple[SourceSection, ...]) -> tuple[SourceSection, ...]:
-        paths = [source.path.rstrip("/") for source in sources]
-        if twice := sorted({path for path in paths if paths.count(path) > 1}):
-            raise ValueError(f"lists {', '.join(twice)} more than once: give it one entry with the sum of the weights")
+        names: dict[str, list[str]] = {}
+        for source in sources:
+            path = source.path.removeprefix("file://")
+            names.setdefault(path.rstrip("/") if "://" in path else os.path.realpath(path), []).append(source.path)
+        if twice := [f"{first} more than once (as {', '.join(others)})" for first, *others in names.values() if others]:
+            raise ValueError(f"lists {', '.join(twice)}: give it one entry with the sum of the weights")
         return sources
 
     @field_serializer("train")

@@ -33,7 +33,6 @@ import re
 
 from pretrain import cli, typed
 from pretrain.data.prepare import merge, prepare
-from pretrain.data.text.sources import open_source
 from pretrain.data.tokenizer import load_tokenizer_facts
 from pretrain.data.tokens import TokenShards, open_shards
 from pretrain.errors import UserError
@@ -50,6 +49,7 @@ _TAKES = {
     "import": {"shard_tokens", "dtype"},
     "export": set(),
 }
+_LEFT_OUT = {"empty": "empty texts", "filtered": "by --filter", "bad": "without text or unreadable"}
 _TEXT_NEEDS = {"source", "tokenizer", "out"}
 
 
@@ -68,17 +68,10 @@ def main() -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    source = open_source(
-        options.source,
-        text_field=options.text_field,
-        subset=options.subset,
-        split=options.split,
-        filters=options.filters,
-        part=options.part,
-    )
+    tokenizer = load_tokenizer_facts(options.tokenizer)
     shards = prepare(
-        source,
-        load_tokenizer_facts(options.tokenizer),
+        cli.open_source_of(options, part=options.part),
+        tokenizer,
         options.out,
         val_fraction=options.val_fraction,
         held_out_fraction=options.held_out_fraction,
@@ -88,6 +81,7 @@ def _prepare(options: argparse.Namespace) -> None:
         shuffle_seed=options.shuffle,
         part=options.part,
         skip_unreadable=options.skip_unreadable,
+        max_bad_share=options.max_bad_records,
     )
     _summarise(options.out, shards)
 
@@ -121,8 +115,11 @@ def _summarise(out: Path, shards: dict[str, TokenShards]) -> None:
             f"  {split:8} {held.tokens:>15,} tokens {held.documents:>12,} documents {len(held.shards):>6} shards "
             f"{bytes_per_token:.2f} bytes of text per token"
         )
-    if unreadable := shards["train"].manifest.get("unreadable"):
-        print(f"  left out {len(unreadable)} unreadable places, see `unreadable` in the manifests")
+    manifest = shards["train"].manifest
+    left_out = manifest.get("left_out", {})
+    if gone := [f"{left_out[key]:,} {words}" for key, words in _LEFT_OUT.items() if left_out.get(key)]:
+        named = " (named in the manifests, under `unreadable`)" if manifest.get("unreadable") else ""
+        print(f"  left out, of {left_out['records']:,} records: {', '.join(gone)}{named}")
     for split in shards.keys() - {"train"}:
         if not shards[split].tokens:
             option = f"--{split.replace('_', '-')}-fraction"
@@ -158,11 +155,6 @@ def _parser() -> argparse.ArgumentParser:
         type=_part,
         metavar="I/N",
         help="prepare only the I-th (from 0) of N shares of the files, beside others who prepare theirs; then --merge",
-    )
-    parser.add_argument(
-        "--skip-unreadable",
-        action="store_true",
-        help="leave out what is damaged, and name it in the manifests; also to go on where it stopped a preparation",
     )
     parser.add_argument("--merge", action="store_true", help="join all the parts in --out")
     parser.add_argument("--import", choices=FORMATS, help="make shards of the token files --source")

@@ -18,13 +18,17 @@ startup.begin()
 
 import argparse
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 
 from pretrain import cli, typed
 from pretrain.data.bpe import tokenizer_from_sentencepiece, train_bpe
 from pretrain.data.contents import read_json
-from pretrain.data.text.sources import Source, open_source
+from pretrain.data.text import Source
+from pretrain.data.text.blocks import texts_of
+from pretrain.data.text.faults import Fault, Tally, advice_on
+from pretrain.data.text.omissions import Omissions
 from pretrain.errors import UserError
 from pretrain.files import require_utf8, write_json
 
@@ -34,18 +38,17 @@ RECORD = "training.json"
 def main() -> None:
     options = _parse()
     require_utf8(options.out, "--out")
-    source = open_source(
-        options.source,
-        text_field=options.text_field,
-        subset=options.subset,
-        split=options.split,
-        filters=options.filters,
-    )
+    source = cli.open_source_of(options)
     settings = {"source": source.description, "vocab_size": options.vocab_size, "max_bytes": options.max_bytes}
     if _is_made(options.out, settings):
         print(f"complete already: {options.out}")
         return
-    model = train_bpe(_sample(source, settings["max_bytes"]), options.vocab_size)
+    omissions = Omissions(source.files, options.max_bad_records)
+    try:
+        texts = _sample(source, settings["max_bytes"], omissions, options.skip_unreadable)
+        model = train_bpe(texts, options.vocab_size)
+    except Fault as error:
+        raise advice_on(error, omissions.good + error.before) from error
     _export(model, settings, options.out)
     print(f"complete: {options.out} ({options.vocab_size} tokens)")
 
@@ -61,15 +64,23 @@ def _is_made(out: Path, settings: dict) -> bool:
     )
 
 
-def _sample(source: Source, max_bytes: int) -> Iterator[str]:
+def _sample(source: Source, max_bytes: int, omissions: Omissions, skip_unreadable: bool) -> Iterator[str]:
     """Texts from the start of the source until they add up to `max_bytes` of UTF-8."""
+    print(source.listing, file=sys.stderr, flush=True)
     taken = 0
-    for text in source.texts():
-        content = text.encode("utf-8", "replace")
-        yield content.decode()
-        taken += len(content)
+    for block in source.blocks():
+        tally = Tally()
+        for text in texts_of(block, tally, skip_unreadable):
+            content = text.encode("utf-8", "replace")
+            yield content.decode()
+            taken += len(content)
+            if taken >= max_bytes:
+                break
+        omissions.add(tally)
         if taken >= max_bytes:
-            return
+            source.check_unchanged()
+            break
+    omissions.close()
 
 
 def _export(model: bytes, settings: dict, out: Path) -> None:

@@ -7,7 +7,9 @@ all such pairs in that order makes the `tokenizers` library do the same, so no S
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +24,8 @@ if TYPE_CHECKING:
 
 SPACE = "▁"  # how SentencePiece writes a space inside a piece
 WORDS = f"\n|{SPACE}+[^{SPACE}\n]*|[^{SPACE}\n]+"
-MAX_LINE_BYTES = 16384  # longer lines are data rather than language, and training leaves them out
+MAX_LINE_BYTES = 16384  # what SentencePiece takes as one sentence; it drops longer ones, so they are cut before it
+_RESERVED = "\u2585"  # with which SentencePiece writes the unknown; it drops sentences that hold it
 
 # Text on which two tokenizers that differ in how they treat spaces, digits, case or Unicode give different ids.
 PROBE = (
@@ -35,12 +38,17 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> bytes:
     """A serialised SentencePiece BPE of exactly `vocab_size` pieces: unk, bos, eos, 256 bytes, then what it learnt.
 
     Text keeps its exact form: no normalisation, no added space, runs of spaces kept, unknown characters as bytes.
-    Newlines are never inside a piece, digits stand alone. The same documents give the same bytes.
+    Newlines are never inside a piece, digits stand alone. The same documents give the same bytes. What `documents`
+    raises is raised here; UserError if they hold no text, or too little for the vocabulary.
     """
+    return _interruptibly(lambda sentences: _train(sentences, vocab_size), _lines(documents))
+
+
+def _train(sentences: _Kept, vocab_size: int) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(documents),
+            sentence_iterator=iter(sentences),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -54,11 +62,61 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
+        if sentences.error is not None:  # SentencePiece makes one of its own of it
+            raise sentences.error from None
+        if not sentences.taken:
+            raise UserError("the source holds no text, so there is nothing to learn a vocabulary from.") from error
         raise UserError(
             f"SentencePiece cannot make a vocabulary of {vocab_size} from this text: {error}. A vocabulary holds 259 "
             "fixed tokens, the characters of the text and its merges; choose another --vocab-size or give more text."
         ) from error
     return model.getvalue()
+
+
+class _Kept:
+    """An iterable whose error is kept, and which can be ended from another thread."""
+
+    def __init__(self, items: Iterable[str]) -> None:
+        self._items = items
+        self.taken = 0
+        self.error: BaseException | None = None
+        self.is_ended = False
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for item in self._items:
+                if self.is_ended:
+                    raise KeyboardInterrupt
+                self.taken += 1
+                yield item
+        except BaseException as error:
+            self.error = error
+            raise
+
+
+def _interruptibly(train: Callable[[_Kept], bytes], sentences: Iterable[str]) -> bytes:
+    """`train` in a thread: SentencePiece works for minutes without looking whether the user wants it to end."""
+    kept = _Kept(sentences)
+    results: list[bytes] = []
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            results.append(train(kept))
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        thread.join()
+    except BaseException:
+        kept.is_ended = True  # while it still takes text; later it goes down with this process
+        thread.join(1.0)
+        raise
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def tokenizer_from_sentencepiece(model_file: Path) -> PreTrainedTokenizerFast:
@@ -161,5 +219,31 @@ def _check_equal_ids(
 
 
 def _lines(documents: Iterable[str]) -> Iterator[str]:
+    """The lines of the documents as SentencePiece takes them in, none of which it drops."""
+    cut = 0
     for document in documents:
-        yield from filter(None, document.split("\n"))
+        for line in document.split("\n"):
+            pieces = [piece for part in line.split(_RESERVED) for piece in _short_enough(part)]
+            cut += len(pieces) > 1
+            yield from filter(None, pieces)
+    if cut:
+        print(
+            f"cut {cut:,} lines that SentencePiece would drop into shorter ones: they have more than {MAX_LINE_BYTES:,} "
+            f"bytes, or the character {_RESERVED} in them",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _short_enough(line: str) -> Iterator[str]:
+    """`line`, in pieces if it has more than MAX_LINE_BYTES; cut before spaces where there are any."""
+    longest = MAX_LINE_BYTES // 4  # of the characters, which have four bytes at most
+    if len(line) <= longest or len(line.encode()) <= MAX_LINE_BYTES:
+        longest = len(line)
+    start = 0
+    while len(line) - start > longest:
+        stop = line.rfind(" ", start + 1, start + longest)
+        stop = stop if stop > 0 else start + longest
+        yield line[start:stop]
+        start = stop
+    yield line[start:]

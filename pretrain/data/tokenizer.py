@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from pretrain.data.bpe import PROBE, tokenizer_from_sentencepiece
 from pretrain.data.contents import content_hash, read_json
+from pretrain.data.declared import check_declared
 from pretrain.errors import UserError, first_line
 from pretrain.files import require_utf8
 
@@ -65,12 +66,14 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds here, from OSError to plain Exception
         raise UserError(
             f"cannot load a tokenizer from the folder '{path}': {first_line(error)}. "
             "It should hold tokenizer.json and tokenizer_config.json, as `save_pretrained` writes them."
         ) from error
+    check_declared(path, tokenizer.get_vocab())
+    return tokenizer
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -126,6 +129,7 @@ def _facts_of_files(folder: Path) -> TokenizerFacts | None:
     if "eos_token" not in named or not {*named.values(), *_other_tokens(config)} <= added.keys():
         return None
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    check_declared(folder, vocabulary)
     special_ids = [added.get(named.get(name)) for name in ("unk_token", "bos_token", "eos_token")]
     return TokenizerFacts(
         backend=backend,

@@ -75,7 +75,7 @@ def test_a_vocabulary_that_the_text_cannot_fill_is_refused() -> None:
         train_bpe(["only a few words"], 5000)
     with pytest.raises(UserError, match="vocabulary of 100"):
         train_bpe(["only a few words"], 100)
-    with pytest.raises(UserError, match="vocabulary of 1000"):
+    with pytest.raises(UserError, match="holds no text"):
         train_bpe([], 1000)
 
 

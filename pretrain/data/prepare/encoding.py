@@ -15,8 +15,9 @@ import xxhash
 
 from pretrain.data.prepare.backends import SAMPLE_CHARACTERS, choose_backend, open_backend, reraise_interrupts
 from pretrain.data.prepare.workers import map_in_order
-from pretrain.data.text.blocks import Block, Unreadable, readable_texts
+from pretrain.data.text.blocks import Block, texts_of
 from pretrain.data.text.documents import cut_long
+from pretrain.data.text.faults import Tally
 from pretrain.data.text.sources import Source
 
 UNIT_BYTES = 1 << 21
@@ -77,24 +78,19 @@ class Encoder:
     backend: str = "tokenizers"
     skip_unreadable: bool = False
 
-    def __call__(self, blocks: Iterable[Block]) -> tuple[dict[str, Encoded], list[Unreadable]]:
+    def __call__(self, blocks: Iterable[Block]) -> tuple[dict[str, Encoded], Tally]:
         """The documents of each of SPLITS, and what was left out."""
         contents: dict[str, list[bytes]] = {split: [] for split in SPLITS}
         files: dict[str, list[int]] = {split: [] for split in SPLITS}
-        faults: list[Unreadable] = []
+        tally = Tally()
         for block in blocks:
-            for text in self.texts(block, faults):
+            for text in texts_of(block, tally, self.skip_unreadable):
                 for document in cut_long(text):
-                    if document:
-                        content = document.encode("utf-8", "replace")
-                        split = self._split_of(content)
-                        contents[split].append(content)
-                        files[split].append(block.file)
-        return {split: self._encode(contents[split], files[split]) for split in SPLITS}, faults
-
-    def texts(self, block: Block, faults: list[Unreadable]) -> list[str]:
-        """The texts of `block`; what is damaged raises Unreadable, or is left out and added to `faults`."""
-        return readable_texts(block, faults) if self.skip_unreadable else block.texts()
+                    content = document.encode("utf-8", "replace")
+                    split = self._split_of(content)
+                    contents[split].append(content)
+                    files[split].append(block.file)
+        return {split: self._encode(contents[split], files[split]) for split in SPLITS}, tally
 
     def _split_of(self, content: bytes) -> str:
         """By the text alone: adding files moves no document, and copies of a text are never on both sides.
@@ -139,38 +135,36 @@ def units(source: Source) -> Iterator[Unit]:
         yield Unit(blocks, source.cursor(), source.read_bytes())
 
 
-def encode_in_order(
-    encoder: Encoder, source: Source, workers: int
-) -> Iterator[tuple[Unit, dict[str, Encoded], list[Unreadable]]]:
+def encode_in_order(encoder: Encoder, source: Source, workers: int) -> Iterator[tuple[Unit, dict[str, Encoded], Tally]]:
     """Each unit of the source, its tokens and what was left out; a few units per worker are in memory at once.
 
-    UserError for a unit that cannot be read, and for one that again and again ends the process that encodes it.
+    A Fault of what is not to be left out; UserError for a unit that again and again ends the process that encodes it.
     """
     rest = units(source)
     for first in rest:
-        choice = choose_backend(encoder.tokenizer, _sample(first, encoder))
+        choice = choose_backend(encoder.tokenizer, _sample(first))
         print(f"encoding with {choice.name}: {choice.reason}", file=sys.stderr, flush=True)
         encode = _Encode(replace(encoder, backend=choice.name))
         all_units = itertools.chain([first], rest)
-        for unit, (parts, faults) in map_in_order(encode, all_units, workers, place_of=lambda unit: unit.place):
-            yield unit, parts, faults
+        for unit, (parts, tally) in map_in_order(encode, all_units, workers, place_of=lambda unit: unit.place):
+            yield unit, parts, tally
 
 
 @dataclass(frozen=True)
 class _Encode:
     encoder: Encoder
 
-    def __call__(self, unit: Unit, attempt: int) -> tuple[dict[str, Encoded], list[Unreadable]]:
+    def __call__(self, unit: Unit, attempt: int) -> tuple[dict[str, Encoded], Tally]:
         """The tokens of a unit; by the slower and older library if a process has died of it."""
         encoder = self.encoder if attempt == 1 else replace(self.encoder, backend="tokenizers")
         return encoder(unit.blocks)
 
 
-def _sample(unit: Unit, encoder: Encoder) -> list[str]:
+def _sample(unit: Unit) -> list[str]:
     """About the first SAMPLE_CHARACTERS of the unit."""
     sample, left = [], SAMPLE_CHARACTERS
     for block in unit.blocks:
-        for text in encoder.texts(block, []):
+        for text in texts_of(block, Tally(), skip_unreadable=True):
             sample.append(text[:left])
             left -= len(sample[-1])
             if not left:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 from pretrain.data.contents import read_json
@@ -80,8 +81,13 @@ def joined_manifest(folders: Sequence[Path], split: str) -> tuple[list[dict], di
         "text_bytes": sum(manifest["text_bytes"] for manifest in manifests),
         "sources": [source for manifest in manifests for source in manifest["sources"]],
         "unreadable": [place for manifest in manifests for place in manifest.get("unreadable", [])],
+        "left_out": _sums([manifest.get("left_out", {}) for manifest in manifests]),
     }
     return [shard for manifest in manifests for shard in manifest["shards"]], description
+
+
+def _sums(counts: Sequence[dict[str, int]]) -> dict[str, int]:
+    return {name: sum(part.get(name, 0) for part in counts) for name in dict.fromkeys(chain(*counts))}
 
 
 def _refuse_whole(out: Path) -> None:

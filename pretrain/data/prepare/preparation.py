@@ -8,7 +8,8 @@ shuffled preparation first does all this in a hidden folder, from which `shuffle
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pretrain.data.prepare.encoding import Encoded, Encoder, encode_in_order
@@ -18,12 +19,21 @@ from pretrain.data.prepare.ledger import SourceLedger
 from pretrain.data.prepare.parts import refuse_parts, writing_part
 from pretrain.data.prepare.shuffle import shuffle
 from pretrain.data.progress import Progress
-from pretrain.data.text.blocks import Unreadable
+from pretrain.data.text.faults import Fault, advice_on
+from pretrain.data.text.omissions import Omissions
 from pretrain.data.text.sources import Source
 from pretrain.data.tokenizer import TokenizerFacts
 from pretrain.data.tokens.shards import TokenShards, open_shards
 from pretrain.data.tokens.writer import token_dtype
 from pretrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a preparation does about records that give no text: no part of what identifies it."""
+
+    skip_unreadable: bool
+    max_bad_share: float
 
 
 class _NoTraining(UserError):
@@ -43,6 +53,7 @@ def prepare(
     shuffle_seed: int | None = None,
     part: tuple[int, int] | None = None,
     skip_unreadable: bool = False,
+    max_bad_share: float = 0.01,
 ) -> dict[str, TokenShards]:
     """Write the shard folders out/train and, where their fractions are not 0, out/val and out/held_out; return them.
 
@@ -50,9 +61,10 @@ def prepare(
     first document end at or past that many training tokens. `shuffle_seed` puts the documents of each split in an order
     that depends on it and on their number alone. `part` = (number, count) says that `source` is that share of a larger
     one: it gets a folder of its own below `out` until `merge` joins them. `skip_unreadable` leaves out and names what is
-    damaged; a preparation may go on with it that began without. UserError for bad input, a folder that holds anything
-    else, and a full disk.
+    damaged and records that have no text, up to a share `max_bad_share` of the records; a preparation may go on with
+    it that began without. UserError for bad input, a folder that holds anything else, and a full disk.
     """
+    tolerance = Tolerance(skip_unreadable, max_bad_share)
     settings = {
         "source": source.description,
         "tokenizer_fingerprint": tokenizer.fingerprint,
@@ -63,16 +75,16 @@ def prepare(
     }
     if part is not None:
         with writing_part(out, part) as folder:
-            _tokenise(source, tokenizer, folder, settings | {"part": list(part)}, workers, skip_unreadable)
+            _tokenise(source, tokenizer, folder, settings | {"part": list(part)}, workers, tolerance)
             return _opened(folder, settings)
     refuse_parts(out)
     refuse_foreign_files(out)
     with writing_in(out):
         try:
             if shuffle_seed is None:
-                _tokenise(source, tokenizer, out, settings, workers, skip_unreadable)
+                _tokenise(source, tokenizer, out, settings, workers, tolerance)
             else:
-                _tokenise_and_shuffle(source, tokenizer, out, settings, workers, skip_unreadable, shuffle_seed)
+                _tokenise_and_shuffle(source, tokenizer, out, settings, workers, tolerance, shuffle_seed)
         except _NoTraining:
             forget(out, settings)
             raise
@@ -85,30 +97,30 @@ def _tokenise_and_shuffle(
     out: Path,
     settings: dict,
     workers: int,
-    skip_unreadable: bool,
+    tolerance: Tolerance,
     seed: int,
 ) -> None:
     journal = Journal(out, settings | {"shuffle": seed})
     if not journal.finished:
-        _tokenise(source, tokenizer, out / UNSHUFFLED, settings, workers, skip_unreadable)
+        _tokenise(source, tokenizer, out / UNSHUFFLED, settings, workers, tolerance)
         shuffle([out / UNSHUFFLED], journal, workers)
     remove(out / UNSHUFFLED)
 
 
 def _tokenise(
-    source: Source, tokenizer: TokenizerFacts, out: Path, settings: dict, workers: int, skip_unreadable: bool
+    source: Source, tokenizer: TokenizerFacts, out: Path, settings: dict, workers: int, tolerance: Tolerance
 ) -> None:
     """Write the documents in the order of the source to out/train and so on, from where this was stopped."""
     out.mkdir(exist_ok=True)
     journal = Journal(out, settings)
     if not journal.finished:
-        _Tokenisation(source, tokenizer, journal, skip_unreadable).run(workers)
+        _Tokenisation(source, tokenizer, journal, tolerance).run(workers)
 
 
 class _Tokenisation:
     """The source, the writers, the ledger and the journal, which only ever move together."""
 
-    def __init__(self, source: Source, tokenizer: TokenizerFacts, journal: Journal, skip_unreadable: bool) -> None:
+    def __init__(self, source: Source, tokenizer: TokenizerFacts, journal: Journal, tolerance: Tolerance) -> None:
         self.source = source
         self.tokenizer = tokenizer
         self.journal = journal
@@ -120,7 +132,7 @@ class _Tokenisation:
             dtype,
             val_fraction=self.settings["val_fraction"],
             held_out_fraction=self.settings["held_out_fraction"],
-            skip_unreadable=skip_unreadable,
+            skip_unreadable=tolerance.skip_unreadable,
         )
         self.writers = journal.open_writers(dtype)
         self.state = journal.state
@@ -130,37 +142,42 @@ class _Tokenisation:
             self.state |= {"cursor": source.cursor(), "read_bytes": 0, "open_sources": {}}
             self.state["text_bytes"] = dict.fromkeys(self.writers, 0)
         self.ledger = SourceLedger(journal)
+        note = partial(journal.note, "unreadable", None)
+        self.omissions = Omissions(source.files, tolerance.max_bad_share, self.state.setdefault("left_out", {}), note)
 
     def run(self, workers: int) -> None:
         """From where the journal stands to the end."""
         if not self._has_enough():
             self._encode_the_rest(workers)
+        self.omissions.close()
         if not self.writers["train"].tokens and "part" not in self.settings:
             raise _NoTraining(self._why_nothing())
+        if files := self._files_without_text():
+            some = f"{', '.join(files[:3])}{', ...' * (len(files) > 3)}"
+            print(f"without text: {len(files):,} files ({some})", file=sys.stderr, flush=True)
         for split, writer in self.writers.items():
             writer.finish(self._description(split))
         self.journal.finish()
 
     def _encode_the_rest(self, workers: int) -> None:
+        print(self.source.listing, file=sys.stderr, flush=True)
         progress = Progress("tokenised", self.source.size_bytes, self._done())
         encoded = encode_in_order(self.encoder, self.source, workers)
         try:
-            for unit, parts, faults in encoded:
+            for unit, parts, tally in encoded:
+                self.omissions.add(tally)
                 self._write(parts)
-                self._note(faults)
                 self.state |= {"cursor": unit.cursor, "read_bytes": unit.read_bytes}
                 self.journal.commit_if_due()
                 progress.update(self._done())
                 if self._has_enough():
                     break
-        except Unreadable as error:
-            raise UserError(
-                f"{error.fault}. Mend or leave out the file (which begins the preparation anew), or go on without what "
-                "is unreadable: --skip-unreadable."
-            ) from error
+        except Fault as error:
+            raise advice_on(error, self.omissions.good + error.before) from error
         finally:
             encoded.close()
             progress.close()
+        self.source.check_unchanged()
         self.journal.commit()
 
     def _write(self, parts: dict[str, Encoded]) -> None:
@@ -171,11 +188,6 @@ class _Tokenisation:
             writer.append(documents.tokens, documents.ends)
             self.ledger.add(split, documents, self.source.files)
             self.state["text_bytes"][split] += int(documents.text_bytes.sum())
-
-    def _note(self, faults: Sequence[Unreadable]) -> None:
-        for fault in faults:
-            print(f"left out: {fault.fault}", file=sys.stderr, flush=True)
-            self.journal.note("unreadable", None, fault.place)
 
     def _tokens_wanted(self) -> int | None:
         limit = self.settings["max_tokens"]
@@ -190,13 +202,19 @@ class _Tokenisation:
         documents, tokens = written(self.writers)
         return self.state["read_bytes"], documents, tokens
 
+    def _files_without_text(self) -> list[str]:
+        """The files that were read to their end and gave no document."""
+        given = {entry["path"] for split in self.writers for entry in self.ledger.sources(split)}
+        read = self.source.files[: self.state["cursor"][0]]
+        return [file["path"] for file in read if file["path"] not in given]
+
     def _why_nothing(self) -> str:
         others = [split for split, writer in self.writers.items() if writer.documents]
         source = self.settings["source"]
         name = " ".join(source.get("paths", [source.get("name", "stdlib")]))
         if not others:
-            passed = f"; no record passed --filter {', '.join(source['filters'])}" if source["filters"] else ""
-            return f"the source '{name}' holds no text{passed}, so there is nothing to write."
+            why = self.omissions.why_nothing(source["filters"])
+            return f"the source '{name}' holds no text{why}, so there is nothing to write."
         return (
             f"all {written(self.writers)[0]} documents of the source '{name}' fell into "
             f"{' and '.join(others)}, so none is left to train on. Nothing was kept; set aside a smaller share, or give "
@@ -216,6 +234,7 @@ class _Tokenisation:
             "shuffle": None,
             "sources": self.ledger.sources(split),
             "unreadable": self.journal.noted("unreadable", None),
+            "left_out": self.omissions.sums | {"files_without_text": len(self._files_without_text())},
         }
 
 

@@ -1,19 +1,23 @@
 """Bounded pieces of a source file, small enough to send to another process, which turns them into texts.
 
 Each kind has `file`, the number of the file in its source, `place`, where it is for people, and `bytes`, about how much
-text it holds. What a reader could not read is a block too, which says so when its texts are asked for.
+text it holds. What a reader could not read is a block too, which says so when its records are asked for.
 """
 
 from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass, replace
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Any
 
+from pretrain.data.text.columns import records_of
+from pretrain.data.text.faults import BadRecord, Fault, NullText, Tally, Unreadable
 from pretrain.data.text.files import SourceFile
-from pretrain.data.text.selection import BadRecord, Selection
+from pretrain.data.text.selection import Selection, WrongField
 from pretrain.errors import UserError
 
 # What the libraries raise on damaged files and on features that they lack; Arrow's errors are kinds of these.
@@ -21,36 +25,27 @@ UNREADABLE = (OSError, EOFError, ValueError, SyntaxError, KeyError, NotImplement
 _BUFFER_BYTES = 1 << 20  # without one (or with pre_buffer) pyarrow holds whole columns of a row group, compressed
 
 
-class Unreadable(UserError):
-    """Damage at `place`; what comes after it may be whole."""
-
-    def __init__(self, place: str, reason: str) -> None:
-        super().__init__(place, reason)  # of which pickle makes it anew
-        self.place = place
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.fault}. Mend or leave out the file."
-
-    @property
-    def fault(self) -> str:
-        return f"cannot read {self.place}: {self.reason}"
-
-
-class Block(Protocol):
+class Block(ABC):
     file: int
     place: str
     bytes: int
 
-    def texts(self) -> list[str]:
-        """The text of each record, in order; empty where there is none or the record does not count.
+    @abstractmethod
+    def records(self) -> Iterator[str | Fault | None]:
+        """What each record gives, in order: its text, None where a filter leaves it out, or what is wrong with it."""
 
-        Unreadable for damage, another UserError for records that are not what was asked for.
-        """
+    def texts(self) -> list[str]:
+        """The text of each record, in order; empty where there is none or the record does not count. Raises faults."""
+        texts = []
+        for found in self.records():
+            if isinstance(found, Fault) and not isinstance(found, NullText):
+                raise found
+            texts.append(found if isinstance(found, str) else "")
+        return texts
 
 
 @dataclass(frozen=True)
-class TextBlock:
+class TextBlock(Block):
     """One text."""
 
     file: int
@@ -61,75 +56,77 @@ class TextBlock:
     def bytes(self) -> int:
         return len(self.text)
 
-    def texts(self) -> list[str]:
-        return [self.text]
+    def records(self) -> Iterator[str]:
+        yield self.text
 
 
 @dataclass(frozen=True)
-class LinesBlock:
-    """Whole lines of JSON, the first of which has the number `first` (from 1) in its file."""
+class LinesBlock(Block):
+    """Whole lines of JSON, the first of which has the number `first` (from 1) in its file; or of records, one a line."""
 
     file: int
     path: str
     first: int
     content: bytes
     selection: Selection
+    unit: str = "line"
 
     @property
     def place(self) -> str:
-        return f"{self.path}, from line {self.first}"
+        return f"{self.path}, from {self.unit} {self.first}"
 
     @property
     def bytes(self) -> int:
         return len(self.content)
 
-    def texts(self) -> list[str]:
-        texts = []
+    def records(self) -> Iterator[str | Fault | None]:
+        keys = {field: json.dumps(field).encode() for field in self.selection.fields}
         for number, line in enumerate(self.content.split(b"\n"), start=self.first):
             if not line or line.isspace():
                 continue
+            place = f"{self.path}, {self.unit} {number}"
+            twice = [field for field, key in keys.items() if line.count(key) > 1]
             try:
-                record = json.loads(line)
+                record = json.loads(line, object_pairs_hook=_each_once(twice) if twice else None)
+            except WrongField as error:
+                yield _fault(place, error)
             except (ValueError, RecursionError) as error:
-                raise Unreadable(f"{self.path}, line {number}", f"it is not JSON: {error}") from error
-            if not isinstance(record, dict):
-                raise Unreadable(
-                    f"{self.path}, line {number}", f"it should be a JSON object and is a {type(record).__name__}"
-                )
-            try:
-                texts.append(self.selection.text_of(record))
-            except BadRecord as error:
-                raise UserError(f"{self.path}, line {number}, {error}") from error
-        return texts
-
-    def lines(self) -> list[LinesBlock]:
-        """Each line by itself."""
-        lines = enumerate(self.content.split(b"\n"), start=self.first)
-        return [replace(self, first=number, content=line) for number, line in lines]
+                yield Unreadable(place, f"it is not JSON: {error}", "is not JSON")
+            else:
+                if isinstance(record, dict):
+                    yield _text_or_fault(self.selection, record, place)
+                else:
+                    reason = f"it should be a JSON object and is a {type(record).__name__}"
+                    yield Unreadable(place, reason, "is no JSON object")
 
 
 @dataclass(frozen=True)
-class TableBlock:
-    """Rows of a table as an Arrow IPC stream."""
+class TableBlock(Block):
+    """Rows of a table as an Arrow IPC stream, the first of which is row `first` (from 0) of `part`."""
 
     file: int
-    place: str
+    part: str
+    first: int
     content: bytes
     selection: Selection
 
     @property
+    def place(self) -> str:
+        return f"{self.part}, from row {self.first}"
+
+    @property
     def bytes(self) -> int:
         return len(self.content)
 
-    def texts(self) -> list[str]:
+    def records(self) -> Iterator[str | Fault | None]:
         import pyarrow.ipc
 
         with pyarrow.ipc.open_stream(io.BytesIO(self.content)) as stream:
-            return _texts_in(stream.read_all(), self.selection, self.place)
+            yield from _found_in(stream.read_all(), self.selection, self.part, self.first)
 
 
 @dataclass(frozen=True)
-class RowGroupBlock:
+class RowGroupBlock(Block):
     """Row group `group` of a Parquet file, read where it is turned into texts."""
 
     file: int
@@ -142,7 +139,7 @@ class RowGroupBlock:
     def place(self) -> str:
         return f"{self.source.path}, row group {self.group}"
 
-    def texts(self) -> list[str]:
+    def records(self) -> Iterator[str | Fault | None]:
         try:
             table = open_parquet(self.source).read_row_group(
                 self.group, columns=self.selection.fields, use_threads=False
@@ -150,24 +147,47 @@ class RowGroupBlock:
         except UserError:
             raise
         except UNREADABLE as error:
-            raise unreadable(self.place, error) from error
-        return _texts_in(table, self.selection, self.place)
+            self.source.check_unchanged()
+            yield unreadable(self.place, error)
+            return
+        self.source.check_unchanged()
+        yield from _found_in(table, self.selection, self.place, 0)
 
 
 @dataclass(frozen=True)
-class UnreadableBlock:
+class UnreadableBlock(Block):
     """What a reader could not read."""
 
     file: int
-    fault: Unreadable
+    fault: Fault
     bytes = 0
 
     @property
     def place(self) -> str:
         return self.fault.place
 
-    def texts(self) -> list[str]:
-        raise self.fault
+    def records(self) -> Iterator[Fault]:
+        yield self.fault
+
+
+def texts_of(block: Block, tally: Tally, skip_unreadable: bool) -> Iterator[str]:
+    """The texts of `block` but for empty ones; `tally` counts what gives none.
+
+    Raises the first fault unless `skip_unreadable`; a text that is null is none.
+    """
+    for found in block.records():
+        tally.records += 1
+        if isinstance(found, str) and found:
+            yield found
+        elif isinstance(found, Fault):
+            if not skip_unreadable and not isinstance(found, NullText):
+                found.before = tally.records - 1 - tally.bad
+                raise found
+            tally.add(block.file, found)
+        elif found is None:
+            tally.filtered += 1
+        else:
+            tally.empty += 1
 
 
 @lru_cache(maxsize=1)
@@ -181,31 +201,45 @@ def open_parquet(source: SourceFile):
     )
 
 
-def readable_texts(block: Block, faults: list[Unreadable]) -> list[str]:
-    """The texts of `block` but for what is damaged, which is added to `faults`: a line where there are lines, or all."""
-    try:
-        return block.texts()
-    except Unreadable as fault:
-        lines = block.lines() if isinstance(block, LinesBlock) else []
-        if len(lines) > 1:
-            return [text for line in lines for text in readable_texts(line, faults)]
-        faults.append(fault)
-        return []
-
-
-def unreadable(place: str, error: Exception) -> UserError:
-    """What to raise for an UNREADABLE `error`: Unreadable unless the system or a library is at fault, not the content."""
+def unreadable(place: str, error: Exception) -> Unreadable:
+    """The fault of an UNREADABLE `error`; UserError if the system or a library is at fault, not the content."""
     fault = Unreadable(place, f"{type(error).__name__}: {error}")
-    lacking = isinstance(error, NotImplementedError) or getattr(error, "errno", None) is not None
-    return UserError(str(fault)) if lacking else fault
+    if isinstance(error, NotImplementedError) or getattr(error, "errno", None) is not None:
+        raise UserError(str(fault)) from error
+    return fault
 
 
-def _texts_in(table, selection: Selection, place: str) -> list[str]:
-    """The texts of an Arrow table that has the selection's fields."""
+def _found_in(table, selection: Selection, part: str, first: int) -> Iterator[str | Fault | None]:
+    """What the rows of an Arrow table that has the selection's fields give."""
     try:
-        columns = [table.column(field).to_pylist() for field in selection.fields]
-        return [selection.text_of(dict(zip(selection.fields, row, strict=True))) for row in zip(*columns, strict=True)]
-    except BadRecord as error:
-        raise UserError(f"{place}, {error}") from error
+        records = records_of(table, selection)
     except UNREADABLE as error:
-        raise unreadable(place, error) from error
+        yield unreadable(part, error)
+        return
+    for number, record in enumerate(records, start=first):
+        yield _text_or_fault(selection, record, f"{part}, row {number}")
+
+
+def _text_or_fault(selection: Selection, record: dict[str, Any], place: str) -> str | Fault | None:
+    try:
+        return selection.text_of(record)
+    except WrongField as error:
+        return _fault(place, error)
+
+
+def _fault(place: str, error: WrongField) -> BadRecord:
+    kind = NullText if error.is_null else BadRecord
+    return kind(place, error.kind, error.reason, error.advice)
+
+
+def _each_once(fields: list[str]):
+    """Of JSON's objects, one that holds one of `fields` twice is refused: readers differ in which of the two counts."""
+
+    def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        for field in fields:
+            if keys.count(field) > 1:
+                raise WrongField(f"has {keys.count(field)} fields '{field}'", advice="Leave all but one.")
+        return dict(pairs)
+
+    return made

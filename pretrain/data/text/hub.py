@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 
-from pretrain.data.text.files import ENDINGS, SourceFile, is_url, listed_files, local_file
+from pretrain.data.text.files import SourceFile, is_url, local_file
+from pretrain.data.text.kinds import READABLE, kind_of
+from pretrain.data.text.listing import listed_files
 from pretrain.errors import UserError
 
 _REVISION = re.compile(r"^hf://datasets/[^/]+/[^/@]+@(?P<revision>[^/]+)/")
@@ -28,9 +30,9 @@ def data_files(name: str, *, subset: str | None, split: str) -> tuple[list[Sourc
     if not splits or split not in splits:
         raise UserError(f"hf://{name} has no split '{split}'; it has {', '.join(splits or {}) or 'none'}. Set --split.")
     paths = list(splits[split])
-    if other := [path for path in paths if not path.endswith(ENDINGS)]:
+    if other := [path for path in paths if kind_of(path) is None]:
         raise UserError(
-            f"hf://{name} holds files like {other[0]}, which are of no kind that can be read: {', '.join(ENDINGS)}. "
+            f"hf://{name} holds files like {other[0]}, which are of no kind that can be read: {READABLE}. "
             "Convert them, or name a data set that holds its Parquet conversion."
         )
     if not is_url(paths[0]):

@@ -6,33 +6,32 @@ file read by then). Where blocks end depends on the file alone. Damage ends a fi
 
 from __future__ import annotations
 
-import io
-import tokenize
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
-from pretrain.data.text import compression, documents
+from pretrain.data.text import arrays, compression
 from pretrain.data.text.blocks import (
     UNREADABLE,
     Block,
     LinesBlock,
     RowGroupBlock,
     TableBlock,
-    TextBlock,
-    Unreadable,
     UnreadableBlock,
     open_parquet,
     unreadable,
 )
-from pretrain.data.text.files import LINES, SourceFile, library_folder
-from pretrain.data.text.selection import BadRecord, Selection
+from pretrain.data.text.columns import check_fields, columns_of
+from pretrain.data.text.faults import BadTable
+from pretrain.data.text.files import SourceFile
+from pretrain.data.text.kinds import LINES, compression_of
+from pretrain.data.text.plain import read_plain, read_python, refuse_wide
+from pretrain.data.text.selection import Selection, WrongField
 from pretrain.errors import UserError
 
 BLOCK_BYTES = 1 << 21
 MAX_LINE_BYTES = 1 << 30
 MAX_ROW_GROUP_BYTES = 1 << 25  # of the columns that are read; larger ones are taken in batches
 MAX_REPEATING_ROWS = 1 << 10  # of a row group whose encodings can hold a long text many times in a few bytes
-TOPICS = "pydoc_data/topics.py"
 _REPEATING = {"RLE_DICTIONARY", "PLAIN_DICTIONARY", "DELTA_BYTE_ARRAY"}
 _BATCH_ROWS = 256
 _ARROW_MAGIC = b"ARROW1"
@@ -43,40 +42,7 @@ Reader = Callable[[SourceFile, int, Selection, Place], Blocks]
 
 
 def reader_of(file: SourceFile) -> Reader:
-    return _READERS[file.ending]
-
-
-def _read_plain(file: SourceFile, number: int, selection: Selection, place: Place) -> Blocks:
-    """A text file is one text, or several when it is too long to hold in memory; the place counts them."""
-    with file.open() as raw:
-        stream = io.TextIOWrapper(raw, encoding="utf-8", newline="")
-        limit = documents.MAX_DOCUMENT_CHARACTERS
-        count = 0
-        while text := stream.read(limit):
-            if len(text) == limit:
-                text += stream.readline(limit)
-            count += 1
-            if count > place[0]:
-                yield TextBlock(number, file.path, text), (count, 0), raw.tell()
-
-
-def _read_python(file: SourceFile, number: int, selection: Selection, place: Place) -> Blocks:
-    """A Python source is one text, in the encoding it declares; pydoc's topics are a text each."""
-    for count, text in enumerate(_python_texts(file), start=1):
-        if count > place[0]:
-            yield TextBlock(number, file.path, text), (count, 0), file.bytes
-
-
-def _python_texts(file: SourceFile) -> Iterator[str]:
-    if file.path == str(library_folder() / TOPICS):
-        from pydoc_data.topics import topics
-
-        yield from (topics[name] for name in sorted(topics))
-        return
-    with file.open() as raw:
-        encoding, _ = tokenize.detect_encoding(raw.readline)
-        raw.seek(0)
-        yield raw.read().decode(encoding)
+    return _READERS[file.kind]
 
 
 def _read_lines(file: SourceFile, number: int, selection: Selection, place: Place) -> Blocks:
@@ -84,11 +50,13 @@ def _read_lines(file: SourceFile, number: int, selection: Selection, place: Plac
     with file.open() as raw:
         start, lines = place
         skip = start
-        if not file.path.endswith((".gz", ".zst")):
+        if not compression_of(file.path):
             raw.seek(start)
             skip = 0
         try:
             for block in _whole_lines(_after(compression.content(raw, file.path), skip), file, lines):
+                if not start:
+                    refuse_wide(block, file.path)
                 yield (
                     LinesBlock(number, file.path, lines + 1, block, selection),
                     (start := start + len(block), lines := lines + block.count(b"\n")),
@@ -96,6 +64,38 @@ def _read_lines(file: SourceFile, number: int, selection: Selection, place: Plac
                 )
         except UNREADABLE as error:
             raise unreadable(f"{file.path}, from line {lines + 1}", error) from error
+
+
+def _read_json(file: SourceFile, number: int, selection: Selection, place: Place) -> Blocks:
+    """One object a line, or an array of objects; the place in an array is (records, 0)."""
+    with file.open() as raw:
+        is_array = arrays.is_array(compression.content(raw, file.path))
+    return (_read_array if is_array else _read_lines)(file, number, selection, place)
+
+
+def _read_array(file: SourceFile, number: int, selection: Selection, place: Place) -> Blocks:
+    count, held, size = 0, [], 0
+    with file.open() as raw:
+
+        def block() -> tuple[Block, Place, int]:
+            first = count - len(held) + 1
+            return LinesBlock(number, file.path, first, b"\n".join(held), selection, "record"), (count, 0), raw.tell()
+
+        try:
+            for element in arrays.elements(compression.content(raw, file.path), MAX_LINE_BYTES):
+                count += 1
+                if count > place[0]:
+                    held.append(element)
+                    size += len(element)
+                if size >= BLOCK_BYTES:
+                    yield block()
+                    held, size = [], 0
+        except UNREADABLE as error:
+            if held:
+                yield block()
+            raise unreadable(f"{file.path}, from record {count + 1}", error) from error
+        if held:
+            yield block()
 
 
 def _after(chunks: Iterator[bytes], skip: int) -> Iterator[bytes]:
@@ -138,10 +138,10 @@ def _whole_lines(chunks: Iterator[bytes], file: SourceFile, lines: int) -> Itera
 def _read_parquet(file: SourceFile, number: int, selection: Selection, place: Place) -> Blocks:
     """Row groups for whoever encodes to read, and batches of those that are too large; the place is (group, rows)."""
     table = open_parquet(file)
-    _check_fields(selection, table.schema_arrow.names, file)
-    first, skip = place
+    _check_fields(selection, table.schema_arrow, file, table.metadata.num_rows)
+    begin, skip = place
     groups = table.metadata.num_row_groups
-    for group in range(first, groups):
+    for group in range(begin, groups):
         read = file.bytes * (group + 1) // groups
         encoded, at_most = _sizes(table.metadata.row_group(group), selection)
         repeats = at_most > encoded and table.metadata.row_group(group).num_rows > MAX_REPEATING_ROWS
@@ -150,21 +150,19 @@ def _read_parquet(file: SourceFile, number: int, selection: Selection, place: Pl
             continue
         where = f"{file.path}, row group {group}"
         try:
-            for stop, content in _batches_of(table, group, selection, skip):
-                yield TableBlock(number, f"{where}, row {stop}", content, selection), (group, stop), read
+            for first, stop, content in _batches_of(table, group, selection, skip):
+                yield TableBlock(number, where, first, content, selection), (group, stop), read
         except UNREADABLE as error:
-            if not isinstance(fault := unreadable(where, error), Unreadable):
-                raise fault from error
-            yield UnreadableBlock(number, fault), (group + 1, 0), read
+            yield UnreadableBlock(number, unreadable(where, error)), (group + 1, 0), read
         skip = 0
 
 
-def _batches_of(table, group: int, selection: Selection, skip: int) -> Iterator[tuple[int, bytes]]:
-    """(rows by then, the rows as Arrow IPC) of a row group from row `skip` on."""
+def _batches_of(table, group: int, selection: Selection, skip: int) -> Iterator[tuple[int, int, bytes]]:
+    """(first row, rows by then, the rows as Arrow IPC) of a row group from row `skip` on."""
     start = 0
     for batch in table.iter_batches(_BATCH_ROWS, [group], selection.fields, use_threads=False):
-        for stop, content in _slices(batch, skip - start):
-            yield start + stop, content
+        for first, stop, content in _slices(_only(batch, selection), skip - start):
+            yield start + first, start + stop, content
         start += len(batch)
 
 
@@ -172,8 +170,8 @@ def _sizes(row_group, selection: Selection) -> tuple[int, int]:
     """(bytes of the selection's columns as they are encoded, what they can at most become)."""
     encoded = at_most = 0
     for column in map(row_group.column, range(row_group.num_columns)):
-        path = column.path_in_schema  # of a nested field, its own name comes first
-        if path in selection.fields or path.split(".")[0] in selection.fields:
+        path = column.path_in_schema  # of a nested field, the names that lead to it come first
+        if any(path == field or path.startswith(f"{field}.") for field in selection.fields):
             size = column.total_uncompressed_size
             encoded += size
             at_most += size * row_group.num_rows if _REPEATING.intersection(column.encodings) else size
@@ -182,15 +180,15 @@ def _sizes(row_group, selection: Selection) -> tuple[int, int]:
 
 def _read_arrow(file: SourceFile, number: int, selection: Selection, place: Place) -> Blocks:
     """The record batches of an Arrow IPC file, with or without a footer; the place is (batch, rows)."""
-    first, skip = place
     import pyarrow
 
+    begin, skip = place
     with file.open() if file.is_remote else pyarrow.memory_map(file.path) as raw:
         for count, batch in enumerate(_record_batches(raw, selection, file)):
             where = f"{file.path}, record batch {count}"
-            for stop, content in _slices(batch, skip) if count >= first else ():
-                yield TableBlock(number, f"{where}, row {stop}", content, selection), (count, stop), raw.tell()
-            skip = 0 if count >= first else skip
+            for first, stop, content in _slices(batch, skip) if count >= begin else ():
+                yield TableBlock(number, where, first, content, selection), (count, stop), raw.tell()
+            skip = 0 if count >= begin else skip
 
 
 def _record_batches(raw: BinaryIO, selection: Selection, file: SourceFile) -> Iterator:
@@ -204,11 +202,11 @@ def _record_batches(raw: BinaryIO, selection: Selection, file: SourceFile) -> It
     else:
         table = pyarrow.ipc.open_stream(raw)
         batches = _until_end_mark(table, raw, file.bytes)
-    _check_fields(selection, table.schema.names, file)
+    _check_fields(selection, table.schema, file, 1)
     count = 0
     try:
         for batch in batches:
-            yield batch.select(selection.fields)
+            yield _only(batch, selection)
             count += 1
     except UNREADABLE as error:
         raise unreadable(f"{file.path}, from record batch {count}", error) from error
@@ -227,8 +225,15 @@ def _until_end_mark(stream, raw: BinaryIO, size: int) -> Iterator:
         raise ValueError(f"the stream ends at byte {raw.tell()}, and the file goes on")
 
 
-def _slices(batch, skip: int) -> Iterator[tuple[int, bytes]]:
-    """(rows by then, the rows as Arrow IPC) in pieces of about BLOCK_BYTES, without the first `skip` rows."""
+def _only(batch, selection: Selection):
+    """The columns that are looked at, under the names by which they are asked for."""
+    import pyarrow
+
+    return pyarrow.record_batch(columns_of(batch, selection), names=selection.fields)
+
+
+def _slices(batch, skip: int) -> Iterator[tuple[int, int, bytes]]:
+    """(first row, rows by then, the rows as Arrow IPC) in pieces of about BLOCK_BYTES, without the first `skip` rows."""
     import pyarrow.ipc
 
     rows = max(1, len(batch) * BLOCK_BYTES // max(batch.nbytes, 1))
@@ -240,7 +245,7 @@ def _slices(batch, skip: int) -> Iterator[tuple[int, bytes]]:
             sink = pyarrow.BufferOutputStream()
             with pyarrow.ipc.new_stream(sink, piece.schema) as stream:
                 stream.write_batch(piece)
-            yield start + len(piece), sink.getvalue().to_pybytes()
+            yield start, start + len(piece), sink.getvalue().to_pybytes()
 
 
 def _without_dictionaries(batch):
@@ -253,17 +258,19 @@ def _without_dictionaries(batch):
     return pyarrow.record_batch(columns, names=batch.schema.names)
 
 
-def _check_fields(selection: Selection, fields: list[str], file: SourceFile) -> None:
+def _check_fields(selection: Selection, schema, file: SourceFile, records: int) -> None:
+    """BadTable, which stands for all `records` of the file, unless its schema has the fields."""
     try:
-        selection.check(fields)
-    except BadRecord as error:
-        raise UserError(f"{file.path} {error}") from error
+        check_fields(selection, schema)
+    except WrongField as error:
+        raise BadTable(file.path, error.kind, error.reason, error.advice, records) from error
 
 
 _READERS: dict[str, Reader] = {
-    ".txt": _read_plain,
-    ".py": _read_python,
+    ".txt": read_plain,
+    ".py": read_python,
     ".parquet": _read_parquet,
     ".arrow": _read_arrow,
     **dict.fromkeys(LINES, _read_lines),
+    ".json": _read_json,
 }

@@ -13,6 +13,11 @@ def open_remote(url: str, size: int, buffer_bytes: int) -> BinaryIO:
     return io.BufferedReader(_RemoteFile(url, size), buffer_bytes)
 
 
+def look_up(url: str) -> dict:
+    """What the storage says of `url` at this moment; patient like `Storage`."""
+    return _Object(url).look_up()
+
+
 class _RemoteFile(io.RawIOBase):
     def __init__(self, url: str, size: int) -> None:
         super().__init__()
@@ -45,6 +50,9 @@ class _RemoteFile(io.RawIOBase):
 
 class _Object(Storage):
     """One object, whatever its name."""
+
+    def look_up(self) -> dict:
+        return self._patiently(self.location, lambda timeout_s: self._files.info(self._root))
 
     def _path(self, name: str) -> str:
         return self._root

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,19 @@ _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
 _FORM = re.compile(r"(?P<field>[^=!<>]+)(?P<sign><=|>=|!=|=|<|>)(?P<value>(?!\s*=).*)", re.DOTALL)
 
 
-class BadRecord(ValueError):
-    """A record that has no such field or something else in it; the message goes on from the record's place."""
+class WrongField(ValueError):
+    """A record that has no such field or something else in it.
+
+    kind: what is wrong, in the words that all such records share; reason: the same of this one, which goes on from the
+    record's place; is_null: whether it is that the text is null.
+    """
+
+    def __init__(self, kind: str, reason: str | None = None, advice: str = "", is_null: bool = False) -> None:
+        super().__init__(reason or kind)
+        self.kind = kind
+        self.reason = reason or kind
+        self.advice = advice
+        self.is_null = is_null
 
 
 @dataclass(frozen=True)
@@ -51,11 +62,13 @@ class Filter:
             return False
         if isinstance(found, bool):
             found = "true" if found else "false"
+        if isinstance(found, bytes):
+            found = _decoded(found, self.field)
         if isinstance(found, int | float):
             return _COMPARISONS[self.sign](found, self._number())
         if isinstance(found, str):
             return _COMPARISONS[self.sign](found, self.value)
-        raise BadRecord(f"field '{self.field}' holds a {type(found).__name__}, which --filter '{self}' cannot compare.")
+        raise WrongField(f"field '{self.field}' holds a {type(found).__name__}, which --filter '{self}' cannot compare")
 
     def _number(self) -> int | float:
         for kind in (int, float):
@@ -63,7 +76,7 @@ class Filter:
                 return kind(self.value)
             except ValueError:
                 continue
-        raise BadRecord(f"field '{self.field}' holds numbers, and --filter '{self}' compares it with none.")
+        raise WrongField(f"field '{self.field}' holds numbers, and --filter '{self}' compares it with none")
 
 
 @dataclass(frozen=True)
@@ -78,28 +91,50 @@ class Selection:
         """Every field that is looked at, the text's first."""
         return list(dict.fromkeys([self.text_field, *(condition.field for condition in self.filters)]))
 
-    def text_of(self, record: dict) -> str:
-        """The text of one record; empty for a null and for a record that does not count. BadRecord on a wrong field."""
-        try:
-            if not all(condition.holds(record[condition.field]) for condition in self.filters):
-                return ""
-            text = record[self.text_field]
-        except KeyError:
-            self.check(list(record))
-            raise
-        if text is not None and not isinstance(text, str):
-            raise BadRecord(f"field '{self.text_field}' holds a {type(text).__name__}, not text. Set --text-field.")
-        return text or ""
+    def text_of(self, record: Mapping[str, Any]) -> str | None:
+        """The text of one record, None if a filter leaves it out; WrongField if it is none or cannot be judged.
 
-    def check(self, fields: Sequence[str]) -> None:
-        """BadRecord unless `fields`, all that there are, hold those that are looked at, each once."""
-        for field in self.fields:
-            if field not in fields:
-                option = "--text-field" if field == self.text_field else "--filter"
-                raise BadRecord(
-                    f"has no field '{field}'; its fields are {', '.join(fields)}. Set {option} to one of them."
-                )
-            if fields.count(field) > 1:
-                raise BadRecord(
-                    f"has {fields.count(field)} fields '{field}'. Rename all but one, or leave out the file."
-                )
+        A field `meta.text` is the one of that name, or else `text` in the object that is the field `meta`.
+        """
+        if not all(condition.holds(self._value(record, condition.field)) for condition in self.filters):
+            return None
+        text = self._value(record, self.text_field)
+        if isinstance(text, bytes):
+            return _decoded(text, self.text_field)
+        if text is None:
+            raise WrongField(f"field '{self.text_field}' is null", is_null=True)
+        if not isinstance(text, str):
+            raise WrongField(
+                f"field '{self.text_field}' holds a {type(text).__name__}, not text", advice="Set --text-field."
+            )
+        return text
+
+    def no_field(self, field: str, fields: Sequence[str]) -> WrongField:
+        """What to raise of a record or table that has `fields` and not `field`."""
+        option = "--text-field" if field == self.text_field else "--filter"
+        return WrongField(
+            f"has no field '{field}'",
+            f"has no field '{field}'; its fields are {', '.join(fields) or 'none'}",
+            f"Set {option} to one of them.",
+        )
+
+    def _value(self, record: Mapping[str, Any], field: str) -> Any:
+        found, rest = record, field
+        while isinstance(found, Mapping):
+            if rest in found:
+                return found[rest]
+            head, _, rest = rest.partition(".")
+            if not rest or head not in found:
+                break
+            if (found := found[head]) is None:
+                return None
+        raise self.no_field(field, list(record))
+
+
+def _decoded(content: bytes, field: str) -> str:
+    """Text of a column of bytes: some writers of Parquet do not mark theirs as text."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        kind = f"field '{field}' holds bytes that are not UTF-8"
+        raise WrongField(kind, f"{kind} (byte {error.start}: {error.reason})") from error

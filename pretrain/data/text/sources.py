@@ -11,9 +11,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pretrain.data.contents import content_hash
-from pretrain.data.text.blocks import UNREADABLE, Block, Unreadable, UnreadableBlock, unreadable
-from pretrain.data.text.files import PLAIN, SourceFile, library_folder, matching_files, share
-from pretrain.data.text.readers import TOPICS, reader_of
+from pretrain.data.text.blocks import UNREADABLE, Block, UnreadableBlock, unreadable
+from pretrain.data.text.faults import Fault
+from pretrain.data.text.files import SourceFile, library_folder, share
+from pretrain.data.text.kinds import PLAIN
+from pretrain.data.text.listing import Listing, list_files
+from pretrain.data.text.plain import TOPICS
+from pretrain.data.text.readers import reader_of
 from pretrain.data.text.selection import Filter, Selection
 from pretrain.errors import UserError
 
@@ -37,34 +41,36 @@ def open_source(
     selection = Selection(text_field, tuple(Filter.parse(condition) for condition in filters))
     if list(spec) == ["stdlib"]:
         origin = {"kind": "stdlib", "python": platform.python_version()}
-        return Source(_library_files(), origin, selection, part, folder=library_folder())
+        return Source(Listing(_library_files()), origin, selection, part, folder=library_folder())
     if len(spec) == 1 and spec[0].startswith("hf://") and not spec[0].startswith("hf://datasets/"):
         from pretrain.data.text.hub import data_files
 
         files, revision = data_files(spec[0].removeprefix("hf://"), subset=subset, split=split)
         origin = {"kind": "hub", "name": spec[0], "subset": subset, "split": split, "revision": revision}
-        return Source(files, origin, selection, part)
+        return Source(Listing(files), origin, selection, part)
     if subset is not None:
         raise UserError(f"--subset {subset} goes with a source hf://owner/dataset, not with '{' '.join(spec)}'.")
-    return Source(matching_files(spec), {"kind": "files", "paths": list(spec)}, selection, part)
+    return Source(list_files(spec), {"kind": "files", "paths": list(spec)}, selection, part)
 
 
 class Source:
     """The texts of a list of files, one file after the other.
 
-    description: JSON, equal for sources of the same texts in the same order; size_bytes: of the files of this part;
-    files: {"path", "bytes"} of each of them. The cursor is the number of a file and a place in it.
+    description: JSON, equal for sources of the same texts in the same order; listing: what is read and what is left out
+    of the whole, for people; size_bytes: of the files of this part; files: {"path", "bytes"} of each of them. The cursor
+    is the number of a file and a place in it.
     """
 
     def __init__(
         self,
-        files: Sequence[SourceFile],
+        listing: Listing,
         origin: dict,
         selection: Selection,
         part: tuple[int, int] | None = None,
         folder: Path | None = None,
     ) -> None:
-        """`origin` says where `files` come from; names within `folder` say which they are, wherever it lies."""
+        """`origin` says where the files come from; names within `folder` say which they are, wherever it lies."""
+        files = listing.files
         _refuse_filters_of_plain_text(files, selection)
         names = [file.path if folder is None else Path(file.path).relative_to(folder).as_posix() for file in files]
         self.description = {
@@ -77,6 +83,7 @@ class Source:
                 [[name, file.bytes, file.version] for name, file in zip(names, files, strict=True)]
             ),
         }
+        self.listing = f"{_name(origin)} {listing}"
         self._files = list(files) if part is None else share(files, part)
         self._selection = selection
         self._cursor = [0, 0, 0]
@@ -99,7 +106,7 @@ class Source:
     def blocks(self) -> Iterator[Block]:
         """The blocks from here to the end. Damage to a file is a block that stands for the rest of it.
 
-        UserError names a file that cannot be read for another reason.
+        UserError names a file that cannot be read for another reason, and one that has changed since it was listed.
         """
         first, *place = self._cursor
         before = sum(file.bytes for file in self._files[:first])
@@ -110,16 +117,21 @@ class Source:
                 for block, after, read in reader_of(file)(file, number, self._selection, tuple(place)):
                     self._cursor, self._read_bytes = [number, *after], before + read
                     yield block
-            except Unreadable as error:
+            except Fault as error:
                 fault = error
             except UNREADABLE as error:
-                if not isinstance(fault := unreadable(file.path, error), Unreadable):
-                    raise fault from error
+                fault = unreadable(file.path, error)
+            file.check_unchanged()
             before += file.bytes
             place = (0, 0)
             self._cursor, self._read_bytes = [number + 1, 0, 0], before
             if fault is not None:
                 yield UnreadableBlock(number, fault)
+
+    def check_unchanged(self) -> None:
+        """UserError if the file that is being read has changed since it was listed."""
+        for file in self._files[self._cursor[0] :][:1]:
+            file.check_unchanged()
 
     def texts(self) -> Iterator[str]:
         """The texts from here to the end, some of them empty; `cursor` is that of whole blocks."""
@@ -127,8 +139,13 @@ class Source:
             yield from block.texts()
 
 
+def _name(origin: dict) -> str:
+    names = origin.get("paths", [origin.get("name", "stdlib")])
+    return f"--source {' '.join(names[:3])}{f' and {len(names) - 3:,} more' if len(names) > 3 else ''}"
+
+
 def _refuse_filters_of_plain_text(files: Sequence[SourceFile], selection: Selection) -> None:
-    plain = next((file.path for file in files if file.path.endswith(PLAIN)), None)
+    plain = next((file.path for file in files if file.kind in PLAIN), None)
     if selection.filters and plain is not None:
         raise UserError(
             f"--filter '{selection.filters[0]}' asks for a field, and {plain} is plain text, which has none. Leave out "

@@ -267,13 +267,16 @@ def test_a_split_of_no_share_has_no_folder(corpus: str, facts: TokenizerFacts, t
 
 def test_a_source_without_text_is_refused(facts: TokenizerFacts, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
-    with pytest.raises(UserError, match=r"the source '.*a\.jsonl' holds no text, so there is nothing to write\.$"):
+    with pytest.raises(
+        UserError,
+        match=r"the source '.*a\.jsonl' holds no text \(of 1 records: 1 empty\), so there is nothing to write\.$",
+    ):
         prepare_files(str(tmp_path / "a.jsonl"), facts, tmp_path / "out")
 
 
 def test_when_no_record_passes_the_filters_they_are_named(corpus: str, facts: TokenizerFacts, tmp_path: Path) -> None:
     source = open_source([corpus], text_field="text", subset=None, split="train", filters=["text=nothing"])
-    with pytest.raises(UserError, match="holds no text; no record passed --filter text=nothing, so"):
+    with pytest.raises(UserError, match=r"holds no text \(of 200 records: 200 left out by --filter text=nothing\), so"):
         prepare(source, facts, tmp_path / "out", **OPTIONS)
 
 

@@ -97,11 +97,15 @@ def test_parts_joined_name_the_damage_of_all(damaged, facts: TokenizerFacts, tmp
         assert unreadable[0] == unreadable[1] != []
 
 
+<<<<<<< HEAD
 def test_what_is_not_damage_still_stops(corpus: str, facts: TokenizerFacts, tmp_path: Path, monkeypatch) -> None:
     with open(tmp_path / "1.jsonl", "a", encoding="utf-8") as file:
         file.write('\n{"body": "x"}')
     with pytest.raises(UserError, match=r"1\.jsonl, line 51, has no field 'text'"):
         prepare_files(corpus, facts, tmp_path / "out", skip_unreadable=True)
+=======
+def test_files_that_may_not_be_read_still_stop(corpus: str, facts: TokenizerFacts, tmp_path: Path, monkeypatch) -> None:
+>>>>>>> c52568a (Sources say what they read and leave out, read more kinds, and bad records are left out, counted and capped)
     real = open
 
     def forbidden(path: object, *arguments: object, **options: object):
@@ -109,7 +113,79 @@ def test_what_is_not_damage_still_stops(corpus: str, facts: TokenizerFacts, tmp_
             raise PermissionError(13, "Permission denied", path)
         return real(path, *arguments, **options)
 
-    (tmp_path / "1.jsonl").unlink()
     monkeypatch.setattr("builtins.open", forbidden)
     with pytest.raises(UserError, match=r"2\.jsonl: PermissionError.*\. Mend or leave out the file\.$"):
         prepare_files(corpus, facts, tmp_path / "other", skip_unreadable=True)
+
+
+@pytest.fixture
+def uneven(tmp_path: Path) -> tuple[str, list[str]]:
+    """A source of four files in which 20 + 2 records of 3,000 have no text, and the texts of the others."""
+    folder = tmp_path / "uneven"
+    folder.mkdir()
+    texts = [f"document {number} " + "x" * (number % 5) for number in range(3000)]
+    records = [{"text": text} for text in texts]
+    bad = [*range(1000, 1020), 5, 2999]
+    for number, record in zip(bad, ({"body": "x"}, {"text": None}, {"text": 5}, {"text": ["x"]}) * 6, strict=False):
+        records[number] = record
+    for part in range(4):
+        lines = [json.dumps(record) for record in records[part * 750 : part * 750 + 750]]
+        (folder / f"{part}.jsonl").write_text("\n".join(lines) + "\n")
+    return str(folder), [text for number, text in enumerate(texts) if number not in bad]
+
+
+def test_records_without_text_are_left_out_listed_and_counted_whatever_stops_and_shares_the_work(
+    uneven, facts: TokenizerFacts, tokenizer, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(workers, "ALONE_CPU_S", 0.0)
+    spec, good = uneven
+    prepare_files(spec, facts, tmp_path / "whole", skip_unreadable=True)
+    assert sorted(text for split in SPLITS for text in texts_of(tmp_path / "whole" / split, tokenizer)) == sorted(good)
+    manifest = manifest_of(tmp_path / "whole/train")
+    lines = [place.removeprefix(f"{spec}/") for place in manifest["unreadable"]]
+    assert lines == ["0.jsonl, line 6", *(f"1.jsonl, line {number}" for number in range(251, 271)), "3.jsonl, line 750"]
+    left_out = {"records": 3000, "empty": 0, "filtered": 0, "bad": 22, "files_without_text": 0}
+    assert manifest["left_out"] == left_out
+
+    with pytest.raises(UserError, match=r"0\.jsonl, line 6, has no field 'text'.*, although the 5 records before"):
+        prepare_files(spec, facts, tmp_path / "out")
+    stop_after(monkeypatch, 30)
+    with pytest.raises(Stopped):
+        prepare_files(spec, facts, tmp_path / "out", skip_unreadable=True)
+    prepare_files(spec, facts, tmp_path / "out", skip_unreadable=True, workers=2)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+    for number in range(3):
+        prepare_files(spec, facts, tmp_path / "parts", part=(number, 3), skip_unreadable=True, max_bad_share=0.02)
+    merge(tmp_path / "parts", workers=1)
+    joined = manifest_of(tmp_path / "parts/train")
+    assert (joined["unreadable"], joined["left_out"]) == (manifest["unreadable"], left_out)
+
+
+def test_too_many_records_without_text_end_it_and_more_can_be_allowed(
+    uneven, facts: TokenizerFacts, tmp_path: Path, capfd
+) -> None:
+    spec, good = uneven
+    with open(f"{spec}/3.jsonl", "a") as file:
+        file.write('{"body": "x"}\n' * 100)
+    with pytest.raises(
+        UserError, match=r"122 of the 3,100 records read so far give no text \(3\.9%; the first: .*0\.jsonl"
+    ):
+        prepare_files(spec, facts, tmp_path / "out", skip_unreadable=True)
+    assert "3.jsonl, 90 more records: has no field 'text'" in capfd.readouterr().err
+    shards = prepare_files(spec, facts, tmp_path / "out", skip_unreadable=True, max_bad_share=0.04)
+    assert sum(held.documents for held in shards.values()) == len(good)
+    unreadable = manifest_of(tmp_path / "out/train")["unreadable"]
+    assert len(unreadable) == 1 + 20 + 1 + 10 + 1
+    assert unreadable[-1] == f"{spec}/3.jsonl, 90 more records: has no field 'text'"
+
+
+def test_a_null_is_left_out_without_being_asked_and_counted(facts: TokenizerFacts, tmp_path: Path, capfd) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": null}\n{"text": ""}\n')
+    options = {"val_fraction": 0.0, "held_out_fraction": 0.0}
+    for name, skip_unreadable in (("one", False), ("other", True)):
+        prepare_files(str(tmp_path / "a.jsonl"), facts, tmp_path / name, skip_unreadable=skip_unreadable, **options)
+        assert f"left out: {tmp_path}/a.jsonl, line 2, field 'text' is null" in capfd.readouterr().err
+    assert contents(tmp_path / "one") == contents(tmp_path / "other")
+    left_out = manifest_of(tmp_path / "one/train")["left_out"]
+    assert left_out == {"records": 3, "empty": 1, "filtered": 0, "bad": 1, "files_without_text": 0}

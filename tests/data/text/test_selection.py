@@ -120,5 +120,6 @@ def test_only_the_columns_looked_at_are_read_of_tables(file: Path) -> None:
 def test_plain_text_has_no_fields_to_filter_by(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("plain")
     (tmp_path / "b.jsonl").write_text('{"text": "x"}')
+    names = [str(tmp_path / name), str(tmp_path)]
     with pytest.raises(UserError, match=rf"'language=en' asks for a field, and .*{name} is plain text"):
-        open_source([str(tmp_path)], text_field="text", subset=None, split="train", filters=["language=en"])
+        open_source(names, text_field="text", subset=None, split="train", filters=["language=en"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -156,7 +157,7 @@ BAD = [
     ("a.jsonl.zst", b"not zstd", "frame descriptor, before byte 8"),
     ("a.parquet", b"not parquet", "ArrowInvalid"),
     ("a.arrow", b"not arrow at all", "ArrowInvalid"),
-    ("a.txt", b"ol\xe9", "UnicodeDecodeError"),
+    ("a.txt", b"ol\xe9", "from byte 2: it is not UTF-8 (byte 0xe9: unexpected end of data)"),
     ("a.py", b"# coding: klingon\n", "SyntaxError"),
 ]
 
@@ -164,7 +165,7 @@ BAD = [
 @pytest.mark.parametrize(("name", "content", "message"), BAD)
 def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
         list(_open(tmp_path / name).texts())
     assert str(tmp_path / name) in str(caught.value)
 

@@ -1,0 +1,59 @@
+"""What the files of a tokenizer say of its special tokens, against what the libraries make of them.
+
+`tokenizers` and `transformers` give an added token the next free id, whatever id its file names, and `transformers`
+adds a token that is named and in no vocabulary. Other tools take the files at their word, so the ids would differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from pretrain.data.contents import read_json
+from pretrain.errors import UserError
+
+_VOCABULARY, _SETTINGS, _ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
+
+
+def check_declared(folder: Path, ids: Mapping[str, int]) -> None:
+    """UserError unless the tokens that the files in `folder` declare have their `ids`, and the eos_token is one of them.
+
+    Folders without a tokenizer.json declare nothing that could be compared.
+    """
+    if not (folder / _VOCABULARY).is_file():
+        return
+    vocabulary = read_json(folder / _VOCABULARY)
+    settings = read_json(folder / _SETTINGS) if (folder / _SETTINGS).is_file() else {}
+    declared = list(_declared(folder, vocabulary, settings))
+    for file, token, number in declared:
+        if ids.get(token) != number:
+            raise UserError(
+                f"{folder / file} gives the token '{token}' the id {number}, and the libraries give it {ids.get(token)}: "
+                "they leave no gaps between the ids of added tokens. Number them without gaps after the vocabulary, "
+                "with unused tokens in between if a model was trained with these ids."
+            )
+    eos = settings.get("eos_token")
+    eos = eos["content"] if isinstance(eos, dict) else eos
+    if eos is not None and not _holds(vocabulary, eos) and eos not in {token for _, token, _ in declared}:
+        raise UserError(
+            f"{folder / _SETTINGS} names '{eos}' as eos_token, which ends every document, and {folder / _VOCABULARY} "
+            "has no such token. Name one of its tokens, or add this one to its added_tokens."
+        )
+
+
+def _declared(folder: Path, vocabulary: dict, settings: dict) -> Iterator[tuple[str, str, int]]:
+    """(file, token, id)"""
+    for token in vocabulary.get("added_tokens") or []:
+        yield _VOCABULARY, token["content"], token["id"]
+    for number, token in (settings.get("added_tokens_decoder") or {}).items():
+        yield _SETTINGS, token["content"], int(number)
+    if (folder / _ADDED).is_file():
+        for token, number in read_json(folder / _ADDED).items():
+            yield _ADDED, token, number
+
+
+def _holds(vocabulary: dict, token: str) -> bool:
+    pieces = (vocabulary.get("model") or {}).get("vocab") or {}
+    added = (entry["content"] for entry in vocabulary.get("added_tokens") or [])
+    listed = pieces if isinstance(pieces, dict) else {piece for piece, _ in pieces}
+    return token in listed or token in added

@@ -1,0 +1,46 @@
+"""What the name of a file says: whether and how it can be read, and whether it is there to be read."""
+
+from __future__ import annotations
+
+import os
+import re
+
+PLAIN = (".txt", ".py")
+LINES = (".jsonl", ".ndjson", ".json")
+TABLES = (".parquet", ".arrow")
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+READABLE = f".txt {' '.join(LINES)} (each also with {' '.join(COMPRESSIONS)}), .py {' '.join(TABLES)}"
+_COMPRESSED = (".txt", *LINES)
+# What tells of a data set or a program, and is no part of it.
+_ABOUT = re.compile(
+    r"(readme|licen[cs]es?|copying|copyright|notices?|citation|changelog|contributing|code[ _-]of[ _-]conduct"
+    r"|third[ _-]?party[ _-]?(licen[cs]es|notices)|(\w+[_-])?requirements)([ ._-].*)?\.(txt|py)"
+    r"|(dataset_infos?|dataset_dict|state)\.json",
+)
+
+
+def kind_of(path: str) -> str | None:
+    """The ending that says how `path` is read, in small letters and without that of a compression; None if it is not."""
+    name, compression = os.path.splitext(path.lower())
+    if compression not in COMPRESSIONS:
+        name, compression = path.lower(), ""
+    kinds = _COMPRESSED if compression else (*PLAIN, *LINES, *TABLES)
+    return next((kind for kind in kinds if name.endswith(kind)), None)
+
+
+def compression_of(path: str) -> str:
+    """The ending of a compression that `path` has, in small letters; empty without one."""
+    ending = os.path.splitext(path.lower())[1]
+    return ending if ending in COMPRESSIONS else ""
+
+
+def ending_of(path: str) -> str:
+    """The whole ending of `path` in small letters, like ".json.gz"; empty without one."""
+    name, ending = os.path.splitext(os.path.basename(path.lower()))
+    return os.path.splitext(name)[1] + ending if ending in COMPRESSIONS else ending
+
+
+def is_about(path: str) -> bool:
+    """Whether `path` is named like a licence, a README or a list of files, which a folder holds beside its text."""
+    name = os.path.basename(path.lower()).removesuffix(compression_of(path))
+    return _ABOUT.fullmatch(name) is not None

@@ -1,0 +1,198 @@
+"""The files that paths, folders, globs and URLs name, in one fixed order; and what of those is left out, and why.
+
+A file is asked for by its own name, or by a glob that ends as it does ('src/**/*.py'). In a folder, and for a glob that
+does not say which kind it means ('corpus/*'), licences, READMEs and the like are no text, and neither is code beside
+other files that can be read.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from pretrain.credentials import credential_in
+from pretrain.data.text import globs
+from pretrain.data.text.files import SourceFile, is_url, local_file, remote_file
+from pretrain.data.text.kinds import READABLE, ending_of, is_about, kind_of
+from pretrain.errors import UserError
+
+HIDDEN = "hidden"
+ABOUT = "README, LICENSE and the like"
+CODE = ".py (code beside other files; name it, like 'FOLDER/**/*.py', to read it)"
+TWICE = "named more than once (read once)"
+NO_FILE = "no regular file"
+_SHOWN_ENDINGS = 8
+
+Found = tuple[SourceFile, bool]  # and whether it is asked for
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files that are read, and how many names are left out, by their ending or the reason."""
+
+    files: list[SourceFile]
+    left_out: Counter = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        many = "file" if len(self.files) == 1 else "files"
+        read = _counts(Counter(ending_of(file.path) for file in self.files))
+        left_out = f"{self.left_out.total():,}: {_counts(self.left_out)}" if self.left_out else "nothing"
+        return f"reads {len(self.files):,} {many} ({read}); leaves out {left_out}"
+
+
+def list_files(patterns: Sequence[str]) -> Listing:
+    """The files that the patterns name: in the patterns' order, sorted within each.
+
+    Each file comes once, whatever number of names and links lead to it. UserError for a pattern that gives no file, a
+    link that leads nowhere, and what may not be looked at.
+    """
+    files: dict[str, SourceFile] = {}
+    passed: dict[str, str] = {}  # what is left out, by its reason
+    others: Counter = Counter()
+    for pattern in patterns:
+        pattern = pattern.removeprefix("file://")
+        found = list(_remote_files(pattern, others) if is_url(pattern) else _local_files(pattern, others))
+        found.sort(key=lambda one: (not one[1], one[0].path))  # of two ways to a file, the one that asks for it counts
+        known = {_identity(file): (file, is_asked) for file, is_asked in reversed(found)}
+        others[TWICE] += len({file.path for file, _ in found}) - len(known)
+        chosen, reasons = _chosen(known)
+        if not chosen:
+            raise _nothing(pattern, [file for file, _ in found], reasons)
+        for file in sorted(chosen, key=lambda file: file.path):
+            others[TWICE] += _identity(file) in files
+            files.setdefault(_identity(file), file)
+        passed |= reasons
+    left_out = others + Counter(reason for name, reason in passed.items() if name not in files)
+    return Listing(list(files.values()), left_out)
+
+
+def listed_files(urls: Sequence[str]) -> list[SourceFile]:
+    """The files at `urls`, all in one storage that lists folders: one request for each folder instead of each file."""
+    import fsspec
+
+    fs, _ = fsspec.url_to_fs(urls[0])
+    paths = [fs._strip_protocol(url) for url in urls]
+    folders = dict.fromkeys(path.rpartition("/")[0] for path in paths)
+    found = {info["name"]: info for folder in folders for info in fs.ls(folder, detail=True)}
+    return [remote_file(url, found[path]) for url, path in zip(urls, paths, strict=True)]
+
+
+def _identity(file: SourceFile) -> str:
+    return file.path if file.is_remote else os.path.realpath(file.path)
+
+
+def _chosen(found: dict[str, Found]) -> tuple[list[SourceFile], dict[str, str]]:
+    """Those of the found files that are read, and why each of the others is not."""
+    chosen, code, reasons = [], {}, {}
+    for identity, (file, is_asked) in found.items():
+        if file.kind is None:
+            reasons[identity] = ending_of(file.path) or "no ending"
+        elif is_asked:
+            chosen.append(file)
+        elif is_about(file.path):
+            reasons[identity] = ABOUT
+        elif file.kind == ".py":
+            code[identity] = file
+        else:
+            chosen.append(file)
+    if chosen:
+        return chosen, reasons | dict.fromkeys(code, CODE)
+    return list(code.values()), reasons
+
+
+def _nothing(pattern: str, found: Sequence[SourceFile], reasons: dict[str, str]) -> UserError:
+    unread = next((f"; {file.path} is of no kind that can be read" for file in found if file.kind is None), "")
+    if not found:
+        return UserError(f"--source '{pattern}' matches no file. Readable are {READABLE}.")
+    return UserError(
+        f"--source '{pattern}' gives no file to read, but {_counts(Counter(reasons.values()))}{unread}. Readable are "
+        f"{READABLE}: convert the files, or name others; a README or licence is read if it is named itself."
+    )
+
+
+def _local_files(pattern: str, left_out: Counter) -> Iterator[Found]:
+    if os.path.lexists(pattern):
+        paths = [(pattern, True)]
+    else:
+        paths = [(path, _asks_for(pattern, path)) for path in globs.expand(pattern)]
+    for path, is_asked in paths:
+        if os.path.isdir(path):
+            below = ((inner, False) for inner in globs.files_below(path, left_out, hidden=HIDDEN, again=TWICE))
+        else:
+            below = iter([(path, is_asked)])
+        for inner, asked in below:
+            if (file := _entry(inner)) is None:
+                left_out[NO_FILE] += 1
+            else:
+                yield file, asked
+
+
+def _entry(path: str) -> SourceFile | None:
+    """The file at `path`, which is there; None for what is no file. UserError for a link that leads nowhere."""
+    try:
+        return local_file(path) if stat.S_ISREG(os.stat(path).st_mode) else None
+    except OSError as error:
+        globs.refuse_broken_link(path)
+        raise UserError(f"cannot look at {path}: {error.strerror}. Make it readable, or name other files.") from error
+
+
+def _remote_files(pattern: str, left_out: Counter) -> list[Found]:
+    """The files that the URL `pattern` names: itself, those below it, or those that its wildcards match."""
+    import fsspec
+
+    if fault := credential_in(pattern):
+        raise UserError(f"--source {pattern}: {fault}.")
+    try:
+        fs, path = fsspec.url_to_fs(pattern)
+        return [(_remote_entry(fs, *entry), asked) for *entry, asked in _remote_entries(fs, path, left_out)]
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        why = error.__cause__ or error  # behind it may be a server that does not answer
+        raise UserError(f"--source '{pattern}' matches no file: {type(why).__name__}: {why}.") from error
+    except Exception as error:  # each protocol's library raises its own, ImportError for one that is not installed
+        raise UserError(
+            f"cannot list --source '{pattern}': {type(error).__name__}: {error}. Check the address, the network and "
+            "the credentials."
+        ) from error
+
+
+def _remote_entries(fs, path: str, left_out: Counter) -> Iterator[tuple[str, dict, bool]]:
+    """(name, what the storage says of it, whether it is asked for) of each file."""
+    if globs.has_wildcard(path) and not fs.isfile(path):
+        matched = {name: (info, _asks_for(path, name)) for name, info in fs.glob(path, detail=True).items()}
+    elif kind_of(path) is None and fs.isdir(path):  # asking a web server whether a file is a folder fetches it
+        matched = {path: ({"type": "directory"}, True)}
+    else:
+        matched = {path: (fs.info(path), True)}
+    for name, (info, is_asked) in matched.items():
+        if info.get("type") != "directory":
+            yield name, info, is_asked
+            continue
+        for inner, about in fs.find(name, detail=True).items():
+            if any(part.startswith(".") for part in inner[len(name) :].split("/")):
+                left_out[HIDDEN] += 1
+            elif inner not in matched:
+                yield inner, about, False
+
+
+def _remote_entry(fs, name: str, info: dict) -> SourceFile:
+    if info.get("size") is None:  # a web server's list of links does not say
+        info = fs.info(name) if kind_of(name) else info | {"size": 0}
+    return remote_file(fs.unstrip_protocol(name), info)
+
+
+def _asks_for(pattern: str, path: str) -> bool:
+    """Whether a glob says which kind of file it means, by ending as `path` does."""
+    return kind_of(path) is not None and os.path.basename(pattern).lower().endswith(ending_of(path))
+
+
+def _counts(counts: Counter) -> str:
+    """Like ".jsonl 3, .txt 1", the most frequent first."""
+    shown = [f"{name} {count:,}" for name, count in counts.most_common(_SHOWN_ENDINGS)]
+    if others := counts.total() - sum(count for _, count in counts.most_common(_SHOWN_ENDINGS)):
+        shown.append(f"others {others:,}")
+    return ", ".join(shown)

@@ -1,0 +1,103 @@
+"""Files that are one text as they are."""
+
+from __future__ import annotations
+
+import codecs
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+from pretrain.data.text import compression, documents
+from pretrain.data.text.blocks import UNREADABLE, Block, TextBlock, Unreadable, unreadable
+from pretrain.data.text.files import SourceFile, library_folder
+from pretrain.data.text.selection import Selection
+
+TOPICS = "pydoc_data/topics.py"
+_WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # UTF-32's other one begins like the first
+
+
+def read_plain(
+    file: SourceFile, number: int, selection: Selection, place: tuple[int, int]
+) -> Iterator[tuple[Block, tuple[int, int], int]]:
+    """A text file is one text, or several when it is too long to hold in memory; the place counts them.
+
+    What stands before damage comes before it is raised.
+    """
+    with file.open() as raw:
+        pieces = _decoded(compression.content(raw, file.path), file.path)
+        for count, text in enumerate(_texts(pieces), start=1):
+            if count > place[0]:
+                yield TextBlock(number, file.path, text), (count, 0), raw.tell()
+
+
+def read_python(
+    file: SourceFile, number: int, selection: Selection, place: tuple[int, int]
+) -> Iterator[tuple[Block, tuple[int, int], int]]:
+    """A Python source is one text, in the encoding it declares; pydoc's topics are a text each."""
+    for count, text in enumerate(_python_texts(file), start=1):
+        if count > place[0]:
+            yield TextBlock(number, file.path, text), (count, 0), file.bytes
+
+
+def refuse_wide(start: bytes, path: str) -> None:
+    """Unreadable if a file that begins with `start` says that it is UTF-16 or UTF-32."""
+    if start.startswith(_WIDE):
+        raise Unreadable(
+            path, f"it is UTF-16 or UTF-32, not UTF-8. Convert it: iconv -f UTF-16 -t UTF-8 {Path(path).name}"
+        )
+
+
+def _decoded(chunks: Iterator[bytes], path: str) -> Iterator[str]:
+    """The text of UTF-8, without a byte order mark; what stands before damage comes before that is raised."""
+    done, waiting = 0, b""  # bytes that were decoded, and what begins a character and ends with a chunk
+    try:
+        for chunk in chunks:
+            if not done:
+                refuse_wide(chunk, path)
+            waiting += chunk
+            text, used = codecs.utf_8_decode(waiting, "strict", False)
+            yield text if done else text.removeprefix("\ufeff")
+            waiting, done = waiting[used:], done + used
+        codecs.utf_8_decode(waiting, "strict", True)
+    except UnicodeDecodeError as error:
+        text = waiting[: error.start].decode()
+        yield text if done else text.removeprefix("\ufeff")
+        reason = f"it is not UTF-8 (byte 0x{waiting[error.start]:02x}: {error.reason})"
+        raise Unreadable(f"{path}, from byte {done + error.start}", reason) from error
+    except UNREADABLE as error:
+        raise unreadable(f"{path}, from byte {done + len(waiting)} of its content", error) from error
+
+
+def _texts(pieces: Iterator[str]) -> Iterator[str]:
+    """`pieces` as the texts into which `documents.cut_long` would cut all in one; what precedes damage comes first."""
+    held = ""
+    try:
+        for piece in pieces:
+            held += piece
+            if len(held) > documents.MAX_DOCUMENT_CHARACTERS:
+                *whole, held = documents.cut_long(held)
+                yield from whole
+    except Unreadable:
+        if held:
+            yield held
+        raise
+    if held:
+        yield held
+
+
+def _python_texts(file: SourceFile) -> Iterator[str]:
+    if file.path == str(library_folder() / TOPICS):
+        from pydoc_data.topics import topics
+
+        yield from (topics[name] for name in sorted(topics))
+        return
+    with file.open() as raw:
+        encoding, _ = tokenize.detect_encoding(raw.readline)
+        raw.seek(0)
+        content = raw.read()
+    try:
+        yield content.decode(encoding)
+    except UnicodeDecodeError as error:
+        yield content[: error.start].decode(encoding)
+        reason = f"it is not {encoding} (byte 0x{content[error.start]:02x}: {error.reason})"
+        raise Unreadable(f"{file.path}, from byte {error.start}", reason) from error
