@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 
 _BLANK = " \t\r\n"
-_VALUE, _NOTHING = "a record", "nothing more"  # neither holds one of the characters that stand between records
+_RECORD, _NOTHING = "a record", "nothing more"
 
 
 def is_array(chunks: Iterator[bytes]) -> bool:
@@ -33,17 +33,17 @@ def elements(chunks: Iterator[bytes], longest: int) -> Iterator[bytes]:
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     scan = json.JSONDecoder().raw_decode
-    held, place, wanted, awaited = "", 0, 0, "["
+    held, place, wanted, awaited = "", 0, 0, ("[",)
     for chunk in itertools.chain(chunks, (None,)):
         held, place = held[place:] + decoder.decode(chunk or b"", final=chunk is None), 0
         if len(held) < wanted and chunk is not None:
             continue
         while (place := _after_blank(held, place)) < len(held):
             if held[place] in awaited:
-                awaited = {"[": f"{_VALUE} ]", ",": _VALUE, "]": _NOTHING}[held[place]]
+                awaited = {"[": (_RECORD, "]"), ",": (_RECORD,), "]": (_NOTHING,)}[held[place]]
                 place += 1
-            elif _VALUE not in awaited:
-                raise ValueError(f"{held[place]!r} stands where there should be {awaited}")
+            elif _RECORD not in awaited:
+                raise ValueError(f"{held[place]!r} stands where there should be {' or '.join(awaited)}")
             else:
                 try:
                     _, stop = scan(held, place)
@@ -53,8 +53,8 @@ def elements(chunks: Iterator[bytes], longest: int) -> Iterator[bytes]:
                     wanted = 2 * (len(held) - place)  # so that a long one is not scanned from its start at each chunk
                     break
                 yield held[place:stop].replace("\n", " ").replace("\r", " ").encode("utf-8", "surrogatepass")
-                place, awaited = stop, ", ]"
-    if awaited != _NOTHING:
+                place, awaited = stop, (",", "]")
+    if awaited != (_NOTHING,):
         raise EOFError("the file ends within its array")
 
 

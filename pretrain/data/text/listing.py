@@ -24,7 +24,7 @@ ABOUT = "README, LICENSE and the like"
 CODE = ".py (code beside other files; name it, like 'FOLDER/**/*.py', to read it)"
 TWICE = "named more than once (read once)"
 NO_FILE = "no regular file"
-_SHOWN_ENDINGS = 8
+_SHOWN = 10  # endings and reasons
 
 Found = tuple[SourceFile, bool]  # and whether it is asked for
 
@@ -192,7 +192,8 @@ def _asks_for(pattern: str, path: str) -> bool:
 
 def _counts(counts: Counter) -> str:
     """Like ".jsonl 3, .txt 1", the most frequent first."""
-    shown = [f"{name} {count:,}" for name, count in counts.most_common(_SHOWN_ENDINGS)]
-    if others := counts.total() - sum(count for _, count in counts.most_common(_SHOWN_ENDINGS)):
+    ordered = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
+    shown = [f"{name} {count:,}" for name, count in ordered[:_SHOWN]]
+    if others := sum(count for _, count in ordered[_SHOWN:]):
         shown.append(f"others {others:,}")
     return ", ".join(shown)

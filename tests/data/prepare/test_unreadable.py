@@ -97,15 +97,7 @@ def test_parts_joined_name_the_damage_of_all(damaged, facts: TokenizerFacts, tmp
         assert unreadable[0] == unreadable[1] != []
 
 
-<<<<<<< HEAD
-def test_what_is_not_damage_still_stops(corpus: str, facts: TokenizerFacts, tmp_path: Path, monkeypatch) -> None:
-    with open(tmp_path / "1.jsonl", "a", encoding="utf-8") as file:
-        file.write('\n{"body": "x"}')
-    with pytest.raises(UserError, match=r"1\.jsonl, line 51, has no field 'text'"):
-        prepare_files(corpus, facts, tmp_path / "out", skip_unreadable=True)
-=======
 def test_files_that_may_not_be_read_still_stop(corpus: str, facts: TokenizerFacts, tmp_path: Path, monkeypatch) -> None:
->>>>>>> c52568a (Sources say what they read and leave out, read more kinds, and bad records are left out, counted and capped)
     real = open
 
     def forbidden(path: object, *arguments: object, **options: object):
@@ -166,7 +158,7 @@ def test_too_many_records_without_text_end_it_and_more_can_be_allowed(
     uneven, facts: TokenizerFacts, tmp_path: Path, capfd
 ) -> None:
     spec, good = uneven
-    with open(f"{spec}/3.jsonl", "a") as file:
+    with open(f"{spec}/3.jsonl", "a", encoding="utf-8") as file:
         file.write('{"body": "x"}\n' * 100)
     with pytest.raises(
         UserError, match=r"122 of the 3,100 records read so far give no text \(3\.9%; the first: .*0\.jsonl"
