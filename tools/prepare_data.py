@@ -33,6 +33,7 @@ import re
 
 from pretrain import cli, typed
 from pretrain.data.prepare import merge, prepare
+from pretrain.data.text.omissions import in_words
 from pretrain.data.tokenizer import load_tokenizer_facts
 from pretrain.data.tokens import TokenShards, open_shards
 from pretrain.errors import UserError
@@ -49,7 +50,6 @@ _TAKES = {
     "import": {"shard_tokens", "dtype"},
     "export": set(),
 }
-_LEFT_OUT = {"empty": "empty texts", "filtered": "by --filter", "bad": "without text or unreadable"}
 _TEXT_NEEDS = {"source", "tokenizer", "out"}
 
 
@@ -116,10 +116,8 @@ def _summarise(out: Path, shards: dict[str, TokenShards]) -> None:
             f"{bytes_per_token:.2f} bytes of text per token"
         )
     manifest = shards["train"].manifest
-    left_out = manifest.get("left_out", {})
-    if gone := [f"{left_out[key]:,} {words}" for key, words in _LEFT_OUT.items() if left_out.get(key)]:
-        named = " (named in the manifests, under `unreadable`)" if manifest.get("unreadable") else ""
-        print(f"  left out, of {left_out['records']:,} records: {', '.join(gone)}{named}")
+    if gone := in_words(manifest.get("left_out", {})):
+        print(f"  {gone}{' (named in the manifests, under `unreadable`)' if manifest.get('unreadable') else ''}")
     for split in shards.keys() - {"train"}:
         if not shards[split].tokens:
             option = f"--{split.replace('_', '-')}-fraction"

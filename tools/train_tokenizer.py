@@ -28,7 +28,7 @@ from pretrain.data.contents import read_json
 from pretrain.data.text import Source
 from pretrain.data.text.blocks import texts_of
 from pretrain.data.text.faults import Fault, Tally, advice_on
-from pretrain.data.text.omissions import Omissions
+from pretrain.data.text.omissions import Omissions, in_words
 from pretrain.errors import UserError
 from pretrain.files import require_utf8, write_json
 
@@ -50,6 +50,8 @@ def main() -> None:
     except Fault as error:
         raise advice_on(error, omissions.good + error.before) from error
     _export(model, settings, options.out)
+    if gone := in_words(omissions.sums):
+        print(gone)
     print(f"complete: {options.out} ({options.vocab_size} tokens)")
 
 

@@ -57,7 +57,7 @@ def test_mistakes_end_with_code_2_and_one_paragraph(tmp_path: Path) -> None:
     ]:
         done = run(*options)
         assert done.returncode == 2
-        assert done.stderr.startswith("error: ")
+        assert done.stderr.splitlines()[-1].startswith("error: ")
         assert message in done.stderr
         assert "Traceback" not in done.stderr
     assert _contents(tmp_path / "full") == {"thesis.tex": b"years of work"}

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from pretrain.data.text.faults import DAMAGE, SHOWN, Tally, is_too_many, too_many
 
 SUMS = ("records", "empty", "filtered", "bad")
+_WORDS = {"empty": "empty texts", "filtered": "by --filter", "bad": "without text or unreadable"}
+
+
+def in_words(sums: Mapping[str, int]) -> str:
+    """What was left out, for people; empty if nothing was."""
+    gone = [f"{sums[name]:,} {words}" for name, words in _WORDS.items() if sums.get(name)]
+    return f"left out, of {sums['records']:,} records: {', '.join(gone)}" if gone else ""
 
 
 class Omissions:

@@ -85,6 +85,8 @@ class Source:
         }
         self.listing = f"{_name(origin)} {listing}"
         self._files = list(files) if part is None else share(files, part)
+        if part is not None:
+            self.listing += f"; this part reads {len(self._files):,} of them"
         self._selection = selection
         self._cursor = [0, 0, 0]
         self._read_bytes = 0

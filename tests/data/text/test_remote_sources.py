@@ -124,6 +124,17 @@ def test_a_server_that_stays_away_is_named(server: str) -> None:
         list(source.texts())
 
 
+def test_a_file_that_changes_on_the_server_while_it_is_read_is_named(server: str, monkeypatch) -> None:
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 20_000)
+    _write(_Flaky.folder, "a.jsonl")
+    blocks = _open(f"{server}/a.jsonl").blocks()
+    next(blocks)
+    with open(_Flaky.folder / "a.jsonl", "ab") as file:
+        file.write(b"more")
+    with pytest.raises(UserError, match=rf"{server}/a\.jsonl has changed while it was read: it had [\d,]+ bytes when"):
+        list(blocks)
+
+
 def test_what_is_not_there_is_refused(server: str) -> None:
     with pytest.raises(UserError, match=rf"{server}/b\.jsonl' matches no file"):
         _open(f"{server}/b.jsonl")
