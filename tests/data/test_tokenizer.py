@@ -205,11 +205,10 @@ def test_the_facts_are_those_of_the_tokenizer_that_training_loads(
 @pytest.mark.parametrize(
     "change",
     [
-        {"eos_token": "<|new|>"},
         {"additional_special_tokens": ["<|new|>"]},
         {"extra_special_tokens": {"image_token": "<|new|>"}},
-        {"added_tokens_decoder": {"700": {"content": "<|new|>", "special": True}}},
-        {"eos_token": {"content": "the", "lstrip": False, "__type": "AddedToken"}},
+        {"added_tokens_decoder": {"600": {"content": "<|new|>", "special": True}}},
+        {"eos_token": {"content": "t", "lstrip": False, "__type": "AddedToken"}},
     ],
     ids=str,
 )
