@@ -90,7 +90,7 @@ def add_source_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
     )
     parser.add_argument(
         "--max-bad-records",
-        type=float,
+        type=typed.number(least=0),
         default=0.01,
         metavar="SHARE",
         help="end with an error if more than this share of the records (and more than 10) give no text: left out by "
@@ -102,8 +102,8 @@ def open_source_of(options: argparse.Namespace, part: tuple[int, int] | None = N
     """The source that the arguments of `add_source_arguments` name, or a part of it."""
     from pretrain.data.text.sources import open_source
 
-    if not 0 <= options.max_bad_records <= 1:
-        raise UserError(f"--max-bad-records {options.max_bad_records:g} is not a share: give 0 to 1.")
+    if options.max_bad_records > 1:
+        raise UserError(f"--max-bad-records {options.max_bad_records:g} is not a share: give at most 1.")
     return open_source(
         options.source,
         text_field=options.text_field,
