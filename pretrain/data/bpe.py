@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import sentencepiece
 
-from pretrain.errors import UserError
+from pretrain.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
@@ -67,7 +67,7 @@ def _train(sentences: _Kept, vocab_size: int) -> bytes:
         if not sentences.taken:
             raise UserError("the source holds no text, so there is nothing to learn a vocabulary from.") from error
         raise UserError(
-            f"SentencePiece cannot make a vocabulary of {vocab_size} from this text: {error}. A vocabulary holds 259 "
+            f"SentencePiece cannot make a vocabulary of {vocab_size} from this text: {first_line(error)}. A vocabulary holds 259 "
             "fixed tokens, the characters of the text and its merges; choose another --vocab-size or give more text."
         ) from error
     return model.getvalue()

@@ -85,7 +85,7 @@ def test_a_folder_is_read_as_its_line_says(prepare, tmp_path: Path, tokenizer) -
     assert done.returncode == 0, done.stderr
     assert decoded(tmp_path / "out/train", tokenizer) == ["a book", "in an array"]
     assert done.stderr.startswith("--source repo reads 3 files (.json 1, .jsonl 1, .txt 1); leaves out 1: .py (code ")
-    assert "without text: 1 files (repo/en/empty.jsonl)\n" in done.stderr
+    assert "without text: 1 of 3 files (repo/en/empty.jsonl)\n" in done.stderr
     (tmp_path / "repo/en/gone.jsonl").symlink_to("nowhere")
     broken = prepare("--source", "repo/*", "--out", "other")
     assert broken.returncode == 2
