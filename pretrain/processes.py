@@ -1,4 +1,4 @@
-"""The server that worker processes are forked from, started so that neither TMPDIR nor the working directory can break it."""
+"""Processes of our own code, started so that neither TMPDIR nor what lies in the working directory can break them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import socket
 import tempfile
 from multiprocessing import forkserver, util
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
 
 from pretrain.errors import UserError
 
@@ -32,6 +33,15 @@ def start_fork_server(modules: list[str]) -> ForkServerContext:
         else:
             os.environ["PYTHONSAFEPATH"] = before
     return context
+
+
+def own_package() -> dict[str, str]:
+    """Environment variables for `python -m pretrain...`: of this very code, whatever lies in the working directory."""
+    root = str(Path(__file__).resolve().parents[1])
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
+        "PYTHONSAFEPATH": "1",
+    }
 
 
 def _choose_socket_folder() -> None:

@@ -13,6 +13,8 @@ import pytest
 from corpus import Corpus
 from runs import ENVIRONMENT, REPOSITORY, launch
 
+from pretrain.processes import own_package
+
 INSPECT = REPOSITORY / "tools/inspect_data.py"
 TRAIN = REPOSITORY / "pretrain/train.py"
 # These two work without the package.
@@ -102,6 +104,9 @@ def test_workers_start_below_a_long_tmpdir_and_beside_foreign_modules(tmp_path: 
         ended = run([script], beside, {"TMPDIR": str(folder)})
         assert (ended.returncode, ended.stdout) == (0, "A B C D\n"), ended.stderr
     assert not list(temporary.iterdir())
+    asked = [sys.executable, "-c", "import random, pretrain; print(pretrain.__path__[0])"]
+    told = subprocess.run(asked, cwd=beside, env=os.environ | own_package(), capture_output=True, encoding="utf-8")
+    assert told.stdout == f"{REPOSITORY / 'pretrain'}\n", told.stderr
 
 
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])

@@ -21,6 +21,7 @@ from pretrain.bench import loading
 from pretrain.bench.rivals import missing_modules, short_error, spread
 from pretrain.bench.table import render
 from pretrain.bench.usage import Usage, measure
+from pretrain.processes import own_package
 
 LOADERS = Path(__file__).with_name("rivals") / "loaders.py"
 OURS = "evenkeel"
@@ -166,7 +167,7 @@ class _Bench:
         if asked["do"] in ("read", "start"):
             asked["batch_size"] = BATCH_SIZE
         if loader == OURS:
-            return measure([sys.executable, "-m", "pretrain.bench.loading", json.dumps(asked)])
+            return measure([sys.executable, "-m", "pretrain.bench.loading", json.dumps(asked)], own_package())
         command = [self._rivals_python, "-W", "ignore", str(LOADERS), json.dumps({"loader": loader, **asked})]
         caches = self._folder / "caches"
         caches.mkdir(exist_ok=True)

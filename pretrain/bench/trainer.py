@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from pretrain.bench.table import render
+from pretrain.processes import own_package
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
@@ -64,7 +65,7 @@ def _evenkeel(config: str, steps: int, ranks: int, threads: int) -> float:
 
 
 def _run(command: list[str], threads: int) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {**os.environ, **own_package(), "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with exit code {done.returncode}:\n{done.stdout}{done.stderr}")

@@ -17,8 +17,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import pretrain
 from pretrain.config import WandbSection
+from pretrain.processes import own_package
 
 START_S = 120.0  # that wandb may take to begin, imports from a slow file system included
 RETRY_S, LONGEST_RETRY_S = 60.0, 3600.0  # until the next attempt, twice as long each time
@@ -111,12 +111,6 @@ class Tracker:
         self._mode = "disabled"
 
     def _start(self) -> None:
-        root = str(Path(pretrain.__file__).parent.parent)
-        # This very code, whatever lies in the working directory.
-        path = {
-            "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
-            "PYTHONSAFEPATH": "1",
-        }
         command = [sys.executable, "-m", "pretrain.monitor.wandb_session", str(self._folder), self._mode]
         self._began, self._heard = time.monotonic(), b""
         try:
@@ -126,7 +120,7 @@ class Tracker:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=said,
-                    env={**os.environ, **path, "WANDB__STATS_PID": str(os.getpid())},
+                    env={**os.environ, **own_package(), "WANDB__STATS_PID": str(os.getpid())},
                     start_new_session=True,  # Ctrl-C is for the trainer
                 )
             os.set_blocking(self._process.stdout.fileno(), False)
