@@ -86,15 +86,15 @@ def _follow(
         if isinstance(part, str):
             section = members[0] if len(members) == 1 else None
             field = section.model_fields.get(part) if section else None
-            members = _sections_in(field.annotation) if field else []
+            members = sections_in(field.annotation) if field else []
     return keys, section, members
 
 
-def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+def sections_in(annotation: Any) -> list[type[BaseModel]]:
     """The sections that a field may hold, also inside lists and unions."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [section for part in typing.get_args(annotation) for section in _sections_in(part)]
+    return [section for part in typing.get_args(annotation) for section in sections_in(part)]
 
 
 def _tag_key(section: type[BaseModel]) -> str | None:
@@ -166,7 +166,7 @@ def _all_choices(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[s
         if choices := _choices(field.annotation):
             yield prefix + name, choices
         if typing.get_origin(field.annotation) is not tuple:
-            for inner in _sections_in(field.annotation):
+            for inner in sections_in(field.annotation):
                 yield from _all_choices(inner, f"{prefix}{name}.")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from pretrain.config import Config
 from pretrain.data.batches.loader import check_batch_sizes
-from pretrain.deepspeed_blocks import block
+from pretrain.deepspeed_blocks import block, check_finite, check_kind
 from pretrain.errors import UserError
 from pretrain.muon import zero_for_muon
 from pretrain.precision import precision_blocks, precision_of
@@ -23,32 +23,40 @@ from pretrain.zero_block import check_zero
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
-# Keys of DeepSpeed's JSON that may be given. `optimizer` and `scheduler` belong to the run file.
-_KNOWN_KEYS = {
+# Keys of DeepSpeed's JSON that may be given, and what each must be: DeepSpeed looks at few of them before it uses them.
+# `optimizer` and `scheduler` belong to the run file.
+_SWITCH, _BLOCK, _NUMBER = (bool,), (dict,), (int, float)
+_KNOWN_KEYS: dict[str, tuple] = {
+    "train_batch_size": _NUMBER,
+    "train_micro_batch_size_per_gpu": _NUMBER,
+    "gradient_accumulation_steps": _NUMBER,
+    "gradient_clipping": _NUMBER,
+    "zero_optimization": _BLOCK,
+    "bf16": _BLOCK,
+    "fp16": _BLOCK,
+    "data_types": _BLOCK,
+    "communication_data_type": ("fp32", "bf16", "fp16"),
+    "prescale_gradients": _SWITCH,
+    "gradient_predivide_factor": _NUMBER,
+    "gradient_allreduce_op": ("mean",),
+    "zero_allow_untested_optimizer": _SWITCH,
+    "zero_force_ds_cpu_optimizer": _SWITCH,
+    "steps_per_print": _NUMBER,
+    "wall_clock_breakdown": _SWITCH,
+    "memory_breakdown": _SWITCH,
+    "dump_state": _SWITCH,
+    "comms_logger": _BLOCK,
+    "flops_profiler": _BLOCK,
+    "checkpoint": _BLOCK,
+    "aio": _BLOCK,
+    "timers": _BLOCK,
+}
+_FROM_THE_RUN_FILE = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
     "gradient_clipping",
-    "zero_optimization",
-    "bf16",
-    "fp16",
-    "data_types",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "gradient_allreduce_op",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "dump_state",
-    "comms_logger",
-    "flops_profiler",
-    "checkpoint",
-    "aio",
-    "timers",
-}
+)
 
 _NOT_HERE = {
     "optimizer": "the run file's 'optim' section builds the optimizer",
@@ -148,6 +156,9 @@ def _check_keys(given: dict[str, Any], source: str) -> None:
             near = difflib.get_close_matches(key, _KNOWN_KEYS, 1, 0.6)
             hint = f"did you mean '{near[0]}'?" if near else f"known are: {', '.join(sorted(_KNOWN_KEYS))}."
             raise UserError(f"{source}: unknown key '{key}'; {hint}")
+        if given[key] != "auto" or key not in _FROM_THE_RUN_FILE:
+            check_kind(given[key], _KNOWN_KEYS[key], f"{source}: {key}")
+    check_finite(given, source)
 
 
 def _check_with_tensor_parallel(tensor: int, zero: dict[str, Any], precision: dict[str, Any], source: str) -> None:

@@ -29,13 +29,17 @@ from pretrain.errors import UserError
 from pretrain.files import free_bytes, require_utf8
 from pretrain.layout import Weight
 from pretrain.methods import Method
-from pretrain.model import bind_methods, hf_config, outline
+from pretrain.model import bind_methods, hf_config, initial_rule, outline
 from pretrain.monitor.throughput import flops_per_token
 from pretrain.precision import precision_of
 from pretrain.probe import probe_batch
 from pretrain.tensor_parallel import check_model, data_rank, data_ranks, elements_per_rank
 
 _DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop", "attention_dropout")  # fields of the families' configurations
+
+
+# Of a matrix, so that the squares that its moments are made of are float32 numbers, and its working copy is one of fp16.
+_INITIAL_DEVIATIONS = (1e-15, 1e4)
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,7 @@ def make_plan(config: Config, world_size: int, rank: int | None = None) -> Plan:
     for method in config.methods:
         method.check(weights)
         _check_touches(method, weights)
+    _check_initial_values(config, weights, model_config.initializer_range)
     share = {} if rank is None else {"rank": rank, "world_size": world_size}
     corpora = open_corpora(config, tokenizer, data_ranks(config, world_size), **share)
     plan = Plan(config, world_size, model_config, ds_config, tokenizer, corpora, weights)
@@ -145,6 +150,22 @@ def _check_touches(method: Method, weights: list[Weight]) -> None:
     """UserError if the method has no rule for any weight: it would be listed and do nothing."""
     if not any(method.init_rule(weight) or method.training_rule(weight) for weight in weights):
         raise UserError(f"methods: {method.name} matches no weight of the model, so it would do nothing. Remove it.")
+
+
+def _check_initial_values(config: Config, weights: list[Weight], default_std: float) -> None:
+    """UserError where a weight would start beyond what float32 arithmetic holds, or all matrices at zero."""
+    smallest, largest = _INITIAL_DEVIATIONS
+    rules = {weight.name: initial_rule(weight, config, default_std) for weight in weights if weight.fan_in}
+    for name, (draw, rule) in rules.items():
+        if draw.std and not smallest <= draw.std <= largest:
+            raise UserError(
+                f"{name} would start with the standard deviation {draw.std:g} ({rule}); training holds {smallest:g} to "
+                f"{largest:g}. Change what decides it: model.initializer_range, or the option of a method."
+            )
+    if not any(draw.std for draw, _ in rules.values()):
+        raise UserError(
+            "all matrices would start at zero, and no gradient would change them: raise model.initializer_range."
+        )
 
 
 def training_batches(plan: Plan, rank: int, samples: int) -> Loader:

@@ -17,6 +17,9 @@ from pretrain.errors import UserError
 
 _ACCUMULATION = {"fp32": {"fp32"}, "bf16": {"fp32", "bf16"}, "fp16": {"fp32"}}
 
+# Of fp16's loss scale: DeepSpeed takes any number, and its scale then never finds its place.
+_LEAST = {"loss_scale": 0, "initial_scale_power": 0, "loss_scale_window": 1, "hysteresis": 1, "min_loss_scale": 1}
+
 
 def precision_of(ds_config: dict[str, Any]) -> str:
     """fp32, bf16 or fp16, from a complete DeepSpeed configuration."""
@@ -81,6 +84,9 @@ def _fp16(content: dict[str, Any], source: str) -> dict[str, Any]:
     }
     parsed = parse(DeepSpeedFP16Config, complete, "fp16", source)
     _check_enabled("fp16", complete, source)
+    for key, least in _LEAST.items():
+        if getattr(parsed, key) < least:
+            raise UserError(f"{source}: fp16.{key} must be {least} or more, not {getattr(parsed, key)}.")
     if parsed.fp16_master_weights_and_grads:
         raise UserError(f"{source}: fp16.fp16_master_weights_and_grads is not supported: the master weights are fp32.")
     return complete

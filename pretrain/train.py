@@ -39,6 +39,7 @@ from pretrain.actions import (
     roll_back,
     save,
 )
+from pretrain.checkpoints.folders import resolve
 from pretrain.config import Config, ResilienceSection, load_config
 from pretrain.distributed import (
     Ranks,
@@ -148,6 +149,8 @@ def dry_run(config: Config) -> None:
     map_environment()
     if rank_from_environment() == 0:
         plan = make_plan(config, int(os.environ["WORLD_SIZE"]))
+        if config.checkpoint.resume not in ("auto", "never"):
+            resolve(Path(config.checkpoint.resume))
         print(describe_plan(plan))
         if tracker.mode_of(config.log.wandb) != "disabled":
             print(f"tracking  {tracker.describe(config.log.wandb)}")

@@ -207,3 +207,30 @@ def test_accumulation_shares_the_global_batch_among_the_ranks(ranks: int, steps:
 def test_ranks_that_cannot_share_the_global_batch_are_refused(ranks: int) -> None:
     with pytest.raises(UserError, match="not a multiple"):
         accumulation_steps(config({}), ranks)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"steps_per_print": "often"}, "steps_per_print must be a number, not 'often'"),
+        ({"wall_clock_breakdown": 1}, "wall_clock_breakdown must be true or false, not 1"),
+        ({"comms_logger": True}, "comms_logger must be a block of keys, not True"),
+        ({"communication_data_type": "fp8"}, "communication_data_type must be 'fp32' or 'bf16' or 'fp16', not 'fp8'"),
+        ({"gradient_predivide_factor": float("inf")}, "gradient_predivide_factor must be a finite number, not inf"),
+        ({"flops_profiler": {"profile_step": float("nan")}}, "flops_profiler: profile_step must be a finite number"),
+        ({"gradient_clipping": True}, "gradient_clipping must be a number, not True"),
+        ({"zero_optimization": {"stage": True}}, "zero_optimization.stage must be a number, not True"),
+        ({"zero_optimization": {"overlap_comm": 1}}, "zero_optimization.overlap_comm must be true or false, not 1"),
+        ({"fp16": {"enabled": True, "initial_scale_power": -1}}, "fp16.initial_scale_power must be 0 or more, not -1"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused(given: dict, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        deepspeed_config(config(deepspeed={"zero_optimization": {"stage": 1}, **given}), world_size=1)
+    assert expected in str(caught.value)
+
+
+def test_a_file_with_a_number_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text('{"gradient_predivide_factor": NaN}')
+    with pytest.raises(UserError, match="gradient_predivide_factor must be a finite number, not nan"):
+        deepspeed_config(config(deepspeed=str(tmp_path / "ds.json")), world_size=1)

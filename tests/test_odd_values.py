@@ -1,0 +1,110 @@
+"""Every key of a run file with values that none was meant to have: each is refused in a sentence, or trains a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from corpus import Corpus, tiny
+from pydantic import BaseModel
+
+from pretrain.config import Config, load_config
+from pretrain.config_errors import sections_in
+from pretrain.errors import UserError
+from pretrain.methods import REGISTRY
+from pretrain.model import build_model
+from pretrain.optim import build_optimizer
+from pretrain.plan import Plan, describe_plan, make_plan
+
+ODD = ("-1", "0", "1", "1e30", "1e-30", ".nan", "abc", '""', "[]", "{}", "true", "null")
+MODELS = {"llama": {}, "gpt2": {"family": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 4}}
+ROPE = {
+    "linear": {"factor": 2},
+    "dynamic": {"factor": 2},
+    "yarn": {"factor": 4, "beta_fast": 32, "beta_slow": 1, "mscale": 1, "mscale_all_dim": 1, "truncate": False},
+    "longrope": {"factor": 2, "short_factor": [1.0] * 6, "long_factor": [2.0] * 6},
+    "llama3": {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192},
+    "proportional": {"partial_rotary_factor": 0.5},
+}
+
+
+@pytest.fixture
+def run_file(corpus: Corpus, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    content = tiny(corpus) | {"methods": [], "deepspeed": {}, "out": str(tmp_path / "runs")}
+    content["model"] = MODELS[getattr(request, "param", "llama")] or content["model"]
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key below `section` but those of the model and of methods, by their full names."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if len(inner := sections_in(field.annotation)) == 1:
+            yield from keys(inner[0], f"{prefix}{name}.")
+
+
+def planned(path: Path, *settings: str) -> Plan | None:
+    """The plan of a run; None where it is refused in a sentence. Whatever else is raised fails the test."""
+    try:
+        plan = make_plan(load_config(path, settings), world_size=1)
+        describe_plan(plan)
+    except UserError:
+        return None
+    return plan
+
+
+def assert_trains(plan: Plan) -> None:
+    """The model is built and takes one step of the run's optimizer, with a finite loss."""
+    torch.manual_seed(0)
+    model = build_model(plan.config, plan.model_config, {"zero_optimization": {"stage": 0}})
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    tokens = torch.randint(0, len(plan.tokenizer), (2, plan.config.data.seq_len + 1))
+    loss = model(tokens[:, :-1], tokens[:, 1:])["total"]
+    loss.backward()
+    build_optimizer(model, plan.config).step()
+    assert loss.isfinite()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def all_planned(path: Path, names: list[str]) -> dict[str, Plan]:
+    """The plans of all odd values of these keys, one for each configuration that they make."""
+    settings = [f"{name}={value}" for name in names for value in ODD]
+    found = {setting: plan for setting in settings if (plan := planned(path, setting)) is not None}
+    return {plan.config.to_yaml(): plan for plan in found.values()}
+
+
+@pytest.mark.parametrize("run_file", MODELS, indirect=True)
+def test_each_field_of_a_model_is_refused_or_trains(run_file: Path) -> None:
+    family = load_config(run_file).model
+    plans = all_planned(run_file, [f"model.{name}" for name in keys(type(family)) if name != "family"])
+    assert len(plans) > 10
+    for plan in plans.values():
+        assert_trains(plan)
+
+
+def test_each_other_key_is_refused_or_can_be_planned(run_file: Path) -> None:
+    plans = all_planned(run_file, [key for key in keys(Config) if not key.startswith("model.")])
+    assert len(plans) > 10
+
+
+def test_each_option_of_a_method_is_refused_or_trains(run_file: Path) -> None:
+    for name, method in REGISTRY.items():
+        for option in method.model_fields.keys() - {"name"}:
+            for value in ("-1", "0", "1e30", "1e-30", ".nan", "abc", "true", "null"):
+                if plan := planned(run_file, f"methods=[{{name: {name}, {option}: {value}}}]"):
+                    assert_trains(plan)
+
+
+@pytest.mark.parametrize("kind", ROPE)
+def test_each_rope_type_with_its_keys_trains(run_file: Path, kind: str) -> None:
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4, **ROPE[kind]}
+    plan = planned(run_file, f"model.rope_parameters={rope}")
+    assert plan is not None
+    assert_trains(plan)
