@@ -8,11 +8,10 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from pretrain.run_file import Loader, Origin, RunFile
+from pretrain.run_file import Origin, RunFile, is_text
 
 
 def explain(mistake: ErrorDetails, root: type[BaseModel], file: RunFile) -> str:
@@ -62,7 +61,7 @@ def _as_read(kind: str, given: Any, origin: Origin | None) -> str:
             return f": a leading 0 means base 8 to some readers of YAML; write {int(given)}"
         if not origin.quoted and ":" in given:
             return ": some readers of YAML take this for a number in base 60; write it out"
-        if not isinstance(yaml.load(given, Loader), str):
+        if not is_text(given):
             return ": a text, because of the quotes; leave them out"
     return ""
 

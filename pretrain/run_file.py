@@ -49,8 +49,10 @@ class RunFile:
         except OSError as error:
             raise UserError(f"cannot read the run file {path}: {error}.") from error
         try:
-            self._locate(yaml.compose(text, Loader))
-            self.data = yaml.load(text, Loader)
+            loader = Loader(text)
+            node = loader.get_single_node()
+            self._locate(node)
+            self.data = loader.construct_document(node) if node else None
         except _NOT_YAML as error:
             raise UserError(f"{path} is not valid YAML: {error}") from error
         if not isinstance(self.data, dict):
@@ -78,10 +80,12 @@ class RunFile:
             else:
                 target = target[_index(target, part, setting, parents[:depth])]
         try:
-            value, node = yaml.load(text, Loader), yaml.compose(text, Loader)
+            loader = Loader(text)
+            node = loader.get_single_node()
             self._forget(key)
             self._note(key, f"--set {setting}", node)
             self._locate(node, f"{key}.", f"--set {setting}")
+            value = loader.construct_document(node) if node else None
         except _NOT_YAML as error:
             raise UserError(f"--set {setting}: the value is not valid YAML.") from error
         target[last if isinstance(target, dict) else _index(target, last, setting, parents)] = value
@@ -183,6 +187,11 @@ _NUMBERS = {
 for _kind, _pattern in _NUMBERS.items():
     for _class in (Loader, _Dumper):
         _class.add_implicit_resolver(_TAG + _kind, re.compile(_pattern), list("-+.0123456789"))
+
+
+def is_text(scalar: str) -> bool:
+    """Whether YAML takes these letters for a text also without quotes."""
+    return Loader("").resolve(yaml.ScalarNode, scalar, (True, False)) == f"{_TAG}str"
 
 
 def to_yaml(data: dict[str, Any]) -> str:

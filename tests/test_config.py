@@ -373,6 +373,7 @@ def test_files_that_extend_each_other_are_refused(tmp_path: Path) -> None:
         ("steps=true", "steps: Input should be a valid integer (got true)"),
         ("steps=1:30", "(got '1:30'): some readers of YAML take this for a number in base 60"),
         ("steps=010", "(got '010'): a leading 0 means base 8 to some readers of YAML; write 10"),
+        ('steps="[1"', "steps: Input should be a valid integer (got '[1')"),
         ("steps=1.5", "steps: Input should be a valid integer (got 1.5)"),
         ("steps=99999999999999999999", "steps: is larger than a 64-bit integer can be"),
         ("seed=18446744073709551616", "seed: Input should be less than 281474976710656"),
