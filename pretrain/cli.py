@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from contextlib import suppress
+from typing import TYPE_CHECKING, NoReturn
+
+import psutil
 
 from pretrain import startup, typed
 from pretrain.errors import OTHER, USER_ERROR, UserError
+from pretrain.files import remove_unfinished
+from pretrain.resilience.ear import STOP_SIGNALS, Ear, is_ignored
+
+PATIENCE_S = 10.0  # from a signal to the end of the process, whatever it is doing
+CHILDREN_S = 5.0  # of which for the processes that it has started
 
 if TYPE_CHECKING:
-    from types import TracebackType
+    from types import FrameType, TracebackType
 
     from pretrain.data.text import Source
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main` and exit: 0 when it returns, 2 on a `UserError`, 130 on Ctrl-C; other exceptions keep their traceback.
+    """Call `main` and exit: 0 when it returns, 2 on a `UserError`; other exceptions keep their traceback.
+
+    SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP end it in order, with 128 + their number: what is half written goes. One
+    that is ignored from the start, as SIGHUP is under `nohup`, stays so. Processes that `main` has started are told to end.
 
     Where standard output takes no more, as on a full disk, `main` goes on, and the exit code is 1 instead of 0. A reader
     that has closed it, as `head` does, has what it wanted.
     """
-    code = _exit_code(main)
+    code = _exit_code(main, _Stop())
     if why := startup.lost_output():
         print(f"error: standard output takes no more: {why}. What was printed is not complete.", file=sys.stderr)
         code = code or OTHER
@@ -32,27 +44,14 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(code)
 
 
-def _end_on_ctrl_c() -> None:
-    """End with 130, at once: an interpreter that winds down is aborted by a library's thread that still works."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(130)
-
-
 def _tell(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
     """What is uncaught: Ctrl-C while a tool still imports its libraries, or an error with its traceback."""
     if issubclass(kind, KeyboardInterrupt):
-        _end_on_ctrl_c()
+        _end_by(signal.SIGINT)
     sys.__excepthook__(kind, error, traceback)
 
 
 sys.excepthook = _tell  # from the first import of a tool on
-
-
-def clean_up_on_signals() -> None:
-    """From now on SIGTERM and SIGUSR1 end the program in order, with code 128 + their number: no half-written folder stays."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -114,15 +113,56 @@ def open_source_of(options: argparse.Namespace, part: tuple[int, int] | None = N
     )
 
 
-def _exit_code(main: Callable[[], None]) -> int | str | None:
+class _Stop:
+    """Signals that end this process, as exceptions in its main thread; number: of the one that came, 0 if none has."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        heard = [number for number in STOP_SIGNALS if not is_ignored(number)]
+        for number in heard:
+            signal.signal(number, self._end)
+        # A library may keep the main thread to itself for minutes: then the ear's own thread cleans up.
+        Ear(heard, PATIENCE_S, lambda number: remove_unfinished())
+
+    def _end(self, number: int, frame: FrameType | None) -> None:
+        if self.number:
+            return  # it is being cleaned up
+        self.number = number
+        _end_children()
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        sys.exit(128 + number)
+
+
+def _end_by(number: int) -> NoReturn:
+    """End at once, what must be cleaned up aside: an interpreter that winds down is aborted by a library's busy thread."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(128 + number)
+
+
+def _end_children() -> None:
+    """Have the processes that this one has started end in order: `subprocess` would kill them, and they have some too."""
+    children = psutil.Process().children()
+    for child in children:
+        with suppress(psutil.Error):
+            child.terminate()
+    psutil.wait_procs(children, timeout=CHILDREN_S)
+
+
+def _exit_code(main: Callable[[], None], stop: _Stop) -> int | str | None:
     """Call `main`; what `sys.exit` is to be told then."""
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_ERROR
-    except KeyboardInterrupt:
-        _end_on_ctrl_c()
-    except SystemExit as ended:
-        return ended.code
+    except BaseException as error:
+        if stop.number:  # libraries make other exceptions of it
+            print(f"stopped by {signal.Signals(stop.number).name}", file=sys.stderr)
+            _end_by(stop.number)
+        if isinstance(error, UserError):
+            print(f"error: {error}", file=sys.stderr)
+            return USER_ERROR
+        if isinstance(error, SystemExit):
+            return error.code
+        raise
     return 0

@@ -16,10 +16,17 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 
 from pretrain.errors import MachineFault, SharedUserError, UserError
+from pretrain.rendezvous import Place, meet
+from pretrain.resilience.signals import StopFlag
 
 Result = TypeVar("Result")
+
+_PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_WHO_SETS = "deepspeed, torchrun and srun set it; unset RANK, WORLD_SIZE and LOCAL_RANK to run alone."
+_SCONTROL_S = 60.0
 
 _control_group: dist.ProcessGroup | None = None
 
@@ -40,21 +47,30 @@ class Ranks:
 
 
 def rank_from_environment() -> int:
-    """This process's rank before any process group exists."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    """This process's rank before any process group exists; 0 where the environment does not tell a number."""
+    return _number("RANK", "SLURM_PROCID")
 
 
 def local_rank_from_environment() -> int:
-    """This process's number on its node before any process group exists."""
-    return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+    """This process's number on its node before any process group exists; 0 where the environment does not tell one."""
+    return _number("LOCAL_RANK", "SLURM_LOCALID")
 
 
 def map_environment() -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the launcher did not.
 
     Values that are set already win, so torchrun or deepspeed inside a Slurm job keep theirs. Slurm's variables count
-    only inside a job step (SLURM_STEP_ID): the batch shell itself has them too, and is not a rank.
+    only inside a job step (SLURM_STEP_ID): the batch shell itself has them too, and is not a rank. Raises UserError for
+    values that cannot be meant.
     """
+    for name in _PLACE:
+        if not os.environ.get(name, "unset").strip():
+            del os.environ[name]  # an empty one is one that is not set
+    if "RANK" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            f"RANK={os.environ['RANK']} is set and WORLD_SIZE is not. Set both, or unset RANK to run alone; deepspeed, "
+            "torchrun and srun set them."
+        )
     slurm = os.environ if "SLURM_STEP_ID" in os.environ and "RANK" not in os.environ else {}
     os.environ.setdefault("RANK", slurm.get("SLURM_PROCID", "0"))
     os.environ.setdefault("WORLD_SIZE", slurm.get("SLURM_NTASKS", "1"))
@@ -65,20 +81,23 @@ def map_environment() -> None:
     if slurm and int(os.environ["WORLD_SIZE"]) > 1:
         if "MASTER_ADDR" not in os.environ:
             os.environ["MASTER_ADDR"] = _slurm_head_address(slurm)
-        os.environ.setdefault("MASTER_PORT", str(20000 + int(slurm["SLURM_JOB_ID"]) % 10000))
+        os.environ.setdefault("MASTER_PORT", str(_slurm_port(slurm)))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:
         os.environ["MASTER_PORT"] = str(_free_port())
+    _check_place()
 
 
-def initialize(timeout_s: float | None = None) -> Ranks:
+def initialize(timeout_s: float | None = None, flag: StopFlag | None = None) -> Ranks:
     """Join the run's process group (NCCL on GPUs, gloo on CPU) and choose this rank's device and threads.
 
-    timeout_s: how long a collective may take before the library gives it up; None for the library's own limit.
+    timeout_s: how long the others are waited for, and how long a collective may take before the library gives it up; None
+    for the library's own limit. flag: ends this process while it waits. Raises what `rendezvous.meet` raises.
     """
     global _control_group
     launched = "RANK" in os.environ or "SLURM_STEP_ID" in os.environ
     map_environment()
+    store = meet(Place.from_environment(), timeout_s or default_pg_timeout.total_seconds(), flag)
     timeout = {} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}
     import deepspeed
     import deepspeed.ops
@@ -97,6 +116,7 @@ def initialize(timeout_s: float | None = None) -> Ranks:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
         deepspeed.init_distributed(dist_backend="gloo", **timeout)
     _control_group = dist.new_group(backend="gloo", **timeout)
+    del store  # rank 0 has kept it open until the library had its own
     return Ranks(rank, local_rank, world_size, device, launched)
 
 
@@ -164,20 +184,45 @@ def _slurm_head_address(slurm: os._Environ | dict) -> str:
     """The address of the job's first node, from the node record: node names need not resolve everywhere."""
     nodes = slurm.get("SLURM_STEP_NODELIST", slurm.get("SLURM_JOB_NODELIST", ""))
     try:
-        names = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, encoding="utf-8", check=True
-        )
-        head = names.stdout.split()[0]
-        record = subprocess.run(
-            ["scontrol", "show", "node", "-o", head], capture_output=True, encoding="utf-8", check=True
-        )
-    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        head = _scontrol("show", "hostnames", nodes).split()[0]
+        record = _scontrol("show", "node", "-o", head)
+    except (OSError, subprocess.SubprocessError, IndexError) as error:
         raise UserError(
             f"cannot find the address of the first node of '{nodes}' with scontrol ({error}). "
             "Export MASTER_ADDR and MASTER_PORT in the job script."
         ) from error
-    fields = dict(pair.split("=", 1) for pair in record.stdout.split() if "=" in pair)
+    fields = dict(pair.split("=", 1) for pair in record.split() if "=" in pair)
     return fields.get("NodeAddr", head)
+
+
+def _slurm_port(slurm: os._Environ | dict) -> int:
+    """A port for the job, and another when Slurm starts it again, as slurm/job.sh chooses them."""
+    return 20000 + (int(slurm["SLURM_JOB_ID"]) + 1009 * int(slurm.get("SLURM_RESTART_COUNT", "0"))) % 10000
+
+
+def _scontrol(*words: str) -> str:
+    command = ["scontrol", *words]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", check=True, timeout=_SCONTROL_S).stdout
+
+
+def _number(*names: str) -> int:
+    """The first of these variables that is set, as a number."""
+    text = next((os.environ[name] for name in names if os.environ.get(name)), "0")
+    return int(text) if text.isdecimal() else 0
+
+
+def _check_place() -> None:
+    """UserError unless the variables that say where this rank belongs are numbers that go together."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        if not (os.environ[name].isascii() and os.environ[name].isdecimal()):
+            raise UserError(f"{name}={os.environ[name]} is no whole number. {_WHO_SETS}")
+    rank, world_size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    if not world_size:
+        raise UserError(f"WORLD_SIZE=0: a run has at least one rank. {_WHO_SETS}")
+    if rank >= world_size:
+        raise UserError(f"RANK={rank} with WORLD_SIZE={world_size}: ranks are 0 to {world_size - 1}. {_WHO_SETS}")
+    if not 0 < port < 65536:
+        raise UserError(f"MASTER_PORT={port} is no port: choose one from 1024 to 65535.")
 
 
 def _free_port() -> int:

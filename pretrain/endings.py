@@ -58,15 +58,17 @@ def end_badly(error: Exception, folder: RunFolder | None, ranks: Ranks) -> NoRet
     os._exit(code)
 
 
-def end_alone(error: RuntimeError) -> NoReturn:
-    """End this rank because it has not met the others."""
-    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    print(
-        f"error: rank {rank_from_environment()} could not meet the other {int(os.environ['WORLD_SIZE']) - 1} at {where}: "
-        f"{first_line(error)}. Look for the ranks that have not started, and at firewalls between the nodes.",
-        file=sys.stderr,
-        flush=True,
-    )
+def end_alone(error: RuntimeError | MachineFault) -> NoReturn:
+    """End this rank because it has not met the others, or could not connect to them although it has."""
+    if isinstance(error, MachineFault):
+        told = str(error)
+    else:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        told = (
+            f"rank {rank_from_environment()} met the other ranks at {where} but could not connect to them: "
+            f"{first_line(error)}. Look at firewalls between the nodes, and at GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME."
+        )
+    print(f"error: {told}", file=sys.stderr, flush=True)
     os._exit(MACHINE_FAULT)
 
 

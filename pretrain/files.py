@@ -9,7 +9,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -22,6 +23,7 @@ CANNOT_WRITE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENOTDIR, errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY),
 }
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 # What passes by itself now and then: a file server that is taken over by another, a network that is gone for a moment.
 TRANSIENT = {
     *(errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENOTCONN),
@@ -31,6 +33,8 @@ TRANSIENT = {
 # What a file system without locks answers (Lustre mounted without flock, say); then nobody is kept out.
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 PAUSES_S = (1, 2, 4, 8, 15, 30)  # after which a transient failure is tried again
+
+_unfinished: set[Path] = set()
 
 log = logging.getLogger("evenkeel")
 T = TypeVar("T")
@@ -85,13 +89,61 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` by `content` atomically and durably."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(aside, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    with unfinished(path.with_name(f".{path.name}.{os.getpid()}.tmp")) as aside:
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
     sync_folder(path.parent)
+
+
+@contextmanager
+def unfinished(path: Path) -> Iterator[Path]:
+    """`path`, where a file or folder is to be made that then gets its proper name: what is still there at the end goes.
+
+    So it does when a signal ends a command line meanwhile.
+    """
+    _unfinished.add(path)
+    try:
+        yield path
+    finally:
+        _remove(path)
+        _unfinished.discard(path)
+
+
+def remove_unfinished() -> None:
+    """Remove what this process has begun to make and will not finish."""
+    for path in list(_unfinished):
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):  # the failure that matters is the one that left it
+            path.unlink(missing_ok=True)
+
+
+def overwrite(path: Path, text: str) -> None:
+    """Replace what the file `path` holds where it lies, durably, which needs no room if it has `allocated_bytes` for it.
+
+    In one write, so that a reader meets the old or the new text; only a machine that dies meanwhile leaves a mixture.
+    """
+    content = text.encode()
+    with open(path, "r+b") as file:
+        size_bytes = os.fstat(file.fileno()).st_size
+        if os.pwrite(file.fileno(), content.ljust(size_bytes), 0) < len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        os.ftruncate(file.fileno(), len(content))
+        os.fsync(file.fileno())
+
+
+def allocated_bytes(path: Path) -> int:
+    """How many bytes the file `path` can hold without further room on the disk."""
+    stat = path.stat()
+    return max(stat.st_size, stat.st_blocks * 512)
 
 
 def write_json(path: Path, value: Any) -> None:

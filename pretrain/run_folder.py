@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import platform
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from pretrain.credentials import masked
 from pretrain.data.contents import read_json
 from pretrain.distributed import Ranks, all_gather_object, from_first_rank, on_every_rank
 from pretrain.errors import UserError
-from pretrain.files import NO_LOCKS, write_json, write_text
+from pretrain.files import NO_LOCKS, NO_ROOM, allocated_bytes, overwrite, write_json, write_text
 from pretrain.monitor.lines import LogFile
 from pretrain.optional import optional
 from pretrain.snapshot import code_version, version_of
@@ -48,11 +49,15 @@ class RunFolder:
         """Record what runs here, once nothing can refuse it any more."""
         self.step, self.begun = step, True
         hosts = all_gather_object(f"{socket.gethostname()} {_fact(_device_name)}")
-        if self.ranks.is_first:
-            write_text(self.path / "config.yaml", config.to_yaml())
-            with optional("environment", "environment.json could not be written"):
-                write_json(self.path / "environment.json", _environment(hosts))
-        self.status("running")
+
+        def record() -> None:
+            with _explained(self.path):
+                write_text(self.path / "config.yaml", config.to_yaml())
+                with optional("environment", "environment.json could not be written"):
+                    write_json(self.path / "environment.json", _environment(hosts))
+                self.status("running")
+
+        from_first_rank(record)
 
     def status(self, status: str, reason: str = "") -> None:
         """Record running, finished, preempted or stopped."""
@@ -84,18 +89,18 @@ class RunFolder:
     def _write_status(self, status: str, reason: str, **more: int) -> None:
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         found = {"status": status, "step": self.step, "reason": reason, **more, "time": now}
-        write_json(self.path / "status.json", found)
+        _replace_status(self.path / "status.json", found)
 
     def _create(self) -> None:
-        try:
+        with _explained(self.path):
             (self.path / "logs").mkdir(parents=True, exist_ok=True)
             (self.path / "checkpoints").mkdir(exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
                 pass
             if self.ranks.is_first:
                 self._lock()
-        except OSError as error:
-            raise UserError(f"cannot write to the run folder {self.path}: {error.strerror}.") from error
+                for left in (*self.path.glob(".*.tmp"), *self.path.glob("logs/pulses/.*.tmp")):
+                    left.unlink(missing_ok=True)  # by a process that was killed while it wrote
 
     def _check_shared(self) -> None:
         """UserError on every rank unless all of them see what rank 0 writes here: checkpoints are written together."""
@@ -127,6 +132,27 @@ class RunFolder:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to the run folder {path}: {error.strerror}.") from error
+
+
+def _replace_status(path: Path, found: dict) -> None:
+    """Write `found` atomically, or where there is no room for that over the file that is there, the reason cut to fit."""
+    try:
+        write_json(path, found)
+    except OSError as error:
+        if error.errno not in NO_ROOM or not path.exists():
+            raise
+        room = allocated_bytes(path)
+        while len(text := json.dumps(found, indent=2) + "\n") > room and found["reason"]:
+            found = found | {"reason": found["reason"][: room - len(text)]}
+        overwrite(path, text)
 
 
 def _log_to(path: Path, console: bool) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from pretrain.config import Config
 from pretrain.deepspeed_config import read_deepspeed
 from pretrain.errors import UserError
-from pretrain.files import sync_folder, write_json, write_text
+from pretrain.files import sync_folder, unfinished, write_json, write_text
 
 RUN_FILE = "run.yaml"
 _RECORD = "snapshot.json"
@@ -31,17 +31,16 @@ def take_snapshot(folder: Path, config: Config, job: dict[str, str]) -> None:
     """
     _, deepspeed = read_deepspeed(config)
     frozen = config.model_copy(update={"deepspeed": deepspeed})
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.incomplete")
     try:
-        aside.mkdir(parents=True)
-        for part in filter(Path.exists, (_CODE / name for name in _PARTS)):
-            _copy(part, aside / part.name)
-        write_text(aside / RUN_FILE, frozen.to_yaml())
-        write_json(aside / _RECORD, {**code_version(), **_environment(), "job": job})
-        aside.rename(folder)
+        with unfinished(folder.with_name(f".{folder.name}.{os.getpid()}.incomplete")) as aside:
+            aside.mkdir(parents=True)
+            for part in filter(Path.exists, (_CODE / name for name in _PARTS)):
+                _copy(part, aside / part.name)
+            write_text(aside / RUN_FILE, frozen.to_yaml())
+            write_json(aside / _RECORD, {**code_version(), **_environment(), "job": job})
+            aside.rename(folder)
         sync_folder(folder.parent)
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"cannot write the snapshot of the code to {folder}: {error.strerror or error}.") from error
 
 

@@ -51,7 +51,7 @@ from pretrain.distributed import (
 )
 from pretrain.endings import end_alone, end_badly, refuse
 from pretrain.engine import train_step
-from pretrain.errors import MACHINE_FAULT, SharedUserError, UserError
+from pretrain.errors import MACHINE_FAULT, MachineFault, SharedUserError, UserError
 from pretrain.monitor import tracker
 from pretrain.monitor.weights import WeightMonitor
 from pretrain.optim import learning_rate
@@ -177,19 +177,20 @@ def main() -> None:
         if arguments.dry_run:
             dry_run(config)
             return
-        ranks = meet(config)
     except UserError as error:
         # Nothing connects the ranks yet. Those of a node see the same files, so the first of each node speaks.
         refuse(error if local_rank_from_environment() == 0 else SharedUserError(str(error)))
-    run(config, ranks)
+    run(config, meet(config))
 
 
 def meet(config: Config) -> Ranks:
     """Join the other ranks. The communication library waits longer than the watchdog, which can tell for whom."""
     watchdog_s = config.resilience.watchdog_s
     try:
-        return initialize(watchdog_s and 2 * watchdog_s + 60)
-    except RuntimeError as error:
+        return initialize(watchdog_s and 2 * watchdog_s + 60, signals.catch())
+    except UserError as error:
+        refuse(error)
+    except (RuntimeError, MachineFault) as error:
         end_alone(error)
 
 

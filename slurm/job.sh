@@ -70,12 +70,13 @@ stop() {
     scancel --signal=USR1 "$job"
 }
 
-# Where the ranks meet: the first node's address from its record (its name need not resolve), the port from the job's number.
+# Where the ranks meet: the first node's address from its record (its name need not resolve), the port from the job's number
+# and start: one that was taken is not tried again.
 rendezvous() {
     local head
     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     MASTER_ADDR=$(scontrol show node -o "$head" | grep -o ' NodeAddr=[^ ]*' | cut -d= -f2)
-    MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+    MASTER_PORT=$((20000 + (SLURM_JOB_ID + 1009 * restart) % 10000))
     export MASTER_ADDR MASTER_PORT
 }
 

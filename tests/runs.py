@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,21 +110,25 @@ def start_ranks(
     ranks: int = 2,
     limits: dict | None = None,
     prepare: Callable[[], None] | None = None,
+    only: Collection[int] | None = None,
+    variables: dict[str, str] | None = None,
 ) -> Iterator[Job]:
     """`ranks` processes of `train.py` with the variables that torchrun would set; killed on the way out.
 
     limits: resource limits (`resource.RLIMIT_*` to a number) of each process. prepare: called in each process before
-    `train.py`, a function of a module that it can import.
+    `train.py`, a function of a module that it can import. only: the ranks that are started. variables: besides or instead
+    of torchrun's; an empty one is as good as none.
     """
     port = free_port()
     logs.mkdir(parents=True, exist_ok=True)
     attempt = len(list(logs.glob("*.0.out")))
     paths = [(logs / f"{attempt}.{rank}.out", logs / f"{attempt}.{rank}.err") for rank in range(ranks)]
     processes = []
-    for rank, (out, err) in enumerate(paths):
+    paths = [path for rank, path in enumerate(paths) if only is None or rank in only]
+    for rank, (out, err) in zip(only or range(ranks), paths, strict=True):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = ENVIRONMENT | {key: str(value) for key, value in place.items()}
+        environment = ENVIRONMENT | {key: str(value) for key, value in place.items()} | (variables or {})
         processes.append(
             _server.Process(target=_be_rank, args=(words, environment, str(out), str(err), limits or {}, prepare))
         )

@@ -17,8 +17,8 @@ from pretrain.processes import own_package
 
 INSPECT = REPOSITORY / "tools/inspect_data.py"
 TRAIN = REPOSITORY / "pretrain/train.py"
-# These two work without the package.
-SCRIPTS = [TRAIN, *(path for path in (REPOSITORY / "tools").glob("*.py") if path.stem not in ("check_python", "demo"))]
+# The one that is left out works without the package.
+SCRIPTS = [TRAIN, *(path for path in (REPOSITORY / "tools").glob("*.py") if path.stem != "check_python")]
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
 
 

@@ -23,7 +23,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from pretrain import quiet  # noqa: F401  (before the libraries that would speak)
-from pretrain.cli import clean_up_on_signals, run
+from pretrain.cli import run
 from pretrain.export.card import is_own
 from pretrain.export.convert import Written, convert
 from pretrain.export.proof import NotEqualError, name_of
@@ -34,7 +34,6 @@ DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "f
 
 def main() -> None:
     options = _parse()
-    clean_up_on_signals()
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     try:

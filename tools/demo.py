@@ -6,14 +6,22 @@ from what is already there.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this package, whatever else is called so
+from pretrain import startup
+
+startup.begin()
+
 import os
 import shlex
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import torch
+
+from pretrain.cli import run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RUN, MODEL = REPOSITORY / "runs/tiny_tvr", REPOSITORY / "hf/tiny_tvr"
@@ -79,4 +87,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

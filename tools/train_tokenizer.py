@@ -18,8 +18,6 @@ startup.begin()
 
 import argparse
 import os
-import sys
-import tempfile
 from collections.abc import Iterator
 
 from pretrain import cli, typed
@@ -30,7 +28,7 @@ from pretrain.data.text.blocks import texts_of
 from pretrain.data.text.faults import Fault, Tally, advice_on
 from pretrain.data.text.omissions import Omissions, in_words
 from pretrain.errors import UserError
-from pretrain.files import require_utf8, write_json
+from pretrain.files import require_utf8, unfinished, write_json
 
 RECORD = "training.json"
 
@@ -89,8 +87,7 @@ def _export(model: bytes, settings: dict, out: Path) -> None:
     """Write the folder beside `out`, then rename it, so that `out` is complete or as it was."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as aside:
-            folder = Path(aside) / "tokenizer"
+        with unfinished(out.with_name(f".{out.name}.{os.getpid()}.tmp")) as folder:
             folder.mkdir()
             (folder / "tokenizer.model").write_bytes(model)
             tokenizer_from_sentencepiece(folder / "tokenizer.model").save_pretrained(folder)

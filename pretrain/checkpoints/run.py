@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -31,7 +33,7 @@ from pretrain.checkpoints.state import TrainerState, read_matching_state, save_s
 from pretrain.checkpoints.writing import Entries, Writing, told
 from pretrain.config import CheckpointSection
 from pretrain.distributed import Ranks, all_gather_object, control_group, from_first_rank, on_every_rank
-from pretrain.errors import SharedUserError, UserError
+from pretrain.errors import MachineFault, SharedUserError, UserError
 from pretrain.files import free_bytes, patiently, sync_folder, write_text
 from pretrain.shard_notes import notes_on, save_notes
 
@@ -84,6 +86,12 @@ class Checkpoints:
         written. Older checkpoints are never touched before the new one is complete.
         """
         began, aside = time.perf_counter(), self.folder / f".{folder_of(state.step)}.incomplete"
+        with self._or_nothing(aside):
+            return self._save(engine, state, add_files, aside, began)
+
+    def _save(
+        self, engine, state: TrainerState, add_files: Callable[[Path], None], aside: Path, began: float
+    ) -> Saved | None:
         on_every_rank(lambda: self._prepare(aside, engine))
         contents = gather_shards(engine, aside)
         contents[aside / _random_file(self.ranks)] = random_states()
@@ -112,11 +120,12 @@ class Checkpoints:
         if save is None or not (wait or _all(save.writing.done)):
             return None
         self._under_way = None
-        entries: Entries = {}
-        for part in all_gather_object(on_every_rank(save.writing.entries)):
-            entries.update(part)
         final = self.folder / folder_of(save.step)
-        from_first_rank(lambda: self._publish(save.aside, final, entries))
+        with self._or_nothing(save.aside):
+            entries: Entries = {}
+            for part in all_gather_object(on_every_rank(save.writing.entries)):
+                entries.update(part)
+            from_first_rank(lambda: self._publish(save.aside, final, entries))
         now = time.perf_counter()
         return Saved(final, save.step, seconds=now - save.began, stall_s=save.copied - save.began + now - called)
 
@@ -166,6 +175,16 @@ class Checkpoints:
         load_shards(engine, path, files)
         restore_random_states(states)
         return state
+
+    @contextmanager
+    def _or_nothing(self, aside: Path) -> Iterator[None]:
+        """What all ranks know to have failed leaves nothing: it would take the room that what is yet to be said needs."""
+        try:
+            yield
+        except (UserError, MachineFault):
+            if self.ranks.is_first:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
 
     def _prepare(self, aside: Path, engine) -> None:
         """Room for the new checkpoint and an empty folder; what killed runs left half written goes."""

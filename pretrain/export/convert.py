@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,7 +21,7 @@ from pretrain.export.card import model_card
 from pretrain.export.masters import master_weights
 from pretrain.export.proof import Proof, checked, prove
 from pretrain.export.weights import Shapes, write_weights
-from pretrain.files import require_utf8, write_text
+from pretrain.files import require_utf8, unfinished, write_text
 from pretrain.finite import refuse_unless_finite
 from pretrain.folding import as_lazy, change
 from pretrain.layout import role_and_layer
@@ -70,9 +69,9 @@ def convert(checkpoint: Path, out: Path, dtype: torch.dtype | None = None) -> Ex
     dtype = dtype or load_probe(checkpoint)[1].dtype
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as aside:
-            folder = Path(aside) / "model"
-            folder.mkdir()
+        with unfinished(out.with_name(f".{out.name}.{os.getpid()}.tmp")) as aside:
+            folder = aside / "model"
+            folder.mkdir(parents=True)
             exported = _export(checkpoint, folder, dtype)
             os.replace(folder, out)
     except OSError as error:

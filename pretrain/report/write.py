@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 
 from pretrain.errors import UserError
+from pretrain.files import write_bytes
 from pretrain.report import curves
 from pretrain.report.page import render_page
 from pretrain.report.picture import Picture
@@ -37,7 +37,7 @@ def write_report(folders: Sequence[str | Path], out: Path) -> list[Path]:
     try:
         png_folder.mkdir(parents=True, exist_ok=True)
         for path, content in files.items():
-            _write(path, content)
+            write_bytes(path, content)
     except OSError as error:
         raise UserError(f"the report cannot be written to {out}: {error}. Choose another place with --out.") from None
     return list(files)
@@ -52,10 +52,3 @@ def _draw(runs: list[Run]) -> list[Picture]:
         curves.throughput_picture(runs),
         curves.activations_picture(runs),
     ]
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write under a temporary name first, so that a reader never meets half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

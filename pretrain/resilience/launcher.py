@@ -6,6 +6,20 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+_SIGNS = {  # variables that a launcher sets for its ranks
+    "TORCHELASTIC_RUN_ID": "torchrun",
+    "SLURM_STEP_ID": "srun",
+    "OMPI_COMM_WORLD_RANK": "mpirun",
+    "PMI_RANK": "mpirun",
+}
+
+
+def launcher() -> str | None:
+    """What has started this process as a rank among others, as far as it can be seen."""
+    if len(ancestors()) > 1:
+        return "deepspeed"
+    return next((name for sign, name in _SIGNS.items() if sign in os.environ), None)
+
 
 def ancestors() -> tuple[int, ...]:
     """The process above this one, and the one above DeepSpeed's per-node launcher if it is that."""

@@ -41,6 +41,7 @@ class Orders:
 
     def __init__(self, folder: Path, ranks: Ranks, flag: StopFlag) -> None:
         self._folder, self._ranks, self._flag = folder, ranks, flag
+        flag.heed()
         self._stop: Order | None = None
         self._looked, self._files = 0.0, {STOP_FILE: False, SAVE_FILE: False}
 

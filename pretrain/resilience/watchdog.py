@@ -26,6 +26,8 @@ from pretrain.errors import MACHINE_FAULT
 from pretrain.files import write_text
 from pretrain.resilience import phase
 
+ANSWER_S = 5.0  # beyond two ticks, for a rank to leave its last pulse
+
 
 @dataclass(frozen=True)
 class Pulse:
@@ -63,9 +65,10 @@ class Watchdog:
         phase.mirror(self._phase_file(ranks.rank))
         # A name of this start's own: a rank that an earlier one has left behind must not end this one.
         self._hang = self._pulses / f"hang_{from_first_rank(time.time_ns)}"
-        self._closed = threading.Event()
+        self._closed, self._pulsed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
+        self._pulsed.wait()  # a rank that is stopped from here on has left its place and stacks once
 
     def close(self) -> None:
         self._closed.set()
@@ -73,7 +76,11 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        pulsed = 0.0
+        try:
+            self._leave_pulse()
+        finally:
+            self._pulsed.set()
+        pulsed = time.monotonic()
         while not self._closed.wait(self._tick_s):
             # For what no thread of Python can notice: the interpreter's lock is never let go, or the folder does not answer.
             faulthandler.dump_traceback_later(2 * self._limit_s + 30, exit=True)
@@ -94,20 +101,29 @@ class Watchdog:
             with suppress(OSError):
                 self._hang.touch()
             self._leave_pulse(last=True)
-            time.sleep(2 * self._tick_s + 1)  # the others look once a tick
+            self._wait_for_the_others()
             self._tell()
         finally:
             os._exit(MACHINE_FAULT)
 
+    def _wait_for_the_others(self) -> None:
+        """Until all have left their last pulses: they look once a tick, but a loaded machine takes its time."""
+        deadline = time.monotonic() + 2 * self._tick_s + ANSWER_S
+        while time.monotonic() < deadline and not all(pulse and pulse.last for pulse in self._pulses_of_all()):
+            time.sleep(min(self._tick_s, 0.5))
+
+    def _pulses_of_all(self) -> list[Pulse | None]:
+        return [self._read(rank) for rank in range(self._ranks.world_size)]
+
     def _tell(self) -> None:
-        every = range(self._ranks.world_size)
-        pulses = [pulse for pulse in map(self._read, every) if pulse]
-        verdict, blamed = judge(pulses, [phase.read_mirror(self._phase_file(rank)) for rank in every])
+        pulses = [pulse for pulse in self._pulses_of_all() if pulse]
+        phases = [phase.read_mirror(self._phase_file(rank)) for rank in range(self._ranks.world_size)]
+        verdict, blamed = judge(pulses, phases)
         if self._ranks.rank != min((pulse.rank for pulse in pulses if pulse.last), default=self._ranks.rank):
             time.sleep(1)  # a launcher that sees one rank leave kills the rest
             return
         with suppress(OSError):
-            write_text(self._report, describe(verdict, blamed, pulses))
+            write_text(self._report, describe(verdict, blamed, pulses, phases))
             self._hang.unlink()
         self._on_hang(f"{verdict} The stacks of all ranks are in {self._report}.")
 
@@ -165,18 +181,27 @@ def _describe_silent(rank: int, pulse: Pulse | None, last_phase: str) -> str:
     return f"No answer from {who}: it is stopped, or its machine is gone.{was}"
 
 
-def describe(verdict: str, blamed: list[int], pulses: list[Pulse]) -> str:
-    """The report: the verdict, a line a rank, and the stacks, those of the blamed ranks first and equal ones once."""
-    now = time.time()
-    lines = [
-        f"rank {pulse.rank:>4}  {pulse.host}  "
-        + ("answers" if pulse.last else f"SILENT, {now - pulse.time:.0f} s ago:")
-        + f"  step {pulse.step:>7,}  {pulse.phase} for {pulse.seconds:.1f} s"
-        for pulse in pulses
-    ]
-    alike: dict[str, list[int]] = {}
-    for pulse in sorted(pulses, key=lambda pulse: pulse.rank not in blamed):
-        alike.setdefault(pulse.stacks, []).append(pulse.rank)
+def describe(verdict: str, blamed: list[int], pulses: list[Pulse], phases: list[str]) -> str:
+    """The report: the verdict, a line a rank, and the stacks, those of the blamed ranks first and equal ones once.
+
+    phases: where each rank was last, by rank. Every rank has its line and its part, also one that has left no pulse.
+    """
+    now, known = time.time(), {pulse.rank: pulse for pulse in pulses}
+    lines, alike = [], {}
+    for rank in sorted(range(len(phases)), key=lambda rank: rank not in blamed):
+        was = f"it was in {phases[rank]}" if phases[rank] else "nothing is known of it"
+        stacks = known[rank].stacks if rank in known else f"it did not answer and has left no stacks; {was}\n"
+        alike.setdefault(stacks, []).append(rank)
+    for rank, last_phase in enumerate(phases):
+        pulse = known.get(rank)
+        if pulse is None:
+            lines.append(f"rank {rank:>4}  SILENT from the start  {last_phase}")
+            continue
+        lines.append(
+            f"rank {rank:>4}  {pulse.host}  "
+            + ("answers" if pulse.last else f"SILENT, {now - pulse.time:.0f} s ago:")
+            + f"  step {pulse.step:>7,}  {pulse.phase} for {pulse.seconds:.1f} s"
+        )
     stacks = [f"--- rank {', '.join(map(str, ranks))}\n{text}" for text, ranks in alike.items()]
     return "\n".join([time.strftime("%Y-%m-%d %H:%M:%S"), verdict, "", *lines, "", *stacks])
 

@@ -159,6 +159,8 @@ def test_a_disk_that_fails_one_rank_ends_all_of_them_with_one_message(
     assert time.monotonic() - began < 120
     assert "trying again" not in (folder / "logs/rank_1.txt").read_text()
     assert status(folder)["status"] == "failed"
+    assert os.strerror(errno.ENOSPC) in status(folder)["reason"]
+    assert not list(folder.glob("checkpoints/.*"))
     assert (folder / "checkpoints/latest").read_text() == "step_00000003\n"
     verify(folder / "checkpoints/step_00000003")
     assert max(losses(folder)) == 6 if not asynchronous else max(losses(folder)) >= 6

@@ -19,10 +19,12 @@ SIGNALS = {
     "deepspeed SIGTERM": (deepspeed, signal.SIGTERM, False),
     "deepspeed SIGUSR1": (deepspeed, signal.SIGUSR1, False),
     "deepspeed Ctrl-C": (deepspeed, signal.SIGINT, True),
+    "deepspeed, its terminal closes": (deepspeed, signal.SIGHUP, True),
     "torchrun killed": (torchrun, signal.SIGKILL, False),
     "torchrun SIGTERM": (torchrun, signal.SIGTERM, False),
     "torchrun SIGUSR1": (torchrun, signal.SIGUSR1, False),
     "torchrun Ctrl-C": (torchrun, signal.SIGINT, True),
+    "torchrun, its terminal closes": (torchrun, signal.SIGHUP, True),
 }
 FAST = ("deepspeed killed", "deepspeed Ctrl-C")
 

@@ -27,6 +27,7 @@ STOPS = {
     "SIGTERM to rank 1": (signal.SIGTERM, [1]),
     "SIGUSR1 to all": (signal.SIGUSR1, [0, 1]),
     "SIGINT to all": (signal.SIGINT, [0, 1]),
+    "SIGHUP to all": (signal.SIGHUP, [0, 1]),
 }
 
 

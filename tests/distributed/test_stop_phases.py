@@ -24,7 +24,7 @@ from runs import (
 )
 
 STEPS = 8
-TERM, USR1, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
+TERM, USR1, INT, HUP = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP
 # name: (phase, step, rank, signals, the steps done when the run stops)
 STOPS = {
     "build": ("building the model", 0, 1, (TERM,), 0),
@@ -32,7 +32,7 @@ STOPS = {
     "data": ("waiting for data", 3, 1, (USR1,), 2),
     "forward": ("forward", 3, 1, (TERM,), 3),
     "backward": ("backward", 3, 0, (INT,), 3),
-    "methods": ("methods", 2, 1, (TERM,), 2),
+    "methods": ("methods", 2, 1, (HUP,), 2),
     "evaluation": ("evaluation", 4, 1, (TERM,), 4),
     "evaluation_at_the_end": ("evaluation", 8, 0, (USR1,), 8),
     "activations": ("activations", 4, 0, (INT,), 4),

@@ -597,11 +597,16 @@ def test_a_conversion_that_is_told_to_stop_leaves_nothing_and_may_start_again(
     fp32_checkpoint: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, "tools/convert_to_hf.py", "--checkpoint", str(fp32_checkpoint), "--out"]
-    process = open_process([*command, str(tmp_path / "hf")])
-    while not list(tmp_path.glob(".hf.*/model")) and process.poll() is None:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGTERM)
-    assert wait_for([process]).code == 128 + signal.SIGTERM
+    told = {number: open_process([*command, str(tmp_path / number.name)]) for number in (signal.SIGHUP, signal.SIGTERM)}
+    for number, process in told.items():
+        while not list(tmp_path.glob(f".{number.name}.*/model")) and process.poll() is None:
+            time.sleep(0.001)
+        process.send_signal(number)
+    for number, process in told.items():
+        ended = wait_for([process])
+        assert ended.code == 128 + number
+        assert ended.stderr.endswith(f"stopped by {number.name}\n")
+        assert "Traceback" not in ended.stderr
     assert list(tmp_path.iterdir()) == []
     assert launch([*command, str(tmp_path / "hf")]).code == 0
 

@@ -56,7 +56,7 @@ def _run(*command: object, **environment: object) -> subprocess.CompletedProcess
 
 
 def test_a_preparation_killed_again_and_again_ends_with_the_same_bytes(tokenizer_folder: Path, tmp_path: Path) -> None:
-    """Killed twice as it tokenises and once as it shuffles."""
+    """Killed as it tokenises, as its terminal closes and as it shuffles."""
     options = ("--shard-tokens", 700_000, "--max-tokens", 3_000_000, "--held-out-fraction", 0.05, "--shuffle", 9)
     whole = _run(*_command(tokenizer_folder, tmp_path / "whole", *options, "--workers", 1))
     assert whole.returncode == 0, whole.stderr
@@ -64,9 +64,9 @@ def test_a_preparation_killed_again_and_again_ends_with_the_same_bytes(tokenizer
     out = tmp_path / "killed"
     command = _command(tokenizer_folder, out, *options, "--workers", 2)
     eager = [command[0], "-c", EAGER, *command[1:]]
-    reached = [_kill_after_progress(eager, out / ".unshuffled") for _ in range(2)]
+    reached = [_end_after_progress(eager, out / ".unshuffled", how) for how in (signal.SIGKILL, signal.SIGHUP)]
     assert 0 < reached[0] < reached[1], "the second attempt did not go on from the first"
-    _kill_after_progress(eager, out)
+    _end_after_progress(eager, out, signal.SIGKILL)
     assert (out / ".unshuffled/train/manifest.json").exists()
 
     last = _run(*command)
@@ -108,7 +108,7 @@ def test_an_array_job_and_its_merge_make_what_one_process_makes(tokenizer_folder
     shuffled = _run(sys.executable, TOOLS / "prepare_data.py", *options, "--out", tmp_path / "shuffled", "--shuffle", 3)
     assert shuffled.returncode == 0, shuffled.stderr
     merge = [TOOLS / "prepare_data.py", "--merge", "--shuffle", 3, "--out", tmp_path / "killed"]
-    _kill_after_progress([sys.executable, "-c", EAGER, *map(str, merge)], tmp_path / "killed")
+    _end_after_progress([sys.executable, "-c", EAGER, *map(str, merge)], tmp_path / "killed", signal.SIGTERM)
     assert _run(sys.executable, *merge).returncode == 0
     assert _contents(tmp_path / "killed") == _contents(tmp_path / "shuffled")
 
@@ -186,15 +186,16 @@ def test_the_tool_starts_without_the_heavy_libraries() -> None:
     assert _run(sys.executable, "-c", program).stdout == "set()\n"
 
 
-def _kill_after_progress(command: list[str], folder: Path) -> int:
-    """Run `command`, kill it with SIGKILL once it has recorded progress in `folder`; the bytes it had recorded."""
+def _end_after_progress(command: list[str], folder: Path, how: signal.Signals) -> int:
+    """Run `command`, end it once it has recorded progress in `folder`; the documents it had recorded."""
     before = _recorded(folder)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _wait_until(lambda: process.poll() is not None or _recorded(folder) > before)
         workers = _descendants(process.pid)
-        assert process.poll() is None, "it ended before it could be killed"
-        process.send_signal(signal.SIGKILL)
+        assert process.poll() is None, "it ended before it could be told to"
+        process.send_signal(how)
+        assert process.wait(60) == (-how if how == signal.SIGKILL else 128 + how)
     finally:
         process.kill()
         process.wait()

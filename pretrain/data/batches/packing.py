@@ -23,6 +23,7 @@ from pretrain.data.batches.samples import IdCheck, Rows
 from pretrain.data.contents import content_hash
 from pretrain.data.tokens.shards import TokenShards
 from pretrain.errors import UserError
+from pretrain.files import unfinished
 
 VERSION = 1
 OPEN_PLANS = 256  # each holds a file descriptor
@@ -171,13 +172,13 @@ def _store(path: Path, plan: np.ndarray) -> None:
     """Complete or absent, whoever else writes the same."""
     content = BytesIO()
     np.save(content, plan)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with open(aside, "wb") as file:
-        file.write(content.getbuffer())
-        file.write(xxhash.xxh3_128_digest(content.getbuffer()))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    with unfinished(path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")) as aside:
+        with open(aside, "wb") as file:
+            file.write(content.getbuffer())
+            file.write(xxhash.xxh3_128_digest(content.getbuffer()))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
 
 
 def _is_intact(path: Path) -> bool:

@@ -154,7 +154,11 @@ class _Tokenisation:
             raise _NoTraining(self._why_nothing())
         if files := self._files_without_text():
             some = f"{', '.join(files[:3])}{', ...' * (len(files) > 3)}"
-            print(f"without text: {len(files):,} of {len(self.source.files):,} files ({some})", file=sys.stderr, flush=True)
+            print(
+                f"without text: {len(files):,} of {len(self.source.files):,} files ({some})",
+                file=sys.stderr,
+                flush=True,
+            )
         for split, writer in self.writers.items():
             writer.finish(self._description(split))
         self.journal.finish()

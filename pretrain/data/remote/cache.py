@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 import threading
@@ -23,6 +24,9 @@ from pretrain.files import checksum
 FETCHES_OF_A_CORRUPT_FILE = 3
 ROOM_WAIT_S = 300.0  # how long `path` waits for other processes to release files
 ROOM_POLL_S = 1.0
+SAY_AFTER_S = 5.0
+
+log = logging.getLogger("evenkeel")
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,16 @@ class CachedFiles:
                 with self._changed:
                     self._used[name] = key
                     self._claim()
-                deadline = time.monotonic() + ROOM_WAIT_S
+                began, said = time.monotonic(), False
                 while not self._fetch(name, urgent=True):
-                    self._check_room(name, size_bytes, time.monotonic() > deadline)
+                    waited_s = time.monotonic() - began
+                    self._check_room(name, size_bytes, waited_s > ROOM_WAIT_S)
+                    if not said and waited_s > SAY_AFTER_S:
+                        said = True
+                        log.warning(
+                            f"waiting for room in the cache {self._settings.folder}, which other processes use, for "
+                            f"{self._storage.location}/{name} ({ROOM_WAIT_S:.0f} s at most)"
+                        )
                     time.sleep(0.1)
             except BaseException:
                 self.release(name)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import logging
 import os
 import re
 import secrets
@@ -24,10 +25,13 @@ from typing import BinaryIO
 
 from pretrain.files import NO_LOCKS
 
+SAY_AFTER_S = 30.0
 _NEVER = float("inf")
 _WHOLE = re.compile(r"[0-9a-f]{32}")
 _ABANDONED_S = 86400  # how old a file must be to be taken for abandoned where there are no locks
 _PROCESS = f"{os.getpid()}-{secrets.token_hex(4)}"  # process ids alone may be those of another container
+
+log = logging.getLogger("evenkeel")
 
 
 @dataclass
@@ -86,7 +90,7 @@ class SharedFolder:
         path = self.folder / f"{key}.part"
         while True:
             file = open(path, "r+b", opener=_create)  # noqa: SIM115
-            if not _lock(file.fileno(), fcntl.LOCK_EX):
+            if not _lock_in_words(file.fileno(), path):
                 file.close()
                 path = self.folder / f"{key}.{self._unlocked_part}"
                 file = open(path, "w+b")  # noqa: SIM115
@@ -187,6 +191,19 @@ def _lock(descriptor: int, operation: int) -> bool:
             raise
         return False
     return True
+
+
+def _lock_in_words(descriptor: int, path: Path) -> bool:
+    """`_lock` for this thread alone; a wait that is longer than most fetches is said."""
+    began, said = time.monotonic(), False
+    while True:
+        try:
+            return _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not said and time.monotonic() - began > SAY_AFTER_S:
+                said = True
+                log.warning(f"waiting for another process, which has been fetching {path} for {SAY_AFTER_S:.0f} s")
+            time.sleep(0.05)
 
 
 def _create(path: str, flags: int) -> int:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pretrain.errors import UserError
-from pretrain.files import CANNOT_WRITE, NO_LOCKS, sync_folder
+from pretrain.files import CANNOT_WRITE, NO_LOCKS, sync_folder, unfinished
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def made_aside(out: Path) -> Iterator[Path]:
         with _alone(aside.with_suffix(".lock"), out):
             if aside.exists():
                 shutil.rmtree(aside)
-            try:
+            with unfinished(aside):
                 aside.mkdir()
                 yield aside
                 for file in aside.iterdir():
@@ -39,8 +39,6 @@ def made_aside(out: Path) -> Iterator[Path]:
                         os.fsync(written.fileno())
                 sync_folder(aside)
                 os.replace(aside, target)
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
             sync_folder(aside.parent)
     except OSError as error:
         if error.errno not in CANNOT_WRITE:

@@ -1,0 +1,48 @@
+"""The report on a run that stands still has a line and a part for every rank, whatever it has left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from runs import ENVIRONMENT, REPOSITORY
+
+from pretrain.resilience.watchdog import Pulse, describe, judge
+
+
+def pulse(rank: int, stacks: str, last: bool) -> Pulse:
+    return Pulse(rank, "here", 100 + rank, time.time(), "forward", 3, 7, 2.0, stacks, False, last)
+
+
+def test_a_rank_without_a_pulse_has_its_part_of_the_report_all_the_same() -> None:
+    pulses = [pulse(0, "in read\n", last=True), pulse(2, "in read\n", last=True)]
+    phases = ["'forward' of step 3", "'building the model' of step 0", "'forward' of step 3", ""]
+    verdict, blamed = judge(pulses, phases)
+    assert blamed == [1, 3]
+    report = describe(verdict, blamed, pulses, phases)
+    parts = {part.partition("\n")[0]: part for part in report.split("--- ")[1:]}
+    assert list(parts) == ["rank 1", "rank 3", "rank 0, 2"]
+    assert "did not answer" in parts["rank 1"]
+    assert "'building the model' of step 0" in parts["rank 1"]
+    assert "did not answer" in parts["rank 3"]
+    assert "in read" in parts["rank 0, 2"]
+    assert [line.split()[1] for line in report.splitlines() if line.startswith("rank ")] == ["0", "1", "2", "3"]
+
+
+def test_a_rank_has_left_its_stacks_when_its_watchdog_is_there(tmp_path: Path) -> None:
+    """Not a tick later, when it may have been stopped already."""
+    program = (
+        "import os, sys, torch; from pathlib import Path; from pretrain.distributed import Ranks; "
+        "from pretrain.resilience.watchdog import Watchdog\n"
+        "def the_run(): Watchdog(Path(sys.argv[1]), Ranks(0, 0, 1, torch.device('cpu')), 1e6, print); os._exit(0)\n"
+        "the_run()"
+    )
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)}
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], env=environment, check=True, timeout=240)
+    left = json.loads((tmp_path / "logs/pulses/rank_0.json").read_text(encoding="utf-8"))
+    assert "in the_run" in left["stacks"]
+    assert "thread MainThread:" in left["stacks"]
