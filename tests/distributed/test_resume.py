@@ -412,7 +412,7 @@ def test_a_read_only_file_system_is_refused(run_file: Path, small_disk: Path, tm
         assert_refused(run_ranks([*words, *flags], tmp_path / "logs", ranks=1), "cannot write", str(small_disk))
 
 
-def test_a_disk_that_fills_up_between_saves_ends_the_run_with_a_message(
+def test_a_disk_that_fills_up_between_saves_ends_the_run_at_the_next_with_a_message_and_a_status(
     run_file: Path, small_disk: Path, tmp_path: Path
 ) -> None:
     run = {"out": str(small_disk), "name": "run", "steps": 100_000, "data.val": None}
@@ -422,9 +422,10 @@ def test_a_disk_that_fills_up_between_saves_ends_the_run_with_a_message(
         with suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as filler:
             while filler.write(bytes(4096)):
                 pass
+        job.signal(signal.SIGTERM)
         ended = job.wait()
-    assert_refused(ended, "No space left on device", str(small_disk))
+    assert_refused(ended, "GB free", str(small_disk))
     left = status(small_disk / "run")
     assert (left["status"], left["exit_code"]) == ("failed", 2)
-    assert "No space left on device" in left["reason"]
+    assert "GB free" in left["reason"]
     assert not list((small_disk / "run").rglob(".*.tmp"))
