@@ -9,6 +9,7 @@ import torch
 from pretrain.errors import UserError
 from pretrain.export import stored
 from pretrain.export.stored import SideBySide, Span, StoredWeight, one_below_the_other
+from pretrain.export.weights import write_weights
 
 
 def store(folder: Path, values: torch.Tensor, cuts: list[int]) -> StoredWeight:
@@ -47,3 +48,11 @@ def test_a_file_that_ends_too_early_is_named(tmp_path: Path) -> None:
     for weight in (part, SideBySide((part, part))):
         with pytest.raises(UserError, match=f"{file} ends before"):
             weight()
+
+
+def test_values_that_a_precision_does_not_reach_are_named(tmp_path: Path) -> None:
+    """float16 ends at 65,504; 70,000 would be infinity there."""
+    wide = {"head": lambda: torch.tensor([1.0, 70_000.0])}
+    assert write_weights(tmp_path, wide, {"head": (2,)}, torch.bfloat16) == 1
+    with pytest.raises(UserError, match=r"head holds values up to 70000, and torch\.float16 ends at 65504"):
+        write_weights(tmp_path, wide, {"head": (2,)}, torch.float16)

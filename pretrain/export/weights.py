@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from pretrain.errors import UserError
 from pretrain.files import write_json
 from pretrain.methods.base import LazyTensors
 
@@ -28,7 +29,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 def write_weights(folder: Path, tensors: LazyTensors, shapes: Shapes, dtype: torch.dtype) -> int:
     """Write `tensors` as `dtype` to model-0000I-of-0000N.safetensors and their index; returns N.
 
-    Each is loaded, cast, written and dropped in the order of `shapes`. Raises ValueError if one has another shape.
+    Each is loaded, cast, written and dropped in the order of `shapes`. Raises ValueError if one has another shape, UserError if
+    `dtype` does not reach as far as its values.
     """
     shards = _share_out(shapes, dtype.itemsize)
     files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
@@ -72,7 +74,13 @@ def _content(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: tor
     """The tensor's bytes in `dtype`; a function of its own, so that no name keeps it alive while the next is loaded."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has the shape {tuple(tensor.shape)} where the architecture has {shape}")
-    return tensor.to(dtype).contiguous().view(-1).view(torch.uint8).numpy()
+    cast = tensor.to(dtype)
+    if not cast.isfinite().all():
+        raise UserError(
+            f"{name} holds values up to {float(tensor.abs().max()):.6g}, and {dtype} ends at {torch.finfo(dtype).max:.6g}. "
+            "Convert to another --dtype."
+        )
+    return cast.contiguous().view(-1).view(torch.uint8).numpy()
 
 
 def _header(shapes: Shapes, dtype: torch.dtype) -> bytes:

@@ -110,7 +110,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _name(folder: Path, config: dict[str, Any]) -> str:
-    return str(config.get("name") or folder.resolve().name)
+    name = str(config.get("name") or folder.resolve().name)
+    return name.encode(errors="backslashreplace").decode()  # a folder's name may be no UTF-8, which a page must be
 
 
 def _read_status(folder: Path) -> dict[str, Any]:
