@@ -19,7 +19,7 @@ startup.begin()
 import argparse
 import os
 
-from pretrain import cli
+from pretrain import cli, typed
 from pretrain.errors import UserError, first_line
 from pretrain.monitor.wandb_session import Session, alone
 
@@ -41,7 +41,7 @@ def bring_up_to_date(folder: Path, mode: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Bring runs up to date in wandb from their metrics.jsonl.")
-    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
+    parser.add_argument("folders", nargs="+", type=typed.path, metavar="RUN_FOLDER")
     arguments = parser.parse_args()
     for folder in arguments.folders:
         bring_up_to_date(folder, os.environ.get("WANDB_MODE") or "online")
