@@ -143,6 +143,7 @@ def test_the_resolved_file_reads_back_as_the_same_configuration(file: Path, tmp_
         ),
         ("train: shards", "train: [{path: a, weight: 0}]", "data.train.0.weight: Input should be greater than 0"),
         ("train: shards", "train: [{path: a}, {path: a/}]", "data.train: lists a more than once"),
+        ("train: shards", "train: [{path: a}, {path: ./b/../a}]", "data.train: lists a more than once (as ./b/../a)"),
         ("train: shards", "train: [{path: a, wieght: 1}]", "unknown key 'data.train.0.wieght'; did you mean"),
         ("  seq_len: 32", "  seq_len: 32\n  shuffle: {window_shards: 4}", "window_shards has no effect here"),
     ],

@@ -46,6 +46,8 @@ def _values(column) -> list:
     try:
         return column.to_pylist()
     except UnicodeDecodeError:
+        if pyarrow.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
         return column.cast(pyarrow.large_binary()).to_pylist()
 
 

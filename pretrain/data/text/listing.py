@@ -61,9 +61,9 @@ def list_files(patterns: Sequence[str]) -> Listing:
         chosen, reasons = _chosen(known)
         if not chosen:
             raise _nothing(pattern, [file for file, _ in found], reasons)
-        for file in sorted(chosen, key=lambda file: file.path):
-            others[TWICE] += _identity(file) in files
-            files.setdefault(_identity(file), file)
+        others[TWICE] += len(chosen.keys() & files.keys())
+        for identity, file in sorted(chosen.items(), key=lambda entry: entry[1].path):
+            files.setdefault(identity, file)
         passed |= reasons
     left_out = others + Counter(reason for name, reason in passed.items() if name not in files)
     return Listing(list(files.values()), left_out)
@@ -84,23 +84,21 @@ def _identity(file: SourceFile) -> str:
     return file.path if file.is_remote else os.path.realpath(file.path)
 
 
-def _chosen(found: dict[str, Found]) -> tuple[list[SourceFile], dict[str, str]]:
-    """Those of the found files that are read, and why each of the others is not."""
-    chosen, code, reasons = [], {}, {}
+def _chosen(found: dict[str, Found]) -> tuple[dict[str, SourceFile], dict[str, str]]:
+    """Those of the found files that are read, and why each of the others is not; by what they are found under."""
+    chosen, code, reasons = {}, {}, {}
     for identity, (file, is_asked) in found.items():
         if file.kind is None:
             reasons[identity] = ending_of(file.path) or "no ending"
         elif is_asked:
-            chosen.append(file)
+            chosen[identity] = file
         elif is_about(file.path):
             reasons[identity] = ABOUT
         elif file.kind == ".py":
             code[identity] = file
         else:
-            chosen.append(file)
-    if chosen:
-        return chosen, reasons | dict.fromkeys(code, CODE)
-    return list(code.values()), reasons
+            chosen[identity] = file
+    return (chosen, reasons | dict.fromkeys(code, CODE)) if chosen else (code, reasons)
 
 
 def _nothing(pattern: str, found: Sequence[SourceFile], reasons: dict[str, str]) -> UserError:
@@ -162,7 +160,7 @@ def _remote_files(pattern: str, left_out: Counter) -> list[Found]:
 
 def _remote_entries(fs, path: str, left_out: Counter) -> Iterator[tuple[str, dict, bool]]:
     """(name, what the storage says of it, whether it is asked for) of each file."""
-    if globs.has_wildcard(path) and not fs.isfile(path):
+    if globs.has_wildcard(path.partition("?")[0]) and not fs.isfile(path):
         matched = {name: (info, _asks_for(path, name)) for name, info in fs.glob(path, detail=True).items()}
     elif kind_of(path) is None and fs.isdir(path):  # asking a web server whether a file is a folder fetches it
         matched = {path: ({"type": "directory"}, True)}

@@ -197,7 +197,7 @@ def test_rows_that_hold_no_text_are_named_by_their_number(tmp_path: Path, monkey
     marked = pyarrow.Array.from_buffers(pyarrow.string(), 80, pyarrow.array(values).buffers())
     for largest in (1 << 25, 0):
         monkeypatch.setattr(readers, "MAX_ROW_GROUP_BYTES", largest)
-        for column in (pyarrow.array(values), marked):
+        for column in (pyarrow.array(values), marked, marked.dictionary_encode()):
             _write(tmp_path / "a.parquet", pyarrow.table({"text": column}))
             found = [record for block in _open(tmp_path / "a.parquet").blocks() for record in block.records()]
             assert found[:70] + found[71:] == ["good"] * 79
