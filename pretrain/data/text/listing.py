@@ -161,7 +161,12 @@ def _remote_files(pattern: str, left_out: Counter) -> list[Found]:
 def _remote_entries(fs, path: str, left_out: Counter) -> Iterator[tuple[str, dict, bool]]:
     """(name, what the storage says of it, whether it is asked for) of each file."""
     if globs.has_wildcard(path.partition("?")[0]) and not fs.isfile(path):
-        matched = {name: (info, _asks_for(path, name)) for name, info in fs.glob(path, detail=True).items()}
+        found = {
+            name: info
+            for name, info in fs.glob(path, detail=True).items()
+            if _has_hidden(path) or not _has_hidden(name)
+        }
+        matched = {name: (info, _asks_for(path, name)) for name, info in found.items()}
     elif kind_of(path) is None and fs.isdir(path):  # asking a web server whether a file is a folder fetches it
         matched = {path: ({"type": "directory"}, True)}
     else:
@@ -171,7 +176,7 @@ def _remote_entries(fs, path: str, left_out: Counter) -> Iterator[tuple[str, dic
             yield name, info, is_asked
             continue
         for inner, about in fs.find(name, detail=True).items():
-            if any(part.startswith(".") for part in inner[len(name) :].split("/")):
+            if _has_hidden(inner[len(name) :]):
                 left_out[HIDDEN] += 1
             elif inner not in matched:
                 yield inner, about, False
@@ -181,6 +186,10 @@ def _remote_entry(fs, name: str, info: dict) -> SourceFile:
     if info.get("size") is None:  # a web server's list of links does not say
         info = fs.info(name) if kind_of(name) else info | {"size": 0}
     return remote_file(fs.unstrip_protocol(name), info)
+
+
+def _has_hidden(path: str) -> bool:
+    return any(part.startswith(".") for part in path.split("/"))
 
 
 def _asks_for(pattern: str, path: str) -> bool:

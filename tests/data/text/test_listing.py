@@ -145,6 +145,7 @@ def test_a_folder_elsewhere_is_read_and_told_like_one_here(elsewhere: str, data_
     assert _texts(f"{elsewhere}/") == _texts(data_set)
     assert _says(f"{elsewhere}/") == _says(data_set)
     assert _texts(f"{elsewhere}/*.py") == ["no text"]
+    assert _texts(f"{elsewhere}/**/*.txt") == _texts(data_set / "**/*.txt")
 
 
 def test_folders_that_a_glob_matches_elsewhere_are_read(elsewhere: str) -> None:
