@@ -10,6 +10,7 @@ from pathlib import Path
 from pretrain.checkpoints import Saved
 from pretrain.config_json import save_config
 from pretrain.data.batches.batch import MicroBatch
+from pretrain.data.tokenizer_files import write_files
 from pretrain.engine import Step, validation_loss
 from pretrain.errors import Diverged
 from pretrain.files import write_text
@@ -109,7 +110,7 @@ def save(run: Run) -> None:
     def add_files(folder: Path) -> None:
         write_text(folder / "config.yaml", config.to_yaml())
         save_config(plan.model_config, folder / "hf")
-        plan.tokenizer.save_pretrained(folder / "hf")
+        write_files(plan.tokenizer_files, folder / "hf")
         save_probe(folder, run.probe, logits, moments)
         save_method_state(folder, config.methods, model)
 

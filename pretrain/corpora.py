@@ -22,6 +22,7 @@ from pretrain.data.batches.stream import Stream
 from pretrain.data.contents import content_hash
 from pretrain.data.remote.cache import CacheSettings
 from pretrain.data.remote.storage import is_remote
+from pretrain.data.tokenizer import first_ids
 from pretrain.data.tokens.corpus import ENDS_DTYPE
 from pretrain.errors import UserError
 from pretrain.paths import expanded
@@ -31,12 +32,15 @@ from pretrain.paths import expanded
 class Corpora:
     """What a run trains on and is evaluated on.
 
-    sources: the samples of each corpus of `data.train`. tokenizer_fingerprint: of the run's tokenizer.
+    sources: the samples of each corpus of `data.train`. tokenizer_fingerprint: of the run's tokenizer. bos_id: the token
+    before every document, None: no other than the separator that ended the one before. beginning: the same for people.
     """
 
     data: DataSection
     seed: int
     tokenizer_fingerprint: str
+    bos_id: int | None
+    beginning: str
     sources: tuple[Samples, ...]
     val: Samples | None
 
@@ -91,7 +95,7 @@ class Corpora:
             lines.append(
                 f"whole documents packed: {min(s.utilization for s in self.sources):.2%} of the places hold a target"
             )
-        return ("\n" + " " * 10).join(lines)
+        return ("\n" + " " * 10).join([*lines, self.beginning])
 
     def _order(self, samples: Samples, seed: int) -> Order:
         shuffle = self.data.shuffle
@@ -118,12 +122,48 @@ def open_corpora(
         return _cut(shards, data, vocab_size)
 
     sources = tuple(opened(source.path) for source in data.train)
-    corpora = Corpora(data, config.seed, found, sources, opened(data.val) if data.val else None)
+    val = opened(data.val) if data.val else None
+    bos_id = _bos_id([samples.shards for samples in (*sources, *([val] if val else []))], tokenizer)
+    beginning = _beginning(bos_id, first_ids(tokenizer, config.tokenizer), tokenizer, data.document_attention)
+    corpora = Corpora(data, config.seed, found, bos_id, beginning, sources, val)
     _check_cache(corpora, config.eval.batches * data.global_batch_size)
     ranks = data_ranks if len(sources) == 1 else 1  # of a mixture a rank may have no sample of some source
     for samples, weight in zip(sources, corpora.mixture.weights, strict=True):
         check_enough_samples(samples, ceil(weight * data.global_batch_size), ranks)
     return corpora
+
+
+def _bos_id(corpora: list[TokenShards], tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token before every document of all `corpora`. UserError if they differ in it."""
+    found = [shards.bos_before_documents(tokenizer.bos_token_id, tokenizer.eos_token_id) for shards in corpora]
+    for shards, bos_id in zip(corpora, found, strict=True):
+        if bos_id != found[0]:
+            raise UserError(
+                f"every document of '{corpora[0].location}' begins with {_named(found[0], tokenizer)}, of "
+                f"'{shards.location}' with {_named(bos_id, tokenizer)}. What precedes a document is one thing in a run: "
+                "prepare one of them again (tools/prepare_data.py, --add-bos always or never)."
+            )
+    return found[0]
+
+
+def _beginning(
+    bos_id: int | None, first: tuple[int, ...], tokenizer: PreTrainedTokenizerBase, document_attention: bool
+) -> str:
+    if bos_id is not None:
+        said = f"every document begins with {_named(bos_id, tokenizer)}, and so will every text of an export"
+    elif document_attention:
+        said = "nothing precedes a document that its first token could attend to (--add-bos always puts a token there)"
+    else:
+        said = "a document is preceded by the separator of the one before, and exports put nothing before a text"
+    if first != (() if bos_id is None else (bos_id,)):
+        said += (
+            f"; the tokenizer itself would put {' '.join(tokenizer.convert_ids_to_tokens(first)) or 'nothing'} there"
+        )
+    return said
+
+
+def _named(bos_id: int | None, tokenizer: PreTrainedTokenizerBase) -> str:
+    return "no token of its own" if bos_id is None else f"{tokenizer.convert_ids_to_tokens(bos_id)} (id {bos_id})"
 
 
 def _cut(shards: TokenShards, data: DataSection, vocab_size: int) -> Samples:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig
 
 from pretrain.checkpoints import TrainerState
 from pretrain.checkpoints.folders import complete_checkpoints
@@ -24,6 +24,7 @@ from pretrain.corpora import Corpora, open_corpora
 from pretrain.data import load_tokenizer
 from pretrain.data.batches.batch import MicroBatch
 from pretrain.data.batches.loader import Loader, eval_batches
+from pretrain.data.tokenizer_files import trained_files
 from pretrain.deepspeed_config import accumulation_steps, deepspeed_config, read_deepspeed
 from pretrain.errors import UserError
 from pretrain.files import free_bytes, require_utf8
@@ -44,13 +45,16 @@ _INITIAL_DEVIATIONS = (1e-15, 1e4)
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that has been checked: what will be built, from what, for how long."""
+    """A run that has been checked: what will be built, from what, for how long.
+
+    tokenizer_files: those of the run's tokenizer as checkpoints keep it, by name.
+    """
 
     config: Config
     world_size: int
     model_config: PreTrainedConfig
     ds_config: dict[str, Any]
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer_files: dict[str, bytes]
     corpora: Corpora
     weights: list[Weight]
 
@@ -101,6 +105,7 @@ class Plan:
             optimizer=self.config.optim.name,
             data_fingerprint=self.corpora.fingerprint,
             tokenizer_fingerprint=self.corpora.tokenizer_fingerprint,
+            bos_id=self.corpora.bos_id,
             seed=self.config.seed,
             seq_len=self.config.data.seq_len,
             global_batch_size=self.config.data.global_batch_size,
@@ -127,11 +132,24 @@ def make_plan(config: Config, world_size: int, rank: int | None = None) -> Plan:
     _check_initial_values(config, weights, model_config.initializer_range)
     share = {} if rank is None else {"rank": rank, "world_size": world_size}
     corpora = open_corpora(config, tokenizer, data_ranks(config, world_size), **share)
-    plan = Plan(config, world_size, model_config, ds_config, tokenizer, corpora, weights)
+    _set_bos(model_config, config, corpora.bos_id)
+    files = trained_files(tokenizer, Path(config.tokenizer), corpora.bos_id)
+    plan = Plan(config, world_size, model_config, ds_config, files, corpora, weights)
     if corpora.val is not None:
         validation_batches(plan, rank=0)
     _check_disk(plan)
     return plan
+
+
+def _set_bos(model_config: PreTrainedConfig, config: Config, bos_id: int | None) -> None:
+    """Make the model's bos_token_id the token before every document: `bos_id`, or the separator that ended another."""
+    found = model_config.eos_token_id if bos_id is None else bos_id
+    if (asked := config.model.hf_fields.get("bos_token_id", found)) != found:
+        raise UserError(
+            f"model.bos_token_id is {asked}, and what stands before every document in {config.data.train[0].path} is "
+            f"{found}. Leave the key out, or prepare the data again (tools/prepare_data.py, --add-bos)."
+        )
+    model_config.bos_token_id = found
 
 
 def _digest_of_forward(plan: Plan) -> str:

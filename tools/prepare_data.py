@@ -82,6 +82,7 @@ def _prepare(options: argparse.Namespace) -> None:
         part=options.part,
         skip_unreadable=options.skip_unreadable,
         max_bad_share=options.max_bad_records,
+        add_bos=options.add_bos,
     )
     _summarise(options.out, shards)
 
@@ -153,6 +154,13 @@ def _parser() -> argparse.ArgumentParser:
         type=_part,
         metavar="I/N",
         help="prepare only the I-th (from 0) of N shares of the files, beside others who prepare theirs; then --merge",
+    )
+    parser.add_argument(
+        "--add-bos",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="put the tokenizer's bos_token before every document: as the tokenizer does with a text (auto, the default), "
+        "or in any case, or never; training and exports follow what is put here",
     )
     parser.add_argument("--merge", action="store_true", help="join all the parts in --out")
     parser.add_argument("--import", choices=FORMATS, help="make shards of the token files --source")

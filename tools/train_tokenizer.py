@@ -27,6 +27,7 @@ from pretrain.data.text import Source
 from pretrain.data.text.blocks import texts_of
 from pretrain.data.text.faults import Fault, Tally, advice_on
 from pretrain.data.text.omissions import Omissions, in_words
+from pretrain.data.tokenizer_files import portable_files, write_files
 from pretrain.errors import UserError
 from pretrain.files import require_utf8, unfinished, write_json
 
@@ -90,7 +91,8 @@ def _export(model: bytes, settings: dict, out: Path) -> None:
         with unfinished(out.with_name(f".{out.name}.{os.getpid()}.tmp")) as folder:
             folder.mkdir()
             (folder / "tokenizer.model").write_bytes(model)
-            tokenizer_from_sentencepiece(folder / "tokenizer.model").save_pretrained(folder)
+            tokenizer = tokenizer_from_sentencepiece(folder / "tokenizer.model")
+            write_files(portable_files(tokenizer, folder), folder)
             write_json(folder / RECORD, settings)
             os.replace(folder, out)
     except OSError as error:

@@ -24,7 +24,8 @@ class TrainerState:
     step: optimizer steps done. samples: samples of the run's order consumed by all ranks. The rest identifies the
     run, so that a checkpoint of another one is refused; None: an older trainer did not write it down. forward: a digest of
     what forward computes with besides `model`: names and shapes of all weights, methods that act there. evaluation_due:
-    a stop has cut short the evaluation of this step. guard: what the guard against bad steps remembers.
+    a stop has cut short the evaluation of this step. guard: what the guard against bad steps remembers. bos_id: the token
+    before every document, None: no other than the separator that ended the one before.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -45,6 +46,7 @@ class TrainerState:
     optimizer: str | None = None
     evaluation_due: bool = False
     guard: dict[str, Any] | None = None
+    bos_id: int | None = None
 
 
 _WHY_EQUAL = {
@@ -77,7 +79,7 @@ def read_matching_state(folder: Path, expected: TrainerState, changed: Sequence[
     """
     state = read_state(folder)
     for key, reason in _WHY_EQUAL.items():
-        stored, wanted = getattr(state, key), getattr(expected, key)
+        stored, wanted = (_compared(getattr(whose, key)) for whose in (state, expected))
         if stored in (wanted, None):
             continue
         if key == "forward":
@@ -90,6 +92,13 @@ def read_matching_state(folder: Path, expected: TrainerState, changed: Sequence[
             found = _difference(key, stored, wanted)
         raise UserError(f"cannot resume from {folder}: {found}; {reason}.")
     return state
+
+
+def _compared(value: Any) -> Any:
+    """A model's fields without the token that begins a text: forward does not know it, and older trainers named another."""
+    return (
+        {name: field for name, field in value.items() if name != "bos_token_id"} if isinstance(value, dict) else value
+    )
 
 
 def read_state(folder: Path) -> TrainerState:

@@ -7,11 +7,12 @@ all such pairs in that order makes the `tokenizers` library do the same, so no S
 from __future__ import annotations
 
 import io
+import re
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sentencepiece
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SPACE = "▁"  # how SentencePiece writes a space inside a piece
+_WRITES_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}  # as tokenizer.json has it
 WORDS = f"\n|{SPACE}+[^{SPACE}\n]*|[^{SPACE}\n]+"
 MAX_LINE_BYTES = 16384  # what SentencePiece takes as one sentence; it drops longer ones, so they are cut before it
 _RESERVED = "\u2585"  # with which SentencePiece writes the unknown; it drops sentences that hold it
@@ -154,6 +156,45 @@ def to_hugging_face(model: ModelProto) -> PreTrainedTokenizerFast:
     names = {"unk_token": spec.unk_id, "bos_token": spec.bos_id, "eos_token": spec.eos_id, "pad_token": spec.pad_id}
     special = {name: model.pieces[token_id].piece for name, token_id in names.items() if token_id >= 0}
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)
+
+
+def to_sentencepiece(tokenizer: Mapping[str, Any]) -> bytes | None:
+    """The serialised SentencePiece BPE that is `tokenizer`, the content of a tokenizer.json; None where it cannot be one.
+
+    The reverse of `to_hugging_face`: the larger a piece's id, the lower its score. Whether the ids are the same is for
+    the caller to check.
+    """
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    bpe, normalizer, cut = tokenizer["model"], tokenizer["normalizer"] or {}, tokenizer["pre_tokenizer"] or {}
+    steps = normalizer.get("normalizers", [normalizer])
+    pieces = sorted(bpe.get("vocab", {}), key=bpe.get("vocab", {}).get)
+    unknown = bpe.get("unk_token") or "<unk>"  # transformers' class for Llama 2 names none
+    if not bpe.get("byte_fallback") or unknown not in pieces:
+        return None
+    if _WRITES_SPACES not in steps and cut.get("type") != "Metaspace":
+        return None
+    added = {token["content"]: token["special"] for token in tokenizer["added_tokens"]}
+    model = ModelProto()
+    kinds = model.SentencePiece
+    for token_id, piece in enumerate(pieces):
+        kind = kinds.NORMAL
+        if piece == unknown:
+            kind, model.trainer_spec.unk_id = kinds.UNKNOWN, token_id
+        elif piece in added:
+            kind = kinds.CONTROL if added[piece] else kinds.USER_DEFINED
+        elif re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            kind = kinds.BYTE
+        model.pieces.add(piece=piece, score=-token_id if kind == kinds.NORMAL else 0, type=kind)
+    spec = model.trainer_spec
+    spec.model_type, spec.byte_fallback, spec.vocab_size = spec.BPE, True, len(pieces)
+    spec.bos_id = spec.eos_id = spec.pad_id = -1  # which token is which, tokenizer_config.json says
+    rules = model.normalizer_spec
+    rules.name, rules.remove_extra_whitespaces = "identity", False
+    rules.add_dummy_prefix = any(step.get("type") == "Prepend" for step in steps) or (
+        cut.get("prepend_scheme", "never") != "never"
+    )
+    return model.SerializeToString()
 
 
 def _backend(model: ModelProto) -> Tokenizer:

@@ -38,18 +38,21 @@ _OTHER_FILES = ("config.json", "special_tokens_map.json", "added_tokens.json")  
 class TokenizerFacts:
     """What preparing text needs of a tokenizer; equal to what `load_tokenizer` gives of the same path.
 
-    backend: the `tokenizers` tokenizer as JSON; vocab_size: the largest id + 1; eos_id: the separator of documents.
+    backend: the `tokenizers` tokenizer as JSON; vocab_size: the largest id + 1; eos_id: the separator of documents;
+    bos_id: the beginning-of-sequence token that it names; first_ids: what it puts before every text.
     """
 
     backend: str
     vocab_size: int
     eos_id: int
+    bos_id: int | None
+    first_ids: tuple[int, ...]
     fingerprint: str
 
 
 def load_tokenizer_facts(path: str | Path) -> TokenizerFacts:
     """The facts of the tokenizer in `path`, as `load_tokenizer` takes it; UserError where that raises one."""
-    return _facts_of_files(Path(path)) or _facts_of(load_tokenizer(path))
+    return _facts_of_files(Path(path)) or _facts_of(load_tokenizer(path), Path(path))
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
@@ -97,6 +100,43 @@ def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id
 
 
+def bos_before_documents(facts: TokenizerFacts, add_bos: str = "auto") -> int | None:
+    """The token that a preparation puts before every document, None for none. UserError if there is no such token.
+
+    add_bos: `auto` does as the tokenizer does with a text, `always` takes the bos_token, `never` takes none.
+    """
+    if add_bos == "never":
+        return None
+    if len(facts.first_ids) > 1:
+        raise UserError(
+            f"the tokenizer puts {len(facts.first_ids)} tokens before every text (ids {list(facts.first_ids)}), and "
+            "shards take one at most. Change its post_processor, or prepare without any: --add-bos never."
+        )
+    if facts.first_ids:
+        return facts.first_ids[0]
+    if add_bos == "always" and facts.bos_id is None:
+        raise UserError("the tokenizer names no bos_token to put before every document: leave out --add-bos always.")
+    return facts.bos_id if add_bos == "always" else None
+
+
+def first_ids(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> tuple[int, ...]:
+    """What `tokenizer`, loaded from `path`, puts before every text.
+
+    transformers 5 passes over `add_bos_token` where there is a tokenizer.json; version 4 follows it, and so do we.
+    """
+    before, _ = put_around(text_tokenizer(tokenizer.backend_tokenizer.to_str()))
+    if before or tokenizer.bos_token_id is None or not _asks_for_bos(Path(path)):
+        return tuple(before)
+    return (tokenizer.bos_token_id,)
+
+
+def put_around(backend: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that its post-processor puts before a text and after it."""
+    bare, whole = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
+    start = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+    return whole[:start], whole[start + len(bare) :]
+
+
 def check_tokenizer(shards: TokenShards, found: str, folder: str | Path) -> None:
     """UserError unless the shards were made with the tokenizer in `folder`, whose fingerprint is `found`.
 
@@ -124,6 +164,8 @@ def _facts_of_files(folder: Path) -> TokenizerFacts | None:
         tokenizer = text_tokenizer(backend)
     except Exception:  # `tokenizers` raises plain Exceptions; the caller's other way explains them
         return None
+    if (before := put_around(tokenizer)[0]) == [] and config.get("add_bos_token") is True:
+        return None
     added = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
     named = {name: _content(token) for name, token in config.items() if name.endswith("_token") and _is_token(token)}
     if "eos_token" not in named or not {*named.values(), *_other_tokens(config)} <= added.keys():
@@ -135,6 +177,8 @@ def _facts_of_files(folder: Path) -> TokenizerFacts | None:
         backend=backend,
         vocab_size=max(vocabulary.values()) + 1,
         eos_id=added[named["eos_token"]],
+        bos_id=special_ids[1],
+        first_ids=tuple(before),
         fingerprint=_fingerprint(
             vocabulary,
             _merges(json.loads(backend)["model"]),
@@ -144,7 +188,7 @@ def _facts_of_files(folder: Path) -> TokenizerFacts | None:
     )
 
 
-def _facts_of(tokenizer: PreTrainedTokenizerBase) -> TokenizerFacts:
+def _facts_of(tokenizer: PreTrainedTokenizerBase, path: Path) -> TokenizerFacts:
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
         raise UserError(
             f"the tokenizer '{tokenizer.name_or_path}' has no fast form (tokenizer.json), which prepares data. "
@@ -154,6 +198,8 @@ def _facts_of(tokenizer: PreTrainedTokenizerBase) -> TokenizerFacts:
         backend=backend.to_str(),
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
         eos_id=separator_id(tokenizer),
+        bos_id=tokenizer.bos_token_id,
+        first_ids=first_ids(tokenizer, path),
         fingerprint=fingerprint(tokenizer),
     )
 
@@ -181,6 +227,11 @@ def _other_tokens(config: dict) -> list[str]:
         )
         for token in tokens
     ]
+
+
+def _asks_for_bos(path: Path) -> bool:
+    config = path / "tokenizer_config.json"
+    return config.is_file() and read_json(config).get("add_bos_token") is True
 
 
 def _is_token(token: object) -> bool:

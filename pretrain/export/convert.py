@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,6 +15,8 @@ from pretrain.checkpoints.manifest import verify
 from pretrain.config import Config, load_config
 from pretrain.config_json import save_config
 from pretrain.data.contents import read_json
+from pretrain.data.tokenizer import load_tokenizer
+from pretrain.data.tokenizer_files import trained_files, write_files
 from pretrain.errors import UserError, first_line
 from pretrain.export.card import model_card
 from pretrain.export.masters import master_weights
@@ -38,12 +39,14 @@ class Written:
     """A model without its tokenizer and card.
 
     hf_config: of the class that holds it. files: of weights. reasons: by method, what was done to the weights so that this
-    class computes what the trainer did, or why no stock class does; nothing of methods that leave plain weights.
+    class computes what the trainer did, or why no stock class does; nothing of methods that leave plain weights. bos_id: the
+    token before every document in training, None: no other than the separator that ended the one before.
     """
 
     hf_config: PreTrainedConfig
     files: int
     reasons: dict[str, str]
+    bos_id: int | None
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,8 @@ def write_model(checkpoint: Path, folder: Path, config: Config, dtype: torch.dty
     Where no stock architecture can hold what was trained, it is Evenkeel's own, whose modelling file is written as well.
     """
     hf_config = _configuration(checkpoint / "hf")
+    bos_id = _bos_id(checkpoint, hf_config)
+    hf_config.bos_token_id = hf_config.eos_token_id if bos_id is None else bos_id
     config = bind_methods(config, hf_config)
     tensors = checked(dict(master_weights(checkpoint / "deepspeed")), checkpoint)
     folding = [method for method in config.methods if type(method).fold is not Method.fold]
@@ -118,7 +123,7 @@ def write_model(checkpoint: Path, folder: Path, config: Config, dtype: torch.dty
     save_config(hf_config, folder)
     GenerationConfig(bos_token_id=hf_config.bos_token_id, eos_token_id=hf_config.eos_token_id).save_pretrained(folder)
     reasons = {method.name: note for method in config.methods if (note := method.fold_note())}
-    return Written(hf_config, files, reasons)
+    return Written(hf_config, files, reasons, bos_id)
 
 
 def as_forward_saw_them(tensors: LazyTensors, precision: torch.dtype) -> None:
@@ -140,7 +145,7 @@ def _export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> Exported:
     """Fill `folder` and prove it."""
     config = load_config(checkpoint / "config.yaml")
     model = write_model(checkpoint, folder, config, dtype)
-    _copy_tokenizer(checkpoint / "hf", folder)
+    write_files(trained_files(load_tokenizer(checkpoint / "hf"), checkpoint / "hf", model.bos_id), folder)
     proof = prove(folder, checkpoint, dtype)
     parameters = sum(map(prod, shapes_of(model.hf_config).values()))
     step = read_json(checkpoint / "trainer.json")["step"]
@@ -158,14 +163,13 @@ def _configuration(folder: Path) -> PreTrainedConfig:
         ) from error
 
 
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    """Everything that the trainer saved beside the model's configuration.
-
-    Never what it does not save: code, and the name of an adapter that transformers would load into the model.
-    """
-    for path in source.iterdir():
-        if path.name not in ("config.json", "adapter_config.json") and path.suffix != ".py":
-            shutil.copyfile(path, folder / path.name)
+def _bos_id(checkpoint: Path, hf_config: PreTrainedConfig) -> int | None:
+    """The token before every document in training. Where an older trainer did not write it down, the first token tells."""
+    state = read_json(checkpoint / "trainer.json")
+    if "bos_id" in state:
+        return state["bos_id"]
+    first = int(load_probe(checkpoint)[0][0, 0])
+    return first if first == hf_config.bos_token_id != hf_config.eos_token_id else None
 
 
 def _refuse_existing(out: Path) -> None:

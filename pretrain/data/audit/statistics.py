@@ -52,6 +52,7 @@ def _facts(shards: TokenShards) -> dict:
         "text_bytes_per_token": text_bytes / shards.tokens if text_bytes is not None and shards.tokens else None,
         "vocab_size": shards.vocab_size,
         "eos_id": shards.eos_id,
+        "bos_id": shards.manifest.get("bos_id"),
         "tokenizer_fingerprint": shards.tokenizer_fingerprint,
         "fingerprint": shards.fingerprint,
         "shuffle": shards.manifest.get("shuffle"),

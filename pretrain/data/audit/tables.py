@@ -70,6 +70,7 @@ def _summary(facts: dict) -> str:
         "text": "unknown" if per_token is None else f"{facts['text_bytes']:,} bytes, {per_token:.2f} per token",
         "vocabulary": f"{facts['ids_used']:,} ids occur"
         + (f", {facts['ids_used'] / ids:.2%} of {ids:,}" if ids else "")
+        + (f"; documents begin with {facts['bos_id']}" if facts["bos_id"] is not None else "")
         + (f"; documents end with {facts['eos_id']}" if facts["eos_id"] is not None else ""),
         "tokenizer": facts["tokenizer_fingerprint"] or "unknown",
         "corpus": facts["fingerprint"],

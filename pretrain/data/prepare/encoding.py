@@ -44,8 +44,9 @@ class Unit:
 class Encoded:
     """The documents of a unit that belong to one split.
 
-    tokens: each document and its separator, in the shards' dtype; ends: where each document ends in them, int64;
-    text_bytes: the size of each document as UTF-8, int64; files: the number of the source file each came from, int32.
+    tokens: each document and its separator, after what begins it, in the shards' dtype; ends: where each document ends
+    in them, int64; text_bytes: the size of each document as UTF-8, int64; files: the number of the source file each came
+    from, int32.
     """
 
     tokens: np.ndarray
@@ -74,6 +75,7 @@ class Encoder:
     separator: int
     dtype: np.dtype
     val_fraction: float
+    bos_id: int | None = None  # before every document
     held_out_fraction: float = 0.0
     backend: str = "tokenizers"
     skip_unreadable: bool = False
@@ -103,11 +105,12 @@ class Encoder:
         return "held_out" if place >= (1 - self.held_out_fraction) * 2**64 else "train"
 
     def _encode(self, contents: list[bytes], files: list[int]) -> Encoded:
+        before = np.array([] if self.bos_id is None else [self.bos_id], dtype=np.uint32)
         separator = np.array([self.separator], dtype=np.uint32)
         ids = self._ids(contents)
-        parts = list(itertools.chain.from_iterable(zip(ids, itertools.repeat(separator))))
+        parts = [part for document in ids for part in (before, document, separator)]
         tokens = np.concatenate(parts, dtype=self.dtype, casting="unsafe") if parts else np.empty(0, dtype=self.dtype)
-        ends = np.cumsum(_lengths(ids) + 1)
+        ends = np.cumsum(len(before) + _lengths(ids) + 1)
         return Encoded(tokens, ends, _lengths(contents), np.array(files, dtype=np.int32))
 
     def _ids(self, contents: list[bytes]) -> list[np.ndarray]:

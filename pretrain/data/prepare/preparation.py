@@ -22,7 +22,7 @@ from pretrain.data.progress import Progress
 from pretrain.data.text.faults import Fault, advice_on
 from pretrain.data.text.omissions import Omissions
 from pretrain.data.text.sources import Source
-from pretrain.data.tokenizer import TokenizerFacts
+from pretrain.data.tokenizer import TokenizerFacts, bos_before_documents
 from pretrain.data.tokens.shards import TokenShards, open_shards
 from pretrain.data.tokens.writer import token_dtype
 from pretrain.errors import UserError
@@ -54,6 +54,7 @@ def prepare(
     part: tuple[int, int] | None = None,
     skip_unreadable: bool = False,
     max_bad_share: float = 0.01,
+    add_bos: str = "auto",
 ) -> dict[str, TokenShards]:
     """Write the shard folders out/train and, where their fractions are not 0, out/val and out/held_out; return them.
 
@@ -62,7 +63,8 @@ def prepare(
     that depends on it and on their number alone. `part` = (number, count) says that `source` is that share of a larger
     one: it gets a folder of its own below `out` until `merge` joins them. `skip_unreadable` leaves out and names what is
     damaged and records that have no text, up to a share `max_bad_share` of the records; a preparation may go on with
-    it that began without. UserError for bad input, a folder that holds anything else, and a full disk.
+    it that began without. `add_bos`: as `bos_before_documents` has it. UserError for bad input, a folder that holds
+    anything else, and a full disk.
     """
     tolerance = Tolerance(skip_unreadable, max_bad_share)
     settings = {
@@ -73,6 +75,8 @@ def prepare(
         "shard_tokens": shard_tokens,
         "max_tokens": max_tokens,
     }
+    if (bos_id := bos_before_documents(tokenizer, add_bos)) is not None:
+        settings["bos_id"] = bos_id
     if part is not None:
         with writing_part(out, part) as folder:
             _tokenise(source, tokenizer, folder, settings | {"part": list(part)}, workers, tolerance)
@@ -131,6 +135,7 @@ class _Tokenisation:
             tokenizer.eos_id,
             dtype,
             val_fraction=self.settings["val_fraction"],
+            bos_id=self.settings.get("bos_id"),
             held_out_fraction=self.settings["held_out_fraction"],
             skip_unreadable=tolerance.skip_unreadable,
         )
@@ -231,6 +236,7 @@ class _Tokenisation:
             "text_bytes": self.state["text_bytes"][split],
             "vocab_size": self.tokenizer.vocab_size,
             "eos_id": self.tokenizer.eos_id,
+            "bos_id": self.settings.get("bos_id"),
             "tokenizer_fingerprint": self.tokenizer.fingerprint,
             "source": self.settings["source"],
             "val_fraction": self.settings["val_fraction"],

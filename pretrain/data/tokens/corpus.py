@@ -117,6 +117,15 @@ class TokenShards:
             count -= wanted
         return np.concatenate(parts)
 
+    def bos_before_documents(self, bos_id: int | None, eos_id: int | None) -> int | None:
+        """The token that every document begins with, None for none; `bos_id` and `eos_id` are the run's tokenizer's.
+
+        Where neither the format nor an older manifest says, the first document tells: `bos_id` occurs in no text.
+        """
+        if "bos_id" in self.manifest:
+            return self.manifest["bos_id"]
+        return bos_id if bos_id not in (None, eos_id) and bos_id in self.head(1) else None
+
     def _map_tokens(self, shard: int) -> np.ndarray:
         entry = self.shards[shard]
         path = self.files.path(entry.file)

@@ -27,10 +27,11 @@ _MEGATRON_UINT16_BELOW = 65_500  # Megatron's own rule
 
 
 class TokenizerFacts(Protocol):
-    """What an import has to know of the tokenizer: its ids, the separator and how to tell it from another."""
+    """What an import has to know of the tokenizer: its ids, the tokens around texts and how to tell it from another."""
 
     vocab_size: int
     eos_id: int
+    bos_id: int | None
     fingerprint: str
 
 
@@ -113,13 +114,15 @@ def import_tokens(
     with made_aside(Path(out)) as aside:
         writer = ShardWriter(aside, token_dtype(tokenizer.vocab_size), shard_tokens)
         progress = Progress("imported", sum(file.bytes for file in files))
-        pieces = [_import_file(file, writer, tokenizer, progress) for file in files]
+        beginnings = _Beginnings(tokenizer.bos_id)
+        pieces = [_import_file(file, writer, tokenizer, progress, beginnings) for file in files]
         progress.close()
         writer.finish(
             {
                 "text_bytes": None,
                 "vocab_size": tokenizer.vocab_size,
                 "eos_id": tokenizer.eos_id,
+                "bos_id": tokenizer.bos_id if beginnings.all_alike and tokenizer.bos_id != tokenizer.eos_id else None,
                 "tokenizer_fingerprint": tokenizer.fingerprint,
                 "sources": [
                     {
@@ -165,7 +168,26 @@ def export_tokens(format: str, shards: TokenShards, out: str | Path) -> None:
         progress.close()
 
 
-def _import_file(file: TokenFile, writer: ShardWriter, tokenizer: TokenizerFacts, progress: Progress) -> Piece:
+class _Beginnings:
+    """Whether every document that passes by begins with the same token."""
+
+    def __init__(self, token: int | None) -> None:
+        self.all_alike = token is not None
+        self._token = token
+        self._at_start = True
+
+    def see(self, tokens: np.ndarray, ends: np.ndarray) -> None:
+        """The next tokens and the ends of documents among them."""
+        starts = ends[ends < len(tokens)]
+        if self._at_start:
+            starts = np.append(starts, 0)
+        self.all_alike = self.all_alike and bool((tokens[starts] == self._token).all())
+        self._at_start = len(ends) > 0 and int(ends[-1]) == len(tokens)
+
+
+def _import_file(
+    file: TokenFile, writer: ShardWriter, tokenizer: TokenizerFacts, progress: Progress, beginnings: _Beginnings
+) -> Piece:
     """Append one file to the shards."""
     tokens_before, documents_before = writer.tokens, writer.documents
     for start, tokens, ends in _blocks(file, tokenizer.eos_id):
@@ -176,6 +198,7 @@ def _import_file(file: TokenFile, writer: ShardWriter, tokenizer: TokenizerFacts
                 "tokenizer."
             )
         writer.append(tokens.astype(writer.dtype, copy=False), ends)
+        beginnings.see(tokens, ends)
         progress.update((writer.tokens * file.dtype.itemsize, writer.documents, writer.tokens))
     return Piece(
         file.path.stem, writer.tokens - tokens_before, writer.documents - documents_before, _empty_documents(file)

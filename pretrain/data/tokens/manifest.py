@@ -111,5 +111,7 @@ def _contradictions(manifest: dict, corpus: TokenShards) -> Iterable[str]:
     names = [name for shard in corpus.shards for name in (shard.file, shard.ends_file)]
     if len(set(names)) < len(names):
         yield "it lists a file twice"
+    if not (corpus.manifest.get("bos_id") or 0) < corpus.vocab_size:
+        yield f"bos_id {corpus.manifest['bos_id']} is no id of its vocab_size {corpus.vocab_size}"
     if not corpus.eos_id < corpus.vocab_size <= 1 << (8 * corpus.dtype.itemsize):
         yield (f"eos_id {corpus.eos_id}, vocab_size {corpus.vocab_size} and {corpus.dtype.name} do not fit together")

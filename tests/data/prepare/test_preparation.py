@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from prepared import OPTIONS, Stopped, contents, manifest_of, prepare_files, stop_after, texts_of
+from prepared import OPTIONS, Stopped, contents, documents_of, manifest_of, prepare_files, stop_after, texts_of
 
 from pretrain.data import fingerprint, open_shards
-from pretrain.data.prepare import journal, preparation, prepare
+from pretrain.data.prepare import journal, merge, preparation, prepare
 from pretrain.data.text.sources import open_source
 from pretrain.data.tokenizer import TokenizerFacts
 from pretrain.errors import UserError
@@ -109,6 +110,34 @@ def test_a_stopped_preparation_does_not_begin_again(
     prepare_files(corpus, facts, tmp_path / "out")
     assert units[0] > 20
     assert units == [units[0], 12, units[0] - 12]
+
+
+@pytest.mark.usefixtures("eager")
+def test_bos_stands_before_every_document_after_a_stop_and_in_parts_too(
+    corpus: str, facts: TokenizerFacts, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = replace(facts, first_ids=(1,))
+    whole = prepare_files(corpus, facts, tmp_path / "whole")
+    stop_after(monkeypatch, 12)
+    with pytest.raises(Stopped):
+        prepare_files(corpus, facts, tmp_path / "out")
+    prepare_files(corpus, facts, tmp_path / "out", workers=2)
+    for number in range(2):
+        prepare_files(corpus, facts, tmp_path / "parts", part=(number, 2))
+    merge(tmp_path / "parts", workers=1)
+    bare = prepare_files(corpus, facts, tmp_path / "bare", add_bos="never")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    for split in SPLITS:
+        documents = documents_of(tmp_path / "whole" / split)
+        assert [np.frombuffer(document, "<u2")[0] for document in documents] == [1] * len(documents)
+        assert [document[2:] for document in documents] == documents_of(tmp_path / "bare" / split)
+        assert documents_of(tmp_path / "parts" / split) == documents
+        named = [manifest_of(tmp_path / folder / split)["bos_id"] for folder in ("whole", "parts", "bare")]
+        assert named == [1, 1, None]
+        assert whole[split].text_bytes == bare[split].text_bytes
+    assert len({shards.fingerprint for shards in (whole["train"], bare["train"])}) == 2
+    with pytest.raises(UserError, match="bos_id was 1 and is now None"):
+        prepare_files(corpus, facts, tmp_path / "whole", add_bos="never")
 
 
 @pytest.mark.usefixtures("eager")

@@ -26,6 +26,7 @@ LENGTHS = [0, 5, 0, 0, 300, 1, 44, 0, 1200, 2, 0, 0]
 class Facts:
     vocab_size: int
     eos_id: int = 0
+    bos_id: int | None = None
     fingerprint: str = "abc"
 
 
@@ -234,7 +235,7 @@ def test_a_killed_import_leaves_nothing_that_looks_complete(tmp_path: Path) -> N
     np.ones(20_000_000, "<u2").tofile(tmp_path / "train.bin")
     program = (
         "from types import SimpleNamespace as Facts; from pretrain.data.tokens.exchange import import_tokens;"
-        "import_tokens('nanogpt', 'train.bin', 'ours', Facts(vocab_size=2, eos_id=1, fingerprint='abc'))"
+        "import_tokens('nanogpt', 'train.bin', 'ours', Facts(vocab_size=2, eos_id=1, bos_id=None, fingerprint='abc'))"
     )
     process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path)
     while process.poll() is None and not any(file.stat().st_size for file in tmp_path.glob(".ours.*/*.bin")):
@@ -250,3 +251,29 @@ def test_a_killed_import_leaves_nothing_that_looks_complete(tmp_path: Path) -> N
 def contents(folder: Path) -> dict[str, bytes]:
     """Everything in `folder` but datatrove's metadata, whose tokenizer's name is not kept."""
     return {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix != ".metadata"}
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(("first", "found"), [((7, 7, 7), 7), ((7, 8, 7), None)], ids=["all", "not all"])
+@pytest.mark.parametrize("format", ["megatron", "nanogpt"])
+def test_an_import_finds_out_whether_all_documents_begin_with_bos(
+    tmp_path: Path, format: str, first: tuple[int, ...], found: int | None
+) -> None:
+    parts = [np.array([token, *range(10, 10 + length), 0]) for token, length in zip(first, (3, 600, 40), strict=True)]
+    source = tmp_path / ("tokens" if format == "megatron" else "tokens.bin")
+    if format == "megatron":
+        write_megatron(source, parts, "uint16")
+    else:
+        np.concatenate(parts).astype("uint16").tofile(source)
+    import_tokens(format, source, tmp_path / "shards", Facts(1000, bos_id=7))
+    shards = open_shards(tmp_path / "shards")
+    assert shards.bos_before_documents(7, 0) == shards.manifest["bos_id"] == found
+
+
+def test_where_no_manifest_says_so_the_first_document_tells_what_it_begins_with(tmp_path: Path) -> None:
+    write_megatron(tmp_path / "tokens", [np.array([7, 10, 0]), np.array([7, 11, 0])], "uint16")
+    shards = open_shards(tmp_path / "tokens")
+    assert [shards.bos_before_documents(bos_id, 0) for bos_id in (7, 8, None)] == [7, None, None]
+    assert (
+        shards.bos_before_documents(7, 7) is None
+    )  # the separator begins the first document, it does not stand before
