@@ -17,6 +17,7 @@ import sentencepiece
 
 from pretrain.data.bpe import PROBE, SPACE, to_sentencepiece
 from pretrain.data.tokenizer import put_around, text_tokenizer
+from pretrain.errors import UserError
 from pretrain.files import write_bytes
 
 if TYPE_CHECKING:
@@ -61,10 +62,17 @@ class _Content:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, path: Path) -> _Content:
-        with tempfile.TemporaryDirectory() as aside:
-            tokenizer.save_pretrained(aside)
-            content, config = (json.loads((Path(aside) / name).read_bytes()) for name in (TOKENIZER, CONFIG))
-            templates = {file.relative_to(aside).as_posix(): file.read_bytes() for file in Path(aside).rglob("*.jinja")}
+        try:
+            with tempfile.TemporaryDirectory() as aside:
+                tokenizer.save_pretrained(aside)
+                content, config = (json.loads((Path(aside) / name).read_bytes()) for name in (TOKENIZER, CONFIG))
+                templates = {
+                    file.relative_to(aside).as_posix(): file.read_bytes() for file in Path(aside).rglob("*.jinja")
+                }
+        except OSError as error:
+            raise UserError(
+                f"cannot write the tokenizer's files to a temporary folder: {error}. Make room, or name another: TMPDIR."
+            ) from error
         found = cls(content | {"truncation": None, "padding": None}, _without_loading(config), templates)
         found._describe()
         found._bring_sentencepiece(path if path.is_file() else path / SENTENCEPIECE)
