@@ -20,7 +20,7 @@ from pretrain.method_state import save_method_state
 from pretrain.monitor.activations import record_activations
 from pretrain.monitor.console import memory_bytes, progress_line
 from pretrain.monitor.throughput import Pace
-from pretrain.optional import optional, prepared
+from pretrain.optional import optional, prepared, together
 from pretrain.probe import probe_logits, save_probe
 from pretrain.resilience.autopsy import Autopsies
 from pretrain.resilience.orders import Order
@@ -85,8 +85,8 @@ def look_at_activations(run: Run) -> None:
         rows = prepared(kind, failing, lambda: hooks.enter_context(record_activations(run.engine.module)))
         if rows is None:
             return
-        with run.optional_pass(kind, failing):
-            probe_logits(run.engine.module, run.probe)
+        if together(kind, failing, lambda: probe_logits(run.engine.module, run.probe)) is None:
+            return
     if rows:
         run.metrics.write("activations", run.step, layers=rows)
 
@@ -139,9 +139,8 @@ def examine(run: Run, done: Step, autopsies: Autopsies, batches: list[MicroBatch
     """Say that a step was not as it should be, and look into it."""
     enter("autopsy")
     found = done.verdict
-    path = None
-    with run.optional_pass("autopsy", f"the autopsy of step {run.step} failed"):
-        path = autopsies.write(run.engine, found.reason, batches)
+    failing = f"the autopsy of step {run.step} failed"
+    path = together("autopsy", failing, lambda: autopsies.write(run.engine, found.reason, batches))
     log.warning(
         f"step {run.step:>7,}  {found.kind}{', update skipped' * done.skipped}: {found.reason}"
         + f"; see {path}" * (path is not None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,14 +66,6 @@ class Run:
     def samples(self) -> range:
         """Of the run's order, those of the step that the loader has given last."""
         return range(self.loader.position - self.plan.config.data.global_batch_size, self.loader.position)
-
-    def optional_pass(self, kind: str, failing: str) -> AbstractContextManager[None]:
-        """`optional`, around forward passes, where they need no other rank: else a rank that fails must end the run.
-
-        The other ranks are in the middle of the same pass then, and wait for it.
-        """
-        together = self.plan.zero_stage == 3 or self.plan.config.parallel.tensor > 1
-        return nullcontext() if together and self.ranks.world_size > 1 else optional(kind, failing)
 
 
 def start(plan: Plan, folder: RunFolder, ranks: Ranks, orders: Orders) -> Run:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from faults import at_phase, bad_batches, together
 from runs import REPOSITORY, Ended, arguments, events, rows, start_ranks, status, wait_until
 from wandb_server import KEY, WandbServer
@@ -118,13 +119,37 @@ def blind_figures() -> None:
 
 
 def probe_that_fails(rank: int) -> None:
-    """On `rank` the first probe cannot be hooked in, and of the second one the statistics fail."""
+    """Of four probes on two ranks only the last gives a row, without the statistics of `rank`.
+
+    The first cannot be hooked in on `rank`; the second fails in the middle, on all; the third at its end, on `rank`.
+    """
     from pretrain import actions
     from pretrain.monitor import activations
+    from pretrain.resilience import phase
 
-    if int(os.environ["RANK"]) != rank:
+    here = int(os.environ["RANK"]) == rank
+    record, probe, calls, passes = actions.record_activations, actions.probe_logits, [0], [0]
+
+    def out_of_memory(*_: object) -> None:
+        raise MemoryError("no memory today")
+
+    def probe_or_fail(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+        if phase.current().name != "activations":
+            return probe(model, tokens)
+        passes[0] += 1
+        hook = model.model.layers[1].register_forward_hook(out_of_memory) if passes[0] == 1 else None
+        try:
+            logits = probe(model, tokens)
+        finally:
+            if hook:
+                hook.remove()
+        if here and passes[0] == 2:
+            out_of_memory()
+        return logits
+
+    actions.probe_logits = probe_or_fail
+    if not here:
         return
-    record, calls = actions.record_activations, [0]
 
     def record_or_fail(model: object) -> object:
         calls[0] += 1
@@ -301,17 +326,25 @@ def test_a_probe_that_fails_on_one_rank_and_an_autopsy_that_cannot_be_written_en
     run_file: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    words = arguments(run_file, {"out": str(tmp_path), "name": "run", "steps": STEPS})
+    settings = {"steps": STEPS, "log.activations_interval_steps": 2}
+    words = arguments(run_file, {"out": str(tmp_path), "name": "run", **settings})
     faults = (partial(probe_that_fails, 1), autopsies_that_cannot_be_written, bad_batches(24, 31, nan))
     with start_ranks(words, tmp_path / "l", 2, prepare=together(*faults)) as job:
         ended = job.wait()
     assert ended.code == 0, ended.stdout + ended.stderr
-    assert [row["step"] for row in rows(folder, "activations")] == [8]  # the first one was left out on both ranks
+    assert [row["step"] for row in rows(folder, "activations")] == [8]
     assert [layer["layer"] for layer in rows(folder, "activations")[0]["layers"]] == [1, 2]
-    without = {row["what"]: row["reason"] for row in events(folder, "went_without")}
-    assert "on rank 1" in without["activations"]
-    assert "no hooks today" in without["activations"]
-    assert "No space left on device" in without["autopsy"]
+    without = [f"{row['what']} at {row['step']}: {row['reason']}" for row in events(folder, "went_without")]
+    for row, parts in zip(
+        without,
+        (
+            ("activations at 2", "RuntimeError('no hooks today') on rank 1"),
+            ("autopsy at 4", "No space left on device"),
+            ("activations at 4", "MemoryError('no memory today') on rank 0"),
+        ),
+        strict=True,
+    ):
+        assert all(part in row for part in parts), without
     assert "no statistics today" in (folder / "logs/rank_1.txt").read_text()
     assert [row["step"] for row in events(folder, "not_finite")] == [4]
 
