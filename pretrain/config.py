@@ -27,7 +27,7 @@ from pretrain.methods.base import INITIAL_DISTRIBUTION
 from pretrain.model_section import family_section
 from pretrain.paths import check_name, expanded, local
 from pretrain.run_file import RunFile, to_yaml
-from pretrain.values import Count, LocalPath, Location, NodePath, Positive, Share, Values, at
+from pretrain.values import Count, LocalPath, Location, Positive, Share, Values, at
 
 FAMILIES = ("llama", "gpt2")
 
@@ -65,9 +65,17 @@ class CacheSection(Values):
     limit_gb: 10^9 bytes that the folder never exceeds. downloads: files of a corpus that are fetched ahead at a time.
     """
 
-    folder: NodePath = "~/.cache/evenkeel"
+    folder: str = "~/.cache/evenkeel"
     limit_gb: Positive = 100.0
     downloads: int = Field(4, gt=0, le=256)
+
+    @property
+    def path(self) -> Path:
+        """The folder as this node has it: `folder` stays as it was written. UserError where it cannot be filled in."""
+        try:
+            return Path(local(self.folder))
+        except ValueError as error:
+            raise UserError(f"data.cache.folder '{self.folder}': {error}.") from error
 
 
 class DataSection(Values):

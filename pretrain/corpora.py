@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil
-from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -25,7 +24,6 @@ from pretrain.data.remote.storage import is_remote
 from pretrain.data.tokenizer import first_ids
 from pretrain.data.tokens.corpus import ENDS_DTYPE
 from pretrain.errors import UserError
-from pretrain.paths import expanded
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def open_corpora(
     """
     data = config.data
     found, vocab_size = fingerprint(tokenizer), max(tokenizer.get_vocab().values()) + 1
-    cache = CacheSettings(_cache_folder(data) / "shards", int(data.cache.limit_gb * 1e9), data.cache.downloads)
+    cache = CacheSettings(data.cache.path / "shards", int(data.cache.limit_gb * 1e9), data.cache.downloads)
     share = {} if rank is None else {"rank": rank, "world_size": world_size}
 
     def opened(location: str) -> Samples:
@@ -168,12 +166,8 @@ def _named(bos_id: int | None, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _cut(shards: TokenShards, data: DataSection, vocab_size: int) -> Samples:
     if data.packing == "best_fit":
-        return BestFit(shards, data.seq_len, _cache_folder(data) / "packing", data.document_attention, vocab_size)
+        return BestFit(shards, data.seq_len, data.cache.path / "packing", data.document_attention, vocab_size)
     return Concatenated(shards, data.seq_len, data.document_attention, vocab_size)
-
-
-def _cache_folder(data: DataSection) -> Path:
-    return Path(expanded(data.cache.folder))
 
 
 def _check_cache(corpora: Corpora, val_samples: int) -> None:

@@ -32,6 +32,7 @@ from pretrain.layout import Weight
 from pretrain.methods import Method
 from pretrain.model import bind_methods, hf_config, initial_rule, outline
 from pretrain.monitor.throughput import flops_per_token
+from pretrain.optim import learning_rate
 from pretrain.precision import precision_of
 from pretrain.probe import probe_batch
 from pretrain.tensor_parallel import check_model, data_rank, data_ranks, elements_per_rank
@@ -230,6 +231,7 @@ def describe_plan(plan: Plan) -> str:
         "data": plan.corpora.describe(config.total_steps * data.global_batch_size),
         "length": f"{config.total_steps:,} steps x {config.tokens_per_step:,} tokens = {short(tokens)} tokens, "
         f"{plan.flops_per_token * tokens:.2e} FLOPs",
+        "rate": _describe_rate(config),
         "batch": f"{data.global_batch_size} sequences of {data.seq_len} = {plan.data_ranks} data-parallel ranks x "
         f"{accumulation_steps(config, plan.world_size)} micro-batches of {data.micro_batch_size}",
         "sharding": f"ZeRO-{plan.zero_stage}, {plan.precision}" + (f", {tensor} tensor-parallel ranks" * (tensor > 1)),
@@ -248,6 +250,14 @@ def _describe_dropout(model_config: PreTrainedConfig) -> dict[str, str]:
     rates = {field: getattr(model_config, field, 0.0) for field in _DROPOUTS}
     said = [f"model.{field} {rate:g}" for field, rate in rates.items() if rate]
     return {"dropout": ", ".join(said) + " in training"} if said else {}
+
+
+def _describe_rate(config: Config) -> str:
+    optim, warmup, total = config.optim, config.optim.schedule.warmup_steps, config.total_steps
+    last = learning_rate(optim, total, total)
+    if warmup > total:
+        return f"NEVER REACHES optim.lr {optim.lr:g}: warmup takes {warmup:,} steps, and the run ends at {last:g}"
+    return f"{optim.lr:g}, warmup over {warmup:,} steps, {optim.schedule.name} to {last:g} at the last"
 
 
 def short(count: float) -> str:
@@ -307,4 +317,7 @@ def _checkpoint_bytes(plan: Plan) -> int:
 def _existing_folder(config: Config) -> Path:
     """The run folder, or the nearest thing above it that exists."""
     folder = config.folder.absolute()
-    return next(path for path in (folder, *folder.parents) if path.exists())
+    try:
+        return next(path for path in (folder, *folder.parents) if path.exists())
+    except OSError as error:
+        raise UserError(f"cannot reach the run folder {config.folder}: {error.strerror}.") from error

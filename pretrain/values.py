@@ -61,16 +61,9 @@ def at(key: str, message: str) -> PydanticCustomError:
     return PydanticCustomError("at_key", "{message}", {"key": key, "message": message})
 
 
-def _can_be_expanded(path: str) -> str:
-    local(path)
-    return path
-
-
 # Expanded as the run file is read, so that the resolved configuration says what was meant.
 LocalPath = Annotated[str, AfterValidator(local)]
 Location = Annotated[str, AfterValidator(expanded)]
-# Expanded where it is used (`expanded`), because it may be another folder on each node: checked, but kept as written.
-NodePath = Annotated[str, AfterValidator(_can_be_expanded)]
 
 Count = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0)]

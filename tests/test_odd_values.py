@@ -106,6 +106,13 @@ def test_each_option_of_a_method_is_refused_or_trains(run_file: Path) -> None:
         assert_trains(plan)
 
 
+def test_a_warmup_that_is_longer_than_the_run_is_said(run_file: Path) -> None:
+    (plan,) = plans(run_file, ["optim.schedule.warmup_steps=80"])  # of a run of 8 steps to 5e-3
+    assert "rate      NEVER REACHES optim.lr 0.005: warmup takes 80 steps, and the run ends at 0.0005" in describe_plan(
+        plan
+    )
+
+
 @pytest.mark.parametrize("kind", ROPE)
 def test_each_rope_type_with_its_keys_trains(run_file: Path, kind: str) -> None:
     rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4, **ROPE[kind]}

@@ -166,7 +166,7 @@ def _cache(options: argparse.Namespace) -> CacheSettings | None:
     from pretrain.config import CacheSection
 
     usual = CacheSection()
-    folder = options.cache_folder or typed.path(usual.folder)
+    folder = options.cache_folder or usual.path
     return CacheSettings(folder / "shards", int(usual.limit_gb * 1e9), usual.downloads)
 
 
@@ -198,10 +198,10 @@ def _parser() -> argparse.ArgumentParser:
         help="shard folder or URL, Megatron prefix, datatrove folder",
     )
     part = parser.add_mutually_exclusive_group()
-    part.add_argument("--step", type=typed.whole(1), help="the samples of this optimizer step, from 1")
-    part.add_argument("--sample", type=typed.whole(0), help="this sample of the run, from 0")
-    parser.add_argument("--rank", type=typed.whole(0), help="only those of this data-parallel rank")
-    parser.add_argument("--ranks", type=typed.whole(1), help="how many data-parallel ranks there are")
+    part.add_argument("--step", type=typed.whole(), help="the samples of this optimizer step, from 1")
+    part.add_argument("--sample", type=typed.whole(), help="this sample of the run, from 0")
+    parser.add_argument("--rank", type=typed.whole(), help="only those of this data-parallel rank")
+    parser.add_argument("--ranks", type=typed.whole(), help="how many data-parallel ranks there are")
     parser.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="as in training"
     )

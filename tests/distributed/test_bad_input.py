@@ -143,6 +143,23 @@ def width_that_the_heads_do_not_share(at: Case) -> None:
     at.overrides["model.num_attention_heads"] = 5
 
 
+@case("model.pad_token_id 320 is outside of the vocabulary, whose ids are 0 to 319")
+def padding_outside_of_the_vocabulary(at: Case) -> None:
+    at.overrides["model.pad_token_id"] = 320
+
+
+@case("embed_tokens.weight would start with the standard deviation 1e-30", "model.initializer_range")
+def weights_too_small_for_float32(at: Case) -> None:
+    at.config["methods"] = []
+    at.overrides["model.initializer_range"] = 1e-30
+
+
+@case("{home}/run.yaml:", "out: $EVENKEEL_NOWHERE is not set here")
+def variable_that_is_not_set(at: Case) -> None:
+    at.config["out"] = "$EVENKEEL_NOWHERE/runs"
+    del at.overrides["out"]
+
+
 @case("data.global_batch_size 10 is not a multiple of", "2 x 2 data-parallel ranks = 4", "Set it to 8 or 12")
 def global_batch_that_does_not_divide(at: Case) -> None:
     at.overrides["data.global_batch_size"] = 10
@@ -322,3 +339,9 @@ def test_a_dry_run_refuses_the_same_input(corpus: Corpus, tmp_path: Path, name: 
     ended = run_ranks([*set_up(name, corpus, tmp_path / name), "--dry-run"], tmp_path / "logs", ranks=1)
     assert_refused(ended, CASES[name][1][0].format(home=tmp_path / name))
     assert not (tmp_path / name / "runs").exists()
+
+
+def test_a_dry_run_refuses_a_checkpoint_that_is_none(run_file: Path, tmp_path: Path) -> None:
+    settings = {"out": str(tmp_path / "runs"), "checkpoint.resume": str(tmp_path / "nowhere")}
+    ended = run_ranks(arguments(run_file, settings, "--dry-run"), tmp_path / "logs", ranks=1)
+    assert_refused(ended, f"{tmp_path}/nowhere is not a complete checkpoint")
