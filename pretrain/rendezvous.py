@@ -38,7 +38,11 @@ _VERDICT, _SIZE = "verdict", "world size"
 
 @dataclass(frozen=True)
 class Place:
-    """A rank's place in the run, and where the ranks meet. hosted: the store is the launcher's, rank 0 is but a client."""
+    """A rank's place in the run, and where the ranks meet.
+
+    hosted: the store is the launcher's, and rank 0 but a client. attempt: how often the launcher has started all ranks again.
+    speaks: whether this rank says that it cannot reach the store; a launcher's ranks of one node have the same to say.
+    """
 
     rank: int
     world_size: int
@@ -46,6 +50,7 @@ class Place:
     port: int
     hosted: bool
     attempt: str = "0"
+    speaks: bool = True
 
     @classmethod
     def from_environment(cls) -> Place:
@@ -58,6 +63,7 @@ class Place:
             int(given["MASTER_PORT"]),
             given.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             given.get("TORCHELASTIC_RESTART_COUNT", "0"),
+            launcher() is None or given["LOCAL_RANK"] == "0",
         )
 
     @property
@@ -263,7 +269,7 @@ def _reach(place: Place, waiting: _Waiting) -> dist.Store:
             if found:
                 return found[0]
             trouble = "what listens there does not answer as a store does"
-        waiting.alone(lambda trouble=trouble: f"{whose}: {trouble}")
+        waiting.alone(lambda trouble=trouble: f"{whose}: {trouble}" if place.speaks else None)
 
 
 def _trouble(place: Place) -> str | None:

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import os
+import pty
+import select
 import signal
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
-from runs import arguments, deepspeed, events, losses, run_ranks, status, torchrun, wait_for
+from runs import (
+    ENVIRONMENT,
+    REPOSITORY,
+    TRAIN,
+    arguments,
+    deepspeed,
+    events,
+    losses,
+    run_ranks,
+    status,
+    torchrun,
+    wait_for,
+)
 
 STEPS = 120
 SOON_S = 30
@@ -67,6 +82,24 @@ def test_the_ranks_save_and_end_when_their_launcher_is_told_to(
     assert [event["step"] for event in events(folder, "checkpoint_saved")] == [left["step"]]
     assert run_ranks(words, tmp_path / "logs").code == 0
     assert losses(folder) == whole
+
+
+@pytest.mark.slow
+def test_a_run_whose_terminal_closes_saves(run_file: Path, tmp_path: Path) -> None:
+    """Nothing that it prints from then on is taken, either."""
+    words, folder = arguments(run_file, settings(tmp_path) | {"steps": 100_000}), tmp_path / "run"
+    process, terminal = pty.fork()
+    if process == 0:
+        os.environ.update(ENVIRONMENT)
+        os.execv(sys.executable, [sys.executable, str(REPOSITORY / TRAIN), *words])
+    while len(losses(folder)) < 3:
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    left = status(folder)
+    assert (left["status"], left["reason"]) == ("preempted", "stopped by SIGHUP after saving")
+    assert events(folder, "checkpoint_saved")[-1]["step"] == left["step"]
 
 
 def ranks_below(launcher: int) -> list[psutil.Process]:

@@ -86,6 +86,20 @@ def test_a_rank_that_is_stopped_takes_along_those_that_have_come(words: list[str
     assert "stopped by SIGTERM at rank 1 before training began" in ended.stderr
 
 
+def test_ranks_of_a_launcher_that_cannot_reach_rank_0_have_one_that_speaks_on_each_node(
+    words: list[str], tmp_path: Path
+) -> None:
+    with start_ranks(words, tmp_path / "logs", ranks=4, only=[1, 2], variables={"PMI_RANK": "1"}) as job:
+        time.sleep(1)
+        second = {"PMI_RANK": "3", "LOCAL_RANK": "0"}
+        with start_ranks(words, tmp_path / "node", ranks=4, only=[3], variables=second) as other:
+            wait_for_words(other, 0, "rank 3 of 4 waits at .* for rank 0: nobody listens there yet")
+            other.signal(signal.SIGTERM)
+            assert "comes from the environment" not in ends_within(other, 10).stderr
+        job.signal(signal.SIGTERM)
+        assert "waits at" not in ends_within(job, 10).stderr
+
+
 def test_a_hangup_is_ignored_under_nohup(words: list[str], tmp_path: Path) -> None:
     with start_ranks(words, tmp_path / "logs", only=[0], prepare=as_under_nohup) as job:
         wait_for_words(job, 0, "waits at")
