@@ -136,7 +136,7 @@ class _Waiting:
 
 
 class _Meeting:
-    """What the ranks tell each other in the store."""
+    """The exchange of the ranks in the store."""
 
     def __init__(self, place: Place, store: dist.Store, waiting: _Waiting) -> None:
         self._place, self._store, self._waiting = place, store, waiting
@@ -273,7 +273,7 @@ def _reach(place: Place, waiting: _Waiting) -> dist.Store:
 
 
 def _trouble(place: Place) -> str | None:
-    """Why nothing can be reached at the place; None if something listens there."""
+    """The reason why nothing can be reached at the place; None if something listens there."""
     try:
         socket.create_connection((place.address, place.port), timeout=REACH_S).close()
     except ConnectionRefusedError:
@@ -368,7 +368,7 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def _hint(place: Place) -> str:
-    """What to do where no launcher seems to have set the variables: they are left over, most likely."""
+    """Advice where no launcher seems to have set the variables: they are left over, most likely."""
     if place.world_size == 1 or launcher() is not None:
         return ""
     return f"; WORLD_SIZE={place.world_size} comes from the environment: unset it to run alone"

@@ -178,7 +178,7 @@ class Checkpoints:
 
     @contextmanager
     def _or_nothing(self, aside: Path) -> Iterator[None]:
-        """What all ranks know to have failed leaves nothing: it would take the room that what is yet to be said needs."""
+        """Leave nothing of a save that all ranks know to have failed: the status is to be written yet, and needs room."""
         try:
             yield
         except (UserError, MachineFault):
