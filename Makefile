@@ -1,5 +1,6 @@
 # make demo   from nothing to an evaluated model and a report, on this machine
 # make test   every fast test; JOBS=2 is how many at once
+# make peers  the tools that exports are tried with (llama.cpp, vLLM, ...): 3.5 GB and 10 minutes; PEERS=llama_cpp one of them
 # make setup  .venv with the pinned packages; PYTHON=python3.11 chooses the interpreter, EXTRAS=test the optional groups
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ JOBS ?= 2
 VENV := .venv
 STAMP := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test peers lint clean
 
 setup: $(STAMP)
 
@@ -23,6 +24,9 @@ demo: setup
 
 test: setup
 	$(VENV)/bin/python -m pytest -n $(JOBS)
+
+peers: setup
+	$(VENV)/bin/python tests/exports/peers_env.py $(PEERS)
 
 lint: setup
 	$(VENV)/bin/ruff check .
