@@ -41,6 +41,7 @@ def hf_config(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedC
         "eos_token_id": tokenizer.eos_token_id,
     }
     fields = {key: value for key, value in defaults.items() if aliases.get(key) not in given} | given
+    _check_ids(given, fields["vocab_size"])
     try:
         result = AutoConfig.for_model(config.model.family, **fields)
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
@@ -56,18 +57,21 @@ def hf_config(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedC
             f"model.max_position_embeddings {result.max_position_embeddings} is smaller than "
             f"data.seq_len {config.data.seq_len}."
         )
-    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        ids = getattr(result, key)
-        if outside := [
-            one for one in (ids if isinstance(ids, list) else [ids]) if one is not None and one >= result.vocab_size
-        ]:
-            raise UserError(
-                f"model.{key} {outside[0]} is outside of the vocabulary, whose ids are 0 to {result.vocab_size - 1}. "
-                "Give one of these, or leave it out."
-            )
     for method in config.methods:
         result = method.configure(result)
     return result
+
+
+def _check_ids(given: dict[str, Any], vocab_size: int) -> None:
+    """UserError for a special token of the run file outside of the vocabulary."""
+    for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        ids = given.get(key)
+        for one in ids if isinstance(ids, list) else [ids]:
+            if one is not None and one >= vocab_size:
+                raise UserError(
+                    f"model.{key} {one} is outside of the vocabulary, whose ids are 0 to {vocab_size - 1}. "
+                    "Give one of these, or leave it out."
+                )
 
 
 def model_class(model_config: PreTrainedConfig) -> type[PreTrainedModel]:
