@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from math import isclose
 from pathlib import Path
 from types import ModuleType
@@ -109,15 +111,23 @@ def model_class_of(folder: Path) -> type:
 
 
 def _imported(file: Path) -> ModuleType:
-    """The module in `file`, run where it lies, and nothing is written.
+    """The module in `file`, imported where it lies.
 
     transformers would copy it to its module cache first, which must be writable, and which is a folder called ~ where there
-    is no home; Python's own import would leave its bytecode in the exported folder.
+    is no home.
     """
-    module = sys.modules[f"exported_{file.stem}"] = ModuleType(f"exported_{file.stem}")
-    module.__file__ = str(file)
-    exec(compile(file.read_text(encoding="utf-8"), file, "exec"), vars(module))
+    name = f"exported_{file.stem}"
+    spec = spec_from_loader(name, _WithoutBytecode(name, str(file)))
+    module = sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
+
+
+class _WithoutBytecode(SourceFileLoader):
+    """Python's own loader, but it leaves no __pycache__ in the exported folder."""
+
+    def set_data(self, path: str, data: bytes, *, _mode: int = 0o666) -> None:
+        pass
 
 
 def checked(tensors: LazyTensors, checkpoint: Path) -> LazyTensors:
