@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from lm_eval import simple_evaluate
 from lm_eval.api.group import Group
+from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -84,6 +85,20 @@ def load_model(folder: Path, device: str) -> PreTrainedModel:
         raise UserError(f"cannot put the model on the device '{device}': {first_line(error)}") from error
 
 
+class OneBos(HFLM):
+    """The harness's model, but one BOS stands before a text that is scored as a whole, as before a document in training.
+
+    The harness begins such a text with the prefix token, also where the tokenizer has put BOS there already.
+    """
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        before, self.add_bos_token = self.add_bos_token, False
+        try:
+            return super().loglikelihood_rolling(requests, disable_tqdm)
+        finally:
+            self.add_bos_token = before
+
+
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -100,7 +115,7 @@ def evaluate(
     os.environ["DISABLE_MULTIPROC"] = "1"  # or standard errors are computed in forks of a process that uses a GPU
     try:
         with redirect_stdout(sys.stderr), nothing_lost(tasks) as faults:
-            language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+            language_model = OneBos(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
             results = simple_evaluate(
                 language_model,
                 tasks=tasks,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from corpus import Corpus, documents_of, tiny
 from runs import launch, run_ranks
@@ -105,6 +106,27 @@ def test_its_export_begins_texts_as_training_did(llama3: Prepared, checkpoint: P
     model = harness(tmp_path / "hf")
     assert model.tok_encode(TEXT) == tokenizer(TEXT)["input_ids"]
     assert model.prefix_token_id == bos
+    assert whole_text_score(tmp_path / "hf") == pytest.approx(likelihood(tmp_path / "hf"), rel=1e-5)
+
+
+def whole_text_score(folder: Path) -> float:
+    """The log-likelihood of `TEXT` behind what began documents, as tools/evaluate.py computes it."""
+    from lm_eval.api.instance import Instance
+
+    from pretrain.evaluation import OneBos
+
+    model = OneBos(
+        pretrained=AutoModelForCausalLM.from_pretrained(folder), tokenizer=AutoTokenizer.from_pretrained(folder)
+    )
+    return model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (TEXT,), 0)])[0]
+
+
+def likelihood(folder: Path) -> float:
+    """The same, by one pass in float64 over the text with the one BOS that its tokenizer puts there."""
+    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"])
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folder).double()(ids[None]).logits[0, :-1]
+    return float(logits.log_softmax(-1).gather(-1, ids[1:, None]).sum())
 
 
 def test_checkpoints_of_older_trainers_go_on_and_are_exported_as_they_were_trained(
