@@ -51,7 +51,8 @@ FAILURES = (
         tuple(CLASSES),
         r"log-likelihoods \(found, expected\): \{'rolling': [^}]*\}",
         "Where a text is scored as a whole (`loglikelihood_rolling`: word perplexity), the harness puts BOS twice before it, "
-        "as it does with every tokenizer that puts BOS first; `tools/evaluate.py` puts one. Continuations of a context are right.",
+        "as it does with every tokenizer that puts BOS first; `tools/evaluate.py` puts one. Continuations of a context are "
+        "right.",
         ("llama3",),
         "but for whole texts",
     ),
