@@ -13,6 +13,7 @@ from pretrain.data.contents import read_json
 from pretrain.errors import UserError
 
 _VOCABULARY, _SETTINGS, _ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
+_NAMED = "special_tokens_map.json"  # of older versions, where the settings name no such token
 
 
 def check_declared(folder: Path, ids: Mapping[str, int]) -> None:
@@ -32,13 +33,20 @@ def check_declared(folder: Path, ids: Mapping[str, int]) -> None:
                 "they leave no gaps between the ids of added tokens. Number them without gaps after the vocabulary, "
                 "with unused tokens in between if a model was trained with these ids."
             )
-    eos = settings.get("eos_token")
-    eos = eos["content"] if isinstance(eos, dict) else eos
+    file, eos = _eos_token(folder, settings)
     if eos is not None and not _holds(vocabulary, eos) and eos not in {token for _, token, _ in declared}:
         raise UserError(
-            f"{folder / _SETTINGS} names '{eos}' as eos_token, which ends every document, and {folder / _VOCABULARY} "
+            f"{folder / file} names '{eos}' as eos_token, which ends every document, and {folder / _VOCABULARY} "
             "has no such token. Name one of its tokens, or add this one to its added_tokens."
         )
+
+
+def _eos_token(folder: Path, settings: dict) -> tuple[str, str | None]:
+    """The file that names it, and its content."""
+    file, eos = _SETTINGS, settings.get("eos_token")
+    if eos is None and (folder / _NAMED).is_file():
+        file, eos = _NAMED, read_json(folder / _NAMED).get("eos_token")
+    return file, eos["content"] if isinstance(eos, dict) else eos
 
 
 def _declared(folder: Path, vocabulary: dict, settings: dict) -> Iterator[tuple[str, str, int]]:

@@ -80,12 +80,12 @@ class LinesBlock(Block):
         return len(self.content)
 
     def records(self) -> Iterator[str | Fault | None]:
-        keys = {field: json.dumps(field).encode() for field in self.selection.fields}
+        keys = {name: json.dumps(name).encode() for name in self.selection.names}
         for number, line in enumerate(self.content.split(b"\n"), start=self.first):
             if not line or line.isspace():
                 continue
             place = f"{self.path}, {self.unit} {number}"
-            twice = [field for field, key in keys.items() if line.count(key) > 1]
+            twice = [name for name, key in keys.items() if line.count(key) > 1]
             try:
                 record = json.loads(line, object_pairs_hook=_each_once(twice) if twice else None)
             except WrongField as error:

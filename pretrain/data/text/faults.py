@@ -9,7 +9,7 @@ from pretrain.errors import UserError
 
 DAMAGE = "is damaged"  # of what holds an unknown number of records
 SHOWN = 10  # of the records of one file that are bad in the same way; the others are counted
-FEW = 10  # this many bad records are never too many
+FEW = 10  # this many bad records are never too many, unless none may be
 JUDGED_RECORDS = 10_000  # of fewer, no share is told before the end
 
 
@@ -99,6 +99,8 @@ class Tally:
 
 def is_too_many(bad: int, records: int, share: float, *, at_end: bool) -> bool:
     """Whether `bad` of `records` records are more than `share` of them, as far as that can be said by now."""
+    if not share:
+        return bad > 0
     return (at_end or records >= JUDGED_RECORDS) and bad > FEW and bad > share * records
 
 

@@ -104,6 +104,11 @@ def _chosen(found: dict[str, Found]) -> tuple[dict[str, SourceFile], dict[str, s
 def _nothing(pattern: str, found: Sequence[SourceFile], reasons: dict[str, str]) -> UserError:
     unread = next((f"; {file.path} is of no kind that can be read" for file in found if file.kind is None), "")
     if not found:
+        if os.path.exists(pattern) and not os.path.isdir(pattern):
+            return UserError(
+                f"--source '{pattern}' is a pipe or a device, and only files can be read from where an interrupted "
+                "command stopped. Write its content to a file, and name that."
+            )
         return UserError(f"--source '{pattern}' matches no file. Readable are {READABLE}.")
     return UserError(
         f"--source '{pattern}' gives no file to read, but {_counts(Counter(reasons.values()))}{unread}. Readable are "

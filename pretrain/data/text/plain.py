@@ -5,15 +5,14 @@ from __future__ import annotations
 import codecs
 import tokenize
 from collections.abc import Iterator
-from pathlib import Path
 
 from pretrain.data.text import compression, documents
 from pretrain.data.text.blocks import UNREADABLE, Block, TextBlock, Unreadable, unreadable
 from pretrain.data.text.files import SourceFile, library_folder
 from pretrain.data.text.selection import Selection
+from pretrain.data.text.signatures import refuse_other_content
 
 TOPICS = "pydoc_data/topics.py"
-_WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # UTF-32's other one begins like the first
 
 
 def read_plain(
@@ -39,21 +38,13 @@ def read_python(
             yield TextBlock(number, file.path, text), (count, 0), file.bytes
 
 
-def refuse_wide(start: bytes, path: str) -> None:
-    """Unreadable if a file that begins with `start` says that it is UTF-16 or UTF-32."""
-    if start.startswith(_WIDE):
-        raise Unreadable(
-            path, f"it is UTF-16 or UTF-32, not UTF-8. Convert it: iconv -f UTF-16 -t UTF-8 {Path(path).name}"
-        )
-
-
 def _decoded(chunks: Iterator[bytes], path: str) -> Iterator[str]:
     """The text of UTF-8, without a byte order mark; what stands before damage comes before that is raised."""
     done, waiting = 0, b""  # bytes that were decoded, and what begins a character and ends with a chunk
     try:
         for chunk in chunks:
             if not done:
-                refuse_wide(chunk, path)
+                refuse_other_content(chunk, path)
             waiting += chunk
             text, used = codecs.utf_8_decode(waiting, "strict", False)
             yield text if done else text.removeprefix("\ufeff")

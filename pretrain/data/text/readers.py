@@ -24,8 +24,9 @@ from pretrain.data.text.columns import check_fields, columns_of
 from pretrain.data.text.faults import BadTable
 from pretrain.data.text.files import SourceFile
 from pretrain.data.text.kinds import LINES, compression_of
-from pretrain.data.text.plain import read_plain, read_python, refuse_wide
+from pretrain.data.text.plain import read_plain, read_python
 from pretrain.data.text.selection import Selection, WrongField
+from pretrain.data.text.signatures import refuse_other_content
 from pretrain.errors import UserError
 
 BLOCK_BYTES = 1 << 21
@@ -56,7 +57,7 @@ def _read_lines(file: SourceFile, number: int, selection: Selection, place: Plac
         try:
             for block in _whole_lines(_after(compression.content(raw, file.path), skip), file, lines):
                 if not start:
-                    refuse_wide(block, file.path)
+                    refuse_other_content(block, file.path)
                 yield (
                     LinesBlock(number, file.path, lines + 1, block, selection),
                     (start := start + len(block), lines := lines + block.count(b"\n")),
@@ -188,6 +189,8 @@ def _read_arrow(file: SourceFile, number: int, selection: Selection, place: Plac
             where = f"{file.path}, record batch {count}"
             for first, stop, content in _slices(batch, skip) if count >= begin else ():
                 yield TableBlock(number, where, first, content, selection), (count, stop), raw.tell()
+                if not file.is_remote:  # to touch what a file in memory no longer has would end this process
+                    file.check_unchanged()
             skip = 0 if count >= begin else skip
 
 

@@ -91,6 +91,17 @@ class Selection:
         """Every field that is looked at, the text's first."""
         return list(dict.fromkeys([self.text_field, *(condition.field for condition in self.filters)]))
 
+    @property
+    def names(self) -> list[str]:
+        """Every name under which a record may hold one of the fields or a part of the way to it."""
+        names = []
+        for rest in self.fields:
+            while rest:
+                head, _, further = rest.partition(".")
+                names += [rest, head]
+                rest = further
+        return list(dict.fromkeys(names))
+
     def text_of(self, record: Mapping[str, Any]) -> str | None:
         """The text of one record, None if a filter leaves it out; WrongField if it is none or cannot be judged.
 

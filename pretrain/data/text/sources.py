@@ -19,6 +19,7 @@ from pretrain.data.text.listing import Listing, list_files
 from pretrain.data.text.plain import TOPICS
 from pretrain.data.text.readers import reader_of
 from pretrain.data.text.selection import Filter, Selection
+from pretrain.data.text.signatures import refuse_pointer
 from pretrain.errors import UserError
 
 _NOT_LIBRARY = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"}
@@ -116,6 +117,7 @@ class Source:
             file = self._files[number]
             fault = None
             try:
+                refuse_pointer(file)
                 for block, after, read in reader_of(file)(file, number, self._selection, tuple(place)):
                     self._cursor, self._read_bytes = [number, *after], before + read
                     yield block

@@ -165,15 +165,21 @@ def _heed_ctrl_c() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "config", "message"),
+    ("changes", "config", "named", "message"),
     [
-        ({"id": 20}, {}, "tokenizer.json gives the token '</s>' the id 20, and the libraries give it 3"),
-        ({}, {"eos_token": "<|end|>"}, "names '<|end|>' as eos_token, which ends every document, and"),
-        ({}, {"added_tokens_decoder": {"9": {"content": "<x>"}}}, "gives the token '<x>' the id 9, and the libraries"),
+        ({"id": 20}, {}, {}, "tokenizer.json gives the token '</s>' the id 20, and the libraries give it 3"),
+        ({}, {"eos_token": "<|end|>"}, {}, "_config.json names '<|end|>' as eos_token, which ends every document, and"),
+        ({}, {"eos_token": None}, {"eos_token": "<|end|>"}, "special_tokens_map.json names '<|end|>' as eos_token"),
+        (
+            {},
+            {"added_tokens_decoder": {"9": {"content": "<x>"}}},
+            {},
+            "gives the token '<x>' the id 9, and the libraries",
+        ),
     ],
 )
 def test_tokens_whose_ids_are_not_what_the_files_say_are_refused(
-    tmp_path: Path, changes: dict, config: dict, message: str
+    tmp_path: Path, changes: dict, config: dict, named: dict, message: str
 ) -> None:
     tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1, "c": 2}, []))
     tokenizer.add_special_tokens(["</s>"])
@@ -183,6 +189,8 @@ def test_tokens_whose_ids_are_not_what_the_files_say_are_refused(
     (tmp_path / "tok/tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"} | config
     (tmp_path / "tok/tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    if named:
+        (tmp_path / "tok/special_tokens_map.json").write_text(json.dumps(named), encoding="utf-8")
     (tmp_path / "a.txt").write_text("abc", encoding="utf-8")
     done = _run("prepare_data.py", "--source", "a.txt", "--tokenizer", "tok", "--out", "out", cwd=tmp_path)
     assert (done.returncode, done.stderr.startswith("error: ")) == (2, True), done.stderr

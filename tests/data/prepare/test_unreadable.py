@@ -165,6 +165,8 @@ def test_too_many_records_without_text_end_it_and_more_can_be_allowed(
     ):
         prepare_files(spec, facts, tmp_path / "out", skip_unreadable=True)
     assert "3.jsonl, 90 more records: has no field 'text'" in capfd.readouterr().err
+    with pytest.raises(UserError, match=r"\(.*; the first: .*0\.jsonl.*--max-bad-records 0 allows a share of 0"):
+        prepare_files(spec, facts, tmp_path / "none", skip_unreadable=True, max_bad_share=0.0)
     shards = prepare_files(spec, facts, tmp_path / "out", skip_unreadable=True, max_bad_share=0.04)
     assert sum(held.documents for held in shards.values()) == len(good)
     unreadable = manifest_of(tmp_path / "out/train")["unreadable"]

@@ -104,6 +104,33 @@ def test_what_stands_before_damage_in_a_text_file_is_kept(
         damaged.texts()
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", gzip.compress(LINES), "it is compressed, which its name does not say. Decompress it, or add .gz"),
+        ("a.json", bz2.compress(LINES), "add .bz2 to its name"),
+        ("a.txt", zstandard.compress(LINES), "add .zst to its name"),
+        ("a.ndjson", lzma.compress(LINES), "add .xz to its name"),
+        ("a.txt.gz", gzip.compress(gzip.compress(LINES)), "it is compressed"),
+        ("a.txt", b"PK\x03\x04\x14", "it is a ZIP archive, which its name does not say"),
+        ("a.jsonl", b"PAR1\x15\x04", "it is Parquet"),
+        ("a.txt", POINTER, "it is a pointer of Git LFS, not the file itself. Fetch that: git lfs pull"),
+        ("a.jsonl.gz", POINTER, "it is a pointer of Git LFS"),
+        ("a.parquet", POINTER, "it is a pointer of Git LFS"),
+    ],
+)
+def test_a_file_that_is_not_what_its_name_says_is_explained(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    (damaged,) = _open(tmp_path / name).blocks()
+    with pytest.raises(UserError, match=message):
+        damaged.texts()
+
+
 def test_what_stands_before_damage_in_code_and_compressed_text_is_kept(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_bytes(b"# coding: utf-8\nx = 1\n\n# caf\xe9\n")
     cut = gzip.compress(b"".join(b"line %d\n" % n for n in range(9000)))[:-4000]
@@ -150,6 +177,9 @@ def test_a_field_within_a_field_is_found_and_one_of_the_whole_name_comes_first(t
     with pytest.raises(UserError, match=r"line 1, has no field 'meta\.body'; its fields are meta\."):
         list(_open(tmp_path / "a.jsonl", text_field="meta.body").texts())
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, records[:1] * 2)), encoding="utf-8")
+    (tmp_path / "c.jsonl").write_text('{"meta": {"text": "a", "text": "b"}}\n', encoding="utf-8")
+    with pytest.raises(UserError, match=r"line 1, has 2 fields 'text'"):
+        list(_open(tmp_path / "c.jsonl", text_field="meta.text").texts())
     for condition, expected in (("meta.l.x=1", ["a", "a"]), ("meta.l.x>1", ["", ""])):
         assert list(_open(tmp_path / "b.jsonl", text_field="meta.text", filters=[condition]).texts()) == expected
 
@@ -216,13 +246,13 @@ def test_tables_without_rows_or_the_field(tmp_path: Path) -> None:
         list(_open(tmp_path / "a.parquet", text_field="meta.text").texts())
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet", "a.jsonl.gz"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet", "a.arrow", "a.jsonl.gz"])
 def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path, monkeypatch, name: str) -> None:
     monkeypatch.setattr(readers, "BLOCK_BYTES", 100)
     path = tmp_path / name
 
     def write(count: int) -> None:
-        if name.endswith(".parquet"):
+        if name.endswith((".parquet", ".arrow")):
             _write(path, pyarrow.table({"text": TEXTS[:count]}))
         else:
             path.write_bytes(COMPRESS[".gz" if name.endswith(".gz") else ""](LINES[: 40 * count]))

@@ -122,6 +122,8 @@ def test_names_that_give_no_file_say_what_there_was(data_set: Path) -> None:
     os.mkfifo(data_set / "empty" / "pipe.jsonl")
     with pytest.raises(UserError, match="empty' matches no file"):
         _open(data_set / "empty")
+    with pytest.raises(UserError, match=r"pipe\.jsonl' is a pipe or a device, .* Write its content to a file"):
+        _open(data_set / "empty" / "pipe.jsonl")
 
 
 @pytest.fixture(params=["memory", "http"])
