@@ -55,7 +55,7 @@ def _expand(prefix: str, parts: list[str]) -> Iterator[str]:
     if head == "**":
         for folder, names in _walk(prefix, Counter(), "", "") if rest else ():
             for name in names:
-                if "." not in name:  # what it leads to may have been a folder
+                if not os.path.splitext(name)[1][1:].isalpha():  # it may lead to a folder, like `v1.0`
                     refuse_broken_link(os.path.join(folder, name))
             yield from _expand(folder, rest)
         if not rest:

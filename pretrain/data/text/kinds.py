@@ -11,6 +11,22 @@ TABLES = (".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 READABLE = f".txt {' '.join(LINES)} (each also with {' '.join(COMPRESSIONS)}), .py {' '.join(TABLES)}"
 _COMPRESSED = (".txt", *LINES)
+# Data that is not read, whole or compressed. Code beside it is likely to be what reads it.
+_ARCHIVES = (".tar", ".tgz", ".zip", ".7z", ".lz4", ".zstd")
+_OTHER_DATA = (
+    *_ARCHIVES,
+    ".csv",
+    ".tsv",
+    ".feather",
+    ".avro",
+    ".orc",
+    ".warc",
+    ".h5",
+    ".hdf5",
+    ".npy",
+    ".npz",
+    ".tfrecord",
+)
 # What tells of a data set or a program, and is no part of it.
 _ABOUT = re.compile(
     r"(readme|licen[cs]es?|copying|copyright|notices?|citation|changelog|contributing|code[ _-]of[ _-]conduct"
@@ -38,6 +54,11 @@ def ending_of(path: str) -> str:
     """The whole ending of `path` in small letters, like ".json.gz"; empty without one."""
     name, ending = os.path.splitext(os.path.basename(path.lower()))
     return os.path.splitext(name)[1] + ending if ending in COMPRESSIONS else ending
+
+
+def is_other_data(path: str) -> bool:
+    """Whether `path` is named like data of a kind that is not read."""
+    return kind_of(path) is None and (bool(compression_of(path)) or ending_of(path) in _OTHER_DATA)
 
 
 def is_about(path: str) -> bool:

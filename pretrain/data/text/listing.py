@@ -2,7 +2,7 @@
 
 A file is asked for by its own name, or by a glob that ends as it does ('src/**/*.py'). In a folder, and for a glob that
 does not say which kind it means ('corpus/*'), licences, READMEs and the like are no text, and neither is code beside
-other files that can be read.
+other data, whether that can be read or not.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pretrain.credentials import credential_in
 from pretrain.data.text import globs
 from pretrain.data.text.files import SourceFile, is_url, local_file, remote_file
-from pretrain.data.text.kinds import READABLE, ending_of, is_about, kind_of
+from pretrain.data.text.kinds import READABLE, ending_of, is_about, is_other_data, kind_of
 from pretrain.errors import UserError
 
 HIDDEN = "hidden"
@@ -98,7 +98,9 @@ def _chosen(found: dict[str, Found]) -> tuple[dict[str, SourceFile], dict[str, s
             code[identity] = file
         else:
             chosen[identity] = file
-    return (chosen, reasons | dict.fromkeys(code, CODE)) if chosen else (code, reasons)
+    if chosen or any(is_other_data(file.path) for file, _ in found.values()):
+        return chosen, reasons | dict.fromkeys(code, CODE)
+    return code, reasons
 
 
 def _nothing(pattern: str, found: Sequence[SourceFile], reasons: dict[str, str]) -> UserError:

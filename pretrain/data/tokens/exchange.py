@@ -6,6 +6,7 @@ an export to the same format restores.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -114,15 +115,16 @@ def import_tokens(
     with made_aside(Path(out)) as aside:
         writer = ShardWriter(aside, token_dtype(tokenizer.vocab_size), shard_tokens)
         progress = Progress("imported", sum(file.bytes for file in files))
-        beginnings = _Beginnings(tokenizer.bos_id)
+        beginnings = _Beginnings(None if tokenizer.bos_id == tokenizer.eos_id else tokenizer.bos_id)
         pieces = [_import_file(file, writer, tokenizer, progress, beginnings) for file in files]
         progress.close()
+        bos_id = beginnings.of_all()
         writer.finish(
             {
                 "text_bytes": None,
                 "vocab_size": tokenizer.vocab_size,
                 "eos_id": tokenizer.eos_id,
-                "bos_id": tokenizer.bos_id if beginnings.all_alike and tokenizer.bos_id != tokenizer.eos_id else None,
+                "bos_id": bos_id,
                 "tokenizer_fingerprint": tokenizer.fingerprint,
                 "sources": [
                     {
@@ -169,11 +171,11 @@ def export_tokens(format: str, shards: TokenShards, out: str | Path) -> None:
 
 
 class _Beginnings:
-    """Whether every document that passes by begins with the same token."""
+    """Whether the documents that pass by begin with a token."""
 
     def __init__(self, token: int | None) -> None:
-        self.all_alike = token is not None
         self._token = token
+        self._documents = self._begun = 0
         self._at_start = True
 
     def see(self, tokens: np.ndarray, ends: np.ndarray) -> None:
@@ -181,8 +183,20 @@ class _Beginnings:
         starts = ends[ends < len(tokens)]
         if self._at_start:
             starts = np.append(starts, 0)
-        self.all_alike = self.all_alike and bool((tokens[starts] == self._token).all())
+        self._documents += len(starts)
+        self._begun += 0 if self._token is None else int((tokens[starts] == self._token).sum())
         self._at_start = len(ends) > 0 and int(ends[-1]) == len(tokens)
+
+    def of_all(self) -> int | None:
+        """The token if all documents begin with it; if some do, that is said."""
+        if 0 < self._begun < self._documents:
+            print(
+                f"{self._begun:,} of {self._documents:,} documents begin with the tokenizer's bos_token (id {self._token}). "
+                "Since not all do, the manifest says that none does.",
+                file=sys.stderr,
+                flush=True,
+            )
+        return self._token if 0 < self._begun == self._documents else None
 
 
 def _import_file(

@@ -59,6 +59,13 @@ def test_what_is_asked_for_is_read_whatever_its_name(data_set: Path) -> None:
     (data_set / "code").mkdir()
     (data_set / "loader.py").rename(data_set / "code" / "loader.py")
     assert _texts(data_set / "code") == ["no text"]
+    (data_set / "code" / "README.md").touch()
+    assert _texts(data_set / "code") == ["no text"]
+    for name in ("data.csv", "shard.tar.gz"):
+        (data_set / "code" / name).touch()
+        with pytest.raises(UserError, match=r"gives no file to read, but .*\.py \(code beside other files"):
+            _open(data_set / "code")
+        (data_set / "code" / name).unlink()
 
 
 def test_folders_that_a_glob_matches_are_read_with_all_below(data_set: Path) -> None:
@@ -80,6 +87,10 @@ def test_links_that_lead_nowhere_are_refused(data_set: Path, pattern: str) -> No
     message = "gone is a link to /mnt/not mounted, which is not there"
     with pytest.raises(UserError, match=message):
         _open(data_set / pattern)
+    (data_set / "gone").rename(data_set / "v1.0")  # may have been a folder
+    if pattern in ("**", "**/*.jsonl"):
+        with pytest.raises(UserError, match=message.replace("gone", "v1.0")):
+            _open(data_set / pattern)
 
 
 def test_a_link_to_itself_is_refused_and_a_circle_of_folders_read_once(data_set: Path) -> None:

@@ -257,7 +257,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(("first", "found"), [((7, 7, 7), 7), ((7, 8, 7), None)], ids=["all", "not all"])
 @pytest.mark.parametrize("format", ["megatron", "nanogpt"])
 def test_an_import_finds_out_whether_all_documents_begin_with_bos(
-    tmp_path: Path, format: str, first: tuple[int, ...], found: int | None
+    tmp_path: Path, capsys, format: str, first: tuple[int, ...], found: int | None
 ) -> None:
     parts = [np.array([token, *range(10, 10 + length), 0]) for token, length in zip(first, (3, 600, 40), strict=True)]
     source = tmp_path / ("tokens" if format == "megatron" else "tokens.bin")
@@ -268,6 +268,8 @@ def test_an_import_finds_out_whether_all_documents_begin_with_bos(
     import_tokens(format, source, tmp_path / "shards", Facts(1000, bos_id=7))
     shards = open_shards(tmp_path / "shards")
     assert shards.bos_before_documents(7, 0) == shards.manifest["bos_id"] == found
+    said = "2 of 3 documents begin with the tokenizer's bos_token (id 7). Since not all do, the manifest says"
+    assert (said in capsys.readouterr().err) is (found is None)
 
 
 def test_where_no_manifest_says_so_the_first_document_tells_what_it_begins_with(tmp_path: Path) -> None:
