@@ -133,7 +133,7 @@ def make_plan(config: Config, world_size: int, rank: int | None = None) -> Plan:
     _check_initial_values(config, weights, model_config.initializer_range)
     share = {} if rank is None else {"rank": rank, "world_size": world_size}
     corpora = open_corpora(config, tokenizer, data_ranks(config, world_size), **share)
-    _set_bos(model_config, config, corpora.bos_id)
+    _set_bos(model_config, config, tokenizer.eos_token_id if corpora.bos_id is None else corpora.bos_id)
     files = trained_files(tokenizer, Path(config.tokenizer), corpora.bos_id)
     plan = Plan(config, world_size, model_config, ds_config, files, corpora, weights)
     if corpora.val is not None:
@@ -142,9 +142,11 @@ def make_plan(config: Config, world_size: int, rank: int | None = None) -> Plan:
     return plan
 
 
-def _set_bos(model_config: PreTrainedConfig, config: Config, bos_id: int | None) -> None:
-    """Make the model's bos_token_id the token before every document: `bos_id`, or the separator that ended another."""
-    found = model_config.eos_token_id if bos_id is None else bos_id
+def _set_bos(model_config: PreTrainedConfig, config: Config, found: int | None) -> None:
+    """Make the model's bos_token_id `found`, the token before every document: its own, or the separator of the one before.
+
+    The separator is the tokenizer's; model.eos_token_id says where generation ends, and may be several.
+    """
     if (asked := config.model.hf_fields.get("bos_token_id", found)) != found:
         raise UserError(
             f"model.bos_token_id is {asked}, and what stands before every document in {config.data.train[0].path} is "

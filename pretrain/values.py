@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from pretrain.paths import expanded, local
 
 _LARGEST_INTEGER = 2**63 - 1  # of an int64 tensor
-_LARGEST_FLOAT = 3.4e38  # of float32
+_SMALLEST_FLOAT, _LARGEST_FLOAT = 1.2e-38, 3.4e38  # of float32; what is smaller counts as zero on GPUs
 
 
 class Values(BaseModel):
@@ -54,6 +54,8 @@ def _check_reach(number: Any) -> None:
         raise ValueError("is larger than a 64-bit integer can be")
     if isinstance(number, float) and abs(number) > _LARGEST_FLOAT:
         raise ValueError("is too large for float32")
+    if isinstance(number, float) and 0 < abs(number) < _SMALLEST_FLOAT:
+        raise ValueError("is so small that float32 takes it for zero")
 
 
 def at(key: str, message: str) -> PydanticCustomError:

@@ -370,6 +370,8 @@ def test_files_that_extend_each_other_are_refused(tmp_path: Path) -> None:
         ("optim.lr=1e400", "optim.lr: Input should be a finite number (got 1e400)"),
         ("optim.lr=.nan", "optim.lr: Input should be a finite number (got .nan)"),
         ('optim.lr="1e-3"', "(got '1e-3'): a text, because of the quotes; leave them out"),
+        ("optim.eps=1e-50", "optim.eps: is so small that float32 takes it for zero (got 1e-50)"),
+        ("model.rms_norm_eps=1e-50", "model.rms_norm_eps: is so small that float32 takes it for zero"),
         ("optim.betas=[0.9, .nan]", "optim.betas.1: Input should be a finite number"),
         ("steps=true", "steps: Input should be a valid integer (got true)"),
         ("steps=1:30", "(got '1:30'): some readers of YAML take this for a number in base 60"),

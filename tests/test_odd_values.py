@@ -21,7 +21,7 @@ from pretrain.model import build_model
 from pretrain.optim import build_optimizer
 from pretrain.plan import Plan, describe_plan, make_plan
 
-ODD = ("-1", "0", "1", "1e30", "1e-30", ".nan", "abc", '""', "[]", "true")
+ODD = ("-1", "0", "1", "1e30", "1e-30", "1e-50", ".nan", "abc", '""', "[]", "true")
 MODELS = {"llama": {}, "gpt2": {"family": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 4}}
 ROPE = {
     "linear": {"factor": 2},

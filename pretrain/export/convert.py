@@ -15,7 +15,7 @@ from pretrain.checkpoints.manifest import verify
 from pretrain.config import Config, load_config
 from pretrain.config_json import save_config
 from pretrain.data.contents import read_json
-from pretrain.data.tokenizer import load_tokenizer
+from pretrain.data.tokenizer import load_tokenizer, separator_id
 from pretrain.data.tokenizer_files import trained_files, write_files
 from pretrain.errors import UserError, first_line
 from pretrain.export.card import model_card
@@ -102,7 +102,8 @@ def write_model(checkpoint: Path, folder: Path, config: Config, dtype: torch.dty
     """
     hf_config = _configuration(checkpoint / "hf")
     bos_id = _bos_id(checkpoint, hf_config)
-    hf_config.bos_token_id = hf_config.eos_token_id if bos_id is None else bos_id
+    separator = separator_id(load_tokenizer(checkpoint / "hf"))
+    hf_config.bos_token_id = separator if bos_id is None else bos_id
     config = bind_methods(config, hf_config)
     tensors = checked(dict(master_weights(checkpoint / "deepspeed")), checkpoint)
     folding = [method for method in config.methods if type(method).fold is not Method.fold]

@@ -144,6 +144,23 @@ def test_checkpoints_of_older_trainers_go_on_and_are_exported_as_they_were_train
     assert json.loads((tmp_path / "run/checkpoints/step_00000003/trainer.json").read_text())["bos_id"] is not None
 
 
+def test_a_model_that_ends_texts_with_several_tokens_begins_them_with_the_one_that_separates_documents(
+    corpus: Corpus, checkpoint: Path, llama3: Prepared, tmp_path: Path
+) -> None:
+    model = {**tiny(corpus)["model"], "eos_token_id": [5, 2]}
+    plan = make_plan(load_config(run_file(corpus, tmp_path / "run.yaml", model=model)), 1)
+    assert (plan.model_config.eos_token_id, plan.model_config.bos_token_id) == ([5, 2], 2)
+
+    bare = Path(shutil.copytree(checkpoint.parent.parent, tmp_path / "run")) / "checkpoints/step_00000002"
+    rewrite(bare, "trainer.json", json.loads((bare / "trainer.json").read_text()) | {"bos_id": None})
+    separator = AutoTokenizer.from_pretrained(llama3.tokenizer).eos_token_id
+    rewrite(bare, "hf/config.json", json.loads((bare / "hf/config.json").read_text()) | {"eos_token_id": [5, separator]})
+    convert(bare, tmp_path / "hf")
+    for file in ("config.json", "generation_config.json"):
+        written = json.loads((tmp_path / "hf" / file).read_text())
+        assert (written["eos_token_id"], written["bos_token_id"]) == ([5, separator], separator)
+
+
 def rewrite(checkpoint: Path, name: str, content: dict) -> None:
     """Change a file of a checkpoint and its manifest."""
     (checkpoint / name).write_text(json.dumps(content))
