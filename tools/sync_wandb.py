@@ -17,11 +17,10 @@ from pretrain import startup
 startup.begin()
 
 import argparse
-import os
 
 from pretrain import cli, typed
-from pretrain.errors import UserError, first_line
-from pretrain.monitor.wandb_session import Session, alone
+from pretrain.errors import UserError
+from pretrain.monitor.wandb_session import Session, alone, asked_mode, reason_of
 
 
 def bring_up_to_date(folder: Path, mode: str) -> None:
@@ -35,7 +34,7 @@ def bring_up_to_date(folder: Path, mode: str) -> None:
             sent = session.send()
             session.finish()
         except Exception as error:
-            raise UserError(f"wandb does not take the rows of {folder}: {first_line(error)}.") from error
+            raise UserError(f"wandb does not take the rows of {folder}: {reason_of(error)}.") from error
     print(f"{folder}: {sent:,} rows sent, {session.first:,} were there already; {session.place}")
 
 
@@ -44,7 +43,7 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=typed.path, metavar="RUN_FOLDER")
     arguments = parser.parse_args()
     for folder in arguments.folders:
-        bring_up_to_date(folder, os.environ.get("WANDB_MODE") or "online")
+        bring_up_to_date(folder, asked_mode("online"))
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from pretrain.config import WandbSection
+from pretrain.monitor.wandb_session import asked_mode, fault_of_mode
 from pretrain.processes import own_package
 
 START_S = 120.0  # that wandb may take to begin, imports from a slow file system included
 RETRY_S, LONGEST_RETRY_S = 60.0, 3600.0  # until the next attempt, twice as long each time
 _TICK_S = 0.05
-_MODES = {"run": "online", "dryrun": "offline"}  # wandb's older names
 
 log = logging.getLogger("evenkeel")
 
@@ -32,8 +32,7 @@ def mode_of(section: WandbSection) -> str:
     """How a run is tracked: as the run file says, unless the variable WANDB_MODE says otherwise of a run that is tracked."""
     if section.mode == "disabled":
         return "disabled"
-    asked = os.environ.get("WANDB_MODE") or section.mode
-    return _MODES.get(asked, asked)
+    return asked_mode(section.mode)
 
 
 def describe(section: WandbSection) -> str:
@@ -47,8 +46,8 @@ def describe(section: WandbSection) -> str:
 
 def _fault(mode: str) -> str | None:
     """Why wandb cannot work here, as far as that can be known without a connection."""
-    if mode not in ("online", "offline"):
-        return f"WANDB_MODE is '{mode}', not online, offline or disabled."
+    if fault := fault_of_mode(mode):
+        return fault
     try:
         import wandb
 

@@ -21,21 +21,40 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import yaml
 
 from pretrain import startup
-from pretrain.errors import UserError, first_line
+from pretrain.errors import UserError
 from pretrain.files import write_text
 from pretrain.monitor.wandb_files import steps_in_files
 
 INIT_S = 30  # that wandb may take to begin
 POLL_S = 2.0
 LINGER_S = 60  # that the rest of the rows may take once the trainer is gone
+_LONGEST_REASON = 300  # letters
+_MODES = {"run": "online", "dryrun": "offline"}  # wandb's older names
 _EVENT = b'{"kind": "event"'
 # wandb reads its settings from the environment, and passes over those that its version does not know.
 _SETTINGS = {"WANDB_CONSOLE": "off", "WANDB_INIT_TIMEOUT": str(INIT_S), "WANDB__TRANSACTION_LOG_FLUSH_INTERVAL": "2"}
+
+
+def asked_mode(otherwise: str) -> str:
+    """The mode that the variable WANDB_MODE asks for, under its present name; `otherwise` if it is not set."""
+    asked = os.environ.get("WANDB_MODE") or otherwise
+    return _MODES.get(asked, asked)
+
+
+def fault_of_mode(mode: str) -> str | None:
+    """Why nothing can be tracked in this mode, which only the variable can have given; None if it can."""
+    return None if mode in ("online", "offline") else f"WANDB_MODE is '{mode}': only online and offline track a run."
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, on one line: pydantic, with which wandb checks its variables, takes several lines for it."""
+    return shorten(str(error).rstrip("."), _LONGEST_REASON, placeholder=" ...") or type(error).__name__
 
 
 class Rows:
@@ -66,6 +85,8 @@ class Session:
 
     def __init__(self, folder: Path, mode: str) -> None:
         """mode: online or offline. Takes up to INIT_S seconds, and raises whatever wandb raises."""
+        if fault := fault_of_mode(mode):
+            raise UserError(fault)
         for name, value in _SETTINGS.items():
             os.environ.setdefault(name, value)
         import wandb
@@ -164,7 +185,7 @@ def main() -> None:
     try:
         follow(Path(sys.argv[1]), sys.argv[2], say)
     except BaseException as error:  # wandb also raises SystemExit
-        say(off=first_line(error))
+        say(off=reason_of(error))
         os._exit(1)
     os._exit(0)  # what wandb would do at exit waits for a server that may be away
 

@@ -311,8 +311,13 @@ def test_a_server_gets_each_row_once_however_often_it_is_asked(ended: dict, out:
 
 
 def test_sync_without_a_key_or_a_run_says_so(ended: dict, out: Path) -> None:
-    for folder, part in ((out / "no_key", "No API key configured"), (out, "is no run folder")):
-        done = sync(folder, {})
+    cases: list[tuple[Path, dict, str]] = [
+        (out / "no_key", {}, "No API key configured"),
+        (out / "no_key", {"WANDB_MODE": "disabled"}, "WANDB_MODE is 'disabled': only online and offline track a run"),
+        (out, {}, "is no run folder"),
+    ]
+    for folder, variables, part in cases:
+        done = sync(folder, variables)
         assert done.returncode == 2
         assert done.stderr.startswith("error: ")
         assert part in done.stderr

@@ -12,6 +12,7 @@ import pytest
 from pretrain.config import WandbSection
 from pretrain.monitor import tracker
 from pretrain.monitor.tracker import Tracker, describe, mode_of
+from pretrain.monitor.wandb_session import reason_of
 
 OFF, ON = """echo '{"off": "away"}'; exit 1""", """echo '{"on": "there"}'"""
 TAKES_ALL, HANGS = f"{ON}; cat > /dev/null", f"{ON}; sleep 100"
@@ -111,8 +112,14 @@ def test_the_plan_says_what_stands_in_the_way_of_tracking(monkeypatch: pytest.Mo
     assert describe(WandbSection(mode="offline")) == "wandb offline, project evenkeel"
     assert "there is no key for it" in describe(WandbSection(mode="online"))
     monkeypatch.setenv("WANDB_MODE", "ofline")
-    assert "WANDB_MODE is 'ofline', not online, offline or disabled" in describe(WandbSection(mode="online"))
+    assert "WANDB_MODE is 'ofline': only online and offline track a run" in describe(WandbSection(mode="online"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setitem(sys.modules, "wandb", None)
     assert "wandb offline (by WANDB_MODE)" in describe(WandbSection(mode="online"))
     assert "the package wandb does not work here" in describe(WandbSection(mode="online"))
+
+
+def test_what_an_error_says_in_several_lines_is_one() -> None:
+    error = ValueError("1 validation error for Settings\nbase_url\n  Input should be a URL, got 'nonsense'.")
+    assert reason_of(error) == "1 validation error for Settings base_url Input should be a URL, got 'nonsense'"
+    assert reason_of(KeyboardInterrupt()) == "KeyboardInterrupt"
