@@ -73,7 +73,7 @@ class CacheSection(Values):
     def path(self) -> Path:
         """The folder as this node has it: `folder` stays as it was written. UserError where it cannot be filled in."""
         try:
-            return Path(local(self.folder))
+            return Path(local(os.path.expanduser(self.folder)))  # may be in a home that lasts as long as this process
         except ValueError as error:
             raise UserError(f"data.cache.folder '{self.folder}': {error}.") from error
 

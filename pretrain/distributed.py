@@ -27,6 +27,7 @@ Result = TypeVar("Result")
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _WHO_SETS = "deepspeed, torchrun and srun set it; unset RANK, WORLD_SIZE and LOCAL_RANK to run alone."
 _SCONTROL_S = 60.0
+_LONGEST_NUMBER = 9  # digits, so that it is an int of C
 
 _control_group: dist.ProcessGroup | None = None
 
@@ -216,9 +217,12 @@ def _check_place() -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         if not (os.environ[name].isascii() and os.environ[name].isdecimal()):
             raise UserError(f"{name}={os.environ[name]} is no whole number. {_WHO_SETS}")
+        if len(os.environ[name]) > _LONGEST_NUMBER:
+            raise UserError(f"{name}={os.environ[name]} is no number of ranks or ports. {_WHO_SETS}")
     rank, world_size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-    if not world_size:
-        raise UserError(f"WORLD_SIZE=0: a run has at least one rank. {_WHO_SETS}")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        if not int(os.environ[name]):
+            raise UserError(f"{name}=0: a run, and each of its nodes, has at least one rank. {_WHO_SETS}")
     if rank >= world_size:
         raise UserError(f"RANK={rank} with WORLD_SIZE={world_size}: ranks are 0 to {world_size - 1}. {_WHO_SETS}")
     if not 0 < port < 65536:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 
+from pretrain import startup
+
 _LONGEST_NAME, _LONGEST_PATH = 255, 4000  # bytes; Linux takes 255 and 4,095, and files are made below the path
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.\-]+://")
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(.*?)\})", re.ASCII)
@@ -17,7 +19,10 @@ def expanded(path: str) -> str:
     """
     if _URL.match(path):
         return path
-    path = os.path.expanduser(_VARIABLE.sub(_variable, path))
+    path = _VARIABLE.sub(_variable, path)
+    # A home that was made for libraries goes at the end of this process, and what is in it.
+    if startup.has_home() or path.split("/")[0] != "~":
+        path = os.path.expanduser(path)
     if path.startswith("~"):
         raise ValueError(f"{path.split('/')[0]} stands for a home folder, and there is none: write the path out")
     if not path:
@@ -50,7 +55,8 @@ def _variable(found: re.Match) -> str:
     name = found[1] or found[2]
     if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII):
         raise ValueError(f"{found[0]} is no variable: only $NAME and ${{NAME}} are filled in")
-    if not (value := os.environ.get(name)):
-        state = "empty" if name in os.environ else "not set"
+    missing = name not in os.environ or (name == "HOME" and not startup.has_home())
+    if missing or not (value := os.environ[name]):
+        state = "not set" if missing else "empty"
         raise ValueError(f"${name} is {state} here: set it, or write the path out")
     return value

@@ -21,6 +21,7 @@ from typing import TextIO
 
 _PACKAGE = Path(__file__).resolve().parent
 _OF_SCRIPTS = (_PACKAGE, _PACKAGE.parent / "tools")
+_made_home: str | None = None
 
 
 class Console(io.FileIO):
@@ -59,8 +60,15 @@ def begin() -> None:
         sys.stdout = _console(1, sys.stdout)
     if sys.stderr is sys.__stderr__:
         sys.stderr = _console(2, sys.stderr)
+    if os.environ.get("HOME") == "":
+        del os.environ["HOME"]  # Python takes an empty one for /
     if not os.path.isabs(os.path.expanduser("~")):
         _make_home()
+
+
+def has_home() -> bool:
+    """Whether `~` and $HOME stand for a folder that outlasts this process."""
+    return _made_home is None or os.environ.get("HOME") != _made_home
 
 
 def lost_output() -> str | None:
@@ -91,8 +99,9 @@ def _make_home() -> None:
     Without HOME, and with a user that has no entry, as containers have them, `~` stays a `~`, and libraries make a folder of
     this name where the command is run.
     """
-    os.environ["HOME"] = tempfile.mkdtemp(prefix="evenkeel-home-")
-    atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
+    global _made_home
+    os.environ["HOME"] = _made_home = tempfile.mkdtemp(prefix="evenkeel-home-")
+    atexit.register(shutil.rmtree, _made_home, ignore_errors=True)
 
 
 def _open(descriptor: int) -> None:

@@ -76,3 +76,12 @@ def test_the_shell_of_a_batch_job_is_no_rank_of_it(environment: dict) -> None:
 def test_torchrun_inside_a_slurm_job_step_keeps_its_own_ranks(environment: dict) -> None:
     given = dict(zip(NAMES, ("0", "2", "0", "2", "127.0.0.1", "29500"), strict=True))
     assert mapped(environment, **SLURM, **given) == list(given.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("LOCAL_WORLD_SIZE", "0"), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "10000000000")]
+)
+def test_numbers_of_ranks_that_cannot_be_are_refused(environment: dict, name: str, value: str) -> None:
+    given = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", name: value}
+    with pytest.raises(UserError, match=f"^{name}={value}"):
+        mapped(environment, **given)

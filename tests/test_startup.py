@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import pwd
 import subprocess
 import sys
 from pathlib import Path
@@ -174,6 +175,24 @@ def test_a_process_without_a_home_gets_one_that_ends_with_it() -> None:
     assert exists == "True", ended.stderr
     assert Path(home).is_absolute()
     assert not Path(home).exists()
+
+
+def test_no_path_leads_into_a_home_that_ends_with_its_process() -> None:
+    ask = (
+        "from pretrain import paths, startup\nstartup.begin()\n"
+        "for path in ('~/runs', '$HOME/runs', '~root/x'):\n"
+        "    try:\n        print(paths.expanded(path))\n"
+        "    except ValueError as error:\n        print(error)\n"
+    )
+    refused = (
+        "~ stands for a home folder, and there is none: write the path out\n"
+        "$HOME is not set here: set it, or write the path out\n"
+    )
+    ended = launch([sys.executable, "-c", WITHOUT_HOME + ask])
+    assert ended.stdout.startswith(refused), ended.stderr
+    empty = launch([sys.executable, "-c", ask], {"HOME": ""})  # Python would say /runs
+    home = pwd.getpwuid(os.getuid()).pw_dir
+    assert empty.stdout.splitlines()[0] == f"{home}/runs", empty.stderr
 
 
 def test_a_home_that_is_there_stays(tmp_path: Path) -> None:
