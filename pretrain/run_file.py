@@ -55,7 +55,7 @@ class RunFile:
             self.data = loader.construct_document(node) if node else None
         except _NOT_YAML as error:
             if isinstance(error, yaml.reader.ReaderError) and error.encoding == "utf-8":
-                raise UserError(f"{path} is no UTF-8 from byte {error.position} on. Save it in this encoding.") from error
+                raise UserError(f"{path} is not UTF-8 at byte {error.position}. Save it in this encoding.") from error
             raise UserError(f"{path} is not valid YAML: {error}") from error
         if not isinstance(self.data, dict):
             raise UserError(f"{path} holds no configuration; it must be a mapping of keys such as 'name' and 'model'.")

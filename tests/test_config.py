@@ -406,7 +406,7 @@ def test_a_value_of_another_kind_is_refused_and_shown_as_it_was_written(
 
 def test_a_file_in_another_encoding_is_refused_with_what_to_do(file: Path) -> None:
     file.write_bytes("name: größe\n".encode("latin-1"))
-    assert f"{file} is no UTF-8 from byte 8 on. Save it in this encoding." in mistakes(file)
+    assert f"{file} is not UTF-8 at byte 8. Save it in this encoding." in mistakes(file)
 
 
 def test_what_the_file_itself_says_is_shown_as_it_was_written(file: Path) -> None:

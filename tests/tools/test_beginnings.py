@@ -154,7 +154,9 @@ def test_a_model_that_ends_texts_with_several_tokens_begins_them_with_the_one_th
     bare = Path(shutil.copytree(checkpoint.parent.parent, tmp_path / "run")) / "checkpoints/step_00000002"
     rewrite(bare, "trainer.json", json.loads((bare / "trainer.json").read_text()) | {"bos_id": None})
     separator = AutoTokenizer.from_pretrained(llama3.tokenizer).eos_token_id
-    rewrite(bare, "hf/config.json", json.loads((bare / "hf/config.json").read_text()) | {"eos_token_id": [5, separator]})
+    rewrite(
+        bare, "hf/config.json", json.loads((bare / "hf/config.json").read_text()) | {"eos_token_id": [5, separator]}
+    )
     convert(bare, tmp_path / "hf")
     for file in ("config.json", "generation_config.json"):
         written = json.loads((tmp_path / "hf" / file).read_text())
