@@ -76,7 +76,7 @@ def assert_trains(plan: Plan) -> None:
     model = build_model(plan.config, plan.model_config, {"zero_optimization": {"stage": 0}})
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    tokens = torch.randint(0, len(plan.tokenizer), (2, plan.config.data.seq_len + 1))
+    tokens = torch.randint(0, plan.model_config.vocab_size, (2, plan.config.data.seq_len + 1))
     loss = model(tokens[:, :-1], tokens[:, 1:])["total"]
     loss.backward()
     build_optimizer(model, plan.config).step()

@@ -84,9 +84,9 @@ def _config(hidden_size: int, layers: int, tokens: int, deepspeed_json: dict[str
                 "num_hidden_layers": layers,
                 "num_attention_heads": hidden_size // 64,
             },
-            "tokenizer": "",
+            "tokenizer": "none",
             "data": {
-                "train": "",
+                "train": "none",
                 "seq_len": SEQ_LEN,
                 "global_batch_size": sequences,
                 "micro_batch_size": max(size for size in range(1, 9) if share % size == 0),

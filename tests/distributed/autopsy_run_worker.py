@@ -8,6 +8,7 @@ import numpy as np
 
 from pretrain.config import load_config
 from pretrain.data.batches.samples import Rows
+from pretrain.data.tokenizer import load_tokenizer
 from pretrain.distributed import initialize
 from pretrain.engine import build_engine, train_step
 from pretrain.model import initialize_weights
@@ -27,7 +28,8 @@ def texts(plan: Plan, samples: range) -> list[str]:
     feed = plan.corpora.feed()
     rows = Rows.empty(len(samples), feed.seq_len, feed.dtype, feed.masked, feed.carries_documents)
     feed.read(feed.at(np.asarray(samples)), rows)
-    return [plan.tokenizer.decode(tokens) for tokens in rows.tokens[:, :-1].tolist()]
+    tokenizer = load_tokenizer(Path(plan.config.tokenizer))
+    return [tokenizer.decode(tokens) for tokens in rows.tokens[:, :-1].tolist()]
 
 
 def examine(run_file: Path, settings: list[str], out: Path) -> None:
