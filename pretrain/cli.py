@@ -92,8 +92,8 @@ def add_source_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
         type=typed.number(least=0),
         default=0.01,
         metavar="SHARE",
-        help="end with an error if more than this share of the records (and more than 10) give no text: left out by "
-        "--skip-unreadable, or null (default: 0.01)",
+        help="end with an error if more than this share of the records (and more than 10, or with 0 any) give no text: "
+        "left out by --skip-unreadable, or null (default: 0.01)",
     )
 
 
