@@ -45,7 +45,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _tell(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """What is uncaught: Ctrl-C while a tool still imports its libraries, or an error with its traceback."""
+    """End on what nothing else caught: Ctrl-C while a tool imports its libraries, or an error with its traceback."""
     if issubclass(kind, KeyboardInterrupt):
         _end_by(signal.SIGINT)
     sys.__excepthook__(kind, error, traceback)
@@ -55,7 +55,7 @@ sys.excepthook = _tell  # from the first import of a tool on
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """What names text, for `open_source_of`, and what to do about records that give none."""
+    """Add the arguments that name text, for `open_source_of`, and that say what to do about records that give none."""
     parser.add_argument(
         "--source",
         nargs="+",

@@ -50,7 +50,7 @@ def _as_written(given: Any, origin: Origin | None) -> str:
 
 
 def _as_read(kind: str, given: Any, origin: Origin | None) -> str:
-    """How YAML came to another kind of value than was meant, and what to write instead; empty where it did not."""
+    """Explain how YAML came to another kind of value than was meant, and what to write instead; empty where it did not."""
     if origin is None or not origin.text:
         return ""
     if kind == "string_type":

@@ -106,7 +106,7 @@ def evaluate(
     batch_size: int | str = 8,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """What the harness's `simple_evaluate` returns for `tasks` of `load_tasks`, without the samples; and `faults`.
+    """Return the result of the harness's `simple_evaluate` for `tasks` of `load_tasks`, without the samples; and `faults`.
 
     batch_size: sequences, or "auto" for what fits into memory. limit: documents of each task (None: all). faults: the
     metrics that could not be computed and why, as `nothing_lost` has them. Raises UserError if the device's memory is too

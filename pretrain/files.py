@@ -141,7 +141,7 @@ def overwrite(path: Path, text: str) -> None:
 
 
 def allocated_bytes(path: Path) -> int:
-    """How many bytes the file `path` can hold without further room on the disk."""
+    """Return how many bytes the file `path` can hold without further room on the disk."""
     stat = path.stat()
     return max(stat.st_size, stat.st_blocks * 512)
 
@@ -163,7 +163,7 @@ def open_cut(path: Path, size_bytes: int) -> BinaryIO:
 
 
 def free_bytes(folder: Path) -> int | None:
-    """What the file system that holds `folder` has free; None where it does not say."""
+    """Return the free bytes of the file system that holds `folder`; None where it does not say."""
     try:
         return shutil.disk_usage(folder).free
     except OSError as error:

@@ -15,7 +15,7 @@ from pretrain.sharded import Moments, ShardedWeights
 
 
 def fault_of_model(weights: ShardedWeights, moments: Mapping[str, Moments], logits: torch.Tensor) -> str | None:
-    """What is not finite in the masters, in the working copies, or in the probe's logits, by name; None: all is finite.
+    """Name what is not finite in the masters, in the working copies, or in the probe's logits; None: all is finite.
 
     moments: of all `weights`, as they are. logits: on the probe, in the precision of the working copies, beyond whose
     range a finite master becomes infinity. Collective, with the same answer on every rank.

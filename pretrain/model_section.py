@@ -63,7 +63,7 @@ class RopeSection(Values):
 
     @property
     def given(self) -> dict[str, Any]:
-        """What was given, `type` under its present name."""
+        """The keys as they were given, `type` under its present name."""
         found = {key: value for key, value in self if value is not None}
         return {"rope_type" if key == "type" else key: value for key, value in found.items()}
 

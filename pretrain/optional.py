@@ -1,4 +1,4 @@
-"""What training does not need: where it fails that is said once, and the run goes on.
+"""Work that training does not need: where it fails that is said once, and the run goes on.
 
 Reports, autopsies, probes, facts about the machine, the writing of rows: all of it runs within `optional`. What training
 needs (data, weights, checkpoints) does not. Other ranks must not be left waiting: within `optional` there is nothing
@@ -52,7 +52,7 @@ def optional(kind: str, failing: str) -> Iterator[None]:
 
 
 def prepared(kind: str, failing: str, action: Callable[[], T]) -> T | None:
-    """What `action` gives here, if it succeeds on every rank, else None on all of them. Collective, but for `action`."""
+    """Return the result of `action` here if it succeeds on every rank, else None on all. Collective, but for `action`."""
     result, failure = None, None
     try:
         result = action()
@@ -62,7 +62,7 @@ def prepared(kind: str, failing: str, action: Callable[[], T]) -> T | None:
 
 
 def together(kind: str, failing: str, action: Callable[[], T]) -> T | None:
-    """What `action`, which is collective, gives here, if it succeeds on every rank, else None on all of them.
+    """Return the result here of `action`, which is collective, if it succeeds on every rank, else None on all of them.
 
     Where this rank fails and another is still within it after PATIENCE_S, what this rank met is raised: the other one
     waits for what this one does not do any more, and the run cannot go on.

@@ -1,4 +1,4 @@
-"""How paths are read, in run files and on command lines: $VAR, ${VAR} and ~ are filled in, or the path is refused."""
+"""Reads paths of run files and command lines: $VAR, ${VAR} and ~ are filled in, or the path is refused."""
 
 from __future__ import annotations
 

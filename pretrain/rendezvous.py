@@ -1,4 +1,4 @@
-"""Where the ranks of a run meet, before any library connects them.
+"""The meeting of a run's ranks, before any library connects them.
 
 The communication library would wait in silence, deaf to signals, and its errors speak of sockets. So the ranks meet here
 first, at the very store that it uses afterwards: rank 0's (or torchrun's agent's) at MASTER_ADDR:MASTER_PORT. Each leaves its
@@ -176,7 +176,7 @@ class _Meeting:
             )
 
     def _once(self, key: str, value: Any) -> Any:
-        """`value` if nobody has put another there before, else that one."""
+        """Return `value` if no other has been put there before, else that one."""
         return json.loads(self._store.compare_set(key, "", json.dumps(value)))
 
     def _key(self, rank: int) -> str:
@@ -277,7 +277,7 @@ def _trouble(place: Place) -> str | None:
     try:
         socket.create_connection((place.address, place.port), timeout=REACH_S).close()
     except ConnectionRefusedError:
-        return "nobody listens there yet"
+        return "nothing listens there yet"
     except TimeoutError:
         return "no answer (a firewall?)"
     except OSError as error:

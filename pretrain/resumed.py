@@ -1,4 +1,4 @@
-"""What the run file asks of a resumed run that it did not ask of the run that wrote the checkpoint, and what follows."""
+"""Differences between a resumed run's configuration and that of the run that wrote the checkpoint, and what follows."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def check_length(checkpoint: Path, step: int, config: Config) -> None:
     key = "steps" if config.steps else f"tokens, {config.tokens:g}, are {total:,} steps; tokens"
     raise UserError(
         f"cannot resume from {checkpoint}: it has trained {step:,} steps, this run asks for {total:,} in all. Raise {key} "
-        f"to train on, give back what they were, or start anew: checkpoint.resume=never and another name."
+        f"to train on, give back what they were, or start from scratch: checkpoint.resume=never and another name."
     )
 
 
@@ -118,7 +118,7 @@ def _with_schedule(found: Sequence[Change], before: Config | None, now: Config, 
 
 
 def schedule_effect(before: Config | None, now: Config, step: int) -> str:
-    """What becomes of the learning rate after `step` steps by the configuration `before`, None if that is not known."""
+    """Say what becomes of the learning rate after `step` steps by the configuration `before`; None if that is not known."""
     total, following = now.total_steps, step + 1
     if following > total:
         return "all steps are done"

@@ -149,7 +149,7 @@ def _go_on(plan: Plan, engine, checkpoints: Checkpoints) -> tuple[TrainerState, 
 
 
 def _compare(plan: Plan, found: Path) -> list[Change]:
-    """What has changed since the checkpoint `found` was written. UserError if this run cannot go on from it."""
+    """List what has changed since the checkpoint `found` was written. UserError if this run cannot go on from it."""
     step = read_state(found).step
     changed = changes(found, plan.config, step)
     read_matching_state(found, plan.state_at(0, 0), [str(change) for change in changed])

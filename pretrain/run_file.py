@@ -24,7 +24,7 @@ _KINDS = {"model": "family", "init": "distribution"}
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a key was given, "file:line" or "--set ...", and its value as it is written there.
+    """The place where a key was given, "file:line" or "--set ...", and its value as it is written there.
 
     text: None for lists and mappings. quoted: a text whatever it looks like.
     """

@@ -181,7 +181,7 @@ def _environment(hosts: list[str]) -> dict:
 
 
 def _fact(find: Callable[[], str]) -> str | None:
-    """What `find` finds; None, which is said, where it fails."""
+    """Return what `find` finds; None, which is said, where it fails."""
     with optional("environment", "a fact about the environment is not known"):
         return find()
     return None

@@ -1,4 +1,4 @@
-"""What every command line here begins with, before any library loads: its own package, and standard streams that hold.
+"""The beginning of every command line, before any library loads: its own package, and standard streams that hold.
 
 It imports no library, as what loads one before `begin` may find another's modules, or get the number of a closed stream.
 """

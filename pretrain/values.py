@@ -1,4 +1,4 @@
-"""What a value of a run file may be: the base of every section, and the types that sections share.
+"""Values that a run file may hold: the base of every section, and the types that sections share.
 
 YAML and Python are lenient about what a value is (true is 1, "1e-3" is 0.001, infinity is a number), and a run that
 started so would end later or mean something else. `Values` refuses all of it, so that a new key is safe as it is declared.

@@ -1,4 +1,4 @@
-"""What is said of keys that differ at resume, with values that were worked out by hand from the schedule's formula."""
+"""Messages about keys that differ at resume, with values that were worked out by hand from the schedule's formula."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the files of a tokenizer say of its special tokens, against what the libraries make of them.
+"""Compares what the files of a tokenizer say of its special tokens with what the libraries make of them.
 
 `tokenizers` and `transformers` give an added token the next free id, whatever id its file names, and `transformers`
 adds a token that is named and in no vocabulary. Other tools take the files at their word, so the ids would differ.

@@ -120,7 +120,7 @@ def bos_before_documents(facts: TokenizerFacts, add_bos: str = "auto") -> int | 
 
 
 def first_ids(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> tuple[int, ...]:
-    """What `tokenizer`, loaded from `path`, puts before every text.
+    """Return the ids that `tokenizer`, loaded from `path`, puts before every text.
 
     transformers 5 passes over `add_bos_token` where there is a tokenizer.json; version 4 follows it, and so do we.
     """

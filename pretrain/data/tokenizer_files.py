@@ -149,7 +149,7 @@ def _without_loading(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _post_processor(found: dict[str, Any] | None, bos: tuple[str, int] | None) -> dict[str, Any] | None:
-    """One that puts `bos` before a text and nothing else, but goes on treating offsets as `found`."""
+    """Return a post-processor that puts `bos` before a text and nothing else, and treats offsets as `found` does."""
     parts = found.get("processors", [found]) if found else []
     kept = [part for part in parts if part["type"] == "ByteLevel"]
     if bos is not None:

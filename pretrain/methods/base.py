@@ -133,7 +133,7 @@ class Method(Values):
         """
 
     def forward_identity(self) -> str:
-        """What tells this method's forward from another's; a run goes on only from a checkpoint with the same.
+        """Return what distinguishes this method's forward from another's; a run resumes only from a checkpoint with the same.
 
         Its options, unless something else of the run shows in forward.
         """

@@ -58,5 +58,5 @@ class XavierInit(Method):
 
     @property
     def _fused_outputs(self) -> int:
-        """The outputs of q, k and v together; all blocks are alike."""
+        """The outputs of q, k and v together; they are the same in every block."""
         return sum(m.fan_out for m in self.run.matrices.values() if m.role in _QKV and m.layer == 1)

@@ -29,14 +29,14 @@ log = logging.getLogger("evenkeel")
 
 
 def mode_of(section: WandbSection) -> str:
-    """How a run is tracked: as the run file says, unless the variable WANDB_MODE says otherwise of a run that is tracked."""
+    """Return the mode of tracking: the run file's, unless the variable WANDB_MODE says otherwise of a run that is tracked."""
     if section.mode == "disabled":
         return "disabled"
     return asked_mode(section.mode)
 
 
 def describe(section: WandbSection) -> str:
-    """How a run will be tracked, and what stands in the way, for the plan of one that is to be tracked."""
+    """Describe how a run will be tracked, and what stands in the way, for the plan of one that is to be tracked."""
     mode = mode_of(section)
     by, fault = " (by WANDB_MODE)" * (mode != section.mode), _fault(mode)
     return f"wandb {mode}{by}, project {section.project}" + (

@@ -1,4 +1,4 @@
-"""Which rows the offline files of wandb hold: read back, as what a killed process had not flushed is not there.
+"""Reads back which rows the offline files of wandb hold, as what a killed process had not flushed is not there.
 
 A `.wandb` file is a log of protocol buffers in LevelDB's format, after a header of 7 bytes: blocks of 32 KiB, with records
 of a checksum (4 bytes), a length (2), a type (1: whole, 2: first, 3: middle, 4: last part) and content.

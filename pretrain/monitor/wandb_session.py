@@ -53,7 +53,7 @@ def fault_of_mode(mode: str) -> str | None:
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error says, on one line: pydantic, with which wandb checks its variables, takes several lines for it."""
+    """Return the message of an error on one line: pydantic, with which wandb checks its variables, takes several lines."""
     return shorten(str(error).rstrip("."), _LONGEST_REASON, placeholder=" ...") or type(error).__name__
 
 
@@ -64,7 +64,7 @@ class Rows:
         self._path, self._offset, self.count = path, 0, 0
 
     def new(self, first: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Those that are whole and have not been looked at yet, from number `first` on."""
+        """Yield the rows that are whole and have not been looked at yet, from number `first` on."""
         if not self._path.exists():
             return
         with open(self._path, "rb") as file:

@@ -1,7 +1,7 @@
 """Hears signals whatever the main thread does.
 
 Python runs its signal handlers in the main thread, between two of its own instructions: a call into C++ that does not
-return (a store that nobody answers, a collective, the training of a tokenizer) makes a process deaf. The system, though,
+return (a store that does not answer, a collective, the training of a tokenizer) makes a process deaf. The system, though,
 writes the number of a signal into a pipe at once (`signal.set_wakeup_fd`), which a thread reads here.
 
 This file imports no library: it is in place before they load.

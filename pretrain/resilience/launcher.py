@@ -15,7 +15,7 @@ _SIGNS = {  # variables that a launcher sets for its ranks
 
 
 def launcher() -> str | None:
-    """What has started this process as a rank among others, as far as it can be seen."""
+    """Name the launcher that has started this process as a rank among others, as far as it can be seen."""
     if len(ancestors()) > 1:
         return "deepspeed"
     return next((name for sign, name in _SIGNS.items() if sign in os.environ), None)

@@ -55,11 +55,11 @@ def listener() -> Iterator[int]:
 
 
 def test_a_rank_that_waits_says_for_whom_and_where_and_any_signal_ends_it(words: list[str], tmp_path: Path) -> None:
-    """Of each two ranks but one is started; each hears another signal."""
+    """Pairs of ranks of which one is started; each hears another signal."""
     numbers = {signal.SIGTERM: 0, signal.SIGINT: 1, signal.SIGUSR1: 0, signal.SIGHUP: 1}
     awaited = {
         0: r"rank 0 of 2 waits at 127\.0\.0\.1:\d+ for rank 1 ",
-        1: r"rank 1 of 2 waits at 127\.0\.0\.1:\d+ for rank 0: nobody listens there yet ",
+        1: r"rank 1 of 2 waits at 127\.0\.0\.1:\d+ for rank 0: nothing listens there yet ",
     }
     with ExitStack() as stack:
         jobs = {
@@ -93,7 +93,7 @@ def test_ranks_of_a_launcher_that_cannot_reach_rank_0_have_one_that_speaks_on_ea
         time.sleep(1)
         second = {"PMI_RANK": "3", "LOCAL_RANK": "0"}
         with start_ranks(words, tmp_path / "node", ranks=4, only=[3], variables=second) as other:
-            wait_for_words(other, 0, "rank 3 of 4 waits at .* for rank 0: nobody listens there yet")
+            wait_for_words(other, 0, "rank 3 of 4 waits at .* for rank 0: nothing listens there yet")
             other.signal(signal.SIGTERM)
             assert "comes from the environment" not in ends_within(other, 10).stderr
         job.signal(signal.SIGTERM)
@@ -225,7 +225,7 @@ def test_a_dry_run_checks_the_place_and_waits_for_nobody(words: list[str], tmp_p
 
 def test_ranks_that_never_come_are_a_fault_of_the_machine() -> None:
     port = free_port()
-    for rank, awaited in ((0, "rank 1"), (1, "rank 0: nobody listens there yet")):
+    for rank, awaited in ((0, "rank 1"), (1, "rank 0: nothing listens there yet")):
         place = Place(rank, 2, "127.0.0.1", port + rank, hosted=False)
         with pytest.raises(
             MachineFault, match=rf"rank {rank} of 2 waited 1 s at 127.0.0.1:{port + rank} for {awaited}"

@@ -1,4 +1,4 @@
-"""Where other projects' tools are kept, how they are put there, and how they are asked.
+"""Installs other projects' tools and asks them questions.
 
     make peers            # all of them; PEERS="transformers4 ctranslate2" some
 
@@ -26,7 +26,10 @@ PATIENCE_S = 3000
 
 @dataclass(frozen=True)
 class Peer:
-    """What is installed. sources: the package that is built from its sources, which stay. without: what does not load here."""
+    """The packages to install.
+
+    sources: the package that is built from its sources, which stay. without: packages that do not load here.
+    """
 
     packages: tuple[str, ...]
     dependencies: bool = False
@@ -72,7 +75,7 @@ def _sources(package: str, folder: Path) -> Path:
 
 
 def missing(names: tuple[str, ...]) -> list[str]:
-    """Those of the peers that are not installed."""
+    """Return the peers that are not installed."""
     return [name for name in names if not (FOLDER / name).is_dir()]
 
 

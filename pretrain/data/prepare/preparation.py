@@ -30,7 +30,7 @@ from pretrain.errors import UserError
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What a preparation does about records that give no text: no part of what identifies it."""
+    """The policy for records that give no text. It is no part of what identifies a preparation."""
 
     skip_unreadable: bool
     max_bad_share: float

@@ -32,7 +32,7 @@ class Block(ABC):
 
     @abstractmethod
     def records(self) -> Iterator[str | Fault | None]:
-        """What each record gives, in order: its text, None where a filter leaves it out, or what is wrong with it."""
+        """Yield for each record, in order, its text, None where a filter leaves it out, or what is wrong with it."""
 
     def texts(self) -> list[str]:
         """The text of each record, in order; empty where there is none or the record does not count. Raises faults."""
@@ -210,7 +210,7 @@ def unreadable(place: str, error: Exception) -> Unreadable:
 
 
 def _found_in(table, selection: Selection, part: str, first: int) -> Iterator[str | Fault | None]:
-    """What the rows of an Arrow table that has the selection's fields give."""
+    """Yield the outcome of each row of an Arrow table that has the selection's fields."""
     try:
         records = records_of(table, selection)
     except UNREADABLE as error:
@@ -233,7 +233,7 @@ def _fault(place: str, error: WrongField) -> BadRecord:
 
 
 def _each_once(fields: list[str]):
-    """Of JSON's objects, one that holds one of `fields` twice is refused: readers differ in which of the two counts."""
+    """Refuse a JSON object that holds one of `fields` twice: readers differ in which of the two counts."""
 
     def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]

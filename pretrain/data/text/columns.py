@@ -66,7 +66,7 @@ def _path_to(fields: pyarrow.Schema | pyarrow.StructType, field: str) -> list[st
 
 
 def _names(schema: pyarrow.Schema) -> Iterator[str]:
-    """What can be asked for of a schema, but for what lies deeper than in the records of a column."""
+    """List the fields that can be asked for of a schema, down to the fields of a column's records."""
     import pyarrow
 
     for field in schema:

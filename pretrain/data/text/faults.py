@@ -1,4 +1,4 @@
-"""What gives no text: damage, and records that are not what was asked for; and how many of them are too many."""
+"""Sources that give no text: damage, and records that are not what was asked for; and how many of them are too many."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Unreadable(Fault):
 
 @dataclass
 class Tally:
-    """What became of records that gave no text.
+    """A count of the records that gave no text.
 
     records: all that were looked at; empty: with a text of no characters; filtered: left out by --filter; faults:
     (number of the file, fault) in order, all DAMAGE and of each other kind the first SHOWN of a file; more: how many
@@ -105,7 +105,7 @@ def is_too_many(bad: int, records: int, share: float, *, at_end: bool) -> bool:
 
 
 def too_many(bad: int, records: int, share: float, first: str) -> UserError:
-    """What to raise then; `first` tells of the first of them."""
+    """Return the error for too many of them; `first` describes the first one."""
     return UserError(
         f"{bad:,} of the {records:,} records read so far give no text ({bad / max(records, 1):.1%}; the first: {first}), "
         f"and --max-bad-records {share:g} allows a share of {share:g}. Set --text-field or --source so that they are "
@@ -114,10 +114,10 @@ def too_many(bad: int, records: int, share: float, first: str) -> UserError:
 
 
 def advice_on(fault: Fault, records_before: int) -> UserError:
-    """What to raise for a fault that was not to be left out, after so many good records."""
+    """Return the error for a fault that was not to be left out, after so many good records."""
     if isinstance(fault, Unreadable):
         return UserError(
-            f"{fault.fault}. Mend or leave out the file (which begins the work anew), or go on without what is "
+            f"{fault.fault}. Mend or leave out the file (the work then starts from the beginning), or go on without what is "
             "unreadable: --skip-unreadable."
         )
     if records_before:

@@ -85,13 +85,13 @@ def remote_file(url: str, info: dict) -> SourceFile:
 
 
 def version_in(info: dict) -> str | None:
-    """What changes with the content, where the storage has such a thing."""
+    """Return a tag that changes with the content, where the storage has one."""
     version = next((info[key] for key in ("ETag", "etag", "blob_id", "md5Hash") if info.get(key)), None)
     return None if version is None else str(version)
 
 
 def library_folder() -> Path:
-    """Where the standard library of this Python lies."""
+    """Return the folder of this Python's standard library."""
     return Path(sysconfig.get_path("stdlib"))
 
 

@@ -1,4 +1,4 @@
-"""What the name of a file says: whether and how it can be read, and whether it is there to be read."""
+"""Kinds of files by their names: whether and how a file can be read, and whether it is there to be read."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def _identity(file: SourceFile) -> str:
 
 
 def _chosen(found: dict[str, Found]) -> tuple[dict[str, SourceFile], dict[str, str]]:
-    """Those of the found files that are read, and why each of the others is not; by what they are found under."""
+    """Split the found files into those that are read and those that are not, with the reason, by what they are found under."""
     chosen, code, reasons = {}, {}, {}
     for identity, (file, is_asked) in found.items():
         if file.kind is None:

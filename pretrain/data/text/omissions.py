@@ -1,4 +1,4 @@
-"""What a source was read without, told as it is met and added up."""
+"""Parts that a source was read without: printed as they are met, and added up."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _WORDS = {"empty": "empty texts", "filtered": "by --filter", "bad": "without tex
 
 
 def in_words(sums: Mapping[str, int]) -> str:
-    """What was left out, for people; empty if nothing was."""
+    """Return a sentence on what was left out; empty if nothing was."""
     gone = [f"{sums[name]:,} {words}" for name, words in _WORDS.items() if sums.get(name)]
     return f"left out, of {sums['records']:,} records: {', '.join(gone)}" if gone else ""
 
@@ -40,7 +40,7 @@ class Omissions:
 
     @property
     def sums(self) -> dict[str, int]:
-        """How many records there were, and how many gave no text: empty, filtered, bad."""
+        """Count the records, and those that gave no text: empty, filtered, bad."""
         return {name: self.state[name] for name in SUMS}
 
     @property
@@ -49,7 +49,7 @@ class Omissions:
         return self.state["records"] - self.state["bad"]
 
     def why_nothing(self, filters: Sequence[str]) -> str:
-        """Where the records of a source went that gave no document at all."""
+        """Explain where the records of a source went that gave no document at all."""
         if not (records := self.state["records"]):
             return ""
         kinds = {f"left out by --filter {', '.join(filters)}": "filtered", "empty": "empty", "without text": "bad"}

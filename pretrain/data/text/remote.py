@@ -14,7 +14,7 @@ def open_remote(url: str, size: int, buffer_bytes: int) -> BinaryIO:
 
 
 def look_up(url: str) -> dict:
-    """What the storage says of `url` at this moment; patient like `Storage`."""
+    """Ask the storage about `url` at this moment; patient like `Storage`."""
     return _Object(url).look_up()
 
 

@@ -121,7 +121,7 @@ class Selection:
         return text
 
     def no_field(self, field: str, fields: Sequence[str]) -> WrongField:
-        """What to raise of a record or table that has `fields` and not `field`."""
+        """Return the error for a record or table that has `fields` and not `field`."""
         option = "--text-field" if field == self.text_field else "--filter"
         return WrongField(
             f"has no field '{field}'",

@@ -1,4 +1,4 @@
-"""What the first bytes of a file say that it is, where its name says something else.
+"""Recognizes a file by its first bytes, where its name says something else.
 
 Without this a compressed file without its ending is lines of broken JSON, and a pointer of Git LFS, which a clone has in
 place of each large file where `git lfs` is not installed, is a text.

@@ -28,7 +28,7 @@ _MEGATRON_UINT16_BELOW = 65_500  # Megatron's own rule
 
 
 class TokenizerFacts(Protocol):
-    """What an import has to know of the tokenizer: its ids, the tokens around texts and how to tell it from another."""
+    """Facts that an import needs of the tokenizer: its ids, the tokens around texts and its fingerprint."""
 
     vocab_size: int
     eos_id: int
