@@ -17,7 +17,7 @@ _NAMED = "special_tokens_map.json"  # of older versions, where the settings name
 
 
 def check_declared(folder: Path, ids: Mapping[str, int]) -> None:
-    """UserError unless the tokens that the files in `folder` declare have their `ids`, and the eos_token is one of them.
+    """UserError unless the tokens that the files in `folder` declare have their `ids`, those around documents among them.
 
     Folders without a tokenizer.json declare nothing that could be compared.
     """
@@ -33,20 +33,22 @@ def check_declared(folder: Path, ids: Mapping[str, int]) -> None:
                 "they leave no gaps between the ids of added tokens. Number them without gaps after the vocabulary, "
                 "with unused tokens in between if a model was trained with these ids."
             )
-    file, eos = _eos_token(folder, settings)
-    if eos is not None and not _holds(vocabulary, eos) and eos not in {token for _, token, _ in declared}:
-        raise UserError(
-            f"{folder / file} names '{eos}' as eos_token, which ends every document, and {folder / _VOCABULARY} "
-            "has no such token. Name one of its tokens, or add this one to its added_tokens."
-        )
+    around = {"eos_token": "ends"} | ({"bos_token": "begins"} if settings.get("add_bos_token") is True else {})
+    for name, does in around.items():
+        file, named = _named(folder, settings, name)
+        if named is not None and not _holds(vocabulary, named) and named not in {token for _, token, _ in declared}:
+            raise UserError(
+                f"{folder / file} names '{named}' as {name}, which {does} every document, and {folder / _VOCABULARY} "
+                "has no such token. Name one of its tokens, or add this one to its added_tokens."
+            )
 
 
-def _eos_token(folder: Path, settings: dict) -> tuple[str, str | None]:
-    """The file that names it, and its content."""
-    file, eos = _SETTINGS, settings.get("eos_token")
-    if eos is None and (folder / _NAMED).is_file():
-        file, eos = _NAMED, read_json(folder / _NAMED).get("eos_token")
-    return file, eos["content"] if isinstance(eos, dict) else eos
+def _named(folder: Path, settings: dict, name: str) -> tuple[str, str | None]:
+    """The file that names the token `name`, and its content."""
+    file, token = _SETTINGS, settings.get(name)
+    if token is None and (folder / _NAMED).is_file():
+        file, token = _NAMED, read_json(folder / _NAMED).get(name)
+    return file, token["content"] if isinstance(token, dict) else token
 
 
 def _declared(folder: Path, vocabulary: dict, settings: dict) -> Iterator[tuple[str, str, int]]:

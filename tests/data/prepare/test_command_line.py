@@ -169,6 +169,7 @@ def _heed_ctrl_c() -> None:
     [
         ({"id": 20}, {}, {}, "tokenizer.json gives the token '</s>' the id 20, and the libraries give it 3"),
         ({}, {"eos_token": "<|end|>"}, {}, "_config.json names '<|end|>' as eos_token, which ends every document, and"),
+        ({}, {"bos_token": "<|b|>", "add_bos_token": True}, {}, "names '<|b|>' as bos_token, which begins every"),
         ({}, {"eos_token": None}, {"eos_token": "<|end|>"}, "special_tokens_map.json names '<|end|>' as eos_token"),
         (
             {},
