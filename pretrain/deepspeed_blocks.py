@@ -15,6 +15,9 @@ def block(given: dict[str, Any], name: str, source: str) -> dict[str, Any]:
     found = given.get(name, {})
     if not isinstance(found, dict):
         raise UserError(f"{source}: {name} must be a block of keys, not {found!r}.")
+    for key in found:
+        if not isinstance(key, str):
+            raise UserError(f"{source}: {name} has the key {key!r}, which is no text: JSON has no other keys.")
     return found
 
 

@@ -51,6 +51,7 @@ _KNOWN_KEYS: dict[str, tuple] = {
     "aio": _BLOCK,
     "timers": _BLOCK,
 }
+_DIVISORS = ("gradient_predivide_factor", "steps_per_print")
 _FROM_THE_RUN_FILE = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -158,6 +159,8 @@ def _check_keys(given: dict[str, Any], source: str) -> None:
             raise UserError(f"{source}: unknown key '{key}'; {hint}")
         if given[key] != "auto" or key not in _FROM_THE_RUN_FILE:
             check_kind(given[key], _KNOWN_KEYS[key], f"{source}: {key}")
+        if key in _DIVISORS and given[key] <= 0:
+            raise UserError(f"{source}: {key} must be more than 0, not {given[key]}.")
     check_finite(given, source)
 
 

@@ -19,6 +19,7 @@ _ACCUMULATION = {"fp32": {"fp32"}, "bf16": {"fp32", "bf16"}, "fp16": {"fp32"}}
 
 # Of fp16's loss scale: DeepSpeed takes any number, and its scale then never finds its place.
 _LEAST = {"loss_scale": 0, "initial_scale_power": 0, "loss_scale_window": 1, "hysteresis": 1, "min_loss_scale": 1}
+_MOST = {"loss_scale": 2.0**127, "initial_scale_power": 127}  # the loss is scaled in float32
 
 
 def precision_of(ds_config: dict[str, Any]) -> str:
@@ -87,6 +88,9 @@ def _fp16(content: dict[str, Any], source: str) -> dict[str, Any]:
     for key, least in _LEAST.items():
         if getattr(parsed, key) < least:
             raise UserError(f"{source}: fp16.{key} must be {least} or more, not {getattr(parsed, key)}.")
+    for key, most in _MOST.items():
+        if getattr(parsed, key) > most:
+            raise UserError(f"{source}: fp16.{key} must be {most:g} or less, not {getattr(parsed, key):g}.")
     if parsed.fp16_master_weights_and_grads:
         raise UserError(f"{source}: fp16.fp16_master_weights_and_grads is not supported: the master weights are fp32.")
     return complete

@@ -136,7 +136,7 @@ def _file_system(location: str) -> fsspec.AbstractFileSystem:
         package = known_implementations[scheme]["class"].split(".")[0]
         package = f"'fsspec[{scheme}]'" if package == "fsspec" else package
         raise UserError(f"{location} needs a library that is not installed: pip install {package}") from error
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # TypeError: ftp, sftp and the like want a host, which no run file gives
         raise UserError(f"{location} cannot be opened: {error}. Known are s3://, gs://, hf://, https://.") from error
     if hasattr(files, "retries"):
         files.retries = 1

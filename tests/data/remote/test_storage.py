@@ -144,9 +144,10 @@ def test_a_missing_library_is_named(monkeypatch) -> None:
         Storage("gs://bucket/corpus")
 
 
-def test_an_unknown_scheme_is_named() -> None:
-    with pytest.raises(UserError, match=r"nfs9://host/corpus cannot be opened: .*nfs9"):
-        Storage("nfs9://host/corpus")
+@pytest.mark.parametrize("scheme", ["nfs9", "ftp"])
+def test_a_scheme_that_cannot_be_opened_is_named(scheme: str) -> None:
+    with pytest.raises(UserError, match=rf"{scheme}://host/corpus cannot be opened: .*Known are s3://"):
+        Storage(f"{scheme}://host/corpus")
 
 
 @pytest.mark.parametrize(
