@@ -161,6 +161,9 @@ def _check_keys(given: dict[str, Any], source: str) -> None:
             check_kind(given[key], _KNOWN_KEYS[key], f"{source}: {key}")
         if key in _DIVISORS and given[key] <= 0:
             raise UserError(f"{source}: {key} must be more than 0, not {given[key]}.")
+    tag = block(given, "checkpoint", source).get("tag_validation", "Warn")
+    if str(tag).upper() not in ("WARN", "IGNORE", "FAIL"):
+        raise UserError(f"{source}: checkpoint.tag_validation must be Warn, Ignore or Fail, not {tag!r}.")
     check_finite(given, source)
 
 

@@ -225,6 +225,7 @@ def test_ranks_that_cannot_share_the_global_batch_are_refused(ranks: int) -> Non
         ({"fp16": {"enabled": True, "initial_scale_power": 999}}, "initial_scale_power must be 127 or less, not 999"),
         ({"fp16": {"enabled": True, "loss_scale": 1e39}}, "fp16.loss_scale must be 1.70141e+38 or less, not 1e+39"),
         ({"gradient_predivide_factor": 0}, "gradient_predivide_factor must be more than 0, not 0"),
+        ({"checkpoint": {"tag_validation": "x"}}, "tag_validation must be Warn, Ignore or Fail, not 'x'"),
         ({"steps_per_print": 0}, "steps_per_print must be more than 0, not 0"),
         ({"zero_optimization": {1: 2}}, "zero_optimization has the key 1, which is no text"),
     ],
