@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 END = "<|endoftext|>"
 BEGIN, FINISH = "<|begin_of_text|>", "<|end_of_text|>"
@@ -79,6 +79,7 @@ def _byte_level(texts: Sequence[str], special: list[str], words: str | None = No
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words is None)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*cut, byte_level]) if words else byte_level
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False

@@ -43,6 +43,7 @@ class Failure:
     word: str = "no"
 
 
+NULL_TOKEN = r"RuntimeError: \[json\.exception\.type_error\.302\] type must be string, but is null"
 UNDETECTED = r"BPE pre-tokenizer was not recognized[^;]*"
 IN_GGUF = ("Llama", "Qwen3", "GPT2", "Granite")
 FAILURES = (
@@ -105,10 +106,17 @@ FAILURES = (
     ),
     Failure(
         "CTranslate2",
-        ("Llama", "GPT2"),
-        r"RuntimeError: \[json\.exception\.type_error\.302\] type must be string, but is null",
-        "CTranslate2 wants a `bos_token`, which Qwen's tokenizers have not, for these classes.",
+        ("Llama",),
+        NULL_TOKEN,
+        "CTranslate2 wants a `bos_token` for this class, which Qwen's tokenizers have not.",
         ("qwen",),
+    ),
+    Failure(
+        "CTranslate2",
+        ("GPT2",),
+        NULL_TOKEN,
+        "CTranslate2 wants an `unk_token` for this class, which these tokenizers have not.",
+        ("llama3", "qwen"),
     ),
     Failure(
         "vLLM",
