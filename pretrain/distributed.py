@@ -79,7 +79,7 @@ def map_environment() -> None:
     if "LOCAL_WORLD_SIZE" not in os.environ:
         tasks_here = slurm.get("SLURM_STEP_TASKS_PER_NODE", os.environ["WORLD_SIZE"])
         os.environ["LOCAL_WORLD_SIZE"] = tasks_here.split("(")[0].split(",")[0]
-    if slurm and int(os.environ["WORLD_SIZE"]) > 1:
+    if slurm and os.environ["WORLD_SIZE"] != "1":  # checked below
         if "MASTER_ADDR" not in os.environ:
             os.environ["MASTER_ADDR"] = _slurm_head_address(slurm)
         os.environ.setdefault("MASTER_PORT", str(_slurm_port(slurm)))

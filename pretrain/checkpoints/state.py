@@ -49,21 +49,22 @@ class TrainerState:
     bos_id: int | None = None
 
 
+_OR_BEGIN = "or start from scratch: checkpoint.resume=never and another name"
 _WHY_EQUAL = {
     "world_size": "elastic resume is not supported yet: start the same number of ranks",
     "tensor_parallel": "DeepSpeed's shards of one tensor-parallel size cannot be loaded by another: set parallel.tensor",
     "zero_stage": "DeepSpeed's shards of one stage cannot be loaded by another: name the same stage",
     "precision": "DeepSpeed's shards of one precision cannot be loaded in another: name the same precision",
-    "model": "it is a checkpoint of another architecture",
-    "forward": "the weights would serve another function with this run's. Give back the methods, or start anew: "
-    "checkpoint.resume=never and another name",
-    "optimizer": "its optimizer state belongs to another optimizer. Give back optim.name",
+    # Before the model, whose number of positions follows it.
+    "seq_len": f"its sample order belongs to another sequence length. Give back data.seq_len, {_OR_BEGIN}",
+    "model": f"it is a checkpoint of another architecture. Give back the model, {_OR_BEGIN}",
+    "forward": f"the weights would serve another function with this run's. Give back the methods, {_OR_BEGIN}",
+    "optimizer": f"its optimizer state belongs to another optimizer. Give back optim.name, {_OR_BEGIN}",
     "data_fingerprint": "its sample order belongs to other token shards, or to other weights, shuffling or packing of them. "
-    "Give back these keys, or start anew: checkpoint.resume=never and another name",
-    "tokenizer_fingerprint": "it was trained with another tokenizer",
-    "seed": "its sample order belongs to another seed",
-    "seq_len": "its sample order belongs to another sequence length",
-    "global_batch_size": "its sample order belongs to another batch size",
+    f"Give back these keys, {_OR_BEGIN}",
+    "tokenizer_fingerprint": f"it was trained with another tokenizer. Give that one back, {_OR_BEGIN}",
+    "seed": f"its sample order belongs to another seed. Give back seed, {_OR_BEGIN}",
+    "global_batch_size": f"its sample order belongs to another batch size. Give back data.global_batch_size, {_OR_BEGIN}",
 }
 
 

@@ -213,9 +213,9 @@ REFUSALS = {
     "other batch": (None, {"data.global_batch_size": 16}, 2, (*OTHER_RUN, "another batch size")),
     "other sequence length": (
         None,
-        {"data.seq_len": 16, "model.max_position_embeddings": 32},
+        {"data.seq_len": 16},
         2,
-        (*OTHER_RUN, "length"),
+        (*OTHER_RUN, "seq_len 32, this run 16", "Give back data.seq_len"),
     ),
     "other stage": (None, {"deepspeed": {"zero_optimization": {"stage": 2}}}, 2, (*OTHER_RUN, "name the same stage")),
     "other precision": (None, {"deepspeed": LAYOUTS["zero3_bf16"]}, 2, (*OTHER_RUN, "name the same precision")),
