@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import string
 import subprocess
 import sys
 import time
@@ -116,10 +118,16 @@ def test_the_processes_of_a_command_line_are_told_to_end_before_it_does(tmp_path
 
 
 @pytest.mark.slow
-def test_the_training_of_a_tokenizer_hears_a_signal_and_leaves_nothing(tmp_path: Path) -> None:
+def test_the_training_of_a_tokenizer_hears_a_signal_and_leaves_nothing(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    text = tmp_path_factory.mktemp("text") / "words.txt"
+    draw = random.Random(0)  # words that all differ keep SentencePiece busy for minutes
+    letters = string.ascii_lowercase
+    text.write_text("\n".join(" ".join("".join(draw.choices(letters, k=9)) for _ in range(9)) for _ in range(200_000)))
     words = [
         "--source",
-        "stdlib",
+        str(text),
         "--max-bytes",
         "100e6",
         "--vocab-size",
