@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 from pretrain.paths import expanded, local
 
 _LARGEST_INTEGER = 2**63 - 1  # of an int64 tensor
-_SMALLEST_FLOAT, _LARGEST_FLOAT = 1.2e-38, 3.4e38  # of float32; what is smaller counts as zero on GPUs
+_SMALLEST_FLOAT, _LARGEST_FLOAT = 2.0**-126, 3.4e38  # of float32; smaller ones, subnormal, count as zero on GPUs
 
 
 class Values(BaseModel):
