@@ -1,7 +1,8 @@
-# make demo   from nothing to an evaluated model and a report, on this machine
-# make test   every fast test; JOBS=2 is how many at once
-# make peers  the tools that exports are tried with (llama.cpp, vLLM, ...): 3.5 GB and 10 minutes; PEERS=llama_cpp one of them
-# make setup  .venv with the pinned packages; PYTHON=python3.11 chooses the interpreter, EXTRAS=test the optional groups
+# make demo      from nothing to an evaluated model and a report, on this machine
+# make test      every fast test; JOBS=2 is how many at once
+# make lint      style, scripts: what can be seen without running anything
+# make peers     the tools that exports are tried with (llama.cpp, vLLM, ...): 3.5 GB and 10 minutes; PEERS=llama_cpp one of them
+# make setup     .venv with the pinned packages; PYTHON=python3.11 chooses the interpreter, EXTRAS=test the optional groups
 
 PYTHON ?= python3
 EXTRAS ?= test
@@ -9,7 +10,7 @@ JOBS ?= 2
 VENV := .venv
 STAMP := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: setup demo test peers lint clean
+.PHONY: setup demo test peers lint style scripts clean
 
 setup: $(STAMP)
 
@@ -28,10 +29,15 @@ test: setup
 peers: setup
 	$(VENV)/bin/python tests/exports/peers_env.py $(PEERS)
 
-lint: setup
+lint: style scripts
+
+style: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/shellcheck -x .ci/run slurm/*
+
+scripts: setup
+	$(VENV)/bin/shellcheck -x .ci/* slurm/*
+	$(VENV)/bin/actionlint -shellcheck $(VENV)/bin/shellcheck
 
 clean:
 	rm -rf $(VENV)
