@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from pretrain.distributed import all_gather_object, control_group
+from pretrain.distributed.ranks import all_gather_object, control_group
 from pretrain.errors import UserError
 
 PATIENCE_S = 10.0  # with ranks that have not failed, before the run is given up

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 from pretrain import startup
+
+REPOSITORY = (
+    Path(__file__).resolve().parents[1]
+)  # holds this package, and in a checkout tools, configurations and job scripts
 
 _LONGEST_NAME, _LONGEST_PATH = 255, 4000  # bytes; Linux takes 255 and 4,095, and files are made below the path
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.\-]+://")

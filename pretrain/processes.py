@@ -8,9 +8,9 @@ import socket
 import tempfile
 from multiprocessing import forkserver, util
 from multiprocessing.context import ForkServerContext
-from pathlib import Path
 
 from pretrain.errors import UserError
+from pretrain.paths import REPOSITORY
 
 _SOCKET = "listener-________"  # as long as the names that multiprocessing gives
 
@@ -37,7 +37,7 @@ def start_fork_server(modules: list[str]) -> ForkServerContext:
 
 def own_package() -> dict[str, str]:
     """Environment variables for `python -m pretrain...`: of this very code, whatever lies in the working directory."""
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(REPOSITORY)
     return {
         "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
         "PYTHONSAFEPATH": "1",

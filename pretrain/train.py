@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this package, whatever else is called so
 from pretrain import startup
-from pretrain.resilience import signals
+from pretrain.distributed import signals
 
 if __name__ == "__main__":
     startup.begin()
@@ -28,20 +28,9 @@ from contextlib import contextmanager, suppress
 import torch.distributed as dist
 
 from pretrain import quiet  # noqa: F401  (before the libraries that would speak)
-from pretrain.actions import (
-    evaluate,
-    examine,
-    finish,
-    look_at_activations,
-    note_clipping,
-    publish,
-    report,
-    roll_back,
-    save,
-)
 from pretrain.checkpoints.folders import resolve
-from pretrain.config import Config, ResilienceSection, load_config
-from pretrain.distributed import (
+from pretrain.config.schema import Config, ResilienceSection, load_config
+from pretrain.distributed.ranks import (
     Ranks,
     initialize,
     local_rank_from_environment,
@@ -49,98 +38,20 @@ from pretrain.distributed import (
     on_every_rank,
     rank_from_environment,
 )
-from pretrain.endings import end_alone, end_badly, refuse
-from pretrain.engine import train_step
+from pretrain.engine.precision import check_accelerator
 from pretrain.errors import MACHINE_FAULT, MachineFault, SharedUserError, UserError
 from pretrain.monitor import tracker
-from pretrain.monitor.weights import WeightMonitor
-from pretrain.optim import learning_rate
-from pretrain.optional import optional
-from pretrain.plan import Plan, describe_plan, make_plan
-from pretrain.precision import check_accelerator
-from pretrain.resilience.agreement import check_start, check_step
-from pretrain.resilience.autopsy import Autopsies
-from pretrain.resilience.facts import facts_of_plan, facts_of_process
-from pretrain.resilience.orders import Order, Orders
-from pretrain.resilience.phase import enter
+from pretrain.monitor.logs import log
+from pretrain.monitor.phase import enter
+from pretrain.resilience.consistency import check_start
 from pretrain.resilience.watchdog import Watchdog
-from pretrain.run import start
-from pretrain.run_folder import RunFolder, log
-from pretrain.weight_table import describe_weights
-
-
-def train(plan: Plan, folder: RunFolder, ranks: Ranks) -> None:
-    """Train what `plan` describes, from its newest checkpoint or from the start, to its last step."""
-    config, total = plan.config, plan.config.total_steps
-    if ranks.is_first:
-        log.info(describe_plan(plan))
-    orders = Orders(folder.path, ranks, signals.catch())
-    if order := orders.now():
-        folder.not_started(order.stop, requested=order.requested)
-        return
-    run = start(plan, folder, ranks, orders)
-    check_step(run.weights, config.methods, run.step, run.loader.position, lr=0.0)
-    weight_monitor = WeightMonitor(run.weights, config.log.weights_interval_steps)
-    autopsies = Autopsies(folder.path / "autopsies", config, run.recorder, ranks)
-    if run.evaluation_due:
-        evaluate(run)
-    order = Order()
-
-    while run.step < total or run.evaluation_due:
-        order = orders.before_step(run.loader, run.step + 1)
-        publish(run)
-        with optional("tracking", "the tracking could not be looked after"):
-            run.tracker.look()
-        if order.stop:
-            break
-        if order.save:
-            save(run)
-            orders.saved()
-
-        folder.step = run.step = step = run.step + 1
-        lr = learning_rate(config.optim, step, total)
-        weight_monitor.before_step(step)
-        batches = run.loader.next_batch()
-        done = train_step(run.gate, step, batches, lr, ranks, plan.corpora.masked)
-        enter("methods")
-        run.recorder.end_step(step, run.samples, done.losses, lr, done.clip_factor)
-        facts = weight_monitor.after_step(step)
-        for method in config.methods:
-            for name, seen in method.after_step(step, run.weights).items():
-                facts.setdefault(name, {}).update(seen)
-
-        if facts:
-            run.metrics.write("weights", step, **facts)
-        if due(step, config.log.interval_steps, total):
-            with optional("report", "a report could not be made"):
-                report(run, done, lr, run.throughput.lap(step, total, run.loader.wait_s))
-        run.throughput.pause()
-        if done.verdict.kind in ("spike", "not finite"):
-            examine(run, done, autopsies, batches)
-        if 0 < done.clip_factor < 1:
-            note_clipping(run, done)
-        if run.gate.guard.must_go_back(last=step == total):
-            roll_back(run)
-            continue
-        if step % config.resilience.agreement_interval_steps == 0:
-            check_step(run.weights, config.methods, step, run.samples.stop, lr)
-        if plan.corpora.val and due(step, config.eval.interval_steps, total):
-            evaluate(run)
-        if due(step, config.log.activations_interval_steps, total):
-            look_at_activations(run)
-        # While updates are skipped nothing is new, and what must be gone back to is not to be retired.
-        if due(step, config.checkpoint.interval_steps, total) and not run.gate.guard.streak:
-            save(run)
-        run.throughput.resume()
-
-    save(run)
-    publish(run, wait=True)
-    finish(run, order)
-
-
-def due(step: int, interval: int, last: int) -> bool:
-    """Whether something that happens every `interval` steps, and at the last one, happens at `step`."""
-    return step % interval == 0 or step == last
+from pretrain.trainer.exit_codes import end_alone, end_badly, refuse
+from pretrain.trainer.plan import make_plan
+from pretrain.trainer.plan_summary import describe_plan
+from pretrain.trainer.run_folder import RunFolder
+from pretrain.trainer.startup_facts import facts_of_plan, facts_of_process
+from pretrain.trainer.trainer import train
+from pretrain.trainer.weight_table import describe_weights
 
 
 def dry_run(config: Config) -> None:
@@ -169,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """The command line; pretrain/endings.py has the exit codes."""
+    """The command line; pretrain/trainer/exit_codes.py has the exit codes."""
     arguments = parse_arguments()
     signals.catch()
     try:

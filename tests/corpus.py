@@ -56,14 +56,14 @@ def make_corpus(folder: Path, documents: list[str], vocab_size: int = 320) -> Co
     from pretrain.data.bpe import train_bpe
     from pretrain.data.prepare import prepare
     from pretrain.data.text.sources import open_source
-    from pretrain.data.tokenizer import load_tokenizer, load_tokenizer_facts
+    from pretrain.data.tokenizer import load_tokenizer, load_tokenizer_info
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(train_bpe([*documents, string.printable], vocab_size))
     load_tokenizer(folder / "tokenizer.model").save_pretrained(folder / "tokenizer")
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     source = open_source([str(folder / "text.jsonl")], text_field="text", subset=None, split="train")
-    facts = load_tokenizer_facts(folder / "tokenizer")
+    facts = load_tokenizer_info(folder / "tokenizer")
     prepare(source, facts, folder / "shards", val_fraction=0.15, shard_tokens=4000, workers=1)
     return Corpus(folder / "tokenizer", folder / "shards/train", folder / "shards/val")
 

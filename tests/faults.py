@@ -33,7 +33,7 @@ def storage_that_hangs(rank: int, after: int) -> Callable[[], None]:
 
 
 def _strike(name: str, step: int, rank: int, action: Callable[[], None], after: str | None) -> None:
-    from pretrain.resilience import phase
+    from pretrain.monitor import phase
 
     if int(os.environ["RANK"]) != rank:
         return
@@ -81,8 +81,8 @@ def together(*faults: Callable[[], None]) -> Callable[[], None]:
 
 
 def _spoil(samples: range, factor: float) -> None:
-    from pretrain import engine
     from pretrain.data.batches.loader import Loader
+    from pretrain.engine import step as engine
 
     next_batch, losses, read = Loader.next_batch, engine._losses, [range(0)]
 

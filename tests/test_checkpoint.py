@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from pretrain.checkpoints import Checkpoints, TrainerState
+from pretrain.checkpoints.disk_space import checkpoint_bytes
 from pretrain.checkpoints.folders import complete_checkpoints, put_in_place
-from pretrain.checkpoints.host_copy import host_copy
 from pretrain.checkpoints.manifest import verify
-from pretrain.checkpoints.random_states import random_states, restore_random_states
-from pretrain.checkpoints.room import checkpoint_bytes
+from pretrain.checkpoints.rng import random_states, restore_random_states
+from pretrain.checkpoints.staging import host_copy
 from pretrain.checkpoints.state import read_matching_state, save_state
-from pretrain.config import CheckpointSection
-from pretrain.distributed import Ranks
+from pretrain.config.schema import CheckpointSection
+from pretrain.distributed.ranks import Ranks
 from pretrain.errors import UserError
 from pretrain.files import checksum
 

@@ -10,10 +10,10 @@ import pytest
 import yaml
 from transformers import LlamaConfig
 
-from pretrain.config import Config, load_config
+from pretrain.config.model_section import ROPE_TYPES, rope_keys
+from pretrain.config.schema import Config, load_config
+from pretrain.config.yaml_file import RunFile
 from pretrain.errors import UserError
-from pretrain.model_section import ROPE_TYPES, rope_keys
-from pretrain.run_file import RunFile
 
 TEXT = """\
 name: run

@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import AutoConfig, GPT2Config, LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
-from pretrain.config_json import save_config
-from pretrain.modeling import bring_modeling_file, evenkeel_llama
-from pretrain.modeling.modeling_evenkeel import EvenkeelLlamaForCausalLM
+from pretrain.model.config_json import save_config
+from pretrain.model.evenkeel_llama import bring_modeling_file, evenkeel_llama
+from pretrain.model.modeling_evenkeel import EvenkeelLlamaForCausalLM
 
 TINY = {
     "vocab_size": 97,

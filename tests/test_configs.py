@@ -11,12 +11,13 @@ import yaml
 from corpus import Corpus
 from tiny_engines import TinyTokenizer
 
-from pretrain import plan as plans
-from pretrain.config import Config, load_config
+from pretrain.config.schema import Config, load_config
+from pretrain.engine.build_model import bind_methods, hf_config, outline
+from pretrain.engine.initialize import initial_rule
 from pretrain.errors import UserError
 from pretrain.methods import REGISTRY
-from pretrain.model import bind_methods, hf_config, initial_rule, outline
-from pretrain.optim import learning_rate
+from pretrain.optim.schedule import learning_rate
+from pretrain.trainer import plan as plans
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 BASES = sorted(CONFIGS.rglob("base_*.yaml"))

@@ -4,10 +4,10 @@ import pytest
 from corpus import TINY
 from transformers import AutoConfig
 
-from pretrain.config import Config
+from pretrain.config.schema import Config
+from pretrain.engine.tensor_parallel import check_model, data_rank, data_ranks, elements_per_rank
 from pretrain.errors import UserError
-from pretrain.layout import describe
-from pretrain.tensor_parallel import check_model, data_rank, data_ranks, elements_per_rank
+from pretrain.model.layout import describe
 
 MODEL = {"hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from corpus import TINY
 
-from pretrain.config import Config
-from pretrain.deepspeed_config import REPOSITORY, accumulation_steps, deepspeed_config, read_deepspeed
+from pretrain.config.schema import Config
+from pretrain.engine.deepspeed_config import REPOSITORY, accumulation_steps, deepspeed_config, read_deepspeed
 from pretrain.errors import UserError
 
 ZERO3 = {"zero_optimization": {"stage": 3}}

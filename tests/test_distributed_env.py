@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from pretrain import distributed
-from pretrain.distributed import map_environment, rank_from_environment
+from pretrain.distributed import ranks
+from pretrain.distributed.ranks import map_environment, rank_from_environment
 from pretrain.errors import UserError
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -23,7 +23,7 @@ SLURM = {
 def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """An environment without launcher's variables that `map_environment` reads and writes."""
     fake: dict[str, str] = {"PATH": "/nowhere"}
-    monkeypatch.setattr(distributed.os, "environ", fake)
+    monkeypatch.setattr(ranks.os, "environ", fake)
     return fake
 
 
@@ -59,7 +59,7 @@ def test_srun_tasks_become_ranks(environment: dict) -> None:
 def test_the_address_of_the_first_node_comes_from_slurm_where_none_is_given(
     environment: dict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distributed, "_slurm_head_address", lambda slurm: "10.1.2.3")
+    monkeypatch.setattr(ranks, "_slurm_head_address", lambda slurm: "10.1.2.3")
     assert mapped(environment, **SLURM)[4] == "10.1.2.3"
 
 

@@ -10,11 +10,11 @@ from tiny_engines import TinyTokenizer
 from torch.nn import functional as F
 from transformers import GPT2Config, GraniteConfig, LlamaConfig, Qwen3Config
 
-from pretrain.config import Config
+from pretrain.config.schema import Config
 from pretrain.data.batches.batch import MicroBatch
+from pretrain.engine.build_model import bind_methods, hf_config, model_class, transformed
 from pretrain.methods import REGISTRY, Method
-from pretrain.model import bind_methods, hf_config, model_class, transformed
-from pretrain.modeling import EvenkeelLlamaConfig
+from pretrain.model.evenkeel_llama import EvenkeelLlamaConfig
 
 VOCABULARY, SEQ_LEN = 61, 24
 SIZES = {

@@ -6,9 +6,9 @@ import pytest
 import torch
 from corpus import Corpus, tiny
 
-from pretrain.config import Config
-from pretrain.model import build_model
-from pretrain.plan import describe_plan, make_plan
+from pretrain.config.schema import Config
+from pretrain.engine.build_model import build_model
+from pretrain.trainer.plan import describe_plan, make_plan
 
 GPT2 = {"family": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.2}
 NONE = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}

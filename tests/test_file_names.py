@@ -12,11 +12,11 @@ import pytest
 from corpus import Corpus
 from runs import REPOSITORY
 
-from pretrain.config import load_config
+from pretrain.config.schema import load_config
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.errors import UserError
 from pretrain.export.convert import convert
-from pretrain.plan import make_plan
+from pretrain.trainer.plan import make_plan
 
 LATIN = os.fsdecode(b"caf\xe9")
 NAMES = ["-dash.txt", f"{LATIN}.txt", "new\nline.txt", "quo\"te's.txt", "σ ü.txt"]

@@ -15,9 +15,9 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from pretrain.resilience.health import system
-from pretrain.resilience.health.arithmetic import check_device
-from pretrain.resilience.health.gpus import check_gpus, read_gpus
+from pretrain.cluster.health import system
+from pretrain.cluster.health.arithmetic import check_device
+from pretrain.cluster.health.gpus import check_gpus, read_gpus
 
 TOOL = Path(__file__).parent.parent / "tools" / "check_node.py"
 

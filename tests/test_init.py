@@ -4,9 +4,9 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
-from pretrain.config import Config, load_config
+from pretrain.config.distributions import AnyInit, NormalInit
+from pretrain.config.schema import Config, load_config
 from pretrain.errors import UserError
-from pretrain.init import AnyInit, NormalInit
 from pretrain.sharded.draws import GeneralizedGaussian, Normal, TruncatedNormal, Uniform
 
 TEXT = """\

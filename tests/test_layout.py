@@ -5,7 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from pretrain.errors import UserError
-from pretrain.layout import describe, describe_model, full_shape, role_and_layer
+from pretrain.model.layout import describe, describe_model, full_shape, role_and_layer
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pretrain import loss as loss_module
-from pretrain.loss import HeadTerm, LossHead, TokenTerm
+from pretrain.model import loss as loss_module
+from pretrain.model.loss import HeadTerm, LossHead, TokenTerm
 
 
 @pytest.fixture(params=[1, 7, 1 << 25], ids=["one token a chunk", "ragged chunks", "one chunk"])

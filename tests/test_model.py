@@ -8,15 +8,16 @@ import torch
 from tiny_engines import TinyTokenizer
 from transformers import LlamaForCausalLM
 
-from pretrain.config import Config
+from pretrain.config.schema import Config
+from pretrain.engine.build_model import bind_methods, build_model, hf_config, outline
+from pretrain.engine.initialize import _audit, initial_rule, initialize_weights
 from pretrain.errors import UserError
-from pretrain.layout import Weight, describe
 from pretrain.methods.base import Method
 from pretrain.methods.lir import LIR
-from pretrain.model import _audit, bind_methods, build_model, hf_config, initial_rule, initialize_weights, outline
+from pretrain.model.layout import Weight, describe
 from pretrain.sharded import Moments
 from pretrain.sharded.draws import Constant, GeneralizedGaussian, Normal, Uniform
-from pretrain.weight_table import describe_weights
+from pretrain.trainer.summary import describe_weights
 
 MODEL = {
     "family": "llama",

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from pretrain.norms import Norm, NormKind, ScaledLayerNorm, change_norm, is_stream_norm, scaled
+from pretrain.model.norms import Norm, NormKind, ScaledLayerNorm, change_norm, is_stream_norm, scaled
 
 SIZE, EPS = 24, 1e-5
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -13,13 +13,13 @@ import yaml
 from corpus import Corpus, tiny
 from pydantic import BaseModel
 
-from pretrain.config import Config, load_config
-from pretrain.config_errors import sections_in
+from pretrain.config.explain import sections_in
+from pretrain.config.schema import Config, load_config
+from pretrain.engine.build_model import build_model
 from pretrain.errors import UserError
 from pretrain.methods import REGISTRY
-from pretrain.model import build_model
-from pretrain.optim import build_optimizer
-from pretrain.plan import Plan, describe_plan, make_plan
+from pretrain.optim.param_groups import build_optimizer
+from pretrain.trainer.plan import Plan, describe_plan, make_plan
 
 ODD = ("-1", "0", "1", "1e30", "1e-30", "1e-50", ".nan", "abc", '""', "[]", "true")
 MODELS = {"llama": {}, "gpt2": {"family": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 4}}

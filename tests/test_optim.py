@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pretrain import muon
-from pretrain.config import OptimSection
-from pretrain.layout import Weight, describe
+from pretrain.config.schema import OptimSection
 from pretrain.methods.base import Method
-from pretrain.optim import build_optimizer, learning_rate, parameter_groups
+from pretrain.model.layout import Weight, describe
+from pretrain.optim import muon
+from pretrain.optim.param_groups import build_optimizer, parameter_groups
+from pretrain.optim.schedule import learning_rate
 
 TOTAL, WARMUP, PEAK, FLOOR = 100, 10, 2e-3, 0.1
 

@@ -12,15 +12,15 @@ from torch.nn import functional as F
 from transformers import GPT2Config, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
-from pretrain.config import Config
+from pretrain.checkpoints.method_state import load_method_state, save_method_state
+from pretrain.config.schema import Config
+from pretrain.engine.build_model import bind_methods, build_model
 from pretrain.errors import UserError
-from pretrain.loss import HeadTerm, LossHead
-from pretrain.method_state import load_method_state, save_method_state
 from pretrain.methods.sigma_reparam import SpectralGate
 from pretrain.methods.weight_norm import RowGains
 from pretrain.methods.wesar import Gate
-from pretrain.model import bind_methods, build_model
-from pretrain.reparameterization import Multiple, Reparameterized, applied, reparameterize
+from pretrain.model.loss import HeadTerm, LossHead
+from pretrain.model.reparameterization import Multiple, Reparameterized, applied, reparameterize
 
 INPUTS, OUTPUTS, SIGMA = 12, 20, 3.0
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pretrain.config import Config
+from pretrain.config.schema import Config
 from pretrain.errors import UserError
-from pretrain.resumed import changes, check_length, environment_changes
+from pretrain.trainer.resume_changes import changes, check_length, environment_changes
 
 TRAINED = {
     "name": "t",

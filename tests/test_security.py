@@ -20,17 +20,17 @@ from runs import REPOSITORY, arguments, assert_refused, run_ranks, start_ranks, 
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pretrain.checkpoints.folders import resolve
-from pretrain.config import load_config
+from pretrain.config.schema import load_config
 from pretrain.data.remote.cache import CacheSettings
 from pretrain.data.remote.storage import Storage
 from pretrain.data.text.sources import open_source
-from pretrain.data.tokenizer import load_tokenizer, load_tokenizer_facts
+from pretrain.data.tokenizer import load_tokenizer, load_tokenizer_info
 from pretrain.data.tokens import open_shards
 from pretrain.errors import UserError
 from pretrain.export.convert import convert
 from pretrain.export.proof import model_class_of
 from pretrain.files import checksum
-from pretrain.modeling import MODELING_FILE, bring_modeling_file
+from pretrain.model.evenkeel_llama import MODELING_FILE, bring_modeling_file
 
 SECRETS = {
     "WANDB_API_KEY": "f00dfeedf00dfeedf00dfeedf00dfeedf00dfeed",
@@ -39,7 +39,7 @@ SECRETS = {
 }
 PARTS = ("pretrain", "tools")
 # The one place that pickles: it copies objects of this process within its memory, and reads no file.
-PICKLES_IN_MEMORY = "pretrain/checkpoints/host_copy.py"
+PICKLES_IN_MEMORY = "pretrain/checkpoints/staging.py"
 HOSTILE_NAME = "a $(touch PWNED) `touch PWNED`; touch PWNED & 'b' \"c\" | *"
 
 
@@ -244,7 +244,7 @@ def test_code_in_a_tokenizer_folder_is_not_run(corpus: Corpus, tmp_path: Path, m
     change(
         folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["hostile.T", "hostile.T"]}, tokenizer_class="T"
     )
-    for load in (load_tokenizer, load_tokenizer_facts):
+    for load in (load_tokenizer, load_tokenizer_info):
         with pytest.raises(UserError, match="custom code"):
             load(folder)
     assert not ran.exists()

@@ -12,27 +12,27 @@ from pathlib import Path
 import pytest
 from runs import REPOSITORY
 
-from pretrain import typed
+from pretrain.cli import argument_types
 
 
 def test_paths_are_filled_in_where_no_shell_has_done_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("SCRATCH", "/scratch/me")
-    assert typed.path("~/x") == Path("/home/me/x")
-    assert typed.path("${SCRATCH}/x") == Path("/scratch/me/x")
-    assert typed.location("$SCRATCH/*.jsonl") == "/scratch/me/*.jsonl"
-    assert typed.location("s3://bucket/$x") == "s3://bucket/$x"
+    assert argument_types.path("~/x") == Path("/home/me/x")
+    assert argument_types.path("${SCRATCH}/x") == Path("/scratch/me/x")
+    assert argument_types.location("$SCRATCH/*.jsonl") == "/scratch/me/*.jsonl"
+    assert argument_types.location("s3://bucket/$x") == "s3://bucket/$x"
 
 
 @pytest.mark.parametrize(
     ("kind", "text", "expected"),
     [
-        (typed.whole(1), "12", 12),
-        (typed.whole(1), "1e9", 10**9),
-        (typed.whole(), "-3", -3),
-        (typed.whole(1), "1_000", 1000),
-        (typed.whole(1), "9007199254740993", 9007199254740993),  # beyond what a float counts one by one
-        (typed.number(above=0), "1e-3", 1e-3),
+        (argument_types.whole(1), "12", 12),
+        (argument_types.whole(1), "1e9", 10**9),
+        (argument_types.whole(), "-3", -3),
+        (argument_types.whole(1), "1_000", 1000),
+        (argument_types.whole(1), "9007199254740993", 9007199254740993),  # beyond what a float counts one by one
+        (argument_types.number(above=0), "1e-3", 1e-3),
     ],
 )
 def test_numbers_are_read_as_they_are_written(kind: Callable, text: str, expected: float) -> None:
@@ -42,11 +42,11 @@ def test_numbers_are_read_as_they_are_written(kind: Callable, text: str, expecte
 @pytest.mark.parametrize(
     ("kind", "texts"),
     [
-        (typed.whole(1), ("0", "-1", "1.5", "nan", "inf", "1e400", "1e30", "", "many", "true")),
-        (typed.number(above=0), ("0", "-1", "nan", "inf", "-inf", "1e400", "", "true")),
-        (typed.number(least=0), ("-1", "nan", "inf")),
-        (typed.path, ("", "$UNSET/x", "~no_such_user/x", "s3://bucket/x", "a\0b", "x" * 300)),
-        (typed.location, ("", "$UNSET/x", "~no_such_user/x", "x" * 300)),
+        (argument_types.whole(1), ("0", "-1", "1.5", "nan", "inf", "1e400", "1e30", "", "many", "true")),
+        (argument_types.number(above=0), ("0", "-1", "nan", "inf", "-inf", "1e400", "", "true")),
+        (argument_types.number(least=0), ("-1", "nan", "inf")),
+        (argument_types.path, ("", "$UNSET/x", "~no_such_user/x", "s3://bucket/x", "a\0b", "x" * 300)),
+        (argument_types.location, ("", "$UNSET/x", "~no_such_user/x", "x" * 300)),
     ],
 )
 def test_what_is_no_number_or_no_path_is_refused(

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain import files, run_folder
-from pretrain.distributed import Ranks
+from pretrain import files
+from pretrain.distributed.ranks import Ranks
 from pretrain.files import allocated_bytes, overwrite, write_text
-from pretrain.run_folder import RunFolder
+from pretrain.trainer import run_folder
+from pretrain.trainer.run_folder import RunFolder
 
 
 @pytest.fixture

@@ -10,16 +10,16 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from pretrain.config import Config
+from pretrain.config.schema import Config
 from pretrain.data.batches.batch import MicroBatch
-from pretrain.deepspeed_config import deepspeed_config
-from pretrain.distributed import Ranks
-from pretrain.engine import build_engine
-from pretrain.model import bind_methods, hf_config
-from pretrain.resilience.gate import Gate
-from pretrain.resilience.guard import Guard
-from pretrain.resilience.zclip import ZClip
-from pretrain.tensor_parallel import data_rank, data_ranks
+from pretrain.distributed.ranks import Ranks
+from pretrain.engine.build_model import bind_methods, hf_config
+from pretrain.engine.deepspeed_config import deepspeed_config
+from pretrain.engine.step import build_engine
+from pretrain.engine.step_gate import StepGate
+from pretrain.engine.tensor_parallel import data_rank, data_ranks
+from pretrain.optim.zclip import ZClip
+from pretrain.resilience.spike_guard import SpikeGuard
 
 VOCABULARY, LENGTH = 101, 16
 
@@ -61,10 +61,14 @@ def tiny_plan(config: Config) -> SimpleNamespace:
     return SimpleNamespace(config=config, model_config=model_config, ds_config=ds_config)
 
 
-def gated(plan: SimpleNamespace) -> Gate:
+def gated(plan: SimpleNamespace) -> StepGate:
     """The gate of a new engine, whose weights have no values yet."""
     zclip = plan.config.optim.zclip
-    return Gate(build_engine(plan), Guard(plan.config.resilience.guard), zclip and ZClip(zclip))
+    return StepGate(
+        build_engine(plan.config, plan.model_config, plan.ds_config),
+        SpikeGuard(plan.config.resilience.guard),
+        zclip and ZClip(zclip),
+    )
 
 
 def tokens(number: int, sequences: int) -> torch.Tensor:

@@ -22,8 +22,8 @@ import argparse
 import os
 import socket
 
-from pretrain import cli, typed
-from pretrain.resilience.health import check_node
+from pretrain.cli import argument_types, command
+from pretrain.cluster.health import check_node
 
 
 def main() -> None:
@@ -40,11 +40,13 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=typed.path, required=True, help="run folder; it need not exist yet")
-    parser.add_argument("--gpus", type=typed.whole(0), help="GPUs that there must be (default: as many as there are)")
+    parser.add_argument("--folder", type=argument_types.path, required=True, help="run folder; it need not exist yet")
+    parser.add_argument(
+        "--gpus", type=argument_types.whole(0), help="GPUs that there must be (default: as many as there are)"
+    )
     parser.add_argument(
         "--min-free-gb",
-        type=typed.number(least=0),
+        type=argument_types.number(least=0),
         default=10.0,
         help="10^9 bytes that the run folder must have free (default: 10)",
     )
@@ -52,4 +54,4 @@ def _parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command.run(main)

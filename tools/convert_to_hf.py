@@ -23,11 +23,11 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from pretrain import quiet  # noqa: F401  (before the libraries that would speak)
-from pretrain.cli import run
+from pretrain.cli.argument_types import path
+from pretrain.cli.command import run
 from pretrain.export.card import is_own
 from pretrain.export.convert import Written, convert
 from pretrain.export.proof import NotEqualError, name_of
-from pretrain.typed import path
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

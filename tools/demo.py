@@ -21,7 +21,7 @@ import time
 
 import torch
 
-from pretrain.cli import run
+from pretrain.cli.command import run
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RUN, MODEL = REPOSITORY / "runs/tiny_tvr", REPOSITORY / "hf/tiny_tvr"

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 
 from pretrain import quiet  # noqa: F401  (before the libraries that would speak)
-from pretrain.cli import run
+from pretrain.cli.argument_types import path
+from pretrain.cli.command import run
 from pretrain.data.tokenizer import fingerprint, load_tokenizer
 from pretrain.errors import UserError
 from pretrain.files import write_json
-from pretrain.typed import path
 
 _PACKAGES = ("evenkeel", "lm_eval", "torch", "transformers", "datasets")
 
@@ -37,7 +37,7 @@ _PACKAGES = ("evenkeel", "lm_eval", "torch", "transformers", "datasets")
 def main() -> None:
     options = _parse()
     try:
-        from pretrain import evaluation
+        from pretrain.evaluation import lm_eval
     except ModuleNotFoundError as error:
         if error.name != "lm_eval":
             raise
@@ -46,11 +46,11 @@ def main() -> None:
 
     began = time.time()
     file = _results_file(options.out or options.model / "evaluation")
-    weights = evaluation.model_fingerprint(options.model)
+    weights = lm_eval.model_fingerprint(options.model)
     tokenizer = load_tokenizer(options.model)
-    tasks = evaluation.load_tasks(options.tasks, options.task_dir)
-    model = evaluation.load_model(options.model, options.device)
-    results = evaluation.evaluate(model, tokenizer, tasks, options.batch_size, options.limit)
+    tasks = lm_eval.load_tasks(options.tasks, options.task_dir)
+    model = lm_eval.load_model(options.model, options.device)
+    results = lm_eval.evaluate(model, tokenizer, tasks, options.batch_size, options.limit)
 
     content = {
         "model": {
@@ -61,7 +61,7 @@ def main() -> None:
             "weights": weights,
             "tokenizer": fingerprint(tokenizer),
         },
-        "results": evaluation.scores(results),
+        "results": lm_eval.scores(results),
         "faults": results["faults"],
         "settings": {"batch_size": options.batch_size, "device": options.device, "limit": options.limit},
         "versions": {package: metadata.version(package) for package in _PACKAGES},

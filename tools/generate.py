@@ -15,23 +15,25 @@ startup.begin()
 
 import argparse
 
-from pretrain import typed
-from pretrain.cli import run
+from pretrain.cli import argument_types
+from pretrain.cli.command import run
 from pretrain.errors import UserError
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=typed.path, required=True, help="a folder that tools/convert_to_hf.py wrote")
+    parser.add_argument(
+        "--model", type=argument_types.path, required=True, help="a folder that tools/convert_to_hf.py wrote"
+    )
     parser.add_argument("--prompt", required=True)
-    parser.add_argument("--max-new-tokens", type=typed.whole(1), default=48)
+    parser.add_argument("--max-new-tokens", type=argument_types.whole(1), default=48)
     arguments = parser.parse_args()
     if not (arguments.model / "config.json").is_file():
         raise UserError(f"{arguments.model} holds no config.json. Make it with tools/convert_to_hf.py.")
 
     from transformers import pipeline
 
-    import pretrain.modeling  # noqa: F401  (a model that no stock class holds loads without running a file of its folder)
+    import pretrain.model.evenkeel_llama  # noqa: F401  (a model that no stock class holds loads without running a file of its folder)
 
     generate = pipeline("text-generation", model=str(arguments.model), trust_remote_code=False)
     result = generate(arguments.prompt, max_new_tokens=arguments.max_new_tokens, max_length=None, do_sample=False)

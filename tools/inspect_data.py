@@ -29,7 +29,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from pretrain import cli, typed
+from pretrain.cli import argument_types, command
 from pretrain.data.audit import tables
 from pretrain.data.audit.damage import find_damage, open_unchecked
 from pretrain.data.audit.documents import Decoder, Documents
@@ -42,7 +42,7 @@ from pretrain.data.tokens.shards import TokenShards, open_shards
 from pretrain.errors import UserError
 
 if TYPE_CHECKING:
-    from pretrain.config import Config
+    from pretrain.config.schema import Config
 
 # What an option has no meaning without.
 _NEEDS = {
@@ -75,9 +75,9 @@ def main() -> None:
 
 
 def _of_a_run(options: argparse.Namespace) -> None:
-    from pretrain.config import load_config  # these take seconds to import
-    from pretrain.corpora import open_corpora
+    from pretrain.config.schema import load_config  # these take seconds to import
     from pretrain.data.tokenizer import load_tokenizer
+    from pretrain.trainer.corpora import open_corpora
 
     config = load_config(options.config, options.overrides)
     samples = _samples(options, config)
@@ -163,7 +163,7 @@ def _cache(options: argparse.Namespace) -> CacheSettings | None:
     """Of a run that says nothing else; a local corpus needs none."""
     if not is_remote(options.corpus):
         return None
-    from pretrain.config import CacheSection
+    from pretrain.config.schema import CacheSection
 
     usual = CacheSection()
     folder = options.cache_folder or usual.path
@@ -190,18 +190,20 @@ def _flag(name: str) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     of = parser.add_mutually_exclusive_group(required=True)
-    of.add_argument("--config", type=typed.path, metavar="YAML", help="run file, or the config.yaml of a run folder")
+    of.add_argument(
+        "--config", type=argument_types.path, metavar="YAML", help="run file, or the config.yaml of a run folder"
+    )
     of.add_argument(
         "--corpus",
-        type=typed.location,
+        type=argument_types.location,
         metavar="LOCATION",
         help="shard folder or URL, Megatron prefix, datatrove folder",
     )
     part = parser.add_mutually_exclusive_group()
-    part.add_argument("--step", type=typed.whole(), help="the samples of this optimizer step, from 1")
-    part.add_argument("--sample", type=typed.whole(), help="this sample of the run, from 0")
-    parser.add_argument("--rank", type=typed.whole(), help="only those of this data-parallel rank")
-    parser.add_argument("--ranks", type=typed.whole(), help="how many data-parallel ranks there are")
+    part.add_argument("--step", type=argument_types.whole(), help="the samples of this optimizer step, from 1")
+    part.add_argument("--sample", type=argument_types.whole(), help="this sample of the run, from 0")
+    parser.add_argument("--rank", type=argument_types.whole(), help="only those of this data-parallel rank")
+    parser.add_argument("--ranks", type=argument_types.whole(), help="how many data-parallel ranks there are")
     parser.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="as in training"
     )
@@ -210,14 +212,14 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--verify", action="store_true", help="compare every file with its checksum")
     what.add_argument("--document", metavar="D", help="print this document decoded: D, or SHARD:D")
     parser.add_argument(
-        "--tokenizer", type=typed.path, help="tokenizer of the corpus: folder or SentencePiece .model file"
+        "--tokenizer", type=argument_types.path, help="tokenizer of the corpus: folder or SentencePiece .model file"
     )
     parser.add_argument(
-        "--cache-folder", type=typed.path, help="where remote shards are kept (default: as in training)"
+        "--cache-folder", type=argument_types.path, help="where remote shards are kept (default: as in training)"
     )
     parser.add_argument(
         "--max-characters",
-        type=typed.whole(),
+        type=argument_types.whole(),
         default=1000,
         help="of each document that is printed (default: %(default)s)",
     )
@@ -226,4 +228,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command.run(main)

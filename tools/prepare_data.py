@@ -31,10 +31,10 @@ import argparse
 import os
 import re
 
-from pretrain import cli, typed
+from pretrain.cli import argument_types, command
 from pretrain.data.prepare import merge, prepare
 from pretrain.data.text.omissions import in_words
-from pretrain.data.tokenizer import load_tokenizer_facts
+from pretrain.data.tokenizer import load_tokenizer_info
 from pretrain.data.tokens import TokenShards, open_shards
 from pretrain.errors import UserError
 
@@ -68,9 +68,9 @@ def main() -> None:
 
 
 def _prepare(options: argparse.Namespace) -> None:
-    tokenizer = load_tokenizer_facts(options.tokenizer)
+    tokenizer = load_tokenizer_info(options.tokenizer)
     shards = prepare(
-        cli.open_source_of(options, part=options.part),
+        command.open_source_of(options, part=options.part),
         tokenizer,
         options.out,
         val_fraction=options.val_fraction,
@@ -88,13 +88,13 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from pretrain.data.tokens.exchange import import_tokens
+    from pretrain.data.tokens.import_export import import_tokens
 
     import_tokens(
         getattr(options, "import"),
         _only(options.source, "--import"),
         options.out,
-        load_tokenizer_facts(options.tokenizer),
+        load_tokenizer_info(options.tokenizer),
         shard_tokens=options.shard_tokens,
         dtype=options.dtype,
     )
@@ -102,7 +102,7 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from pretrain.data.tokens.exchange import export_tokens
+    from pretrain.data.tokens.import_export import export_tokens
 
     export_tokens(options.export, open_shards(_only(options.source, "--export")), options.out)
     print(f"complete: {options.out}")
@@ -127,27 +127,34 @@ def _summarise(out: Path, shards: dict[str, TokenShards]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_source_arguments(parser, required=False)
-    parser.add_argument("--tokenizer", type=typed.path, help="tokenizer folder or SentencePiece .model file")
-    parser.add_argument("--out", type=typed.path, help="folder for train/ and so on; new, empty, or to go on in")
+    command.add_source_arguments(parser, required=False)
+    parser.add_argument("--tokenizer", type=argument_types.path, help="tokenizer folder or SentencePiece .model file")
+    parser.add_argument(
+        "--out", type=argument_types.path, help="folder for train/ and so on; new, empty, or to go on in"
+    )
     parser.add_argument("--val-fraction", type=float, default=0.01, help="share of documents for val (default: 0.01)")
     parser.add_argument(
         "--held-out-fraction", type=float, default=0.0, help="share of documents for held_out, a test set (default: 0)"
     )
     parser.add_argument(
-        "--shard-tokens", type=typed.whole(), default=100_000_000, help="tokens per shard (default: 100000000)"
+        "--shard-tokens", type=argument_types.whole(), default=100_000_000, help="tokens per shard (default: 100000000)"
     )
     parser.add_argument(
-        "--max-tokens", type=typed.whole(), help="stop after the document that reaches this many training tokens"
+        "--max-tokens",
+        type=argument_types.whole(),
+        help="stop after the document that reaches this many training tokens",
     )
     parser.add_argument(
         "--workers",
-        type=typed.whole(),
+        type=argument_types.whole(),
         default=len(os.sched_getaffinity(0)),
         help="processes that tokenise, threads that shuffle or merge; the result is the same (default: the CPU cores)",
     )
     parser.add_argument(
-        "--shuffle", type=typed.whole(), metavar="SEED", help="shuffle the documents of each split across its shards"
+        "--shuffle",
+        type=argument_types.whole(),
+        metavar="SEED",
+        help="shuffle the documents of each split across its shards",
     )
     parser.add_argument(
         "--part",
@@ -210,4 +217,4 @@ def _flags(names) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command.run(main)

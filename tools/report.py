@@ -15,15 +15,19 @@ startup.begin()
 
 import argparse
 
-from pretrain import typed
-from pretrain.cli import run
+from pretrain.cli import argument_types
+from pretrain.cli.command import run
 from pretrain.report.write import write_report
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=typed.path, metavar="RUN", help="run folder, as the trainer wrote it")
-    parser.add_argument("--out", type=typed.path, default=Path("report.html"), help="the page (default: %(default)s)")
+    parser.add_argument(
+        "runs", nargs="+", type=argument_types.path, metavar="RUN", help="run folder, as the trainer wrote it"
+    )
+    parser.add_argument(
+        "--out", type=argument_types.path, default=Path("report.html"), help="the page (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     for path in write_report(arguments.runs, arguments.out):
         print(path)

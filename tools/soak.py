@@ -20,27 +20,29 @@ import argparse
 import time
 from dataclasses import asdict
 
-from pretrain import typed
-from pretrain.cli import run
+from benchmarks.soak import Soak, table
+from pretrain.cli import argument_types
+from pretrain.cli.command import run
 from pretrain.errors import UserError
 from pretrain.files import write_json
-from pretrain.resilience.soak import Soak, table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, type=typed.path, help="the run file")
+    parser.add_argument("--config", required=True, type=argument_types.path, help="the run file")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the run file"
     )
-    parser.add_argument("--out", required=True, type=typed.path, help="folder for the runs; must not exist")
-    parser.add_argument("--kills", type=typed.whole(1), default=50, help="how many faults (default: %(default)s)")
+    parser.add_argument("--out", required=True, type=argument_types.path, help="folder for the runs; must not exist")
     parser.add_argument(
-        "--minutes", type=typed.number(above=0), default=60.0, help="at most so long (default: %(default)s)"
+        "--kills", type=argument_types.whole(1), default=50, help="how many faults (default: %(default)s)"
     )
-    parser.add_argument("--ranks", type=typed.whole(1), default=2, help="default: %(default)s")
     parser.add_argument(
-        "--seed", type=typed.whole(), default=0, help="of the moments and faults (default: %(default)s)"
+        "--minutes", type=argument_types.number(above=0), default=60.0, help="at most so long (default: %(default)s)"
+    )
+    parser.add_argument("--ranks", type=argument_types.whole(1), default=2, help="default: %(default)s")
+    parser.add_argument(
+        "--seed", type=argument_types.whole(), default=0, help="of the moments and faults (default: %(default)s)"
     )
     arguments = parser.parse_args()
     if arguments.out.exists():

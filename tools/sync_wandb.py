@@ -18,7 +18,7 @@ startup.begin()
 
 import argparse
 
-from pretrain import cli, typed
+from pretrain.cli import argument_types, command
 from pretrain.errors import UserError
 from pretrain.monitor.wandb_session import Session, alone, asked_mode, reason_of
 
@@ -40,11 +40,11 @@ def bring_up_to_date(folder: Path, mode: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Bring runs up to date in wandb from their metrics.jsonl.")
-    parser.add_argument("folders", nargs="+", type=typed.path, metavar="RUN_FOLDER")
+    parser.add_argument("folders", nargs="+", type=argument_types.path, metavar="RUN_FOLDER")
     arguments = parser.parse_args()
     for folder in arguments.folders:
         bring_up_to_date(folder, asked_mode("online"))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command.run(main)

@@ -20,9 +20,9 @@ import argparse
 import os
 from collections.abc import Iterator
 
-from pretrain import cli, typed
+from pretrain.cli import argument_types, command
 from pretrain.data.bpe import tokenizer_from_sentencepiece, train_bpe
-from pretrain.data.contents import read_json
+from pretrain.data.json_files import read_json
 from pretrain.data.text import Source
 from pretrain.data.text.blocks import texts_of
 from pretrain.data.text.faults import Fault, Tally, advice_on
@@ -37,7 +37,7 @@ RECORD = "training.json"
 def main() -> None:
     options = _parse()
     require_utf8(options.out, "--out")
-    source = cli.open_source_of(options)
+    source = command.open_source_of(options)
     settings = {"source": source.description, "vocab_size": options.vocab_size, "max_bytes": options.max_bytes}
     if _is_made(options.out, settings):
         print(f"complete already: {options.out}")
@@ -103,14 +103,19 @@ def _export(model: bytes, settings: dict, out: Path) -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_source_arguments(parser)
-    parser.add_argument("--vocab-size", type=typed.whole(1), default=8192, help="number of tokens (default: 8192)")
+    command.add_source_arguments(parser)
     parser.add_argument(
-        "--max-bytes", type=typed.whole(1), default=50_000_000, help="text to learn from, in bytes (default: 50e6)"
+        "--vocab-size", type=argument_types.whole(1), default=8192, help="number of tokens (default: 8192)"
     )
-    parser.add_argument("--out", type=typed.path, required=True, help="folder to make")
+    parser.add_argument(
+        "--max-bytes",
+        type=argument_types.whole(1),
+        default=50_000_000,
+        help="text to learn from, in bytes (default: 50e6)",
+    )
+    parser.add_argument("--out", type=argument_types.path, required=True, help="folder to make")
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    command.run(main)

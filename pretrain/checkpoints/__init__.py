@@ -8,7 +8,7 @@ the newest afterwards. The file system is shared by all ranks.
 A checkpoint may come from anywhere: reading one runs nothing that it holds and opens nothing outside it.
 """
 
-from pretrain.checkpoints.run import Checkpoints, Saved
+from pretrain.checkpoints.manager import Checkpoints, Saved
 from pretrain.checkpoints.state import TrainerState
 
 __all__ = ["Checkpoints", "Saved", "TrainerState"]

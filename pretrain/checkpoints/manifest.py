@@ -10,7 +10,7 @@ from typing import Any
 
 from pretrain.errors import UserError
 from pretrain.files import checksum, patiently, write_json
-from pretrain.resilience.phase import current, enter
+from pretrain.monitor.phase import current, enter
 
 MANIFEST = "manifest.json"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from pretrain.data.contents import read_json
+from pretrain.data.json_files import read_json
 from pretrain.errors import UserError
 
 _VOCABULARY, _SETTINGS, _ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"

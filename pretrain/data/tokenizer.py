@@ -3,7 +3,7 @@
 The fingerprint hashes what decides which ids a text gets (vocabulary, merges, special ids, and the ids of a fixed
 probe text), so it survives saving, copying and library upgrades, and changes when the meaning of a shard would.
 
-Training takes the `transformers` tokenizer, since it is exported with the model. Preparing text takes `TokenizerFacts`,
+Training takes the `transformers` tokenizer, since it is exported with the model. Preparing text takes `TokenizerInfo`,
 which mostly come from the files alone: `transformers` takes longer to import than 50 MB of text to encode.
 """
 
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 from tokenizers import Tokenizer
 
 from pretrain.data.bpe import PROBE, tokenizer_from_sentencepiece
-from pretrain.data.contents import content_hash, read_json
 from pretrain.data.declared import check_declared
+from pretrain.data.json_files import content_hash, read_json
 from pretrain.errors import UserError, first_line
 from pretrain.files import require_utf8
 
@@ -35,7 +35,7 @@ _OTHER_FILES = ("config.json", "special_tokens_map.json", "added_tokens.json")  
 
 
 @dataclass(frozen=True)
-class TokenizerFacts:
+class TokenizerInfo:
     """What preparing text needs of a tokenizer; equal to what `load_tokenizer` gives of the same path.
 
     backend: the `tokenizers` tokenizer as JSON; vocab_size: the largest id + 1; eos_id: the separator of documents;
@@ -50,7 +50,7 @@ class TokenizerFacts:
     fingerprint: str
 
 
-def load_tokenizer_facts(path: str | Path) -> TokenizerFacts:
+def load_tokenizer_info(path: str | Path) -> TokenizerInfo:
     """The facts of the tokenizer in `path`, as `load_tokenizer` takes it; UserError where that raises one."""
     return _facts_of_files(Path(path)) or _facts_of(load_tokenizer(path), Path(path))
 
@@ -100,7 +100,7 @@ def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id
 
 
-def bos_before_documents(facts: TokenizerFacts, add_bos: str = "auto") -> int | None:
+def bos_before_documents(facts: TokenizerInfo, add_bos: str = "auto") -> int | None:
     """The token that a preparation puts before every document, None for none. UserError if there is no such token.
 
     add_bos: `auto` does as the tokenizer does with a text, `always` takes the bos_token, `never` takes none.
@@ -150,7 +150,7 @@ def check_tokenizer(shards: TokenShards, found: str, folder: str | Path) -> None
         )
 
 
-def _facts_of_files(folder: Path) -> TokenizerFacts | None:
+def _facts_of_files(folder: Path) -> TokenizerInfo | None:
     """The facts by the files in `folder`, or None where `transformers` may make something else of them."""
     if not all((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
@@ -173,7 +173,7 @@ def _facts_of_files(folder: Path) -> TokenizerFacts | None:
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     check_declared(folder, vocabulary)
     special_ids = [added.get(named.get(name)) for name in ("unk_token", "bos_token", "eos_token")]
-    return TokenizerFacts(
+    return TokenizerInfo(
         backend=backend,
         vocab_size=max(vocabulary.values()) + 1,
         eos_id=added[named["eos_token"]],
@@ -188,13 +188,13 @@ def _facts_of_files(folder: Path) -> TokenizerFacts | None:
     )
 
 
-def _facts_of(tokenizer: PreTrainedTokenizerBase, path: Path) -> TokenizerFacts:
+def _facts_of(tokenizer: PreTrainedTokenizerBase, path: Path) -> TokenizerInfo:
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
         raise UserError(
             f"the tokenizer '{tokenizer.name_or_path}' has no fast form (tokenizer.json), which prepares data. "
             "Convert it with transformers (`save_pretrained` of the fast class) and give that folder."
         )
-    return TokenizerFacts(
+    return TokenizerInfo(
         backend=backend.to_str(),
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
         eos_id=separator_id(tokenizer),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import yaml
 
-from pretrain.config import Config
+from pretrain.config.schema import Config
 from pretrain.export.proof import Proof, name_of
 
 if TYPE_CHECKING:

@@ -10,28 +10,27 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
+from pretrain.checkpoints.finite import refuse_unless_finite
 from pretrain.checkpoints.folders import resolve
+from pretrain.checkpoints.logit_probe import load_probe
 from pretrain.checkpoints.manifest import verify
-from pretrain.config import Config, load_config
-from pretrain.config_json import save_config
-from pretrain.data.contents import read_json
+from pretrain.checkpoints.method_state import read_method_state
+from pretrain.config.schema import Config, load_config
+from pretrain.data.json_files import read_json
 from pretrain.data.tokenizer import load_tokenizer, separator_id
 from pretrain.data.tokenizer_files import trained_files, write_files
+from pretrain.engine.build_model import bind_methods
 from pretrain.errors import UserError, first_line
 from pretrain.export.card import model_card
 from pretrain.export.masters import master_weights
 from pretrain.export.proof import Proof, checked, prove
 from pretrain.export.weights import Shapes, write_weights
 from pretrain.files import require_utf8, unfinished, write_text
-from pretrain.finite import refuse_unless_finite
-from pretrain.folding import as_lazy, change
-from pretrain.layout import role_and_layer
-from pretrain.method_state import read_method_state
 from pretrain.methods import Method
-from pretrain.methods.base import LazyTensors
-from pretrain.model import bind_methods
-from pretrain.modeling import bring_modeling_file
-from pretrain.probe import load_probe
+from pretrain.model.config_json import save_config
+from pretrain.model.evenkeel_llama import bring_modeling_file
+from pretrain.model.export_edits import LazyTensors, as_lazy, change
+from pretrain.model.layout import role_and_layer
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@
     stage 0, half     whole, with the optimizer's state, one parameter group after another
 
 Under tensor parallelism each rank of a group writes such files of its own (mp_rank_00, mp_rank_01, ...), in which
-"weight" means the part that it holds; `shards.json` says how the parts make the whole (pretrain/shard_notes.py).
+"weight" means the part that it holds; `shards.json` says how the parts make the whole (pretrain/checkpoints/shard_metadata.py).
 
 DeepSpeed 0.19 as found by experiment; docs/conversion.md has the details.
 """
@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
+from pretrain.checkpoints.shard_metadata import ShardNotes, load_notes
 from pretrain.errors import UserError
 from pretrain.export.stored import SideBySide, Span, StoredWeight, one_below_the_other, open_stored, span
-from pretrain.shard_notes import ShardNotes, load_notes
 
 # One group of parameters as every rank keeps it: (file, flat tensor of this rank), in rank order.
 _Slices = list[tuple[Path, torch.Tensor]]

@@ -22,10 +22,10 @@ from types import ModuleType
 import torch
 from transformers import AutoModelForCausalLM
 
-from pretrain.data.contents import read_json
-from pretrain.methods.base import LazyTensors
-from pretrain.modeling import MODELING_FILE, EvenkeelLlamaConfig, EvenkeelLlamaForCausalLM
-from pretrain.probe import load_moments, load_probe, probe_logits
+from pretrain.checkpoints.logit_probe import load_moments, load_probe, probe_logits
+from pretrain.data.json_files import read_json
+from pretrain.model.evenkeel_llama import MODELING_FILE, EvenkeelLlamaConfig, EvenkeelLlamaForCausalLM
+from pretrain.model.export_edits import LazyTensors
 from pretrain.sharded import Moments
 
 # Other kernels than these sum in another order, and round somewhat more or less. docs/conversion.md has measurements.

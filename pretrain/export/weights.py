@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from pretrain.errors import UserError
 from pretrain.files import write_json
-from pretrain.methods.base import LazyTensors
+from pretrain.model.export_edits import LazyTensors
 
 SHARD_BYTES = 4 << 30
 _CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

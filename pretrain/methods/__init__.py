@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterator
 
-from pretrain.methods.base import Method, RunFacts, decisions_that_clash
+from pretrain.methods.base import Method, RunContext, decisions_that_clash
 
 
 def _load() -> dict[str, type[Method]]:
@@ -25,4 +25,4 @@ def _concrete(base: type[Method]) -> Iterator[type[Method]]:
 
 REGISTRY: dict[str, type[Method]] = _load()
 
-__all__ = ["REGISTRY", "Method", "RunFacts", "decisions_that_clash"]
+__all__ = ["REGISTRY", "Method", "RunContext", "decisions_that_clash"]

@@ -24,9 +24,9 @@ from pydantic import Field
 from transformers import PreTrainedConfig
 
 from pretrain.errors import UserError
-from pretrain.layout import Weight
 from pretrain.methods.base import RESIDUAL_STREAM, Method
-from pretrain.modeling import UNLIKE_SOFTCAP, evenkeel_llama
+from pretrain.model.evenkeel_llama import UNLIKE_SOFTCAP, evenkeel_llama
+from pretrain.model.layout import Weight
 from pretrain.sharded.draws import Constant, Draw
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pretrain.layout import Weight
-from pretrain.methods.base import RunFacts
+from pretrain.methods.base import RunContext
 from pretrain.methods.he_init import he_rule, he_std
 from pretrain.methods.small_init import small_rule, small_std
+from pretrain.model.layout import Weight
 
 Backbone = Literal["he", "small"]
 
 
-def backbone_std(backbone: Backbone, weight: Weight, run: RunFacts, tied: bool) -> float:
+def backbone_std(backbone: Backbone, weight: Weight, run: RunContext, tied: bool) -> float:
     """The deviation that He's or Small's initialization would give this matrix; tied: see `he_std`."""
     return he_std(weight, run.layers, tied) if backbone == "he" else small_std(weight, run.hidden_size, run.layers)
 

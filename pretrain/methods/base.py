@@ -6,14 +6,14 @@ three hooks that it needs. A run lists its methods in YAML.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from pydantic import PrivateAttr
 
-from pretrain.layout import Weight
+from pretrain.model.layout import Weight
 from pretrain.values import Values
 
 if TYPE_CHECKING:
@@ -21,13 +21,11 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig
 
-    from pretrain.config import OptimSection
-    from pretrain.loss import LossTerm
+    from pretrain.model.export_edits import LazyTensors
+    from pretrain.model.loss import LossTerm
     from pretrain.sharded import ShardedWeights
     from pretrain.sharded.draws import Draw
 
-# Exported weights by name, each a function that loads it (float32), so that only the tensor at hand is in memory.
-LazyTensors = MutableMapping[str, Callable[[], torch.Tensor]]
 
 # What a run's methods may decide only once: two that decide the same thing contradict each other.
 INITIAL_DEVIATIONS = "the initial deviations"
@@ -39,13 +37,14 @@ RESIDUAL_STREAM = "how sub-layers read the residual stream"
 
 
 @dataclass(frozen=True)
-class RunFacts:
+class RunContext:
     """What a method may know of the run besides its own options.
 
     model_config: what `configure` made of it. layers: decoder blocks, N. tied: whether the head's matrix is the
     embedding's. matrices: of the model before methods transform it, by the name of their module, the head also where it is
-    tied. initial_std: the deviation that a weight is drawn with. forward_factor: what forward multiplies a stored matrix
-    by, a number or the name of the trained weight that holds it. weight_decay: AdamW's, of one weight.
+    tied. optimizer: `adamw` or `muon`. learning_rate: of an optimizer step, counted from 1. peak_lr: of the optimizer that
+    steps a weight. initial_std: the deviation that a weight is drawn with. forward_factor: what forward multiplies a stored
+    matrix by, a number or the name of the trained weight that holds it. weight_decay: AdamW's, of one weight.
     """
 
     family: str
@@ -56,7 +55,9 @@ class RunFacts:
     matrices: Mapping[str, Weight]
     tokens_per_step: int
     total_steps: int
-    optim: OptimSection
+    optimizer: str
+    learning_rate: Callable[[int], float]
+    peak_lr: Callable[[Weight], float]
     initial_std: Callable[[Weight], float]
     forward_factor: Callable[[Weight], float | str]
     weight_decay: Callable[[Weight], float]
@@ -93,16 +94,16 @@ class Method(Values):
     fold_order: ClassVar[int] = 1
 
     name: str
-    _run: RunFacts = PrivateAttr(None)
+    _run: RunContext = PrivateAttr(None)
 
     @property
-    def run(self) -> RunFacts:
+    def run(self) -> RunContext:
         """The run that the method is part of; there from `check` on."""
         if self._run is None:
             raise RuntimeError(f"{self.name} was asked for what only a run can tell before it was bound to one")
         return self._run
 
-    def bound(self, run: RunFacts) -> Self:
+    def bound(self, run: RunContext) -> Self:
         """This method as part of `run`."""
         copy = self.model_copy()
         copy._run = run

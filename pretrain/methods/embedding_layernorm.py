@@ -19,9 +19,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
-from pretrain.folding import change
-from pretrain.layout import Weight
-from pretrain.methods.base import EMBEDDING, LazyTensors, Method
+from pretrain.methods.base import EMBEDDING, Method
+from pretrain.model.export_edits import LazyTensors, change
+from pretrain.model.layout import Weight
 
 EPS = 1e-5
 

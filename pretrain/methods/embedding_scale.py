@@ -21,10 +21,10 @@ from pydantic import Field, model_validator
 from transformers import GraniteConfig, LlamaConfig, PreTrainedConfig
 
 from pretrain.errors import UserError
-from pretrain.folding import as_config, change, scale_final_norm
-from pretrain.layout import Weight
-from pretrain.methods.base import EMBEDDING, LazyTensors, Method
-from pretrain.reparameterization import Multiple, reparameterize
+from pretrain.methods.base import EMBEDDING, Method
+from pretrain.model.export_edits import LazyTensors, as_config, change, scale_final_norm
+from pretrain.model.layout import Weight
+from pretrain.model.reparameterization import Multiple, reparameterize
 
 
 class EmbeddingScale(Method):

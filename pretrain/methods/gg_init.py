@@ -19,8 +19,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from pretrain.layout import Weight
 from pretrain.methods.base import INITIAL_DEVIATIONS, INITIAL_DISTRIBUTION, Method
+from pretrain.model.layout import Weight
 from pretrain.sharded.draws import Draw, GeneralizedGaussian
 
 

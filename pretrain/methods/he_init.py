@@ -18,8 +18,8 @@ from __future__ import annotations
 from math import sqrt
 from typing import ClassVar, Literal
 
-from pretrain.layout import Weight
 from pretrain.methods.base import INITIAL_DEVIATIONS, Method
+from pretrain.model.layout import Weight
 
 
 def he_std(weight: Weight, layers: int, tied: bool) -> float:

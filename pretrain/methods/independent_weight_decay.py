@@ -16,9 +16,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from pretrain import muon
-from pretrain.layout import Weight
 from pretrain.methods.base import Method
+from pretrain.model.layout import Weight
 
 
 class IndependentWeightDecay(Method):
@@ -31,13 +30,9 @@ class IndependentWeightDecay(Method):
     coefficient: float = Field(1e-4, gt=0, lt=1)
 
     def weight_decay(self, weight: Weight) -> float | None:
-        return self.coefficient / self._peak_lr(weight)
+        return self.coefficient / self.run.peak_lr(weight)
 
     def training_rule(self, weight: Weight) -> str | None:
         if not self.run.weight_decay(weight):
             return None
-        return f"independent_weight_decay: - {self.coefficient:g} (lr / {self._peak_lr(weight):g}) W"
-
-    def _peak_lr(self, weight: Weight) -> float:
-        optim = self.run.optim
-        return optim.muon.lr or optim.lr if optim.name == "muon" and muon.steps(weight) else optim.lr
+        return f"independent_weight_decay: - {self.coefficient:g} (lr / {self.run.peak_lr(weight):g}) W"

@@ -20,11 +20,11 @@ from typing import ClassVar, Literal
 import torch
 from transformers import PreTrainedConfig
 
-from pretrain.folding import change
-from pretrain.layout import Weight, role_and_layer
-from pretrain.methods.base import LazyTensors, Method
-from pretrain.modeling.modeling_evenkeel import SeeDNorm
-from pretrain.norms import BLOCK_NORMS, ScaledLayerNorm, ScaledSeeDNorm, change_norm, scaled
+from pretrain.methods.base import Method
+from pretrain.model.export_edits import LazyTensors, change
+from pretrain.model.layout import Weight, role_and_layer
+from pretrain.model.modeling_evenkeel import SeeDNorm
+from pretrain.model.norms import BLOCK_NORMS, ScaledLayerNorm, ScaledSeeDNorm, change_norm, scaled
 
 _TWICE = (
     "{} already makes the residual branches start smaller, for the sake of depth, and LayerNorm Scaling does best "

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-from pretrain.layout import Weight
 from pretrain.methods.base import Method
+from pretrain.model.layout import Weight
 from pretrain.sharded import ShardedWeights
 
 _BIAS = "lm_head.bias"

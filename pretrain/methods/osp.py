@@ -25,10 +25,10 @@ from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from pretrain.errors import UserError
-from pretrain.folding import change
-from pretrain.layout import Weight
-from pretrain.methods.base import EMBEDDING, NORMALIZATION, LazyTensors, Method
-from pretrain.norms import change_norm, is_stream_norm, stream_norms
+from pretrain.methods.base import EMBEDDING, NORMALIZATION, Method
+from pretrain.model.export_edits import LazyTensors, change
+from pretrain.model.layout import Weight
+from pretrain.model.norms import change_norm, is_stream_norm, stream_norms
 from pretrain.sharded.draws import Draw, Orthogonal
 
 _EMBED_PROJECTION = "model.embed_projection.weight"  # R_1ᵀ: nn.Linear stores (outputs, inputs)

@@ -20,10 +20,10 @@ from typing import ClassVar, Literal
 import torch
 from transformers import PreTrainedConfig
 
-from pretrain.folding import change
-from pretrain.layout import Weight
-from pretrain.methods.base import NORMALIZATION, LazyTensors, Method
-from pretrain.norms import change_norm, is_stream_norm, stream_norms
+from pretrain.methods.base import NORMALIZATION, Method
+from pretrain.model.export_edits import LazyTensors, change
+from pretrain.model.layout import Weight
+from pretrain.model.norms import change_norm, is_stream_norm, stream_norms
 
 _EMBEDDING = "model.embed_tokens.weight"
 _TO_THE_STREAM = ("o_proj.weight", "o_proj.bias", "down_proj.weight", "down_proj.bias")

@@ -16,10 +16,10 @@ from typing import ClassVar, Literal
 from transformers import PreTrainedConfig, Qwen3Config
 
 from pretrain.errors import UserError
-from pretrain.folding import as_config
-from pretrain.layout import Weight
 from pretrain.methods.base import Method
-from pretrain.modeling import EvenkeelLlamaConfig, evenkeel_llama
+from pretrain.model.evenkeel_llama import EvenkeelLlamaConfig, evenkeel_llama
+from pretrain.model.export_edits import as_config
+from pretrain.model.layout import Weight
 
 
 class QKNorm(Method):

@@ -17,8 +17,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from pretrain.layout import Weight
 from pretrain.methods.base import INITIAL_DEVIATIONS, Method
+from pretrain.model.layout import Weight
 
 
 class ResidualInit(Method):

@@ -22,11 +22,11 @@ from typing import ClassVar, Literal
 import torch
 from transformers import PreTrainedConfig
 
-from pretrain.folding import change
-from pretrain.layout import Weight
 from pretrain.methods.backbone import Backbone, backbone_rule, backbone_std
-from pretrain.methods.base import FORM_OF_MATRICES, INITIAL_DEVIATIONS, LazyTensors, Method
-from pretrain.reparameterization import Multiple, applied, applied_to_bias, reparameterize
+from pretrain.methods.base import FORM_OF_MATRICES, INITIAL_DEVIATIONS, Method
+from pretrain.model.export_edits import LazyTensors, change
+from pretrain.model.layout import Weight
+from pretrain.model.reparameterization import Multiple, applied, applied_to_bias, reparameterize
 
 _TWICE = (
     "{} already makes the residual branches start smaller, for the sake of depth, and residual_scaling would do it again. "

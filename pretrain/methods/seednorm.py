@@ -17,10 +17,10 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from transformers import PreTrainedConfig
 
-from pretrain.layout import Weight
 from pretrain.methods.base import NORMALIZATION, Method
-from pretrain.modeling import UNLIKE_SOFTCAP, evenkeel_llama
-from pretrain.norms import is_stream_norm
+from pretrain.model.evenkeel_llama import UNLIKE_SOFTCAP, evenkeel_llama
+from pretrain.model.layout import Weight
+from pretrain.model.norms import is_stream_norm
 from pretrain.sharded.draws import Constant, Draw
 
 

@@ -31,11 +31,10 @@ from pydantic import Field
 from transformers import PreTrainedConfig
 
 from pretrain.errors import UserError
-from pretrain.folding import change
-from pretrain.layout import Weight
-from pretrain.methods.base import LazyTensors
 from pretrain.methods.trained_factors import TrainedFactors
-from pretrain.reparameterization import SCALE, Effective, applied
+from pretrain.model.export_edits import LazyTensors, change
+from pretrain.model.layout import Weight
+from pretrain.model.reparameterization import SCALE, Effective, applied
 from pretrain.sharded import ShardedWeights, gathered
 
 FIRST_ITERATIONS = 20

@@ -15,8 +15,8 @@ from __future__ import annotations
 from math import sqrt
 from typing import ClassVar, Literal
 
-from pretrain.layout import Weight
 from pretrain.methods.base import INITIAL_DEVIATIONS, Method
+from pretrain.model.layout import Weight
 
 
 def small_std(weight: Weight, hidden_size: int, layers: int) -> float:

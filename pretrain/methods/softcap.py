@@ -28,9 +28,9 @@ from pydantic import Field
 from transformers import PreTrainedConfig, VaultGemmaConfig
 
 from pretrain.errors import UserError
-from pretrain.folding import as_config, as_lazy, change, scale_final_norm
-from pretrain.layout import Weight
-from pretrain.methods.base import LazyTensors, Method
+from pretrain.methods.base import Method
+from pretrain.model.export_edits import LazyTensors, as_config, as_lazy, change, scale_final_norm
+from pretrain.model.layout import Weight
 
 _EMBEDDING, _HEAD, _FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 

@@ -1,4 +1,4 @@
-"""What the methods have in common that put trained factors beside stored matrices (`pretrain.reparameterization`)."""
+"""What the methods have in common that put trained factors beside stored matrices (`pretrain.model.reparameterization`)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import ClassVar
 
 import torch
 
-from pretrain.layout import Weight
 from pretrain.methods.base import FORM_OF_MATRICES, INITIAL_DEVIATIONS, Method
-from pretrain.reparameterization import SCALE, Effective, follow_masters, reparameterize
+from pretrain.model.layout import Weight
+from pretrain.model.reparameterization import SCALE, Effective, Reparameterized, reparameterize
 from pretrain.sharded import ShardedWeights
+from pretrain.sharded.full import small_weights
 
 
 class TrainedFactors(Method):
@@ -45,3 +46,15 @@ class TrainedFactors(Method):
     def after_step(self, step: int, weights: ShardedWeights) -> dict[str, dict[str, float | bool]]:
         follow_masters(weights)
         return {}
+
+
+def follow_masters(weights: ShardedWeights) -> None:
+    """Give forward the float32 values of all trained factors. One collective; none where forward computes in float32."""
+    modules = {
+        name + SCALE: module
+        for name, module in weights.engine.module.named_modules()
+        if isinstance(module, Reparameterized) and module.weight_scale is not None
+    }
+    rounded = [name for name, module in modules.items() if module.weight_scale.dtype != torch.float32]
+    for name, value in small_weights(weights, rounded).items() if rounded else ():
+        modules[name].exact_scale = value

@@ -23,23 +23,19 @@ are ours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
-from functools import cache
+from functools import lru_cache
 from math import inf, sqrt
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from pretrain.errors import UserError
-from pretrain.layout import MATRIX_ROLES, Weight
 from pretrain.methods.base import Method
-from pretrain.optim import learning_rate
+from pretrain.model.layout import MATRIX_ROLES, Weight
 from pretrain.sharded import GatheredWeights, ShardedWeights
 from pretrain.sharded.moments import Moments, require_finite
-
-if TYPE_CHECKING:
-    from pretrain.config import OptimSection
 
 _ALTERNATIVES = {"target_std": "relative_target", "interval_steps": "interval_tokens"}  # of each pair one
 
@@ -123,7 +119,7 @@ class TVR(Method):
 
     def free_running(self, weight: Weight) -> float:
         """The deviation that this stored matrix is predicted to have at the end of the run if nothing holds it."""
-        kept, added = _random_walk(self.run.optim, self.run.total_steps, self.run.weight_decay(weight))
+        kept, added = _random_walk(self.run.learning_rate, self.run.total_steps, self.run.weight_decay(weight))
         return sqrt(kept * self.run.initial_std(weight) ** 2 + added)
 
     def check(self, weights: list[Weight]) -> None:
@@ -139,10 +135,10 @@ class TVR(Method):
                 f"methods: tvr matches no weight. Its roles are {', '.join(self.roles)}; the model's block matrices are "
                 f"{', '.join(sorted({w.role for w in weights if w.in_block_matrix}))}."
             )
-        if self.relative_target is not None and self.run.optim.name != "adamw":
+        if self.relative_target is not None and self.run.optimizer != "adamw":
             raise UserError(
                 f"methods: tvr.relative_target predicts the deviations that AdamW leads to, and optim.name is "
-                f"{self.run.optim.name}. Give target_std: 0.3 to 0.5 of what a run without TVR ends with."
+                f"{self.run.optimizer}. Give target_std: 0.3 to 0.5 of what a run without TVR ends with."
             )
 
     def prepare(self, weights: ShardedWeights) -> None:
@@ -202,12 +198,12 @@ class TVR(Method):
         return {bias: (0.0, 0.0)} if self.zero_bias and bias in layout else {}
 
 
-@cache
-def _random_walk(optim: OptimSection, total_steps: int, weight_decay: float) -> tuple[float, float]:
+@lru_cache(maxsize=16)
+def _random_walk(learning_rate: Callable[[int], float], total_steps: int, weight_decay: float) -> tuple[float, float]:
     """(kept, added): the recurrence above over a whole run makes s² into kept · s² + added."""
     kept, added = 1.0, 0.0
     for step in range(1, total_steps + 1):
-        lr = learning_rate(optim, step, total_steps)
+        lr = learning_rate(step)
         shrink = (1.0 - lr * weight_decay) ** 2
         kept, added = kept * shrink, added * shrink + lr**2
     return kept, added

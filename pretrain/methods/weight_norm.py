@@ -28,12 +28,11 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedConfig
 
-from pretrain.folding import change
-from pretrain.layout import Weight
 from pretrain.methods.backbone import Backbone, backbone_rule, backbone_std
-from pretrain.methods.base import LazyTensors
 from pretrain.methods.trained_factors import TrainedFactors
-from pretrain.reparameterization import SCALE, Effective, applied
+from pretrain.model.export_edits import LazyTensors, change
+from pretrain.model.layout import Weight
+from pretrain.model.reparameterization import SCALE, Effective, applied
 from pretrain.sharded.draws import Constant, Draw
 
 

@@ -30,12 +30,12 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedConfig
 
-from pretrain.folding import change, scale_final_norm
-from pretrain.layout import Weight
 from pretrain.methods.backbone import Backbone, backbone_rule, backbone_std
-from pretrain.methods.base import EMBEDDING, LazyTensors
+from pretrain.methods.base import EMBEDDING
 from pretrain.methods.trained_factors import TrainedFactors
-from pretrain.reparameterization import SCALE, Effective, Multiple
+from pretrain.model.export_edits import LazyTensors, change, scale_final_norm
+from pretrain.model.layout import Weight
+from pretrain.model.reparameterization import SCALE, Effective, Multiple
 from pretrain.sharded.draws import Constant, Draw
 
 

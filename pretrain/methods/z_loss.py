@@ -17,9 +17,9 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from pretrain.layout import Weight
-from pretrain.loss import LossTerm, TokenTerm
 from pretrain.methods.base import Method
+from pretrain.model.layout import Weight
+from pretrain.model.loss import LossTerm, TokenTerm
 
 
 class ZLoss(Method):

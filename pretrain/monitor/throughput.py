@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig
 
-from pretrain.layout import Weight
+from pretrain.model.layout import Weight
 
 # Dense bf16 tensor-core peaks in FLOP/s from the vendors' data sheets (without sparsity), by a part of the device name.
 _PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "MI300X": 1307e12}

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from pretrain.config import WandbSection
+from pretrain.config.schema import WandbSection
 from pretrain.monitor.wandb_session import asked_mode, fault_of_mode
 from pretrain.processes import own_package
 

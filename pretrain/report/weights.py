@@ -8,7 +8,7 @@ from math import sqrt
 import numpy as np
 
 from pretrain.errors import UserError
-from pretrain.layout import MATRIX_ROLES, role_and_layer
+from pretrain.model.layout import MATRIX_ROLES, role_and_layer
 from pretrain.report.runs import Run, number
 
 OTHER = "other"
@@ -22,7 +22,7 @@ _LIMITS = ("target", "threshold", "lower_threshold")  # as TVR writes them into 
 class WeightSeries:
     """One weight over time.
 
-    role: as in `pretrain.layout`, or "other" for a name the layout does not know; layer: from 1, None outside blocks.
+    role: as in `pretrain.model.layout`, or "other" for a name the layout does not know; layer: from 1, None outside blocks.
     matrix: for a factor the role of the matrix that it multiplies; else None.
     steps, values, mean, rescaled: (rows,). `values` are the standard deviations, measured before a rescale of the same
     step, or the means after `as_mean`.

@@ -21,10 +21,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pretrain.distributed import Ranks, from_first_rank
+from pretrain.distributed.ranks import Ranks, from_first_rank
 from pretrain.errors import MACHINE_FAULT
 from pretrain.files import write_text
-from pretrain.resilience import phase
+from pretrain.monitor import phase
 
 ANSWER_S = 5.0  # beyond two ticks, for a rank to leave its last pulse
 
@@ -118,7 +118,7 @@ class Watchdog:
     def _tell(self) -> None:
         pulses = [pulse for pulse in self._pulses_of_all() if pulse]
         phases = [phase.read_mirror(self._phase_file(rank)) for rank in range(self._ranks.world_size)]
-        verdict, blamed = judge(pulses, phases)
+        verdict, blamed = diagnose(pulses, phases)
         if self._ranks.rank != min((pulse.rank for pulse in pulses if pulse.last), default=self._ranks.rank):
             time.sleep(1)  # a launcher that sees one rank leave kills the rest
             return
@@ -157,7 +157,7 @@ class Watchdog:
         return self._pulses / f"rank_{rank}.phase"
 
 
-def judge(pulses: list[Pulse], phases: list[str]) -> tuple[str, list[int]]:
+def diagnose(pulses: list[Pulse], phases: list[str]) -> tuple[str, list[int]]:
     """Which ranks are to blame, in a sentence or two, and as numbers. phases: where each rank was last, by rank."""
     answering = [pulse for pulse in pulses if pulse.last]
     known = {pulse.rank: pulse for pulse in pulses}

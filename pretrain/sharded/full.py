@@ -8,7 +8,7 @@ from math import prod
 import torch
 import torch.distributed as dist
 
-from pretrain.sharded.guard import check_call
+from pretrain.sharded.collectives import check_call
 from pretrain.sharded.piece import Piece
 from pretrain.sharded.weights import ShardedWeights
 
@@ -22,7 +22,7 @@ def gathered(weights: ShardedWeights, names: Iterable[str] | None = None) -> Ite
     on all of them at the same weight. An exception on one rank starts no collective of its own.
     Memory: one full weight, and this rank's tensor-parallel slice of it.
     """
-    chosen = check_call(weights, "gathered", weights.layout if names is None else names)
+    chosen = check_call(weights.engine, weights.layout, "gathered", weights.layout if names is None else names)
     for piece in weights.placement.edit(chosen):
         full = _assemble(piece)
         try:
@@ -39,7 +39,7 @@ def small_weights(weights: ShardedWeights, names: Iterable[str]) -> dict[str, to
 
     Meant for scalars and vectors: the memory is that of all of them at once. Not for weights that tensor parallelism cuts.
     """
-    chosen = check_call(weights, "small_weights", names)
+    chosen = check_call(weights.engine, weights.layout, "small_weights", names)
     if not chosen:
         return {}
     shapes = {

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from pretrain.errors import UserError
-from pretrain.layout import Weight, describe_model
+from pretrain.model.layout import Weight, describe_model
 from pretrain.sharded.moments import Moments
 
 

@@ -17,7 +17,7 @@ from math import prod
 import torch
 
 from pretrain.errors import UserError
-from pretrain.layout import full_shape
+from pretrain.model.layout import full_shape
 
 
 @dataclass(frozen=True)

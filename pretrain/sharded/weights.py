@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 import torch.distributed as dist
 
-from pretrain.layout import Weight, describe_model
+from pretrain.model.layout import Weight, describe_model
+from pretrain.sharded.collectives import all_gather, check_call, require_known
 from pretrain.sharded.columns import add_column_sums_, columns, subtract_from_rows_
 from pretrain.sharded.draws import Draw, fill_slice_
-from pretrain.sharded.guard import all_gather, check_call, require_known
 from pretrain.sharded.moments import (
     Moments,
     Statistics,
@@ -60,7 +60,7 @@ class ShardedWeights:
         Computed in float32. Local except for the refresh of half-precision working copies. Optimizer moments are left
         alone. The caller sees to it that the values fit the working precision: fp16 ends at 65,504.
         """
-        chosen = check_call(self, "rescale_", changes, changes)
+        chosen = check_call(self.engine, self.layout, "rescale_", changes, changes)
         if not chosen:
             return
         stale = set(chosen)
@@ -78,7 +78,7 @@ class ShardedWeights:
         The means are summed in float64, in one all-reduce of a number per column for the whole list; they are subtracted
         in float32. The refresh of half-precision working copies comes on top, as for `rescale_`.
         """
-        chosen = check_call(self, "center_rows_", names)
+        chosen = check_call(self.engine, self.layout, "center_rows_", names)
         if not chosen:
             return
         means, stale = self._mean_rows(chosen), set(chosen)
@@ -96,7 +96,7 @@ class ShardedWeights:
         Drawn by position (see draws.py): the same bits for every world size, stage and tensor-parallel size.
         """
         draws = {name: rule(weight) for name, weight in self.layout.items()}
-        chosen = check_call(self, "fill_", self.layout, also=(seed, sorted(draws.items())))
+        chosen = check_call(self.engine, self.layout, "fill_", self.layout, also=(seed, sorted(draws.items())))
         for piece in self.placement.edit(chosen):
             fill_slice_(piece.master, draws[piece.name], seed, piece.name, piece.slice, piece.start)
         self.placement.refresh(chosen)
@@ -107,7 +107,7 @@ class ShardedWeights:
 
     def squared_change(self, before: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Squared Frobenius distance of each full weight from the snapshot `before`, in float64."""
-        chosen = check_call(self, "squared_change", before)
+        chosen = check_call(self.engine, self.layout, "squared_change", before)
         if not chosen:
             return {}
         pieces = self.placement.pieces(chosen)
@@ -141,7 +141,7 @@ class ShardedWeights:
         self, what: str, partial: Callable[[Iterable[torch.Tensor]], torch.Tensor], names: Iterable[str] | None
     ) -> dict[str, list[float]]:
         """What `partial` finds in this rank's pieces, merged over all ranks, by name."""
-        chosen = check_call(self, what, self.layout if names is None else names)
+        chosen = check_call(self.engine, self.layout, what, self.layout if names is None else names)
         if not chosen:
             return {}
         found: list[str] = []

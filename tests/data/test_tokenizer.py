@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pretrain.data import check_tokenizer, fingerprint, load_tokenizer, separator_id
 from pretrain.data.bpe import PROBE, SPACE, to_hugging_face, train_bpe
-from pretrain.data.tokenizer import load_tokenizer_facts
+from pretrain.data.tokenizer import load_tokenizer_info
 from pretrain.errors import UserError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
@@ -106,7 +106,7 @@ def test_paths_without_a_tokenizer_are_refused(tmp_path: Path) -> None:
     (tmp_path / "broken" / "tokenizer.json").write_text("{")
     (tmp_path / "text.model").write_text("not a model")
     for name in ("nowhere", "empty", "broken", "text.model"):
-        for load in (load_tokenizer, load_tokenizer_facts):
+        for load in (load_tokenizer, load_tokenizer_info):
             with pytest.raises(UserError, match=f"'{tmp_path / name}'"):
                 load(tmp_path / name)
 
@@ -231,8 +231,8 @@ def test_the_facts_of_our_own_tokenizers(tokenizer_folder: Path, model_file: Pat
 
 def test_preparation_imports_neither_torch_nor_transformers(tokenizer_folder: Path) -> None:
     program = (
-        "import sys\nfrom pretrain.data.prepare import prepare\nfrom pretrain.data.tokenizer import load_tokenizer_facts\n"
-        f"load_tokenizer_facts({str(tokenizer_folder)!r})\n"
+        "import sys\nfrom pretrain.data.prepare import prepare\nfrom pretrain.data.tokenizer import load_tokenizer_info\n"
+        f"load_tokenizer_info({str(tokenizer_folder)!r})\n"
         "print([name for name in ('torch', 'transformers', 'datasets', 'pyarrow') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -246,7 +246,7 @@ def _change_config(folder: Path, **change: object) -> None:
 
 def _check_facts(path: Path) -> None:
     """By `transformers`, as training loads it."""
-    tokenizer, facts = load_tokenizer(path), load_tokenizer_facts(path)
+    tokenizer, facts = load_tokenizer(path), load_tokenizer_info(path)
     assert facts.fingerprint == fingerprint(tokenizer)
     assert (facts.eos_id, facts.vocab_size) == (tokenizer.eos_token_id, max(tokenizer.get_vocab().values()) + 1)
     backend = Tokenizer.from_str(facts.backend)
@@ -265,7 +265,7 @@ def test_a_tokenizer_without_end_of_sequence_is_refused(tokenizer_folder: Path, 
     with pytest.raises(UserError, match="no end-of-sequence token"):
         separator_id(load_tokenizer(tmp_path / "no_eos"))
     with pytest.raises(UserError, match="no end-of-sequence token"):
-        load_tokenizer_facts(tmp_path / "no_eos")
+        load_tokenizer_info(tmp_path / "no_eos")
 
 
 def test_shards_of_another_tokenizer_are_refused(tokenizer, make_shards) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from pretrain.data import fingerprint, load_tokenizer
 from pretrain.data.bpe import PROBE
-from pretrain.data.tokenizer import bos_before_documents, first_ids, load_tokenizer_facts
+from pretrain.data.tokenizer import bos_before_documents, first_ids, load_tokenizer_info
 from pretrain.data.tokenizer_files import portable_files, trained_files, write_files
 from pretrain.errors import UserError
 
@@ -48,7 +48,7 @@ def as_trained(shapes: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
     """as_trained(shape, add_bos) -> what goes with a model of documents that were prepared so."""
 
     def make(shape: str, add_bos: str = "auto") -> Path:
-        bos_id = bos_before_documents(load_tokenizer_facts(shapes[shape]), add_bos)
+        bos_id = bos_before_documents(load_tokenizer_info(shapes[shape]), add_bos)
         write_files(trained_files(load_tokenizer(shapes[shape]), shapes[shape], bos_id), tmp_path / shape)
         return tmp_path / shape
 
@@ -74,8 +74,8 @@ def test_texts_get_the_ids_of_training_behind_what_began_documents(shape: str, s
         assert found["input_ids"] == begun + bare_ids(source, text)
         assert list(found) == ["input_ids", "attention_mask"]
     assert tokenizer.bos_token == BEGINS.get(shape, {"own": "</s>", "qwen": None}.get(shape, END))
-    facts = load_tokenizer_facts(folder)
-    assert (facts.first_ids, facts.eos_id) == (tuple(begun), load_tokenizer_facts(source).eos_id)
+    facts = load_tokenizer_info(folder)
+    assert (facts.first_ids, facts.eos_id) == (tuple(begun), load_tokenizer_info(source).eos_id)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -114,19 +114,19 @@ def test_a_tokenizer_that_ends_texts_or_begins_them_with_more_is_set_right(shape
     end = backend.token_to_id(END)
     backend.post_processor = processors.TemplateProcessing(f"$A {END}", f"$A $B {END}", [(END, end)])
     backend.save(str(source / "tokenizer.json"))
-    assert bos_before_documents(load_tokenizer_facts(source)) is None
+    assert bos_before_documents(load_tokenizer_info(source)) is None
     write_files(trained_files(load_tokenizer(source), source, None), tmp_path / "written")
     assert load_tokenizer(tmp_path / "written")("x")["input_ids"] == bare_ids(source, "x")
     backend.post_processor = processors.TemplateProcessing(f"{END} {END} $A", f"{END} {END} $A $B", [(END, end)])
     backend.save(str(source / "tokenizer.json"))
     with pytest.raises(UserError, match=r"2 tokens before every text .* --add-bos never"):
-        bos_before_documents(load_tokenizer_facts(source))
-    assert bos_before_documents(load_tokenizer_facts(source), "never") is None
+        bos_before_documents(load_tokenizer_info(source))
+    assert bos_before_documents(load_tokenizer_info(source), "never") is None
 
 
 def test_the_facts_of_files_and_the_loaded_tokenizer_agree_on_what_begins_texts(shapes) -> None:
     for folder in shapes.values():
-        facts, tokenizer = load_tokenizer_facts(folder), load_tokenizer(folder)
+        facts, tokenizer = load_tokenizer_info(folder), load_tokenizer(folder)
         assert (facts.first_ids, facts.bos_id) == (first_ids(tokenizer, folder), tokenizer.bos_token_id)
 
 

@@ -14,8 +14,8 @@ from sharded_worker import build, run_config, step, validation_loss
 from tiny_engines import forget_garbage, leave
 
 from pretrain import quiet  # noqa: F401
-from pretrain.distributed import initialize
-from pretrain.resilience.agreement import RanksDisagree, check_step
+from pretrain.distributed.ranks import initialize
+from pretrain.resilience.consistency import RanksDisagree, check_step
 from pretrain.sharded import ShardedWeights
 
 LR = 1e-3

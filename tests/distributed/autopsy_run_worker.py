@@ -6,18 +6,18 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.config import load_config
+from pretrain.autopsy import Autopsies, Recorder
+from pretrain.config.schema import load_config
 from pretrain.data.batches.samples import Rows
 from pretrain.data.tokenizer import load_tokenizer
-from pretrain.distributed import initialize
-from pretrain.engine import build_engine, train_step
-from pretrain.model import initialize_weights
-from pretrain.plan import Plan, make_plan, training_batches
-from pretrain.resilience.autopsy import Autopsies, Recorder
-from pretrain.resilience.gate import Gate
-from pretrain.resilience.guard import Guard
-from pretrain.run_folder import RunFolder
+from pretrain.distributed.ranks import initialize
+from pretrain.engine.initialize import initialize_weights
+from pretrain.engine.step import build_engine, train_step
+from pretrain.engine.step_gate import StepGate
+from pretrain.resilience.spike_guard import SpikeGuard
 from pretrain.sharded import ShardedWeights
+from pretrain.trainer.plan import Plan, make_plan, training_batches
+from pretrain.trainer.run_folder import RunFolder
 
 POISON = "zq" * 300
 STEPS_BEFORE = 3
@@ -42,10 +42,10 @@ def examine(run_file: Path, settings: list[str], out: Path) -> None:
     position = (poisoned // size - STEPS_BEFORE) * size
 
     folder = RunFolder(config.folder, ranks)
-    engine = build_engine(plan)
+    engine = build_engine(plan.config, plan.model_config, plan.ds_config)
     weights = ShardedWeights(engine)
     initialize_weights(weights, config, 0.02)
-    gate, recorder = Gate(engine, Guard(config.resilience.guard)), Recorder(engine, weights, STEPS_BEFORE)
+    gate, recorder = StepGate(engine, SpikeGuard(config.resilience.guard)), Recorder(engine, weights, STEPS_BEFORE)
     gate.watchers.append(recorder.gradients)
     written = Autopsies(folder.path / "autopsies", config, recorder, ranks)
     loader = training_batches(plan, ranks.rank, position)

@@ -11,14 +11,14 @@ from tiny_engines import LENGTH, VOCABULARY, gated, leave, share, tiny_config, t
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pretrain.config import Config
+from pretrain.autopsy import Recorder
+from pretrain.autopsy.batch import sequence_losses
+from pretrain.config.schema import Config
 from pretrain.data.batches.batch import MicroBatch
-from pretrain.distributed import Ranks, initialize
-from pretrain.engine import train_step
-from pretrain.model import initialize_weights
+from pretrain.distributed.ranks import Ranks, initialize
+from pretrain.engine.initialize import initialize_weights
+from pretrain.engine.step import train_step
 from pretrain.monitor.weights import WeightMonitor
-from pretrain.resilience.autopsy import Recorder
-from pretrain.resilience.autopsy.batch import sequence_losses
 from pretrain.sharded import ShardedWeights
 
 SEQUENCES, STEPS, LR = 8, 4, 0.01

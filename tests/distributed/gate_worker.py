@@ -14,13 +14,13 @@ from muon_worker import SIZES as TWO_LAYERS
 from runs import allow_fp16_on_cpu
 from tiny_engines import forget_garbage, gated, leave, share, tiny_config, tiny_plan, tokens
 
-import pretrain.engine
-from pretrain.config import Config
+import pretrain.engine.step
+from pretrain.config.schema import Config
 from pretrain.data.batches.batch import MicroBatch
-from pretrain.distributed import Ranks, initialize
-from pretrain.engine import train_step
-from pretrain.model import initialize_weights
-from pretrain.resilience.gate import Gate
+from pretrain.distributed.ranks import Ranks, initialize
+from pretrain.engine.initialize import initialize_weights
+from pretrain.engine.step import train_step
+from pretrain.engine.step_gate import StepGate
 from pretrain.sharded import ShardedWeights
 
 SIZES = {**TWO_LAYERS, "num_hidden_layers": 1}
@@ -66,14 +66,14 @@ def run_config(case: dict, ranks: int) -> Config:
     )
 
 
-def build(case: dict, ranks: Ranks) -> tuple[Gate, Config]:
+def build(case: dict, ranks: Ranks) -> tuple[StepGate, Config]:
     plan = tiny_plan(run_config(case, ranks.world_size))
     gate = gated(plan)
     initialize_weights(ShardedWeights(gate.engine), plan.config, 0.02)
     return gate, plan.config
 
 
-def live(gate: Gate, config: Config, days: list[str], ranks: Ranks) -> list[dict]:
+def live(gate: StepGate, config: Config, days: list[str], ranks: Ranks) -> list[dict]:
     """Train a step a day and tell what became of each. Good days have batches of their own, whatever lies between."""
     told, good = [], 0
     for number, day in enumerate(days, start=1):
@@ -103,12 +103,12 @@ class Harming:
         self.here = ranks.rank == ranks.world_size - 1
 
     def __enter__(self) -> None:
-        self.plain = pretrain.engine._losses
+        self.plain = pretrain.engine.step._losses
         if self.day != "good":
-            pretrain.engine._losses = self.losses
+            pretrain.engine.step._losses = self.losses
 
     def __exit__(self, *_) -> None:
-        pretrain.engine._losses = self.plain
+        pretrain.engine.step._losses = self.plain
 
     def losses(self, engine, *given):
         found, self.calls = self.plain(engine, *given), self.calls + 1

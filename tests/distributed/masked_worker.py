@@ -10,13 +10,13 @@ from muon_worker import masters
 from runs import allow_fp16_on_cpu
 from tiny_engines import LENGTH, VOCABULARY, forget_garbage, gated, leave, share, tiny_config, tiny_plan
 
-import pretrain.engine
-import pretrain.loss
-from pretrain.config import Config
+import pretrain.engine.step
+import pretrain.model.loss
+from pretrain.config.schema import Config
 from pretrain.data.batches.batch import MicroBatch
-from pretrain.distributed import Ranks, initialize
-from pretrain.engine import train_step, validation_loss
-from pretrain.model import initialize_weights
+from pretrain.distributed.ranks import Ranks, initialize
+from pretrain.engine.initialize import initialize_weights
+from pretrain.engine.step import train_step, validation_loss
 from pretrain.sharded import ShardedWeights
 
 SEQUENCES, STEPS, LR = 8, 3, 5.0
@@ -66,7 +66,7 @@ def examine(case: dict, ranks: Ranks) -> tuple[dict, dict[str, np.ndarray]]:
             gate, number + 1, share(batch(number), config, ranks), LR, ranks, masked=case.get("masked", True)
         )
         steps.append({name: float(value) for name, value in done.losses.items()})
-    pretrain.engine.validation_batches = lambda plan, rank: share(batch(STEPS), config, ranks)
+    pretrain.engine.step.validation_batches = lambda plan, rank: share(batch(STEPS), config, ranks)
     return {
         "steps": steps,
         "validation": validation_loss(gate.engine, SimpleNamespace(), ranks, stopped=lambda: False),
@@ -76,7 +76,7 @@ def examine(case: dict, ranks: Ranks) -> tuple[dict, dict[str, np.ndarray]]:
 def examine_all(cases: dict[str, dict], out: Path) -> None:
     """The life of a rank: `found.json` and the initial weights of each case go to the folder `out`."""
     allow_fp16_on_cpu()
-    pretrain.loss.CHUNK_LOGITS = 7 * VOCABULARY
+    pretrain.model.loss.CHUNK_LOGITS = 7 * VOCABULARY
     ranks = initialize()
     found = {}
     for name, case in cases.items():

@@ -10,12 +10,12 @@ import numpy as np
 from tiny_engines import forget_garbage, gated, leave, share, tiny_config, tiny_plan, tokens
 
 from pretrain import quiet  # noqa: F401
-from pretrain.config import Config
+from pretrain.config.schema import Config
 from pretrain.data.batches.batch import MicroBatch
-from pretrain.distributed import Ranks, initialize
-from pretrain.engine import train_step
-from pretrain.model import initialize_weights
-from pretrain.resilience.gate import Gate
+from pretrain.distributed.ranks import Ranks, initialize
+from pretrain.engine.initialize import initialize_weights
+from pretrain.engine.step import train_step
+from pretrain.engine.step_gate import StepGate
 from pretrain.sharded import ShardedWeights
 
 SEQUENCES, STEPS = 12, 4
@@ -52,7 +52,7 @@ def learning_rate(number: int, peak: float, idle: int) -> float:
     return 0.0 if number <= idle else peak / number
 
 
-def build(config: Config) -> tuple[Gate, ShardedWeights, Config]:
+def build(config: Config) -> tuple[StepGate, ShardedWeights, Config]:
     """The gate of an engine without values, its weights, and the configuration with methods that know the run."""
     plan = tiny_plan(config)
     gate = gated(plan)
@@ -67,7 +67,7 @@ def masters(engine) -> dict[str, np.ndarray]:
     return {name: (p.data if full is None else full).numpy().copy() for name, (full, p) in found.items()}
 
 
-def train(gate: Gate, weights: ShardedWeights, config: Config, ranks: Ranks, numbers: range, idle: int) -> None:
+def train(gate: StepGate, weights: ShardedWeights, config: Config, ranks: Ranks, numbers: range, idle: int) -> None:
     for number in numbers:
         micro_batches = share(MicroBatch(tokens(number, SEQUENCES)), config, ranks)
         train_step(gate, number, micro_batches, learning_rate(number, config.optim.lr, idle), ranks, masked=False)
@@ -75,7 +75,7 @@ def train(gate: Gate, weights: ShardedWeights, config: Config, ranks: Ranks, num
             method.after_step(number, weights)
 
 
-def edit(gate: Gate, weights: ShardedWeights, config: Config, ranks: Ranks) -> dict[str, bool]:
+def edit(gate: StepGate, weights: ShardedWeights, config: Config, ranks: Ranks) -> dict[str, bool]:
     """Whether `ShardedWeights` reads and changes the masters of this engine, and the change survives a step."""
     before, moments = masters(gate.engine), weights.moments()
     read = [np.isclose(moments[name].std, w.std(ddof=1, dtype=np.float64), rtol=1e-9) for name, w in before.items()]

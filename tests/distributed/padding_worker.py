@@ -7,11 +7,11 @@ import torch
 from muon_worker import masters
 from tiny_engines import VOCABULARY, forget_garbage, gated, leave, share, tiny_config, tiny_plan, tokens
 
-from pretrain.config import Config
+from pretrain.config.schema import Config
 from pretrain.data.batches.batch import MicroBatch
-from pretrain.distributed import Ranks, initialize
-from pretrain.engine import train_step
-from pretrain.model import initialize_weights
+from pretrain.distributed.ranks import Ranks, initialize
+from pretrain.engine.initialize import initialize_weights
+from pretrain.engine.step import train_step
 from pretrain.sharded import ShardedWeights
 
 SEQUENCES, STEPS, LR, STD = 4, 2, 1e-2, 0.02

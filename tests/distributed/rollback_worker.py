@@ -9,10 +9,10 @@ from runs import allow_fp16_on_cpu
 from tiny_engines import leave, share, tiny_plan
 
 from pretrain.checkpoints import Checkpoints, TrainerState
-from pretrain.config import CheckpointSection
-from pretrain.distributed import Ranks, initialize
-from pretrain.engine import build_engine
-from pretrain.model import initialize_weights
+from pretrain.config.schema import CheckpointSection
+from pretrain.distributed.ranks import Ranks, initialize
+from pretrain.engine.initialize import initialize_weights
+from pretrain.engine.step import build_engine
 from pretrain.sharded import ShardedWeights
 
 BEFORE, AFTER = 2, 3  # steps before the checkpoint, and after it
@@ -43,7 +43,7 @@ def examine(case: dict, folder: Path, ranks: Ranks) -> dict:
     plan = tiny_plan(run_config(case))
     config = plan.config
     checkpoints = Checkpoints(folder, CheckpointSection(asynchronous=case["asynchronous"]), ranks, print)
-    engine = build_engine(plan)
+    engine = build_engine(plan.config, plan.model_config, plan.ds_config)
     weights = ShardedWeights(engine)
     initialize_weights(weights, config, 0.02)
     before = train(engine, config, ranks, 1, BEFORE)
@@ -58,7 +58,7 @@ def examine(case: dict, folder: Path, ranks: Ranks) -> dict:
     again = train(engine, config, ranks, BEFORE + 1, BEFORE + AFTER)
     again_weights = weights.moments()
 
-    resumed = build_engine(plan)
+    resumed = build_engine(plan.config, plan.model_config, plan.ds_config)
     checkpoints.load(found, resumed, state_at(0))
     anew = train(resumed, config, ranks, BEFORE + 1, BEFORE + AFTER)
     anew_weights = ShardedWeights(resumed).moments()

@@ -15,11 +15,12 @@ from runs import allow_fp16_on_cpu
 from tiny_engines import VOCABULARY, TinyTokenizer, forget_garbage, leave
 
 from pretrain import quiet  # noqa: F401
-from pretrain.config import Config
-from pretrain.deepspeed_config import deepspeed_config
-from pretrain.distributed import initialize
-from pretrain.model import bind_methods, build_model, hf_config, initialize_weights
-from pretrain.optim import build_optimizer
+from pretrain.config.schema import Config
+from pretrain.distributed.ranks import initialize
+from pretrain.engine.build_model import bind_methods, build_model, hf_config
+from pretrain.engine.deepspeed_config import deepspeed_config
+from pretrain.engine.initialize import initialize_weights
+from pretrain.optim.param_groups import build_optimizer
 from pretrain.sharded import GatheredWeights, ShardedWeights, gathered
 from pretrain.sharded.draws import Constant
 

@@ -15,7 +15,7 @@ from corpus import Corpus, make_corpus, tiny
 from runs import Ended, arguments, assert_refused, run_ranks, run_together
 
 from pretrain.data import open_shards
-from pretrain.data.tokens.exchange import export_tokens
+from pretrain.data.tokens.import_export import export_tokens
 
 
 @dataclass

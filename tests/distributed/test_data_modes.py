@@ -13,8 +13,8 @@ from faulty_server import Fault, FaultyServer
 from runs import arguments, assert_refused, last_rows, losses, rows, run_together
 
 from pretrain.data import open_shards
-from pretrain.data.tokenizer import load_tokenizer_facts
-from pretrain.data.tokens.exchange import export_tokens, import_tokens
+from pretrain.data.tokenizer import load_tokenizer_info
+from pretrain.data.tokens.import_export import export_tokens, import_tokens
 
 STEPS, BATCH = 4, 8
 WINDOWS = {"scope": "windowed", "window_shards": 2}
@@ -44,7 +44,7 @@ def modes(corpus: Corpus, server: FaultyServer, tmp_path_factory: pytest.TempPat
     own = open_shards(corpus.train)
     for format in ("megatron", "datatrove"):
         export_tokens(format, own, base / format)
-    import_tokens("megatron", base / "megatron", base / "imported", load_tokenizer_facts(corpus.tokenizer))
+    import_tokens("megatron", base / "megatron", base / "imported", load_tokenizer_info(corpus.tokenizer))
     mixture = {  # of 4 samples that a rank takes at a time, most have none of the second source
         "data.train": [{"path": str(corpus.train), "weight": 15}, {"path": str(corpus.val)}],
         "data.packing": "best_fit",

@@ -36,7 +36,7 @@ def zero(stage: int, precision: str = "fp32", **more) -> dict:
 
 def muon(stage: int, precision: str = "fp32", **more) -> dict:
     case = zero(stage, precision, **more) | {"optim": {"name": "muon", "grad_clip": None}}
-    if stage in (1, 2) and precision == "fp32" and not more:  # no norm of gradients: see `pretrain.resilience.gate`
+    if stage in (1, 2) and precision == "fp32" and not more:  # no norm of gradients: see `pretrain.engine.step_gate`
         case["days"] = [day for day in DAYS if day != "gradient spike"]
     return case
 

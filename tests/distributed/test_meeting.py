@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from runs import Ended, Job, arguments, assert_refused, free_port, start_ranks
 
-from pretrain.distributed import map_environment
+from pretrain.distributed.ranks import map_environment
+from pretrain.distributed.rendezvous import Place, _ranks, meet
 from pretrain.errors import MachineFault
-from pretrain.rendezvous import Place, _ranks, meet
 
 SOON_S = 60  # on a loaded machine; a rank that waits has 21 minutes
 
@@ -130,14 +130,14 @@ def test_a_signal_is_heard_while_the_main_thread_is_in_a_library_that_does_not_r
 def wait_in_the_library() -> None:
     import sys
 
-    from pretrain import distributed
-    from pretrain.rendezvous import _store
+    from pretrain.distributed import ranks
+    from pretrain.distributed.rendezvous import _store
 
     def in_the_library(place: Place, *_: object) -> None:
         print("now in the library", file=sys.stderr, flush=True)
         _store(place, place.address, is_master=False)
 
-    distributed.meet = in_the_library
+    ranks.meet = in_the_library
 
 
 def test_what_answers_but_is_no_store_is_said_and_left(words: list[str], listener: int, tmp_path: Path) -> None:
@@ -249,6 +249,6 @@ def test_a_job_of_slurm_takes_another_port_when_it_starts_again(
     environment = (
         dict(os.environ) | {f"SLURM_{key}": value for key, value in slurm.items()} | {"MASTER_ADDR": "127.0.0.1"}
     )
-    monkeypatch.setattr("pretrain.distributed.os.environ", environment)
+    monkeypatch.setattr("pretrain.distributed.ranks.os.environ", environment)
     map_environment()
     assert environment["MASTER_PORT"] == port

@@ -21,8 +21,8 @@ from runs import (
     wait_until,
 )
 
+from pretrain.checkpoints.method_state import read_method_state
 from pretrain.export.masters import master_weights
-from pretrain.method_state import read_method_state
 
 STEPS = 7
 # Two micro-batches a rank, each block's forward run again in backward, no weight resident, evaluations between steps.

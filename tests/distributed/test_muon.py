@@ -16,8 +16,8 @@ from runs import run_ranks
 from tiny_engines import LENGTH, VOCABULARY, tokens
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pretrain.config import Config
-from pretrain.deepspeed_config import deepspeed_config
+from pretrain.config.schema import Config
+from pretrain.engine.deepspeed_config import deepspeed_config
 from pretrain.errors import UserError
 
 BF16 = {"bf16": {"enabled": True}}

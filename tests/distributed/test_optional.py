@@ -123,9 +123,8 @@ def probe_that_fails(rank: int) -> None:
 
     The first cannot be hooked in on `rank`; the second fails in the middle, on all; the third at its end, on `rank`.
     """
-    from pretrain import actions
-    from pretrain.monitor import activations
-    from pretrain.resilience import phase
+    from pretrain.monitor import activations, phase
+    from pretrain.trainer import actions
 
     here = int(os.environ["RANK"]) == rank
     record, probe, calls, passes = actions.record_activations, actions.probe_logits, [0], [0]
@@ -164,7 +163,7 @@ def probe_that_fails(rank: int) -> None:
 
 
 def autopsies_that_cannot_be_written() -> None:
-    from pretrain.resilience.autopsy.autopsies import Autopsies
+    from pretrain.autopsy.autopsies import Autopsies
 
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -31,12 +31,12 @@ from expected import CLASSES, CONSUMERS, TOKENIZERS, failure
 from registry_worker import train_all
 from tokenizer_shapes import PRE_TOKENIZERS, SPECIAL, texts, write_tokenizer
 
-from pretrain.data.contents import read_json
+from pretrain.checkpoints.logit_probe import load_probe, probe_positions
+from pretrain.data.json_files import read_json
 from pretrain.data.prepare import prepare
 from pretrain.data.text.sources import open_source
-from pretrain.data.tokenizer import load_tokenizer_facts
+from pretrain.data.tokenizer import load_tokenizer_info
 from pretrain.export.convert import convert
-from pretrain.probe import load_probe, probe_positions
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(4000)]
 
@@ -152,7 +152,7 @@ class Matrix:
         text = folder / "text.jsonl"
         text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
         opened = open_source([str(text)], text_field="text", subset=None, split="train")
-        prepare(opened, load_tokenizer_facts(source), folder / "shards", val_fraction=0, shard_tokens=50_000, workers=1)
+        prepare(opened, load_tokenizer_info(source), folder / "shards", val_fraction=0, shard_tokens=50_000, workers=1)
         return folder / "shards/train"
 
     def _config(self, name: str, tokenizer: Path, shards: Path, run: dict[str, Any]) -> dict[str, Any]:
@@ -286,7 +286,7 @@ def _pipeline(cell: Cell) -> str | None:
 
 def _lm_eval(cell: Cell) -> str | None:
     state = read_json(cell.export.checkpoint / "trainer.json")
-    before = load_tokenizer_facts(cell.export.source).eos_id if state["bos_id"] is None else state["bos_id"]
+    before = load_tokenizer_info(cell.export.source).eos_id if state["bos_id"] is None else state["bos_id"]
     if cell.found["prefix"] != before:
         return f"{cell.found['prefix']} is put first, in training it was {before}"
     right = cell.log_likelihoods()

@@ -1,7 +1,7 @@
 """One rank that runs many trainings after another.
 
 Its cases: {name: {"config": run configuration, "resume_at": step or None, "initial": bool}}. Each is trained by
-`pretrain.train.train` in its run folder, with `initial` after the initial weights were written to
+`pretrain.trainer.trainer.train` in its run folder, with `initial` after the initial weights were written to
 <run folder>.initial.pt. With `resume_at`, a second run, called <name>_resumed, starts from the first one's checkpoint of
 that step in a new engine. What a run raises is written to <run folder>.error. After a refusal, which all ranks share, the
 next case is run; any other exception may have left the others in a collective, so it ends them all.
@@ -17,15 +17,15 @@ import torch.distributed as dist
 from tiny_engines import forget_garbage, leave
 
 from pretrain import quiet  # noqa: F401
-from pretrain.config import Config
-from pretrain.distributed import initialize
-from pretrain.engine import build_engine
+from pretrain.config.schema import Config
+from pretrain.distributed.ranks import initialize
+from pretrain.engine.initialize import initialize_weights
+from pretrain.engine.step import build_engine
 from pretrain.errors import UserError
-from pretrain.model import initialize_weights
-from pretrain.plan import make_plan
-from pretrain.run_folder import RunFolder
 from pretrain.sharded import ShardedWeights, gathered
-from pretrain.train import train
+from pretrain.trainer.plan import make_plan
+from pretrain.trainer.run_folder import RunFolder
+from pretrain.trainer.trainer import train
 
 
 def run(config: Config, ranks) -> None:
@@ -34,7 +34,7 @@ def run(config: Config, ranks) -> None:
 
 def write_initial(config: Config, ranks) -> None:
     plan = make_plan(config, ranks.world_size, ranks.rank)
-    weights = ShardedWeights(build_engine(plan))
+    weights = ShardedWeights(build_engine(plan.config, plan.model_config, plan.ds_config))
     initialize_weights(weights, plan.config, plan.model_config.initializer_range)
     initial = {name: full.clone() for name, full in gathered(weights)}
     if ranks.is_first:

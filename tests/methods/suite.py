@@ -20,12 +20,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from dense import DenseLlama, Facts
 from registry_worker import train_all
 
-from pretrain.config import Config
+from pretrain.config.schema import Config
+from pretrain.engine.build_model import _restore_rotary_tables, build_model
 from pretrain.export.masters import master_weights
 from pretrain.methods import REGISTRY
-from pretrain.model import _restore_rotary_tables, build_model
-from pretrain.optim import learning_rate
-from pretrain.plan import Plan, make_plan, training_batches
+from pretrain.optim.schedule import learning_rate
+from pretrain.trainer.plan import Plan, make_plan, training_batches
 
 STEPS, SEQUENCES = 4, 12
 LLAMA = {

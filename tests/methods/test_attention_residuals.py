@@ -6,11 +6,11 @@ from pydantic import ValidationError
 from references.attention_residuals import Reference
 from suite import Case, Run
 
-from pretrain.config import Config
+from pretrain.config.schema import Config
+from pretrain.engine.build_model import build_model
 from pretrain.errors import UserError
-from pretrain.model import build_model
 from pretrain.monitor.activations import record_activations
-from pretrain.plan import make_plan
+from pretrain.trainer.plan import make_plan
 
 
 def planned(corpus, folder, *methods):

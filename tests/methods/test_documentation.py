@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from suite import Case
 
-from pretrain.config import Config
+from pretrain.config.schema import Config
 from pretrain.errors import UserError
-from pretrain.layout import describe
 from pretrain.methods import Method
-from pretrain.plan import make_plan
+from pretrain.model.layout import describe
 from pretrain.sharded import Moments
+from pretrain.trainer.plan import make_plan
 
 PAGE = Path(__file__).parents[2] / "docs" / "sharded_weights.md"
 

@@ -7,8 +7,8 @@ import torch
 from suite import METHODS, Run, assert_same_logits, generated, reference, trainer_model
 from transformers import AutoModelForCausalLM
 
+from pretrain.checkpoints.method_state import read_method_state
 from pretrain.export.convert import convert
-from pretrain.method_state import read_method_state
 from pretrain.methods import REGISTRY
 
 

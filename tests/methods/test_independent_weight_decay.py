@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny_engines import TinyTokenizer
 
-from pretrain.config import Config
-from pretrain.model import bind_methods, build_model, hf_config
-from pretrain.optim import parameter_groups
+from pretrain.config.schema import Config
+from pretrain.engine.build_model import bind_methods, build_model, hf_config
+from pretrain.optim.param_groups import parameter_groups
 
 MODEL = {
     "family": "llama",

@@ -9,11 +9,12 @@ import torch
 from pydantic import ValidationError
 from tiny_engines import TinyTokenizer
 
-from pretrain.config import Config
+from pretrain.config.schema import Config
+from pretrain.engine.build_model import bind_methods, hf_config, model_class, outline
+from pretrain.engine.initialize import initial_rule
 from pretrain.errors import UserError
-from pretrain.layout import describe, describe_model
 from pretrain.methods.embedding_scale import EmbeddingScale
-from pretrain.model import bind_methods, hf_config, initial_rule, model_class, outline
+from pretrain.model.layout import describe, describe_model
 from pretrain.sharded.draws import Constant, Draw, GeneralizedGaussian, Normal, TruncatedNormal
 
 DECIDING = ("lir", "residual_init", "small_init", "he_init", "xavier_init", "depth_scaled_init")

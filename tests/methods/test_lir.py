@@ -4,8 +4,8 @@ from math import sqrt
 
 import pytest
 
-from pretrain.layout import describe
 from pretrain.methods.lir import LIR
+from pretrain.model.layout import describe
 
 Q3 = describe("model.layers.2.self_attn.q_proj.weight", (64, 64))
 CONV = describe("transformer.h.3.mlp.c_proj.weight", (256, 64))

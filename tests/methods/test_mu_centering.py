@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from pretrain.layout import describe
 from pretrain.methods import REGISTRY, decisions_that_clash
 from pretrain.methods.mu_centering import MuCentering
+from pretrain.model.layout import describe
 
 
 @dataclass

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from pretrain import loss as loss_module
-from pretrain.loss import LossHead
 from pretrain.methods.mu_loss import MuLoss
+from pretrain.model import loss as loss_module
+from pretrain.model.loss import LossHead
 
 ROWS, COLUMNS = 4096, 16
 

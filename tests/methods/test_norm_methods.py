@@ -8,7 +8,8 @@ from pydantic import ValidationError
 from suite import Case, assert_same_logits
 from test_pairs import folded, random_model
 
-from pretrain.config import Config
+from pretrain.config.schema import Config
+from pretrain.engine.build_model import build_model
 from pretrain.errors import UserError
 from pretrain.methods import decisions_that_clash
 from pretrain.methods.embedding_scale import EmbeddingScale
@@ -17,9 +18,8 @@ from pretrain.methods.osp import OSP
 from pretrain.methods.pre_ln import PreLN
 from pretrain.methods.qk_norm import QKNorm
 from pretrain.methods.small_init import SmallInit
-from pretrain.model import build_model
-from pretrain.norms import Norm, NormKind
-from pretrain.plan import Plan, make_plan
+from pretrain.model.norms import Norm, NormKind
+from pretrain.trainer.plan import Plan, make_plan
 
 
 def plan_of(corpus, tmp_path, *methods, **model) -> Plan:

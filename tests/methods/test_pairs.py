@@ -10,12 +10,13 @@ from pydantic import ValidationError
 from suite import METHODS, STEPS, Case, Runs, assert_same_logits
 from transformers import AutoModelForCausalLM
 
-from pretrain.config import Config
+from pretrain.config.schema import Config
+from pretrain.engine.build_model import build_model
+from pretrain.engine.initialize import initial_rule
 from pretrain.errors import UserError
 from pretrain.export.convert import convert
-from pretrain.folding import as_lazy
-from pretrain.model import build_model, initial_rule
-from pretrain.plan import Plan, make_plan
+from pretrain.model.export_edits import as_lazy
+from pretrain.trainer.plan import Plan, make_plan
 
 PAIRS = list(combinations(METHODS, 2))
 TIED = [pytest.param(False, id="untied"), pytest.param(True, id="tied")]

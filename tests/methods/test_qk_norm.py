@@ -3,9 +3,9 @@
 import pytest
 from corpus import tiny
 
-from pretrain.config import Config
+from pretrain.config.schema import Config
 from pretrain.errors import UserError
-from pretrain.plan import make_plan
+from pretrain.trainer.plan import make_plan
 
 
 def test_biases_of_the_mlp_are_refused_and_not_dropped(corpus):

@@ -7,9 +7,9 @@ import torch
 from pydantic import ValidationError
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pretrain.config import Config
-from pretrain.folding import as_lazy
-from pretrain.model import bind_methods, build_model
+from pretrain.config.schema import Config
+from pretrain.engine.build_model import bind_methods, build_model
+from pretrain.model.export_edits import as_lazy
 
 MODEL = LlamaConfig(
     vocab_size=60,

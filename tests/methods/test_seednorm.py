@@ -9,16 +9,16 @@ from suite import Case
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from pretrain.config import Config
-from pretrain.folding import as_lazy
-from pretrain.layout import describe
+from pretrain.config.schema import Config
 from pretrain.methods import decisions_that_clash
 from pretrain.methods.layernorm_scaling import LayerNormScaling
 from pretrain.methods.seednorm import SeeDNormMethod
-from pretrain.modeling.modeling_evenkeel import SeeDNorm
-from pretrain.norms import ScaledSeeDNorm
-from pretrain.optim import weight_decay
-from pretrain.plan import make_plan
+from pretrain.model.export_edits import as_lazy
+from pretrain.model.layout import describe
+from pretrain.model.modeling_evenkeel import SeeDNorm
+from pretrain.model.norms import ScaledSeeDNorm
+from pretrain.optim.param_groups import weight_decay
+from pretrain.trainer.plan import make_plan
 
 
 def configured(corpus, folder, *methods):

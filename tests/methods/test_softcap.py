@@ -5,10 +5,10 @@ import torch
 from transformers import GraniteConfig, LlamaConfig
 
 from pretrain.errors import UserError
-from pretrain.folding import as_lazy
-from pretrain.layout import describe
 from pretrain.methods import REGISTRY, decisions_that_clash
 from pretrain.methods.softcap import Softcap
+from pretrain.model.export_edits import as_lazy
+from pretrain.model.layout import describe
 
 BLOCK = {
     "self_attn.q_proj": (16, 16),

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from pretrain.config import OptimSection
+from pretrain.config.schema import OptimSection
 from pretrain.errors import UserError
-from pretrain.layout import describe
-from pretrain.methods import RunFacts
+from pretrain.methods import RunContext
 from pretrain.methods.tvr import TVR
+from pretrain.model.layout import describe
 from pretrain.sharded.moments import Moments
 
 # The schedule of the paper's 1B run.
@@ -59,10 +59,10 @@ def arrays():
     }
 
 
-def facts_of_run(std: float = 0.006, weight_decay: float = 0.1, **optim) -> RunFacts:
+def facts_of_run(std: float = 0.006, weight_decay: float = 0.1, **optim) -> RunContext:
     """The paper's run, with other values where they are given."""
     optim = OptimSection(**PAPER | optim)
-    return RunFacts(
+    return RunContext(
         model_config=None,
         family="llama",
         hidden_size=8,

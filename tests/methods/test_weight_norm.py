@@ -5,10 +5,10 @@ from math import sqrt
 import pytest
 import torch
 
-from pretrain.layout import describe
-from pretrain.methods import REGISTRY, RunFacts, decisions_that_clash
+from pretrain.methods import REGISTRY, RunContext, decisions_that_clash
 from pretrain.methods.weight_norm import RowGains, WeightNorm
-from pretrain.reparameterization import applied
+from pretrain.model.layout import describe
+from pretrain.model.reparameterization import applied
 
 DOWN = describe("model.layers.1.mlp.down_proj.weight", (64, 160))
 CONV = describe("transformer.h.1.mlp.c_proj.weight", (160, 64))
@@ -17,8 +17,8 @@ EMBED = describe("model.embed_tokens.weight", (300, 64))
 
 def bound(**options) -> WeightNorm:
     matrices = {weight.name.removesuffix(".weight"): weight for weight in (DOWN, CONV, EMBED)}
-    unused = dict.fromkeys(RunFacts.__dataclass_fields__)
-    facts = RunFacts(**unused | {"hidden_size": 64, "layers": 8, "matrices": matrices})
+    unused = dict.fromkeys(RunContext.__dataclass_fields__)
+    facts = RunContext(**unused | {"hidden_size": 64, "layers": 8, "matrices": matrices})
     return WeightNorm(**options).bound(facts)
 
 

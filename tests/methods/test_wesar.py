@@ -10,14 +10,14 @@ import torch
 from corpus import tiny
 from transformers import LlamaForCausalLM
 
-from pretrain.config import Config
-from pretrain.folding import as_lazy
-from pretrain.layout import describe
-from pretrain.methods import RunFacts, decisions_that_clash
+from pretrain.config.schema import Config
+from pretrain.engine.build_model import build_model
+from pretrain.methods import RunContext, decisions_that_clash
 from pretrain.methods.embedding_scale import EmbeddingScale
 from pretrain.methods.wesar import WeSaR
-from pretrain.model import build_model
-from pretrain.plan import Plan, make_plan
+from pretrain.model.export_edits import as_lazy
+from pretrain.model.layout import describe
+from pretrain.trainer.plan import Plan, make_plan
 
 LAYERS, HIDDEN, MLP = 2, 48, 96
 HE = {"embed": 1.0, "q": 1 / sqrt(HIDDEN), "o": 1 / sqrt(2 * LAYERS * HIDDEN), "down": 1 / sqrt(LAYERS * MLP)}
@@ -52,8 +52,8 @@ def test_gates_start_with_the_papers_numbers(backbone, query):
         "model.embed_tokens": describe("model.embed_tokens.weight", (32000, 2048)),
         "model.layers.0.self_attn.q_proj": describe("model.layers.0.self_attn.q_proj.weight", (2048, 2048)),
     }
-    facts = dict.fromkeys(RunFacts.__dataclass_fields__) | {"hidden_size": 2048, "layers": 24, "matrices": matrices}
-    wesar = WeSaR(backbone=backbone).bound(RunFacts(**facts))
+    facts = dict.fromkeys(RunContext.__dataclass_fields__) | {"hidden_size": 2048, "layers": 24, "matrices": matrices}
+    wesar = WeSaR(backbone=backbone).bound(RunContext(**facts))
     starts = [wesar.init_draw(describe(f"{module}.weight_scale", (1,))).value for module in matrices]
     assert starts == [pytest.approx(158.1, abs=0.05), pytest.approx(query, abs=5e-4)]
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from pretrain.methods.attention_residuals import AttentionResiduals
 from pretrain.methods.qk_norm import QKNorm
 from pretrain.methods.seednorm import SeeDNormMethod
-from pretrain.modeling import MODELING_FILE, EvenkeelLlamaConfig, EvenkeelLlamaForCausalLM, evenkeel_llama
+from pretrain.model.evenkeel_llama import MODELING_FILE, EvenkeelLlamaConfig, EvenkeelLlamaForCausalLM, evenkeel_llama
 
 LLAMA = LlamaConfig(
     hidden_size=48,

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from pretrain.layout import describe_model
+from pretrain.model.layout import describe_model
 from pretrain.monitor.throughput import flops_per_token
 
 LLAMA = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import WandbSection
+from pretrain.config.schema import WandbSection
 from pretrain.monitor import tracker
 from pretrain.monitor.tracker import Tracker, describe, mode_of
 from pretrain.monitor.wandb_session import reason_of

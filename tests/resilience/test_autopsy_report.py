@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.layout import describe
-from pretrain.resilience.autopsy import autopsies, report
-from pretrain.resilience.autopsy.parts import measures, moves, part_of
-from pretrain.resilience.autopsy.recorder import Figures, Norms
+from pretrain.autopsy import autopsies, report
+from pretrain.autopsy.parts import measures, moves, part_of
+from pretrain.autopsy.recorder import Figures, Norms
+from pretrain.model.layout import describe
 
 NAMES = ["model.embed_tokens", *(f"model.layers.{n}.mlp.{m}_proj" for n in range(3) for m in ("up", "down"))]
 LAYOUT = {

@@ -8,14 +8,14 @@ import random
 import numpy as np
 import pytest
 
-from pretrain.config import GuardSection
-from pretrain.resilience.guard import Guard, Verdict
+from pretrain.config.schema import GuardSection
+from pretrain.resilience.spike_guard import SpikeGuard, StepVerdict
 
 NAN, INF = float("nan"), float("inf")
 
 
-def guard_of(**config) -> Guard:
-    return Guard(GuardSection(**{"spikes": "skip", "window_steps": 16, **config}))
+def guard_of(**config) -> SpikeGuard:
+    return SpikeGuard(GuardSection(**{"spikes": "skip", "window_steps": 16, **config}))
 
 
 def day(number: int) -> tuple[float, float]:
@@ -24,9 +24,9 @@ def day(number: int) -> tuple[float, float]:
     return 3.0 + noise.gauss(0, 0.1), 1.0 + noise.gauss(0, 0.05)
 
 
-def after(guard: Guard, steps: int) -> Guard:
+def after(guard: SpikeGuard, steps: int) -> SpikeGuard:
     for step in range(1, steps + 1):
-        assert guard.judge(step, *day(step)).kind == "fine"
+        assert guard.assess(step, *day(step)).kind == "fine"
     return guard
 
 
@@ -42,7 +42,7 @@ def after(guard: Guard, steps: int) -> Guard:
 )
 @pytest.mark.parametrize("spikes", ["report", "skip"])
 def test_what_is_not_finite_is_skipped_from_the_first_step_on(loss, norm, reason, spikes) -> None:
-    assert guard_of(spikes=spikes).judge(1, loss, norm) == Verdict("not finite", skip=True, reason=reason)
+    assert guard_of(spikes=spikes).assess(1, loss, norm) == StepVerdict("not finite", skip=True, reason=reason)
 
 
 @pytest.mark.parametrize("of", ["loss", "gradient norm"])
@@ -52,10 +52,10 @@ def test_a_spike_is_what_lies_sigma_standard_deviations_above_the_mean_of_the_wi
     window = np.array([day(step)[column] for step in range(5, 21)])  # the last 16 of 20
     threshold = window.mean() + sigma * window.std(ddof=1)
 
-    def judged(value: float) -> Verdict:
+    def judged(value: float) -> StepVerdict:
         seen = [3.0, 1.0]
         seen[column] = value
-        return after(guard_of(sigma=sigma), 20).judge(21, *seen)
+        return after(guard_of(sigma=sigma), 20).assess(21, *seen)
 
     assert judged(threshold * (1 - 1e-9)).kind == "fine"
     verdict = judged(threshold * (1 + 1e-9))
@@ -65,42 +65,42 @@ def test_a_spike_is_what_lies_sigma_standard_deviations_above_the_mean_of_the_wi
 
 
 def test_a_value_far_below_the_mean_is_no_spike() -> None:
-    assert after(guard_of(), 16).judge(17, 0.0, 0.0).kind == "fine"
+    assert after(guard_of(), 16).assess(17, 0.0, 0.0).kind == "fine"
 
 
 def test_there_is_no_verdict_on_spikes_before_the_window_is_half_full() -> None:
-    assert after(guard_of(), 7).judge(8, 1e6, 1e6).kind == "fine"
-    assert after(guard_of(), 8).judge(9, 1e6, 1e6).kind == "spike"
+    assert after(guard_of(), 7).assess(8, 1e6, 1e6).kind == "fine"
+    assert after(guard_of(), 8).assess(9, 1e6, 1e6).kind == "spike"
 
 
 def test_without_gradient_norms_losses_are_judged_alone() -> None:
     guard = guard_of()
     for step in range(1, 17):
-        assert guard.judge(step, day(step)[0], None).kind == "fine"
-    assert guard.judge(17, 30.0, None).reason.startswith("the loss is 30,")
+        assert guard.assess(step, day(step)[0], None).kind == "fine"
+    assert guard.assess(17, 30.0, None).reason.startswith("the loss is 30,")
 
 
 def test_only_steps_that_were_taken_enter_the_window() -> None:
     spared, harmed = after(guard_of(), 20), after(guard_of(), 20)
     for step in range(21, 26):
-        harmed.judge(step, 50.0, 9.0)
+        harmed.assess(step, 50.0, 9.0)
     assert harmed.state()["windows"] == spared.state()["windows"]
     reporting = after(guard_of(spikes="report"), 20)
-    assert reporting.judge(21, 50.0, 9.0) == Verdict("spike", False, harmed.judge(26, 50.0, 9.0).reason)
+    assert reporting.assess(21, 50.0, 9.0) == StepVerdict("spike", False, harmed.assess(26, 50.0, 9.0).reason)
     assert reporting.state()["windows"]["loss"][-1] == 50.0
 
 
 def test_a_rollback_is_due_after_so_many_skips_in_a_row() -> None:
     guard = after(guard_of(max_skips=3), 16)
-    guard.judge(17, NAN, 1.0)
-    guard.judge(18, 50.0, 1.0)
+    guard.assess(17, NAN, 1.0)
+    guard.assess(18, 50.0, 1.0)
     assert (guard.streak, guard.streak_start, guard.must_go_back(last=False)) == (2, 17, False)
     assert guard.must_go_back(last=True), "no later step can show that it passes"
-    guard.judge(19, *day(19))
+    guard.assess(19, *day(19))
     assert (guard.streak, guard.streak_start) == (0, None)
     for step in (20, 21, 22):
         assert not guard.must_go_back(last=False)
-        guard.judge(step, NAN, 1.0)
+        guard.assess(step, NAN, 1.0)
     assert (guard.streak_start, guard.must_go_back(last=False)) == (20, True)
 
 
@@ -108,11 +108,11 @@ def test_it_gives_up_when_a_rollback_more_than_allowed_is_due() -> None:
     guard = guard_of(max_skips=1, max_rollbacks=2)
     begun = guard.state()
     for rollbacks in (1, 2):
-        guard.judge(5, NAN, 1.0)
+        guard.assess(5, NAN, 1.0)
         assert guard.must_go_back(last=False)
         guard.rolled_back(begun)
         assert (guard.rollbacks, guard.streak, guard.must_go_back(last=False)) == (rollbacks, 0, False)
-    guard.judge(5, NAN, 1.0)
+    guard.assess(5, NAN, 1.0)
     assert guard.rollbacks == guard.config.max_rollbacks
 
 
@@ -121,15 +121,15 @@ def test_a_guard_that_is_resumed_anywhere_decides_alike_bit_for_bit() -> None:
     days[30:33] = [(NAN, 1.0), (40.0, 1.0), (3.0, INF)]
     days[50] = (3.0, 7.0)
     whole = guard_of()
-    verdicts = [whole.judge(step, *seen) for step, seen in enumerate(days, start=1)]
+    verdicts = [whole.assess(step, *seen) for step, seen in enumerate(days, start=1)]
     assert [step for step, verdict in enumerate(verdicts, start=1) if verdict.skip] == [31, 32, 33, 51]
     for stop in range(1, 60, 7):
         killed = guard_of()
         for step, seen in enumerate(days[:stop], start=1):
-            killed.judge(step, *seen)
+            killed.assess(step, *seen)
         resumed = guard_of()
         resumed.load_state(json.loads(json.dumps(killed.state(), allow_nan=False)))
-        assert [resumed.judge(step, *days[step - 1]) for step in range(stop + 1, 61)] == verdicts[stop:]
+        assert [resumed.assess(step, *days[step - 1]) for step in range(stop + 1, 61)] == verdicts[stop:]
         assert resumed.state() == whole.state()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from runs import ENVIRONMENT, REPOSITORY
 
-from pretrain.resilience.watchdog import Pulse, describe, judge
+from pretrain.resilience.watchdog import Pulse, describe, diagnose
 
 
 def pulse(rank: int, stacks: str, last: bool) -> Pulse:
@@ -21,7 +21,7 @@ def pulse(rank: int, stacks: str, last: bool) -> Pulse:
 def test_a_rank_without_a_pulse_has_its_part_of_the_report_all_the_same() -> None:
     pulses = [pulse(0, "in read\n", last=True), pulse(2, "in read\n", last=True)]
     phases = ["'forward' of step 3", "'building the model' of step 0", "'forward' of step 3", ""]
-    verdict, blamed = judge(pulses, phases)
+    verdict, blamed = diagnose(pulses, phases)
     assert blamed == [1, 3]
     report = describe(verdict, blamed, pulses, phases)
     parts = {part.partition("\n")[0]: part for part in report.split("--- ")[1:]}
@@ -36,7 +36,7 @@ def test_a_rank_without_a_pulse_has_its_part_of_the_report_all_the_same() -> Non
 def test_a_rank_has_left_its_stacks_when_its_watchdog_is_there(tmp_path: Path) -> None:
     """Not a tick later, when it may have been stopped already."""
     program = (
-        "import os, sys, torch; from pathlib import Path; from pretrain.distributed import Ranks; "
+        "import os, sys, torch; from pathlib import Path; from pretrain.distributed.ranks import Ranks; "
         "from pretrain.resilience.watchdog import Watchdog\n"
         "def the_run(): Watchdog(Path(sys.argv[1]), Ranks(0, 0, 1, torch.device('cpu')), 1e6, print); os._exit(0)\n"
         "the_run()"

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from runs import arguments, events, rows, run_ranks
 
-from pretrain.config import OptimSection, ZClipSection
-from pretrain.resilience.zclip import ZClip
+from pretrain.config.schema import OptimSection, ZClipSection
+from pretrain.optim.zclip import ZClip
 
 CONFIGS = {
     "published": ZClipSection(),

@@ -79,7 +79,7 @@ def test_each_rank_has_a_log_and_the_job_has_that_of_rank_0(preempted: dict) -> 
 
 def test_the_job_runs_the_code_that_it_began_with(preempted: dict) -> None:
     snapshot = preempted["folder"] / "code" / preempted["job"]["JobId"]
-    where = "import pretrain.slurm.verdict as m; print(m.__file__)"
+    where = "import pretrain.cluster.requeue as m; print(m.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", where],
         env={"PYTHONPATH": str(snapshot)},
@@ -88,7 +88,7 @@ def test_the_job_runs_the_code_that_it_began_with(preempted: dict) -> None:
         text=True,
         check=True,
     )
-    assert Path(done.stdout.strip()) == snapshot / "pretrain/slurm/verdict.py"
+    assert Path(done.stdout.strip()) == snapshot / "pretrain/cluster/requeue.py"
     assert f"code in {snapshot}" in preempted["log"]
     record = json.loads((snapshot / "snapshot.json").read_text())
     assert record["packages"]["torch"]

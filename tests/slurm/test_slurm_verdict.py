@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config import load_config
+from pretrain.cluster.code_snapshot import RUN_FILE
+from pretrain.cluster.requeue import MAX_FAULTS, RequeueDecision, decide
+from pretrain.cluster.slurm_attempts import Attempts, Job
+from pretrain.cluster.slurm_prepare import prepare, reason_not_to_start, words_of
+from pretrain.config.schema import load_config
 from pretrain.errors import UserError
-from pretrain.slurm.attempts import Attempts, Job
-from pretrain.slurm.prepare import prepare, reason_not_to_start, words_of
-from pretrain.slurm.verdict import MAX_FAULTS, Verdict, judge
-from pretrain.snapshot import RUN_FILE
 
 
 def started(run: Path, restart: int = 0) -> Attempts:
@@ -34,8 +34,8 @@ def ended(
             (attempts.folder / str(attempts.job.restart) / kind / task).write_text(f"{code}\n")
 
 
-def judged(attempts: Attempts, code: int = 143, told: bool = False, nodes: int = 2, cap: int = 100) -> Verdict:
-    return judge(attempts, code, told, nodes, cap)
+def judged(attempts: Attempts, code: int = 143, told: bool = False, nodes: int = 2, cap: int = 100) -> RequeueDecision:
+    return decide(attempts, code, told, nodes, cap)
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,11 @@ from runs import launch, run_ranks
 from tokenizers_like import BEGIN, FINISH, write_gpt2, write_llama3, write_neox, write_qwen
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pretrain.config import load_config
+from pretrain.config.schema import load_config
 from pretrain.errors import UserError
 from pretrain.export.convert import convert
 from pretrain.files import checksum
-from pretrain.plan import describe_plan, make_plan
+from pretrain.trainer.plan import describe_plan, make_plan
 
 TEXT = "the weight of a layer"
 
@@ -113,7 +113,7 @@ def whole_text_score(folder: Path) -> float:
     """The log-likelihood of `TEXT` behind what began documents, as tools/evaluate.py computes it."""
     from lm_eval.api.instance import Instance
 
-    from pretrain.evaluation import OneBos
+    from pretrain.evaluation.lm_eval import OneBos
 
     model = OneBos(
         pretrained=AutoModelForCausalLM.from_pretrained(folder), tokenizer=AutoTokenizer.from_pretrained(folder)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from pretrain.bench import data, tokenize
-from pretrain.bench.rivals import known_rivals, missing_modules
-from pretrain.bench.usage import measure
+from benchmarks import data, tokenize
+from benchmarks.rivals import known_rivals, missing_modules
+from benchmarks.usage import measure
 from pretrain.errors import UserError
 
 # Two processes that each hold 40 MB and compute for half a second; the second is an orphan when the first ends.

@@ -3,7 +3,7 @@
 import pytest
 from runs import ENVIRONMENT
 
-from pretrain.bench import methods
+from benchmarks import methods
 from pretrain.methods import REGISTRY
 
 

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from runs import ENVIRONMENT
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from pretrain.bench import tvr
-from pretrain.bench.memory import peak_extra_bytes
-from pretrain.bench.traffic import Traffic
-from pretrain.bench.trap import measure_trap
-from pretrain.bench.tvr import growth_exponent, measure_tvr
+from benchmarks import tvr
+from benchmarks.memory import peak_extra_bytes
+from benchmarks.traffic import Traffic
+from benchmarks.trap import measure_trap
+from benchmarks.tvr import growth_exponent, measure_tvr
 from pretrain.errors import UserError
 
 RANKS = 4

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM, pipeline
 
-from pretrain import modeling
+from pretrain.checkpoints.logit_probe import load_probe, probe_logits, probe_positions
 from pretrain.errors import UserError
 from pretrain.export import convert as conversion
 from pretrain.export import weights as writing
@@ -35,7 +35,7 @@ from pretrain.export.proof import NotEqualError, computing_in
 from pretrain.files import checksum
 from pretrain.methods.lir import LIR
 from pretrain.methods.tvr import TVR
-from pretrain.probe import load_probe, probe_logits, probe_positions
+from pretrain.model import evenkeel_llama
 from pretrain.sharded import Moments
 
 # No dimension divides by 3 ranks, and few by 2: every kind of padding occurs.
@@ -508,9 +508,9 @@ assert torch.equal(again(ids, use_cache=False).logits, logits)
 def test_the_proof_runs_the_exported_file_and_not_the_trainers_class(
     own_class, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wrong = tmp_path / modeling.MODELING_FILE.name
-    wrong.write_text(modeling.MODELING_FILE.read_text().replace(".softmax(0)", ".sigmoid()"))
-    monkeypatch.setattr(modeling, "MODELING_FILE", wrong)
+    wrong = tmp_path / evenkeel_llama.MODELING_FILE.name
+    wrong.write_text(evenkeel_llama.MODELING_FILE.read_text().replace(".softmax(0)", ".sigmoid()"))
+    monkeypatch.setattr(evenkeel_llama, "MODELING_FILE", wrong)
     with pytest.raises(NotEqualError):
         convert(own_class[0], tmp_path / "hf")
     assert visible(tmp_path) == [wrong.name]

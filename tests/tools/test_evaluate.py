@@ -24,7 +24,7 @@ from corpus import Corpus, documents_of
 from runs import PATIENCE_S, REPOSITORY, launch, open_process, wait_for
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pretrain.modeling import EvenkeelLlamaForCausalLM, bring_modeling_file, evenkeel_llama
+from pretrain.model.evenkeel_llama import EvenkeelLlamaForCausalLM, bring_modeling_file, evenkeel_llama
 
 TOOL = REPOSITORY / "tools/evaluate.py"
 LONGEST = 64  # tokens that the model can see; some pages are longer
@@ -201,7 +201,7 @@ def test_results_say_what_was_evaluated_and_with_what(setting: Setting, evaluate
     assert evaluated["settings"]["batch_size"] == 3
     assert "byte_perplexity" in evaluated["printed"]
 
-    from pretrain.evaluation import model_fingerprint
+    from pretrain.evaluation.lm_eval import model_fingerprint
 
     other = tmp_path / "other"
     shutil.copytree(setting.model, other)
@@ -455,7 +455,7 @@ def evaluate(
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-        patch.setattr("pretrain.evaluation.TaskManager", manager)
+        patch.setattr("pretrain.evaluation.lm_eval.TaskManager", manager)
         try:
             runpy.run_path(str(TOOL), run_name="__main__")
         except SystemExit as ended:

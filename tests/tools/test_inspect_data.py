@@ -18,16 +18,16 @@ from corpus import Corpus, tiny
 from faulty_server import Fault, FaultyServer
 from tokenizers import Tokenizer
 
-from pretrain.config import load_config
-from pretrain.corpora import open_corpora
+from pretrain.config.schema import load_config
 from pretrain.data import load_tokenizer
 from pretrain.data.batches.loader import Loader
 from pretrain.data.prepare import prepare
 from pretrain.data.text.sources import open_source
-from pretrain.data.tokenizer import load_tokenizer_facts
+from pretrain.data.tokenizer import load_tokenizer_info
 from pretrain.data.tokens import ShardWriter, open_shards
 from pretrain.data.tokens.checksums import BLOCK_BYTES
-from pretrain.data.tokens.exchange import export_tokens
+from pretrain.data.tokens.import_export import export_tokens
+from pretrain.trainer.corpora import open_corpora
 
 TOOL = Path(__file__).parents[2] / "tools/inspect_data.py"
 
@@ -40,7 +40,7 @@ def numbers(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
         texts = [" ".join(f"{i}.{j}" for j in range(9 + i % 23)) for i in range(80 * file, 80 * file + 80)]
         (folder / f"{file}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     source = open_source([str(folder / "*.jsonl")], text_field="text", subset=None, split="train")
-    facts = load_tokenizer_facts(corpus.tokenizer)
+    facts = load_tokenizer_info(corpus.tokenizer)
     prepare(source, facts, folder / "out", val_fraction=0.1, shard_tokens=2000, workers=1, shuffle_seed=3)
     return folder / "out/train"
 

@@ -19,8 +19,8 @@ import yaml
 from matplotlib.image import imread as read_png
 from matplotlib.lines import Line2D
 
-from pretrain import layout
 from pretrain.errors import UserError
+from pretrain.model import layout
 from pretrain.report.picture import Picture
 from pretrain.report.runs import read_runs
 from pretrain.report.style import RC

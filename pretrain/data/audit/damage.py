@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.data.contents import read_json
+from pretrain.data.json_files import read_json
 from pretrain.data.progress import Progress
 from pretrain.data.remote.cache import CacheSettings
 from pretrain.data.remote.storage import is_remote

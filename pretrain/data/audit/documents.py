@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from pretrain.data.batches.order import SampleOrder
-from pretrain.data.tokenizer import TokenizerFacts, check_tokenizer, load_tokenizer_facts
+from pretrain.data.tokenizer import TokenizerInfo, check_tokenizer, load_tokenizer_info
 from pretrain.data.tokens.corpus import TokenShards
 from pretrain.errors import UserError
 
@@ -76,7 +76,7 @@ class Decoder:
     def __init__(self, folder: str | Path) -> None:
         """UserError where there is no tokenizer in `folder`."""
         self.folder = folder
-        self.facts: TokenizerFacts = load_tokenizer_facts(folder)
+        self.facts: TokenizerInfo = load_tokenizer_info(folder)
         self._tokenizer = Tokenizer.from_str(self.facts.backend)
 
     def text(self, ids: np.ndarray) -> str:

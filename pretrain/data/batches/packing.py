@@ -20,7 +20,7 @@ import xxhash
 
 from pretrain.data.batches.best_fit import best_fit_decreasing, cut_into_pieces
 from pretrain.data.batches.samples import IdCheck, Rows
-from pretrain.data.contents import content_hash
+from pretrain.data.json_files import content_hash
 from pretrain.data.tokens.shards import TokenShards
 from pretrain.errors import UserError
 from pretrain.files import unfinished

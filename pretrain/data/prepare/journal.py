@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.data.contents import read_json
+from pretrain.data.json_files import read_json
 from pretrain.data.prepare.folder import JOURNAL, UNSHUFFLED, remove
 from pretrain.data.tokens.writer import ShardWriter
 from pretrain.errors import UserError

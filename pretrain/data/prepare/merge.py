@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pretrain.data.contents import read_json
+from pretrain.data.json_files import read_json
 from pretrain.data.prepare.folder import JOURNAL, refuse_foreign_files, remove, writing_in
 from pretrain.data.prepare.journal import Journal, splits_of
 from pretrain.data.prepare.parts import PARTS, complete_parts, joined_manifest, part_folder

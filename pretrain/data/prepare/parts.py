@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
-from pretrain.data.contents import read_json
+from pretrain.data.json_files import read_json
 from pretrain.data.prepare.folder import JOURNAL, refuse_foreign_files, writing_in
 from pretrain.data.tokens.manifest import MANIFEST
 from pretrain.errors import UserError

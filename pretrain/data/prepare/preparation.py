@@ -22,7 +22,7 @@ from pretrain.data.progress import Progress
 from pretrain.data.text.faults import Fault, advice_on
 from pretrain.data.text.omissions import Omissions
 from pretrain.data.text.sources import Source
-from pretrain.data.tokenizer import TokenizerFacts, bos_before_documents
+from pretrain.data.tokenizer import TokenizerInfo, bos_before_documents
 from pretrain.data.tokens.shards import TokenShards, open_shards
 from pretrain.data.tokens.writer import token_dtype
 from pretrain.errors import UserError
@@ -42,7 +42,7 @@ class _NoTraining(UserError):
 
 def prepare(
     source: Source,
-    tokenizer: TokenizerFacts,
+    tokenizer: TokenizerInfo,
     out: Path,
     *,
     val_fraction: float,
@@ -97,7 +97,7 @@ def prepare(
 
 def _tokenise_and_shuffle(
     source: Source,
-    tokenizer: TokenizerFacts,
+    tokenizer: TokenizerInfo,
     out: Path,
     settings: dict,
     workers: int,
@@ -112,7 +112,7 @@ def _tokenise_and_shuffle(
 
 
 def _tokenise(
-    source: Source, tokenizer: TokenizerFacts, out: Path, settings: dict, workers: int, tolerance: Tolerance
+    source: Source, tokenizer: TokenizerInfo, out: Path, settings: dict, workers: int, tolerance: Tolerance
 ) -> None:
     """Write the documents in the order of the source to out/train and so on, from where this was stopped."""
     out.mkdir(exist_ok=True)
@@ -124,7 +124,7 @@ def _tokenise(
 class _Tokenisation:
     """The source, the writers, the ledger and the journal, which only ever move together."""
 
-    def __init__(self, source: Source, tokenizer: TokenizerFacts, journal: Journal, tolerance: Tolerance) -> None:
+    def __init__(self, source: Source, tokenizer: TokenizerInfo, journal: Journal, tolerance: Tolerance) -> None:
         self.source = source
         self.tokenizer = tokenizer
         self.journal = journal

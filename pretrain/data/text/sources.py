@@ -10,7 +10,7 @@ import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pretrain.data.contents import content_hash
+from pretrain.data.json_files import content_hash
 from pretrain.data.text.blocks import UNREADABLE, Block, UnreadableBlock, unreadable
 from pretrain.data.text.faults import Fault
 from pretrain.data.text.files import SourceFile, library_folder, share

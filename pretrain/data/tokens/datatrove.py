@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.data.tokens.foreign import TokenFile, check_boundaries
+from pretrain.data.tokens.external_files import TokenFile, check_boundaries
 from pretrain.errors import UserError
 
 KINDS = {2: np.dtype("<u2"), 4: np.dtype("<u4")}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.data.contents import content_hash, parse_json
+from pretrain.data.json_files import content_hash, parse_json
 from pretrain.data.tokens.corpus import Shard, TokenShards
 from pretrain.data.tokens.files import Files
 from pretrain.errors import UserError

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.data.tokens.foreign import INDEX_BLOCK, TokenFile, check_boundaries
+from pretrain.data.tokens.external_files import INDEX_BLOCK, TokenFile, check_boundaries
 from pretrain.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"

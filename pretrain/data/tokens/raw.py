@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.data.tokens.datatrove import ListedEnds
-from pretrain.data.tokens.foreign import TokenFile, check_boundaries
+from pretrain.data.tokens.external_files import TokenFile, check_boundaries
 from pretrain.errors import UserError
 
 LLM_C_MAGIC = 20240520

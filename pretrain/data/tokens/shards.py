@@ -8,8 +8,8 @@ from pretrain.data.remote.cache import CachedFiles, CacheSettings
 from pretrain.data.remote.storage import Storage, is_remote
 from pretrain.data.tokens import datatrove, megatron
 from pretrain.data.tokens.corpus import ENDS_DTYPE, Shard, TokenShards
+from pretrain.data.tokens.external_files import ForeignShards, check_one_dtype
 from pretrain.data.tokens.files import LocalFiles
-from pretrain.data.tokens.foreign import ForeignShards, check_one_dtype
 from pretrain.data.tokens.manifest import MANIFEST, describe_shards, read_manifest
 from pretrain.data.tokens.verify import check_contents, check_ids, check_sizes
 from pretrain.errors import UserError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.data.tokenizer import TokenizerFacts, load_tokenizer_facts
+from pretrain.data.tokenizer import TokenizerInfo, load_tokenizer_info
 
 
 @pytest.fixture(scope="session")
@@ -26,8 +26,8 @@ def corpus(tmp_path: Path, texts: list[str]) -> str:
 
 
 @pytest.fixture(scope="session")
-def facts(tokenizer_folder: Path) -> TokenizerFacts:
-    return load_tokenizer_facts(tokenizer_folder)
+def facts(tokenizer_folder: Path) -> TokenizerInfo:
+    return load_tokenizer_info(tokenizer_folder)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from pretrain.data import TokenShards
 from pretrain.data.prepare import preparation, prepare
 from pretrain.data.text.sources import open_source
-from pretrain.data.tokenizer import TokenizerFacts
+from pretrain.data.tokenizer import TokenizerInfo
 
 OPTIONS = {"val_fraction": 0.2, "held_out_fraction": 0.1, "shard_tokens": 3000, "workers": 1}
 
@@ -22,7 +22,7 @@ class Stopped(Exception):
 
 
 def prepare_files(
-    spec: str, facts: TokenizerFacts, out: Path, part: tuple[int, int] | None = None, **options: object
+    spec: str, facts: TokenizerInfo, out: Path, part: tuple[int, int] | None = None, **options: object
 ) -> dict[str, TokenShards]:
     """`prepare` on the files of `spec`, with OPTIONS where `options` say nothing else."""
     source = open_source([spec], text_field="text", subset=None, split="train", part=part)

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from pretrain.data.bpe import tokenizer_from_sentencepiece
 from pretrain.data.prepare import backends
 from pretrain.data.prepare.backends import choose_backend, open_backend
-from pretrain.data.tokenizer import load_tokenizer_facts
+from pretrain.data.tokenizer import load_tokenizer_info
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.text(st.sampled_from("  \n\t\raAeéx01.,_(漢🎉▁<|/s>"))
 KINDS = ["own", "byte_level", "special_rich"]
@@ -36,7 +36,7 @@ def tokenizers(tokenizer_folder: Path, library_texts: list[str]) -> dict[str, st
     special_rich.add_special_tokens([AddedToken("</s>"), AddedToken("<|x|>", lstrip=True)])
     special_rich.add_tokens([AddedToken("    ", normalized=True), AddedToken("def ", normalized=False)])
     return {
-        "own": load_tokenizer_facts(tokenizer_folder).backend,
+        "own": load_tokenizer_info(tokenizer_folder).backend,
         "byte_level": byte_level.to_str(),
         "special_rich": special_rich.to_str(),
     }

@@ -18,7 +18,7 @@ from pretrain.data.prepare import encoding, workers
 from pretrain.data.prepare.backends import Choice
 from pretrain.data.prepare.encoding import Encoded, Encoder, encode_in_order
 from pretrain.data.text import open_source
-from pretrain.data.tokenizer import TokenizerFacts
+from pretrain.data.tokenizer import TokenizerInfo
 from pretrain.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("small_units")
@@ -29,7 +29,7 @@ def workers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "ALONE_CPU_S", 0.0)
 
 
-def _encoder(facts: TokenizerFacts, **options: object) -> Encoder:
+def _encoder(facts: TokenizerInfo, **options: object) -> Encoder:
     settings = {"val_fraction": 0.2, "held_out_fraction": 0.1} | options
     return Encoder(facts.backend, facts.eos_id, np.dtype("<u2"), **settings)
 
@@ -67,7 +67,7 @@ def _as_lists(encoded: dict[str, Encoded]) -> dict[str, list]:
 
 
 def test_documents_are_those_of_the_tokenizer_in_the_split_of_their_hash(
-    corpus: str, texts: list[str], facts: TokenizerFacts
+    corpus: str, texts: list[str], facts: TokenizerInfo
 ) -> None:
     tokenizer = Tokenizer.from_str(facts.backend)
     tokenizer.encode_special_tokens = True
@@ -87,7 +87,7 @@ def test_documents_are_those_of_the_tokenizer_in_the_split_of_their_hash(
     assert all(len(lists[1]) > 5 for lists in expected.values())
 
 
-def test_changing_one_fraction_moves_no_document_of_the_other(corpus: str, facts: TokenizerFacts) -> None:
+def test_changing_one_fraction_moves_no_document_of_the_other(corpus: str, facts: TokenizerInfo) -> None:
     wide = _as_lists(_encode(_encoder(facts, held_out_fraction=0.3), corpus))
     narrow = _as_lists(_encode(_encoder(facts, held_out_fraction=0.1), corpus))
     assert wide["val"] == narrow["val"]
@@ -99,7 +99,7 @@ def test_changing_one_fraction_moves_no_document_of_the_other(corpus: str, facts
 @pytest.mark.parametrize("backend", ["tokenizers", "gigatoken"])
 @pytest.mark.parametrize("block_bytes", [300, 100_000])
 def test_neither_backend_nor_block_borders_nor_workers_change_the_tokens(
-    corpus: str, facts: TokenizerFacts, monkeypatch: pytest.MonkeyPatch, backend: str, block_bytes: int
+    corpus: str, facts: TokenizerInfo, monkeypatch: pytest.MonkeyPatch, backend: str, block_bytes: int
 ) -> None:
     expected = _as_lists(_encode(_encoder(facts), corpus))
     monkeypatch.setattr("pretrain.data.text.readers.BLOCK_BYTES", block_bytes)
@@ -108,7 +108,7 @@ def test_neither_backend_nor_block_borders_nor_workers_change_the_tokens(
     assert _as_lists(_encode(_encoder(facts), corpus, 2)) == expected
 
 
-def test_up_to_ends_with_the_document_that_reaches_it(corpus: str, facts: TokenizerFacts) -> None:
+def test_up_to_ends_with_the_document_that_reaches_it(corpus: str, facts: TokenizerInfo) -> None:
     part = _encode(_encoder(facts), corpus)["train"]
     for wanted in (1, int(part.ends[3]), int(part.ends[3]) + 1, len(part.tokens), len(part.tokens) + 1):
         first = part.up_to(wanted)
@@ -121,7 +121,7 @@ def test_up_to_ends_with_the_document_that_reaches_it(corpus: str, facts: Tokeni
 
 
 def test_a_panic_of_the_fast_library_costs_speed_alone(
-    corpus: str, facts: TokenizerFacts, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    corpus: str, facts: TokenizerInfo, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     class Panic(BaseException):
         """Like pyo3's, which is no Exception."""
@@ -136,7 +136,7 @@ def test_a_panic_of_the_fast_library_costs_speed_alone(
     assert "gigatoken failed, so tokenizers takes its place: index out of bounds" in capsys.readouterr().err
 
 
-def test_killed_workers_are_replaced_and_nothing_is_lost(corpus: str, facts: TokenizerFacts) -> None:
+def test_killed_workers_are_replaced_and_nothing_is_lost(corpus: str, facts: TokenizerInfo) -> None:
     expected = _as_lists(_encode(_encoder(facts), corpus))
     joined = {split: [] for split in encoding.SPLITS}
     killed = set()
@@ -182,7 +182,7 @@ def test_the_place_of_a_unit_names_file_and_line(corpus: str) -> None:
     assert len(units) > 4
 
 
-def test_workers_end_with_their_parent(corpus: str, facts: TokenizerFacts, tmp_path: Path) -> None:
+def test_workers_end_with_their_parent(corpus: str, facts: TokenizerInfo, tmp_path: Path) -> None:
     """A parent that is killed takes its workers with it."""
     context = multiprocessing.get_context("spawn")
     pids = tmp_path / "pids"

@@ -16,19 +16,19 @@ from prepared import Stopped, contents, documents_of, manifest_of, prepare_files
 
 from pretrain.data import open_shards
 from pretrain.data.prepare import merge
-from pretrain.data.tokenizer import TokenizerFacts
+from pretrain.data.tokenizer import TokenizerInfo
 from pretrain.errors import UserError
 
 SPLITS = ("train", "val", "held_out")
 
 
-def _prepare_parts(corpus: str, facts: TokenizerFacts, out: Path, count: int, **options: object) -> None:
+def _prepare_parts(corpus: str, facts: TokenizerInfo, out: Path, count: int, **options: object) -> None:
     for number in range(count):
         prepare_files(corpus, facts, out, part=(number, count), **options)
 
 
 @pytest.mark.parametrize("count", [1, 3, 7])  # of 4 files: 7 parts leave some empty
-def test_the_merged_parts_are_the_whole(corpus: str, facts: TokenizerFacts, tmp_path: Path, count: int) -> None:
+def test_the_merged_parts_are_the_whole(corpus: str, facts: TokenizerInfo, tmp_path: Path, count: int) -> None:
     prepare_files(corpus, facts, tmp_path / "whole")
     _prepare_parts(corpus, facts, tmp_path / "out", count)
     merged = merge(tmp_path / "out", workers=2)
@@ -41,7 +41,7 @@ def test_the_merged_parts_are_the_whole(corpus: str, facts: TokenizerFacts, tmp_
 
 
 def test_shuffled_parts_are_the_shuffled_whole(
-    corpus: str, facts: TokenizerFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    corpus: str, facts: TokenizerInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr("pretrain.data.progress.LINE_INTERVAL_S", 0.0)
     prepare_files(corpus, facts, tmp_path / "whole", shuffle_seed=4)
@@ -57,7 +57,7 @@ def test_shuffled_parts_are_the_shuffled_whole(
 
 @pytest.mark.parametrize("seed", [None, 4])
 def test_a_merge_stopped_at_any_moment_ends_the_same(
-    corpus: str, facts: TokenizerFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int | None
+    corpus: str, facts: TokenizerInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int | None
 ) -> None:
     """Every file that comes into being does so by a rename: stop before each of them, and before the second one after."""
     monkeypatch.setattr("pretrain.data.prepare.journal.COMMIT_INTERVAL_S", 0.0)
@@ -78,7 +78,7 @@ def test_a_merge_stopped_at_any_moment_ends_the_same(
     assert stop > 5
 
 
-def test_a_merge_that_is_done_is_left_alone(corpus: str, facts: TokenizerFacts, tmp_path: Path) -> None:
+def test_a_merge_that_is_done_is_left_alone(corpus: str, facts: TokenizerInfo, tmp_path: Path) -> None:
     _prepare_parts(corpus, facts, tmp_path / "out", 2)
     merge(tmp_path / "out", workers=1)
     times = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.*") if file.name != ".lock"}
@@ -89,7 +89,7 @@ def test_a_merge_that_is_done_is_left_alone(corpus: str, facts: TokenizerFacts, 
 
 
 def test_a_part_goes_on_after_a_stop(
-    corpus: str, facts: TokenizerFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_units: None, eager: None
+    corpus: str, facts: TokenizerInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_units: None, eager: None
 ) -> None:
     _prepare_parts(corpus, facts, tmp_path / "whole", 2)
     stop_after(monkeypatch, 5)
@@ -104,7 +104,7 @@ def test_a_part_goes_on_after_a_stop(
     assert contents(tmp_path / "out/parts/part_0001_of_0002") == contents(tmp_path / "whole/parts/part_0001_of_0002")
 
 
-def test_parts_that_do_not_belong_together_are_not_merged(corpus: str, facts: TokenizerFacts, tmp_path: Path) -> None:
+def test_parts_that_do_not_belong_together_are_not_merged(corpus: str, facts: TokenizerInfo, tmp_path: Path) -> None:
     prepare_files(corpus, facts, tmp_path / "out", part=(0, 2))
     prepare_files(corpus, facts, tmp_path / "out", part=(1, 2), val_fraction=0.1)
     before = _everything(tmp_path / "out")
@@ -116,7 +116,7 @@ def test_parts_that_do_not_belong_together_are_not_merged(corpus: str, facts: To
 
 
 def test_parts_of_source_files_that_changed_meanwhile_are_not_merged(
-    corpus: str, facts: TokenizerFacts, tmp_path: Path
+    corpus: str, facts: TokenizerInfo, tmp_path: Path
 ) -> None:
     prepare_files(corpus, facts, tmp_path / "out", part=(0, 2))
     with open(tmp_path / "3.jsonl", "a", encoding="utf-8") as file:
@@ -126,7 +126,7 @@ def test_parts_of_source_files_that_changed_meanwhile_are_not_merged(
         merge(tmp_path / "out", workers=1)
 
 
-def test_a_damaged_part_is_not_merged(corpus: str, facts: TokenizerFacts, tmp_path: Path) -> None:
+def test_a_damaged_part_is_not_merged(corpus: str, facts: TokenizerInfo, tmp_path: Path) -> None:
     _prepare_parts(corpus, facts, tmp_path / "out", 2)
     shard = tmp_path / "out/parts/part_0001_of_0002/train/shard_00000.bin"
     content = bytearray(shard.read_bytes())
@@ -138,7 +138,7 @@ def test_a_damaged_part_is_not_merged(corpus: str, facts: TokenizerFacts, tmp_pa
     assert _everything(tmp_path / "out") == before
 
 
-def test_wholes_and_parts_refuse_each_other(corpus: str, facts: TokenizerFacts, tmp_path: Path) -> None:
+def test_wholes_and_parts_refuse_each_other(corpus: str, facts: TokenizerInfo, tmp_path: Path) -> None:
     prepare_files(corpus, facts, tmp_path / "whole")
     _prepare_parts(corpus, facts, tmp_path / "out", 2)
     before = _everything(tmp_path / "out")
@@ -161,7 +161,7 @@ def test_wholes_and_parts_refuse_each_other(corpus: str, facts: TokenizerFacts, 
         prepare_files(corpus, facts, tmp_path / "out")
 
 
-def test_a_part_and_a_merge_exclude_each_other(corpus: str, facts: TokenizerFacts, tmp_path: Path) -> None:
+def test_a_part_and_a_merge_exclude_each_other(corpus: str, facts: TokenizerInfo, tmp_path: Path) -> None:
     _prepare_parts(corpus, facts, tmp_path / "out", 2)
     for lock, kind in (("parts/part_0000_of_0002/.lock", fcntl.LOCK_EX), (".lock", fcntl.LOCK_EX)):
         with open(tmp_path / "out" / lock, "a+", encoding="utf-8") as file:
@@ -175,7 +175,7 @@ def test_a_part_and_a_merge_exclude_each_other(corpus: str, facts: TokenizerFact
             merge(tmp_path / "out", workers=1)
 
 
-def test_parts_without_any_text_are_not_merged(facts: TokenizerFacts, tmp_path: Path) -> None:
+def test_parts_without_any_text_are_not_merged(facts: TokenizerInfo, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": ""}))
     _prepare_parts(str(tmp_path / "a.jsonl"), facts, tmp_path / "out", 2)
     with pytest.raises(UserError, match="hold no text"):
@@ -184,7 +184,7 @@ def test_parts_without_any_text_are_not_merged(facts: TokenizerFacts, tmp_path: 
 
 @pytest.mark.parametrize("seed", [None, 4])
 def test_a_merge_neither_removes_nor_overwrites_what_is_not_its_own(
-    corpus: str, facts: TokenizerFacts, tmp_path: Path, capsys: pytest.CaptureFixture, seed: int | None
+    corpus: str, facts: TokenizerInfo, tmp_path: Path, capsys: pytest.CaptureFixture, seed: int | None
 ) -> None:
     out = tmp_path / "out"
     _prepare_parts(corpus, facts, out, 2)
@@ -201,7 +201,7 @@ def test_a_merge_neither_removes_nor_overwrites_what_is_not_its_own(
         assert f"'{out}/parts' is left as it is: Directory not empty" in capsys.readouterr().err
 
 
-def test_parts_behind_links_are_joined_on_one_file_system(corpus: str, facts: TokenizerFacts, tmp_path: Path) -> None:
+def test_parts_behind_links_are_joined_on_one_file_system(corpus: str, facts: TokenizerInfo, tmp_path: Path) -> None:
     _prepare_parts(corpus, facts, tmp_path / "whole", 2)
     shutil.copytree(tmp_path / "whole", tmp_path / "out")
     merge(tmp_path / "whole", workers=1)
@@ -216,7 +216,7 @@ def test_parts_behind_links_are_joined_on_one_file_system(corpus: str, facts: To
 
 
 def test_parts_on_another_file_system_are_refused_unless_shuffled(
-    corpus: str, facts: TokenizerFacts, tmp_path: Path
+    corpus: str, facts: TokenizerInfo, tmp_path: Path
 ) -> None:
     if not Path("/dev/shm").is_dir() or os.stat("/dev/shm").st_dev == tmp_path.stat().st_dev:
         pytest.skip("there is no second file system here")

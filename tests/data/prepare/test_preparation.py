@@ -14,7 +14,7 @@ from prepared import OPTIONS, Stopped, contents, documents_of, manifest_of, prep
 from pretrain.data import fingerprint, open_shards
 from pretrain.data.prepare import journal, merge, preparation, prepare
 from pretrain.data.text.sources import open_source
-from pretrain.data.tokenizer import TokenizerFacts
+from pretrain.data.tokenizer import TokenizerInfo
 from pretrain.errors import UserError
 
 SPLITS = ("train", "val", "held_out")
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("small_units")
 
 
 def test_every_document_is_there_once_in_order_and_ended(
-    corpus: str, texts: list[str], facts: TokenizerFacts, tokenizer, tmp_path: Path
+    corpus: str, texts: list[str], facts: TokenizerInfo, tokenizer, tmp_path: Path
 ) -> None:
     shards = prepare_files(corpus, facts, tmp_path / "out")
     found = {split: texts_of(tmp_path / "out" / split, tokenizer) for split in SPLITS}
@@ -37,7 +37,7 @@ def test_every_document_is_there_once_in_order_and_ended(
         assert shards[split].text_bytes == sum(len(text.encode()) for text in found[split])
 
 
-def test_the_manifest_says_what_a_reader_needs(corpus: str, facts: TokenizerFacts, tokenizer, tmp_path: Path) -> None:
+def test_the_manifest_says_what_a_reader_needs(corpus: str, facts: TokenizerInfo, tokenizer, tmp_path: Path) -> None:
     shards = prepare_files(corpus, facts, tmp_path / "out")["train"]
     manifest = manifest_of(tmp_path / "out/train")
     assert shards.tokenizer_fingerprint == fingerprint(tokenizer)
@@ -47,7 +47,7 @@ def test_the_manifest_says_what_a_reader_needs(corpus: str, facts: TokenizerFact
     assert not [shard for shard in shards.shards if shard.tokens < 3000][:-1]
 
 
-def test_the_manifest_counts_what_each_file_gave(corpus: str, facts: TokenizerFacts, tokenizer, tmp_path: Path) -> None:
+def test_the_manifest_counts_what_each_file_gave(corpus: str, facts: TokenizerInfo, tokenizer, tmp_path: Path) -> None:
     prepare_files(corpus, facts, tmp_path / "out")
     for split in SPLITS:
         of_split = set(texts_of(tmp_path / "out" / split, tokenizer))
@@ -65,7 +65,7 @@ def test_the_manifest_counts_what_each_file_gave(corpus: str, facts: TokenizerFa
             assert source["bytes"] == [0, file.stat().st_size]
 
 
-def test_workers_do_not_change_the_bytes(corpus: str, facts: TokenizerFacts, tmp_path: Path) -> None:
+def test_workers_do_not_change_the_bytes(corpus: str, facts: TokenizerInfo, tmp_path: Path) -> None:
     for workers in (1, 3):
         prepare_files(corpus, facts, tmp_path / f"out{workers}", workers=workers)
     assert contents(tmp_path / "out1") == contents(tmp_path / "out3")
@@ -73,7 +73,7 @@ def test_workers_do_not_change_the_bytes(corpus: str, facts: TokenizerFacts, tmp
 
 @pytest.mark.parametrize("commit_interval_s", [0.0, 1000.0])
 def test_a_preparation_stopped_anywhere_ends_with_the_same_bytes(
-    corpus: str, facts: TokenizerFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commit_interval_s: float
+    corpus: str, facts: TokenizerInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commit_interval_s: float
 ) -> None:
     prepare_files(corpus, facts, tmp_path / "whole")
     monkeypatch.setattr("pretrain.data.prepare.journal.COMMIT_INTERVAL_S", commit_interval_s)
@@ -91,7 +91,7 @@ def test_a_preparation_stopped_anywhere_ends_with_the_same_bytes(
 
 @pytest.mark.usefixtures("eager")
 def test_a_stopped_preparation_does_not_begin_again(
-    corpus: str, facts: TokenizerFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: str, facts: TokenizerInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     units: list[int] = []
     encode_in_order = preparation.encode_in_order
@@ -114,7 +114,7 @@ def test_a_stopped_preparation_does_not_begin_again(
 
 @pytest.mark.usefixtures("eager")
 def test_bos_stands_before_every_document_after_a_stop_and_in_parts_too(
-    corpus: str, facts: TokenizerFacts, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: str, facts: TokenizerInfo, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     facts = replace(facts, first_ids=(1,))
     whole = prepare_files(corpus, facts, tmp_path / "whole")
@@ -141,7 +141,7 @@ def test_bos_stands_before_every_document_after_a_stop_and_in_parts_too(
 
 
 @pytest.mark.usefixtures("eager")
-def test_the_journal_does_not_grow_with_the_files(facts: TokenizerFacts, tmp_path: Path, monkeypatch) -> None:
+def test_the_journal_does_not_grow_with_the_files(facts: TokenizerInfo, tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "many").mkdir()
     for number in range(300):
         (tmp_path / "many" / f"{number:03d}.txt").write_text(f"document {number}")
@@ -160,7 +160,7 @@ def test_the_journal_does_not_grow_with_the_files(facts: TokenizerFacts, tmp_pat
 
 @pytest.mark.usefixtures("eager")
 def test_a_data_set_of_the_hub_gives_the_tokens_of_its_files(
-    texts: list[str], facts: TokenizerFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    texts: list[str], facts: TokenizerInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import pyarrow
     import pyarrow.parquet
@@ -179,7 +179,7 @@ def test_a_data_set_of_the_hub_gives_the_tokens_of_its_files(
 
 
 def test_adding_files_moves_no_document_to_another_split(
-    corpus: str, facts: TokenizerFacts, tokenizer, tmp_path: Path
+    corpus: str, facts: TokenizerInfo, tokenizer, tmp_path: Path
 ) -> None:
     prepare_files(corpus, facts, tmp_path / "before")
     (tmp_path / "0 first.jsonl").write_text('{"text": "a new document"}\n')
@@ -190,7 +190,7 @@ def test_adding_files_moves_no_document_to_another_split(
 
 
 def test_a_complete_preparation_is_left_alone(
-    corpus: str, facts: TokenizerFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: str, facts: TokenizerInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare_files(corpus, facts, tmp_path / "out")
     times = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").rglob("*.*") if file.name != ".lock"}
@@ -210,7 +210,7 @@ def test_a_complete_preparation_is_left_alone(
     ],
 )
 def test_another_command_on_the_same_folder_is_refused(
-    corpus: str, facts: TokenizerFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict, message: str
+    corpus: str, facts: TokenizerInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict, message: str
 ) -> None:
     stop_after(monkeypatch, 5)
     with pytest.raises(Stopped):
@@ -222,7 +222,7 @@ def test_another_command_on_the_same_folder_is_refused(
 
 
 def test_source_files_that_changed_meanwhile_are_refused(
-    corpus: str, facts: TokenizerFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: str, facts: TokenizerInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stop_after(monkeypatch, 5)
     with pytest.raises(Stopped):
@@ -233,15 +233,13 @@ def test_source_files_that_changed_meanwhile_are_refused(
         prepare_files(corpus, facts, tmp_path / "out")
 
 
-def test_a_folder_with_other_files_is_refused_and_left_alone(
-    corpus: str, facts: TokenizerFacts, tmp_path: Path
-) -> None:
+def test_a_folder_with_other_files_is_refused_and_left_alone(corpus: str, facts: TokenizerInfo, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds files that no preparation recorded \(0\.jsonl"):
         prepare_files(corpus, facts, tmp_path)
     assert sorted(file.name for file in tmp_path.glob("[!.]*")) == [f"{number}.jsonl" for number in range(4)]
 
 
-def test_a_path_that_cannot_be_a_folder_is_refused(corpus: str, facts: TokenizerFacts, tmp_path: Path) -> None:
+def test_a_path_that_cannot_be_a_folder_is_refused(corpus: str, facts: TokenizerInfo, tmp_path: Path) -> None:
     for out in (tmp_path / "0.jsonl", tmp_path / "0.jsonl" / "below"):
         with pytest.raises(UserError, match="cannot write to"):
             prepare_files(corpus, facts, out)
@@ -249,7 +247,7 @@ def test_a_path_that_cannot_be_a_folder_is_refused(corpus: str, facts: Tokenizer
 
 @pytest.mark.usefixtures("eager")
 def test_a_full_disk_is_explained_and_survived(
-    corpus: str, facts: TokenizerFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: str, facts: TokenizerInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare_files(corpus, facts, tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -261,7 +259,7 @@ def test_a_full_disk_is_explained_and_survived(
 
 
 def test_two_preparations_cannot_share_a_folder(
-    corpus: str, facts: TokenizerFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: str, facts: TokenizerInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         preparation, "encode_in_order", lambda *arguments: prepare_files(corpus, facts, tmp_path / "out")
@@ -271,7 +269,7 @@ def test_two_preparations_cannot_share_a_folder(
 
 
 def test_max_tokens_ends_at_the_document_that_reaches_it(
-    corpus: str, facts: TokenizerFacts, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: str, facts: TokenizerInfo, tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limit = prepare_files(corpus, facts, tmp_path / "all")["train"].tokens // 2
     some = prepare_files(corpus, facts, tmp_path / "some", max_tokens=limit)["train"]
@@ -287,14 +285,14 @@ def test_max_tokens_ends_at_the_document_that_reaches_it(
     assert again.fingerprint == some.fingerprint
 
 
-def test_a_split_of_no_share_has_no_folder(corpus: str, facts: TokenizerFacts, tmp_path: Path) -> None:
+def test_a_split_of_no_share_has_no_folder(corpus: str, facts: TokenizerInfo, tmp_path: Path) -> None:
     shards = prepare_files(corpus, facts, tmp_path / "out", val_fraction=0.0, held_out_fraction=0.0)
     assert list(shards) == ["train"]
     assert shards["train"].documents == 199
     assert [entry.name for entry in (tmp_path / "out").iterdir() if entry.is_dir()] == ["train"]
 
 
-def test_a_source_without_text_is_refused(facts: TokenizerFacts, tmp_path: Path) -> None:
+def test_a_source_without_text_is_refused(facts: TokenizerInfo, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(
         UserError,
@@ -303,7 +301,7 @@ def test_a_source_without_text_is_refused(facts: TokenizerFacts, tmp_path: Path)
         prepare_files(str(tmp_path / "a.jsonl"), facts, tmp_path / "out")
 
 
-def test_when_no_record_passes_the_filters_they_are_named(corpus: str, facts: TokenizerFacts, tmp_path: Path) -> None:
+def test_when_no_record_passes_the_filters_they_are_named(corpus: str, facts: TokenizerInfo, tmp_path: Path) -> None:
     source = open_source([corpus], text_field="text", subset=None, split="train", filters=["text=nothing"])
     with pytest.raises(UserError, match=r"holds no text \(of 200 records: 200 left out by --filter text=nothing\), so"):
         prepare(source, facts, tmp_path / "out", **OPTIONS)
@@ -311,7 +309,7 @@ def test_when_no_record_passes_the_filters_they_are_named(corpus: str, facts: To
 
 @pytest.mark.parametrize("seed", [None, 4])
 def test_when_no_document_is_left_to_train_on_the_folder_stays_free(
-    facts: TokenizerFacts, tmp_path: Path, seed: int | None
+    facts: TokenizerInfo, tmp_path: Path, seed: int | None
 ) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n{"text": "three"}\n')
     arguments = (str(tmp_path / "a.jsonl"), facts, tmp_path / "out")
@@ -323,7 +321,7 @@ def test_when_no_document_is_left_to_train_on_the_folder_stays_free(
 
 
 def test_a_hidden_folder_of_someone_else_is_refused_and_left_alone(
-    corpus: str, facts: TokenizerFacts, tmp_path: Path
+    corpus: str, facts: TokenizerInfo, tmp_path: Path
 ) -> None:
     (tmp_path / "out/.unshuffled").mkdir(parents=True)
     (tmp_path / "out/.unshuffled/note").write_text("mine")
@@ -332,7 +330,7 @@ def test_a_hidden_folder_of_someone_else_is_refused_and_left_alone(
     assert (tmp_path / "out/.unshuffled/note").read_text() == "mine"
 
 
-def test_a_bad_line_is_named_and_the_workers_end(corpus: str, facts: TokenizerFacts, tmp_path: Path) -> None:
+def test_a_bad_line_is_named_and_the_workers_end(corpus: str, facts: TokenizerInfo, tmp_path: Path) -> None:
     with open(tmp_path / "3.jsonl", "a", encoding="utf-8") as file:
         file.write("\nnot json\n")
     with pytest.raises(UserError, match=r"3\.jsonl, line 51: it is not JSON.* go on .*: --skip-unreadable\.$"):

@@ -13,7 +13,7 @@ from prepared import Stopped, contents, documents_of, manifest_of, prepare_files
 from pretrain.data import TokenShards, open_shards
 from pretrain.data.prepare import preparation
 from pretrain.data.prepare.shuffle import Shuffled
-from pretrain.data.tokenizer import TokenizerFacts
+from pretrain.data.tokenizer import TokenizerInfo
 from pretrain.data.tokens.writer import ShardWriter
 from pretrain.errors import UserError
 
@@ -26,7 +26,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_documents_are_those_of_the_source_in_another_order(
-    corpus: str, facts: TokenizerFacts, tmp_path: Path
+    corpus: str, facts: TokenizerInfo, tmp_path: Path
 ) -> None:
     prepare_files(corpus, facts, tmp_path / "plain")
     shards = prepare_files(corpus, facts, tmp_path / "out", shuffle_seed=5)
@@ -44,7 +44,7 @@ def test_the_documents_are_those_of_the_source_in_another_order(
 
 @pytest.mark.usefixtures("small_blocks")
 def test_only_the_seed_decides_the_order(
-    corpus: str, facts: TokenizerFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: str, facts: TokenizerInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare_files(corpus, facts, tmp_path / "out", shuffle_seed=5)
     prepare_files(corpus, facts, tmp_path / "seed", shuffle_seed=6)
@@ -74,7 +74,7 @@ def test_neighbours_come_from_any_two_places(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small_units", "small_blocks", "eager")
 def test_a_shuffle_stopped_anywhere_ends_with_the_same_bytes(
-    corpus: str, facts: TokenizerFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: str, facts: TokenizerInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare_files(corpus, facts, tmp_path / "whole", shuffle_seed=5)
     for stop in (1, 8, 10):  # blocks: 8 of train, 3 of val, 1 of held_out
@@ -95,7 +95,7 @@ def test_a_shuffle_stopped_anywhere_ends_with_the_same_bytes(
 
 
 def test_a_stop_before_the_work_files_are_removed_leaves_none(
-    corpus: str, facts: TokenizerFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: str, facts: TokenizerInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(folder: Path) -> None:
         raise Stopped

@@ -14,7 +14,7 @@ from prepared import Stopped, contents, manifest_of, prepare_files, stop_after, 
 
 from pretrain.data.prepare import merge, workers
 from pretrain.data.text import readers
-from pretrain.data.tokenizer import TokenizerFacts
+from pretrain.data.tokenizer import TokenizerInfo
 from pretrain.errors import UserError
 
 SPLITS = ("train", "val", "held_out")
@@ -50,7 +50,7 @@ def _break_row_group(path: Path, group: int) -> None:
 
 @pytest.mark.parametrize("largest", [1 << 25, 0])  # row groups read by the workers, and by the reader in batches
 def test_what_is_damaged_is_left_out_and_named(
-    damaged, facts: TokenizerFacts, tokenizer, tmp_path: Path, monkeypatch, capfd, largest: int
+    damaged, facts: TokenizerInfo, tokenizer, tmp_path: Path, monkeypatch, capfd, largest: int
 ) -> None:
     monkeypatch.setattr(readers, "MAX_ROW_GROUP_BYTES", largest)
     spec, places, whole = damaged
@@ -68,7 +68,7 @@ def test_what_is_damaged_is_left_out_and_named(
 @pytest.mark.parametrize("shuffle_seed", [None, 3])
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_preparation_that_stopped_at_damage_goes_on_with_the_same_bytes(
-    damaged, facts: TokenizerFacts, tmp_path: Path, monkeypatch, count: int, shuffle_seed: int | None
+    damaged, facts: TokenizerInfo, tmp_path: Path, monkeypatch, count: int, shuffle_seed: int | None
 ) -> None:
     monkeypatch.setattr(workers, "ALONE_CPU_S", 0.0)
     spec, places, _ = damaged
@@ -86,7 +86,7 @@ def test_a_preparation_that_stopped_at_damage_goes_on_with_the_same_bytes(
     assert len(manifest_of(tmp_path / "out/train")["unreadable"]) == len(places)
 
 
-def test_parts_joined_name_the_damage_of_all(damaged, facts: TokenizerFacts, tmp_path: Path) -> None:
+def test_parts_joined_name_the_damage_of_all(damaged, facts: TokenizerInfo, tmp_path: Path) -> None:
     spec, _, _ = damaged
     prepare_files(spec, facts, tmp_path / "whole", skip_unreadable=True)
     for number in range(3):
@@ -97,7 +97,7 @@ def test_parts_joined_name_the_damage_of_all(damaged, facts: TokenizerFacts, tmp
         assert unreadable[0] == unreadable[1] != []
 
 
-def test_files_that_may_not_be_read_still_stop(corpus: str, facts: TokenizerFacts, tmp_path: Path, monkeypatch) -> None:
+def test_files_that_may_not_be_read_still_stop(corpus: str, facts: TokenizerInfo, tmp_path: Path, monkeypatch) -> None:
     real = open
 
     def forbidden(path: object, *arguments: object, **options: object):
@@ -127,7 +127,7 @@ def uneven(tmp_path: Path) -> tuple[str, list[str]]:
 
 
 def test_records_without_text_are_left_out_listed_and_counted_whatever_stops_and_shares_the_work(
-    uneven, facts: TokenizerFacts, tokenizer, tmp_path: Path, monkeypatch
+    uneven, facts: TokenizerInfo, tokenizer, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr(workers, "ALONE_CPU_S", 0.0)
     spec, good = uneven
@@ -155,7 +155,7 @@ def test_records_without_text_are_left_out_listed_and_counted_whatever_stops_and
 
 
 def test_too_many_records_without_text_end_it_and_more_can_be_allowed(
-    uneven, facts: TokenizerFacts, tmp_path: Path, capfd
+    uneven, facts: TokenizerInfo, tmp_path: Path, capfd
 ) -> None:
     spec, good = uneven
     with open(f"{spec}/3.jsonl", "a", encoding="utf-8") as file:
@@ -174,7 +174,7 @@ def test_too_many_records_without_text_end_it_and_more_can_be_allowed(
     assert unreadable[-1] == f"{spec}/3.jsonl, 90 more records: has no field 'text'"
 
 
-def test_a_null_is_left_out_without_being_asked_and_counted(facts: TokenizerFacts, tmp_path: Path, capfd) -> None:
+def test_a_null_is_left_out_without_being_asked_and_counted(facts: TokenizerInfo, tmp_path: Path, capfd) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": null}\n{"text": ""}\n')
     options = {"val_fraction": 0.0, "held_out_fraction": 0.0}
     for name, skip_unreadable in (("one", False), ("other", True)):

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from formats import documents, write_datatrove, write_megatron
 
-from pretrain.data.tokens import ShardWriter, exchange, foreign, open_shards
-from pretrain.data.tokens.aside import made_aside
-from pretrain.data.tokens.exchange import export_tokens, import_tokens
+from pretrain.data.tokens import ShardWriter, external_files, import_export, open_shards
+from pretrain.data.tokens.atomic_folder import made_aside
+from pretrain.data.tokens.import_export import export_tokens, import_tokens
 from pretrain.errors import UserError
 
 LENGTHS = [0, 5, 0, 0, 300, 1, 44, 0, 1200, 2, 0, 0]
@@ -33,8 +33,8 @@ class Facts:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents, indexes and empty documents that lie across blocks."""
-    monkeypatch.setattr(exchange, "_BLOCK_TOKENS", 250)
-    for module in (foreign, exchange):
+    monkeypatch.setattr(import_export, "_BLOCK_TOKENS", 250)
+    for module in (external_files, import_export):
         monkeypatch.setattr(module, "INDEX_BLOCK", 3)
 
 
@@ -90,7 +90,7 @@ def test_what_was_imported_is_exported_byte_for_byte(tmp_path: Path, format: str
 @pytest.mark.parametrize("source", ["megatron", "datatrove", "ours"])
 @pytest.mark.usefixtures("small_blocks")
 def test_any_format_becomes_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
-    monkeypatch.setattr(foreign, "SHARD_TOKENS", 400)
+    monkeypatch.setattr(external_files, "SHARD_TOKENS", 400)
     written = [document for document in write("megatron", tmp_path / "megatron", 1000, "int32") if len(document)]
     write("datatrove", tmp_path / "datatrove", 1000, "uint32")
     import_tokens("megatron", tmp_path / "megatron", tmp_path / "ours", Facts(1000), shard_tokens=500)
@@ -216,7 +216,7 @@ def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: p
     write("megatron", tmp_path / "theirs", 1000, "uint16")
     (tmp_path / "disk").mkdir()
     monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "disk")
-    monkeypatch.setattr(exchange, "ShardWriter", None)
+    monkeypatch.setattr(import_export, "ShardWriter", None)
     with pytest.raises(UserError, match="is a mount point"):
         import_tokens("megatron", tmp_path / "theirs", tmp_path / "disk", Facts(1000))
 
@@ -234,7 +234,7 @@ def test_two_imports_cannot_make_one_folder(tmp_path: Path) -> None:
 def test_a_killed_import_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
     np.ones(20_000_000, "<u2").tofile(tmp_path / "train.bin")
     program = (
-        "from types import SimpleNamespace as Facts; from pretrain.data.tokens.exchange import import_tokens;"
+        "from types import SimpleNamespace as Facts; from pretrain.data.tokens.import_export import import_tokens;"
         "import_tokens('nanogpt', 'train.bin', 'ours', Facts(vocab_size=2, eos_id=1, bos_id=None, fingerprint='abc'))"
     )
     process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path)

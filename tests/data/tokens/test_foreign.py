@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from formats import documents, write_datatrove, write_megatron
 
-from pretrain.data.tokens import Shard, TokenShards, foreign, open_shards
+from pretrain.data.tokens import Shard, TokenShards, external_files, open_shards
 from pretrain.errors import UserError
 
 LENGTHS = [5, 0, 300, 1, 0, 0, 44, 1200, 2, 0]
@@ -55,8 +55,8 @@ def test_datatrove_folders_open(tmp_path: Path, size: int, vocab_size: int, meta
 def test_large_files_are_cut_into_shards_at_document_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
 ) -> None:
-    monkeypatch.setattr(foreign, "SHARD_TOKENS", 300)
-    monkeypatch.setattr(foreign, "INDEX_BLOCK", 7)
+    monkeypatch.setattr(external_files, "SHARD_TOKENS", 300)
+    monkeypatch.setattr(external_files, "INDEX_BLOCK", 7)
     written = documents(0, 1000, LENGTHS * 3 + [0, 0])
     if format == "megatron":
         write_megatron(tmp_path / "x", written, "uint16")

@@ -1,0 +1,100 @@
+"""A small LLaMA in a DeepSpeed engine, and random tokens to step it with."""
+
+from __future__ import annotations
+
+from contextlib import redirect_stdout
+from io import StringIO
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pretrain.config.schema import Config
+from pretrain.engine.build_model import bind_methods, build_model, hf_config
+from pretrain.engine.deepspeed_config import deepspeed_config
+from pretrain.engine.initialize import initialize_weights
+from pretrain.optim.param_groups import build_optimizer
+from pretrain.sharded import ShardedWeights
+
+SEQ_LEN = 256
+STD = 0.02  # of the weights at the start
+_VOCABULARY = 4096
+
+
+class _Tokenizer:
+    """Stands in for a tokenizer: the model needs only its size and special ids."""
+
+    bos_token_id, eos_token_id = 1, 2
+
+    def __len__(self) -> int:
+        return _VOCABULARY
+
+
+class Llama:
+    """The model of `hidden_size` and `layers`; heads are 64 wide, micro-batches at most 8 sequences a rank.
+
+    tokens: of one optimizer step, a multiple of SEQ_LEN times the number of ranks. changes: of the run's configuration.
+    """
+
+    def __init__(
+        self, hidden_size: int, layers: int, tokens: int, deepspeed_json: dict[str, Any], changes: dict | None = None
+    ) -> None:
+        import deepspeed
+
+        config = _config(hidden_size, layers, tokens, deepspeed_json, changes or {})
+        ds_config = deepspeed_config(config, dist.get_world_size())
+        model_config = hf_config(config, _Tokenizer())
+        self.config = bind_methods(config, model_config)
+        model = build_model(self.config, model_config, ds_config)
+        optimizer = build_optimizer(model, self.config)
+        with redirect_stdout(StringIO()):
+            self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+        self.weights = ShardedWeights(self.engine)
+        self.fill()
+        shape = (self.config.data.micro_batch_size, SEQ_LEN + 1)
+        self.tokens = torch.randint(0, _VOCABULARY, shape, device=self.engine.device)
+
+    def fill(self) -> None:
+        """Give every weight its first value again."""
+        initialize_weights(self.weights, self.config, STD)
+
+    def settle(self) -> None:
+        """Gather ZeRO-3's resident copies where its hooks have dropped them: the state in which a step leaves the engine."""
+        if resident := self.engine.optimizer.persistent_parameters:
+            resident[0].all_gather(resident)
+
+    def step(self, lr: float = 1e-4) -> None:
+        """One optimizer step."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        for _ in range(self.engine.gradient_accumulation_steps()):
+            self.engine.backward(self.engine(self.tokens[:, :-1], self.tokens[:, 1:])["total"])
+            self.engine.step()
+
+
+def _config(hidden_size: int, layers: int, tokens: int, deepspeed_json: dict[str, Any], changes: dict) -> Config:
+    sequences = tokens // SEQ_LEN
+    share = sequences // dist.get_world_size()
+    return Config.model_validate(
+        {
+            "name": "bench",
+            "model": {
+                "family": "llama",
+                "hidden_size": hidden_size,
+                "intermediate_size": hidden_size * 8 // 3 // 8 * 8,
+                "num_hidden_layers": layers,
+                "num_attention_heads": hidden_size // 64,
+            },
+            "tokenizer": "none",
+            "data": {
+                "train": "none",
+                "seq_len": SEQ_LEN,
+                "global_batch_size": sequences,
+                "micro_batch_size": max(size for size in range(1, 9) if share % size == 0),
+            },
+            "steps": 1,
+            "optim": {"lr": 1e-4, "weight_decay": 0.0, **changes.get("optim", {})},
+            "methods": changes.get("methods", []),
+            "deepspeed": deepspeed_json,
+        }
+    )

@@ -1,0 +1,6 @@
+"""What a person wants to see after a spike: the last steps in figures, and the batch that was read."""
+
+from pretrain.autopsy.autopsies import Autopsies
+from pretrain.autopsy.recorder import Recorder
+
+__all__ = ["Autopsies", "Recorder"]

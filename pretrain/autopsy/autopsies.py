@@ -1,0 +1,159 @@
+"""The autopsies of a run: `<run>/autopsies/step_00001234/` with report.md, autopsy.json and batch.txt."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from math import isfinite, sqrt
+from pathlib import Path
+from typing import Any
+
+from pretrain.autopsy import report
+from pretrain.autopsy.batch import Batch, read_batch, sequence_losses
+from pretrain.autopsy.parts import measures, update_ratio
+from pretrain.autopsy.recorder import Figures, Recorder
+from pretrain.config.schema import Config
+from pretrain.data.batches.batch import MicroBatch
+from pretrain.data.batches.feed import Feed
+from pretrain.distributed.ranks import Ranks
+from pretrain.files import sync_folder, write_json, write_text
+from pretrain.model.layout import Weight
+from pretrain.model.loss import CROSS_ENTROPY
+from pretrain.optional import optional
+
+KEPT = 20  # of a run: a spike a day for three weeks
+_COMPLETE = re.compile(r"step_\d{8,}(_\d+)?")
+
+
+class Autopsies:
+    """Writes the autopsies of a run, the newest KEPT of which stay.
+
+    A spike that lasts gets one: the steps that the last autopsy has looked at are not looked at again.
+    """
+
+    def __init__(
+        self, folder: Path, config: Config, recorder: Recorder, ranks: Ranks, read_again: Callable[[], Feed]
+    ) -> None:
+        """Record the run of `config`.
+
+        Args:
+            folder: the run's `autopsies`.
+            read_again: opens the run's training samples a second time, beside its loader. Called on rank 0.
+        """
+        self.folder, self.config, self.recorder, self.ranks = folder, config, recorder, ranks
+        self._read_again = read_again
+        self._newest: int | None = None
+
+    def write(self, engine, reason: str, micro_batches: Sequence[MicroBatch]) -> Path | None:
+        """The autopsy of the step recorded last, which read `micro_batches` on this rank. Collective.
+
+        reason: what was seen, as in the guard's verdict. The path is known on rank 0, which writes; None where there is
+        nothing to write, or the disk does not take it: that is logged and ends nothing.
+        """
+        now = self.recorder.newest_step
+        if self._newest is not None and self._newest < now <= self._newest + self.config.resilience.autopsy_steps:
+            return None
+        self._newest = now
+        steps = self.recorder.figures()
+        losses = sequence_losses(engine, micro_batches, self.config.parallel.tensor, self.ranks)
+        path = None
+        if self.ranks.is_first:
+            with optional("autopsy", f"the autopsy of step {now} could not be written to {self.folder}"):
+                path = self._write(steps, reason, losses)
+        return path
+
+    def _write(self, steps: list[Figures], reason: str, losses: list[float | None]) -> Path:
+        with read_batch(self._read_again(), self.config.tokenizer, steps[-1].samples, losses) as batch:
+            facts, text = self._facts(steps, reason, batch)
+            self.folder.mkdir(exist_ok=True)
+            aside = self.folder / ".writing"
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            write_json(aside / "autopsy.json", _as_json(facts))
+            write_text(aside / "report.md", text)
+            write_text(aside / "batch.txt", "\n\n".join(_texts(batch)) + "\n")
+        path = _free_name(self.folder / f"step_{steps[-1].step:08d}")
+        os.rename(aside, path)
+        sync_folder(self.folder)
+        for old in _complete(self.folder)[:-KEPT]:
+            shutil.rmtree(old)
+        return path
+
+    def _facts(self, steps: list[Figures], reason: str, batch: Batch) -> tuple[dict, str]:
+        """What autopsy.json holds, and report.md says."""
+        layout = self.recorder.layout
+        found = measures(steps, layout)
+        facts = {
+            "step": steps[-1].step,
+            "reason": reason,
+            "moved": [
+                *(sentence for measure in found for sentence in report.sentences(measure)),
+                *report.worst_sample(batch.samples),
+            ],
+            "steps": [self._step(step) for step in steps],
+            "parts": {measure.name: measure.series for measure in found},
+            "weights": {name: _series(steps, weight) for name, weight in layout.items()},
+            "batch": batch.samples,
+        }
+        worst = [batch.with_texts(sample) for sample in batch.samples[: report.SHOWN_SAMPLES]]
+        return facts, report.report(facts, found, worst)
+
+    def _step(self, step: Figures) -> dict[str, Any]:
+        gradients = [of.gradient for of in step.norms.values()]
+        norm = None if None in gradients else sqrt(sum(gradient**2 for gradient in gradients))
+        limit = self.config.optim.grad_clip
+        by_norm = 1.0 if limit is None else None if norm is None else min(1.0, limit / (norm + 1e-6))
+        terms = {name: loss for name, loss in step.losses.items() if name not in ("total", CROSS_ENTROPY)}
+        return {
+            "step": step.step,
+            "samples": [step.samples[0], step.samples[-1]],
+            "loss": step.losses[CROSS_ENTROPY],
+            "loss_terms": terms,
+            "gradient_norm": norm,
+            "clip": None if by_norm is None else by_norm * step.factor,
+            "lr": step.lr,
+            "skipped": step.factor == 0.0,
+        }
+
+
+def _series(steps: Sequence[Figures], weight: Weight) -> dict[str, list[float | None]]:
+    norms = [step.norms[weight.name] for step in steps]
+    return {"gradient_norm": [of.gradient for of in norms], "update_ratio": [update_ratio([of]) for of in norms]}
+
+
+def _texts(batch: Batch) -> Iterator[str]:
+    """The samples in full, the worst first, until the file would be too large."""
+    left = report.TEXT_BYTES
+    for number, sample in enumerate(batch.samples):
+        if left <= 0:
+            yield f"[{len(batch.samples) - number:,} more samples: tools/inspect_data.py --config ... --sample N --text]"
+            return
+        text = report.shown_safely(report.sample_text(batch.with_texts(sample), left))
+        left -= len(text.encode())
+        yield text
+
+
+def _as_json(value: Any) -> Any:
+    """Numbers that JSON has no word for as strings, "nan" and "inf", which float() reads."""
+    if isinstance(value, dict):
+        return {key: _as_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_json(item) for item in value]
+    return str(value) if isinstance(value, float) and not isfinite(value) else value
+
+
+def _free_name(path: Path) -> Path:
+    """The path, or with a number behind it: a run that was rolled back comes to the same step with other samples."""
+    number, free = 1, path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}_{number}")
+    return free
+
+
+def _complete(folder: Path) -> list[Path]:
+    """The autopsies in the folder, oldest first."""
+    found = [path for path in folder.iterdir() if _COMPLETE.fullmatch(path.name)]
+    return sorted(found, key=lambda path: (path.stat().st_mtime, path.name))

@@ -1,0 +1,102 @@
+"""What a step read: where each of its samples comes from, what its tokens look like, its loss, and its text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from math import isnan
+
+import numpy as np
+import torch
+
+from pretrain.data.audit.documents import Decoder
+from pretrain.data.audit.trace import add_texts, trace
+from pretrain.data.batches.batch import NO_TARGET, MicroBatch
+from pretrain.data.batches.feed import Feed
+from pretrain.data.tokens.shards import TokenShards
+from pretrain.distributed.ranks import Ranks
+from pretrain.model.loss import CROSS_ENTROPY
+from pretrain.sharded.collectives import all_gather
+
+
+@torch.no_grad()
+def sequence_losses(engine, micro_batches: Sequence[MicroBatch], tensor: int, ranks: Ranks) -> list[float | None]:
+    """The mean cross-entropy of each sequence of the global batch, with the weights as they are and without dropout.
+
+    tensor: how many consecutive ranks share a batch. None where no target counts. One forward
+    pass for each sequence, of all ranks at once: collective.
+    """
+    engine.eval()
+    rows = []
+    for batch in micro_batches:
+        batch = batch.to(ranks.device)
+        for row in range(len(batch.tokens)):
+            one = MicroBatch(*(None if part is None else part[row : row + 1] for part in batch))
+            loss = engine(one.inputs, one.targets, position_ids=one.positions)[CROSS_ENTROPY]
+            rows.append(torch.stack((loss.double(), (one.targets != NO_TARGET).sum().double())))
+    whole = all_gather(torch.stack(rows))[::tensor]
+    return [loss if counted else None for loss, counted in whole.flatten(0, 1).tolist()]
+
+
+class Batch:
+    """The samples of a step: dicts as from `trace`, with their `loss` and facts about their tokens, worst loss first."""
+
+    def __init__(self, feed: Feed, samples: range, losses: Sequence[float | None], decoder: Decoder) -> None:
+        self._feed, self._decoder = feed, decoder
+        self._sources = feed.at(np.asarray(samples)).sources.tolist()
+        self._first = samples.start
+        rows = [
+            {"loss": loss, **row, **self._token_facts(row)}
+            for row, loss in zip(trace(feed, samples), losses, strict=True)
+        ]
+        self.samples = sorted(rows, key=_worst_first)
+
+    def with_texts(self, sample: dict) -> dict:
+        """The sample with the `text` of each of its documents."""
+        documents = [dict(document) for document in sample["documents"]]
+        add_texts(documents, self._tokens(sample), self._decoder)
+        return {**sample, "documents": documents}
+
+    def close(self) -> None:
+        """Let go of the shards that were read: remote ones may leave the cache."""
+        for sample in self.samples:
+            self._shards(sample).close(sample["shard"])
+
+    def _token_facts(self, row: dict) -> dict:
+        """What gives degenerate text away: how many different tokens, the most frequent one, the longest run of one."""
+        of_shard = self._tokens(row)
+        tokens = np.concatenate([of_shard[slice(*document["tokens"])] for document in row["documents"]])
+        values, counts = np.unique(tokens, return_counts=True)
+        changes = np.flatnonzero(np.diff(tokens)) + 1
+        runs = np.diff(np.concatenate(([0], changes, [len(tokens)])))
+        return {
+            "distinct_tokens": len(values),
+            "top_token": self._decoder.token(int(values[counts.argmax()])),
+            "top_token_share": float(counts.max() / len(tokens)),
+            "longest_run": int(runs.max()),
+        }
+
+    def _tokens(self, row: dict) -> np.ndarray:
+        """Those of the shard that the sample lies in."""
+        return self._shards(row).open_tokens(row["shard"])
+
+    def _shards(self, row: dict) -> TokenShards:
+        return self._feed.streams[self._sources[row["sample"] - self._first]].shards
+
+
+@contextmanager
+def read_batch(feed: Feed, tokenizer: str, samples: range, losses: Sequence[float | None]) -> Iterator[Batch]:
+    """Yield the samples of a run, read again from `feed`. UserError where the `tokenizer` cannot be loaded."""
+    batch = Batch(feed, samples, losses, Decoder(tokenizer))
+    try:
+        yield batch
+    finally:
+        batch.close()
+
+
+def _worst_first(sample: dict) -> tuple[bool, float]:
+    """NaN is worse than anything, no loss better."""
+    loss = sample["loss"]
+    if loss is None:
+        return True, 0.0
+    return (False, 0.0) if isnan(loss) else (True, -loss)

@@ -1,0 +1,136 @@
+"""The last steps of a run in numbers, kept on the device: what an autopsy is made from.
+
+Nothing here waits for the device or talks to other ranks, but for `figures`. Each rank keeps what it knows of its own
+pieces of the weights, three numbers for each; they are put together when somebody asks, which is seldom.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from pretrain.autopsy.update_norms import Stepped
+from pretrain.model.layout import Weight
+from pretrain.monitor.activations import LargestActivations
+from pretrain.sharded import ShardedWeights
+from pretrain.sharded.collectives import all_gather
+
+
+@dataclass(frozen=True)
+class _Record:
+    """One step, as this rank knows it; see `Recorder.end_step`.
+
+    gradients, steps: as from `Stepped`. activations: as from `LargestActivations`.
+    """
+
+    step: int
+    samples: range
+    losses: Mapping[str, torch.Tensor]
+    lr: float
+    factor: float
+    gradients: torch.Tensor
+    steps: torch.Tensor
+    activations: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Of one weight at one step: its gradient before clipping, its step (not yet changed by methods), and itself.
+
+    None where they are not known: steps that Muon takes and, under ZeRO-1 and 2, gradients of what it steps.
+    """
+
+    gradient: float | None
+    step: float | None
+    weight: float
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One step as all ranks know it.
+
+    samples: of the run's order, that it read. losses: means over the batch by name, as in `StepResult`. factor: what the
+    gate multiplied the gradient by, on top of the clipping by its norm; 0 for a step that was left out. norms: by weight.
+    activations: the largest |h| after each block.
+    """
+
+    step: int
+    samples: range
+    losses: dict[str, float]
+    lr: float
+    factor: float
+    norms: dict[str, Norms]
+    activations: list[float]
+
+
+class Recorder:
+    """Keeps the newest step, and the `steps` steps before it."""
+
+    def __init__(self, engine, weights: ShardedWeights, steps: int) -> None:
+        self.layout: dict[str, Weight] = weights.layout
+        self._stepped = Stepped(weights)
+        self._activations = LargestActivations(engine.module, engine.device)
+        self._gradients: torch.Tensor | None = None
+        self._records: deque[_Record] = deque(maxlen=steps + 1)
+
+    @property
+    def newest_step(self) -> int:
+        """The step that was recorded last; there must be one."""
+        return self._records[-1].step
+
+    def gradients(self) -> None:
+        """Between the last backward of a step and the engine's step, which drops the gradients."""
+        self._gradients = self._stepped.gradient_squares()
+
+    def end_step(self, step: int, samples: range, losses: Mapping[str, torch.Tensor], lr: float, factor: float) -> None:
+        """After the engine's step, before anything else changes the weights. The arguments are those of `Figures`.
+
+        losses: scalars on the device.
+        """
+        gradients = self._gradients
+        steps = self._stepped.step_squares() if factor else gradients.new_zeros(len(gradients), 2)
+        self._records.append(_Record(step, samples, losses, lr, factor, gradients, steps, self._activations.take()))
+
+    def forget(self) -> None:
+        """The run goes back to an earlier step: what is recorded has been undone."""
+        self._records.clear()
+
+    def figures(self) -> list[Figures]:
+        """The recorded steps, oldest first; at least one. Collective."""
+        records = list(self._records)
+        activations = all_gather(torch.stack([record.activations for record in records])).amax(0).tolist()
+        norms = self._norms(records)
+        return [
+            Figures(
+                record.step,
+                record.samples,
+                {name: float(loss) for name, loss in record.losses.items()},
+                record.lr,
+                record.factor,
+                of_weights,
+                largest,
+            )
+            for record, of_weights, largest in zip(records, norms, activations, strict=True)
+        ]
+
+    def _norms(self, records: list[_Record]) -> list[dict[str, Norms]]:
+        """Of the full weights at each step: squares are summed over the ranks."""
+        mine = torch.stack([torch.cat((record.gradients[:, None], record.steps), 1) for record in records])
+        numbers = {name: number for number, name in enumerate(self.layout)}
+        where = torch.tensor([numbers[name] for name in self._stepped.names], device=mine.device)
+        squares = mine.new_zeros(len(records), len(numbers), 3).index_add_(1, where, mine)
+        if dist.get_backend() == "nccl":
+            squares = squares.cuda()  # an offloaded optimizer keeps its pieces on the CPU
+        dist.all_reduce(squares)
+        return [
+            {weight.name: self._known(weight, *each) for weight, each in zip(self.layout.values(), row, strict=True)}
+            for row in squares.sqrt().tolist()
+        ]
+
+    def _known(self, weight: Weight, gradient: float, step: float, norm: float) -> Norms:
+        gradient_known, step_known = self._stepped.known(weight)
+        return Norms(gradient if gradient_known else None, step if step_known else None, norm)

@@ -1,0 +1,209 @@
+"""How large the gradient and the last step of each weight are, from what lies on this rank: no copies, no communication.
+
+The base optimizer steps flat tensors that hold this rank's masters; Adam's moments are laid out as they are, and so are the
+gradients that DeepSpeed has averaged over ranks and micro-batches by the time its own step begins. Then they are neither
+clipped nor rejected yet, and Muon has not made updates of them (under ZeRO-1 it has, but for bf16: see `known`).
+
+AdamW's step follows from what it leaves behind. Torch computes W <- (1 - h d) W - h U, where h is the learning rate, d
+the weight decay, and U = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps). With the W after the step:
+
+    dW = -h (d W + U) / (1 - h d)
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from pretrain.model.layout import Weight
+from pretrain.optim import muon
+from pretrain.sharded.stage0 import Stage0
+from pretrain.sharded.weights import ShardedWeights
+from pretrain.sharded.zero12 import BF16Optimizer, Zero12
+
+BATCH = {"cpu": 1 << 20, "cuda": 1 << 25}  # elements whose steps are computed at a time, and in memory twice
+
+
+@dataclass
+class _Pieces:
+    """Some of this rank's pieces, or parts of them, in a flat tensor: their numbers, and [first, last) of what is counted."""
+
+    numbers: list[int] = field(default_factory=list)
+    ranges: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, number: int, first: int, last: int) -> None:
+        self.numbers.append(number)
+        self.ranges.append((first, last))
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """The numbers as an index. To be made once: what is sent to a GPU is waited for."""
+        return torch.tensor(self.numbers, device=device)
+
+
+@dataclass
+class _Flat:
+    """One tensor that the base optimizer steps, its parameter group, and the pieces in it."""
+
+    tensor: torch.Tensor
+    group: dict[str, Any]
+    pieces: _Pieces = field(default_factory=_Pieces)
+
+    def __post_init__(self) -> None:
+        self.device = self.tensor.device
+
+    @cached_property
+    def whole(self) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+        """The index of all pieces, and their ranges."""
+        return self.pieces.on(self.device), self.pieces.ranges
+
+    @cached_property
+    def batches(self) -> list[tuple[torch.Tensor, list[tuple[int, int]]]]:
+        """The same, at most BATCH elements at a time; long pieces come in parts."""
+        return [(some.on(self.device), some.ranges) for some in _batches(self.pieces, BATCH[self.device.type])]
+
+
+class Stepped:
+    """This rank's pieces as the optimizer of an engine steps them.
+
+    names: the weights that this rank counts something of, one for each value that the methods return. Sums of squares over
+    all ranks are those of the full weights.
+    """
+
+    def __init__(self, weights: ShardedWeights) -> None:
+        self.engine, self.placement = weights.engine, weights.placement
+        optimizer = self.engine.optimizer
+        self._base = getattr(optimizer, "optimizer", optimizer)
+        self._flats = [_Flat(tensor, group) for tensor, group in self._stepped()]
+        self.names: list[str] = []
+        self._find_pieces(weights)
+
+    def known(self, weight: Weight) -> tuple[bool, bool]:
+        """Whether the gradient of a weight, and its step, can be told on this engine."""
+        by_muon = muon.steps(weight) and any(group.get("use_muon") for group in self._base.param_groups)
+        return not (by_muon and isinstance(self.placement, Zero12)), not by_muon
+
+    @torch.no_grad()
+    def gradient_squares(self) -> torch.Tensor:
+        """(pieces,) float64: the squared norm of each piece's gradient, before clipping.
+
+        Call it between the last backward and the engine's step. Nothing waits for the device.
+        """
+        engine = self.engine
+        scale = float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
+        squares = torch.zeros(len(self.names), dtype=torch.float64, device=self._device)
+        for number, flat in enumerate(self._flats):
+            if flat.pieces.numbers:
+                where, ranges = flat.whole
+                _add_squares(squares, where, list(_cut(self._gradients(number), ranges)))
+        return squares / scale**2
+
+    @torch.no_grad()
+    def step_squares(self) -> torch.Tensor:
+        """(pieces, 2) float64: the squared norms of the last step of each piece, and of the piece after it.
+
+        Call it after the engine's step, before anything else changes the weights. 0 for what Adam does not step.
+        """
+        squares = torch.zeros(2, len(self.names), dtype=torch.float64, device=self._device)
+        for flat in self._flats:
+            state = self._base.state.get(flat.tensor, {})
+            if "exp_avg" in state:
+                rate, decay = flat.group["lr"], flat.group["weight_decay"]
+                scale = rate * (decay or 1.0) / (1 - rate * decay)
+                for where, ranges in flat.batches:
+                    steps, masters = _adam_steps(flat, state, ranges)
+                    _add_squares(squares[0], where, steps, scale)
+                    _add_squares(squares[1], where, masters)
+        return squares.T
+
+    def _stepped(self) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+        """What the base optimizer steps. Between steps ZeRO-3 leaves its parameter groups empty."""
+        optimizer, groups = self.engine.optimizer, self._base.param_groups
+        if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+            for number, tensor in enumerate(optimizer.fp32_partitioned_groups_flat):
+                yield tensor, groups[optimizer.sub_group_to_group_id[number]]
+        else:
+            yield from ((tensor, group) for group in groups for tensor in group["params"])
+
+    def _find_pieces(self, weights: ShardedWeights) -> None:
+        """A piece's master is a view of one of the flat tensors: its address says which, and where."""
+        flats = sorted((flat for flat in self._flats if flat.tensor.numel()), key=lambda flat: flat.tensor.data_ptr())
+        starts = [flat.tensor.data_ptr() for flat in flats]
+        for piece in weights.pieces():
+            if piece.counted.numel():
+                flat = flats[bisect_right(starts, piece.counted.data_ptr()) - 1]
+                first = (piece.counted.data_ptr() - flat.tensor.data_ptr()) // flat.tensor.element_size()
+                flat.pieces.add(len(self.names), first, first + piece.counted.numel())
+                self.names.append(piece.name)
+
+    def _gradients(self, number: int) -> Sequence[torch.Tensor]:
+        """The averaged gradients of a flat tensor, end to end in its layout."""
+        optimizer, flat = self.engine.optimizer, self._flats[number].tensor
+        if isinstance(self.placement, Stage0):
+            parameters = [parameter for group, _ in self.placement.groups for parameter in group]
+            grad = parameters[number].grad
+            return [torch.zeros_like(flat) if grad is None else grad]
+        if isinstance(self.placement, BF16Optimizer):
+            return [optimizer.fp32_groups_gradient_flat_partition[number]]
+        if flat.grad is not None:  # offloaded to the CPU
+            if hasattr(optimizer, "_wait_for_offload_copies"):
+                optimizer._wait_for_offload_copies()
+            return [flat.grad]
+        return optimizer.averaged_gradients[number]
+
+    @property
+    def _device(self) -> torch.device:
+        return self._flats[0].device
+
+
+def _add_squares(squares: torch.Tensor, where: torch.Tensor, parts: list[torch.Tensor], scale: float = 1.0) -> None:
+    """Add the squared norms of the parts, times scale², to `squares` at the places `where`."""
+    norms = torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float32)).double().mul_(scale)
+    squares.index_add_(0, where, norms.square_())
+
+
+def _adam_steps(
+    flat: _Flat, state: dict[str, Any], ranges: list[tuple[int, int]]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """W + U / d of each range, or U without decay, in fresh memory; and W, a view."""
+    masters, firsts, seconds = (
+        [tensor.view(-1)[first:last] for first, last in ranges]
+        for tensor in (flat.tensor.data, state["exp_avg"], state["exp_avg_sq"])
+    )
+    beta1, beta2 = flat.group["betas"]
+    unbiased1, root2 = 1 - beta1 ** state["step"], (1 - beta2 ** state["step"]).sqrt()  # on the device: t is not read
+    divisors = torch._foreach_sqrt(seconds)
+    torch._foreach_add_(divisors, flat.group["eps"] * root2)
+    torch._foreach_mul_(divisors, unbiased1 / root2)
+    if decay := flat.group["weight_decay"]:
+        return torch._foreach_addcdiv(masters, firsts, divisors, 1 / decay), masters
+    return torch._foreach_div(firsts, divisors), masters
+
+
+def _cut(tensors: Sequence[torch.Tensor], ranges: list[tuple[int, int]]) -> Iterator[torch.Tensor]:
+    """The ranges of tensors laid end to end, none of which crosses from one into the next."""
+    starts = list(accumulate((tensor.numel() for tensor in tensors), initial=0))
+    for first, last in ranges:
+        number = bisect_right(starts, first) - 1
+        yield tensors[number].reshape(-1)[first - starts[number] : last - starts[number]]
+
+
+def _batches(pieces: _Pieces, size: int) -> Iterator[_Pieces]:
+    """The pieces, at most `size` elements at a time."""
+    some, left = _Pieces(), size
+    for number, (first, last) in zip(pieces.numbers, pieces.ranges, strict=True):
+        while first < last:
+            stop = min(last, first + left)
+            some.add(number, first, stop)
+            left -= stop - first
+            first = stop
+            if not left:
+                yield some
+                some, left = _Pieces(), size
+    if some.numbers:
+        yield some

@@ -1,0 +1,1 @@
+"""Command lines: the arguments that the tools share, and how a tool ends."""

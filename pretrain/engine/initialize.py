@@ -1,0 +1,72 @@
+"""Initial values of all weights, and the audit of what was drawn."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+from pretrain.config.schema import Config
+from pretrain.model.layout import Weight
+from pretrain.sharded import Moments, ShardedWeights
+from pretrain.sharded.draws import Constant, Draw, ZeroRow
+
+
+def initial_rule(weight: Weight, config: Config, default_std: float) -> tuple[Draw, str]:
+    """The distribution of a weight at initialization, and the rule in words.
+
+    Norm gains and trained factors are 1, biases 0. Matrices have the run's distribution, with deviation `default_std`
+    unless a method says otherwise. The row of an embedding that stands for padding is 0, as in transformers.
+    """
+    draw, rule = rule_of_rows(weight, config, default_std)
+    if weight.padding_row is None:
+        return draw, rule
+    return ZeroRow(draw, weight.padding_row, weight.shape), f"{rule}; row {weight.padding_row} (padding): 0"
+
+
+def rule_of_rows(weight: Weight, config: Config, default_std: float) -> tuple[Draw, str]:
+    """`initial_rule` of all rows that do not stand for padding."""
+    for method in config.methods:
+        if (draw := method.init_draw(weight)) is not None:
+            return draw, ", ".join(filter(None, (draw.description, method.init_rule(weight))))
+    if weight.role in ("bias", "norm", "scale"):
+        constant = Constant(0.0 if weight.role == "bias" else 1.0)
+        rules = (method.init_rule(weight) for method in config.methods)
+        return constant, ", ".join(filter(None, (constant.description, *rules)))
+    std, rule = default_std, f"initializer_range: {default_std:g}"
+    for method in config.methods:
+        chosen = method.init_std(weight)
+        if chosen is not None:
+            std, rule = chosen, method.init_rule(weight) or method.name
+    draw = config.init.draw(std)
+    return draw, f"{draw.description}, {rule}"
+
+
+def initialize_weights(weights: ShardedWeights, config: Config, default_std: float) -> dict[str, Moments]:
+    """Fill every weight by its rule, then audit: the measured moments of each full weight, which match its rule.
+
+    Raises RuntimeError if a weight does not have the deviation it was meant to have, within sampling error.
+    """
+
+    def rule(weight: Weight) -> Draw:
+        return initial_rule(weight, config, default_std)[0]
+
+    weights.fill_(config.seed, rule)
+    moments = weights.moments()
+    for name, weight in weights.layout.items():
+        _audit(weight, moments[name], rule(weight))
+    return moments
+
+
+def _audit(weight: Weight, measured: Moments, draw: Draw) -> None:
+    """Six standard errors: one false alarm in 10^9 normal weights; heavy tails have more, in small weights."""
+    count, mean, std = weight.numel, draw.mean, draw.std
+    mean_error, std_error = std / sqrt(count), std * sqrt((draw.kurtosis - 1) / (4 * count))
+    fits = (
+        measured.count == count
+        and abs(measured.mean - mean) <= 6 * mean_error + 1e-6 * abs(mean)  # float32
+        and abs(measured.std - std) <= 6 * std_error + 1e-6 * std
+    )
+    if not fits:
+        raise RuntimeError(
+            f"initialization of {weight.name} went wrong: {measured.count} elements with mean {measured.mean:.3e} and "
+            f"std {measured.std:.6f} were found where {count} with mean {mean:g} and std {std:.6f} were due"
+        )

@@ -1,0 +1,66 @@
+"""Tensor parallelism: which ranks share a batch, and which models can be cut.
+
+`parallel.tensor: N` lets N consecutive ranks hold one copy of the model between them: DeepSpeed's AutoTP cuts the
+matrices of the decoder blocks and leaves embeddings, norms and the output head whole on each. The ranks of such a group
+read the same batch, so everything about data counts groups, the data-parallel ranks, instead of ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from pretrain.config.schema import Config
+from pretrain.errors import UserError
+from pretrain.model.layout import Weight
+
+
+def data_ranks(config: Config, world_size: int) -> int:
+    """How many groups of ranks read batches of their own. UserError unless `parallel.tensor` divides the ranks."""
+    tensor = config.parallel.tensor
+    if world_size % tensor:
+        raise UserError(
+            f"parallel.tensor {tensor} does not divide the {world_size} ranks that were started. "
+            f"Start a multiple of {tensor} ranks, or set parallel.tensor to a divisor of {world_size}."
+        )
+    return world_size // tensor
+
+
+def data_rank(config: Config, rank: int) -> int:
+    """The number of the group that rank `rank` belongs to: DeepSpeed groups consecutive ranks."""
+    return rank // config.parallel.tensor
+
+
+def tensor_parallel_block(config: Config) -> dict[str, Any]:
+    """What DeepSpeed's JSON gets for `parallel.tensor`; empty without tensor parallelism.
+
+    Left to itself DeepSpeed would cut a tied vocabulary, and with it the head that computes our loss.
+    """
+    tensor = config.parallel.tensor
+    if tensor == 1:
+        return {}
+    return {"tensor_parallel": {"autotp_size": tensor, "vocab_parallel_lm_head": False}}
+
+
+def check_model(config: Config, model_config: PreTrainedConfig) -> None:
+    """UserError where DeepSpeed could not give every rank of a group an equal share of each block matrix."""
+    tensor = config.parallel.tensor
+    if tensor == 1:
+        return
+    if not getattr(model_config, "base_model_tp_plan", None):
+        raise UserError(
+            f"parallel.tensor {tensor} cannot cut a {config.model.family}: Hugging Face has no plan for it, which says "
+            "what each matrix is split along. Set parallel.tensor to 1 and let ZeRO-3 share out the weights."
+        )
+    for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if (value := getattr(model_config, field)) % tensor:
+            raise UserError(
+                f"parallel.tensor {tensor} does not divide model.{field} {value}: the ranks of a group hold equal "
+                "shares of it. Change one of the two."
+            )
+
+
+def elements_per_rank(weights: list[Weight], tensor: int) -> int:
+    """Elements that one rank of a group holds before ZeRO cuts them: block matrices in part, all else whole."""
+    return sum(weight.numel // tensor if weight.in_block_matrix else weight.numel for weight in weights)

@@ -1,0 +1,1 @@
+"""What a weight is, and the modules that methods swap in."""

@@ -1,0 +1,246 @@
+"""Modules that multiply by a function of their stored weight, W̄ = f(W, s), with trained factors s or without.
+
+f is computed in float32 on the weight, then cast to the precision that forward computes in. So an export that stores
+f(W, s) computes the very same (pretrain/methods/*: `fold`). Three things make it work on sharded weights:
+
+- W and s are parameters of one module, because under ZeRO-3 a module sees its full weights only in its own forward;
+- W̄ is made anew in the backward pass instead of being kept from forward to backward: kept, the W̄ of all modules
+  would be a full copy of the model on every rank;
+- under bf16 and fp16, s itself would be rounded to 8 or 11 bits. `exact_scale`, float32, is what forward takes instead
+  when `follow_masters` has fetched it from the optimizer; gradients go to s all the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+SCALE = ".weight_scale"  # after the module's name: the factors' own
+
+
+class Effective:
+    """The function f of one module. Override what it needs; by default there are no factors, and biases stay as they are.
+
+    bias_factor: what forward multiplies the bias beside the weight by, in float32.
+    """
+
+    bias_factor: float = 1.0
+
+    def scale_shape(self, outputs: int) -> tuple[int, ...] | None:
+        """The shape of the trained factors s for a matrix of so many outputs; None where there are none."""
+
+    def advance(self, weight: torch.Tensor) -> None:
+        """Called in each forward pass of training before W̄ is made, recomputation in backward included.
+
+        weight: as in `__call__`, in any precision, without gradients.
+        """
+
+    def __call__(self, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        """weight: (outputs, inputs) float32, whichever way the module stores it. scale: float32. Differentiable."""
+        raise NotImplementedError
+
+
+class Multiple(Effective):
+    """W̄ = c W with a constant c, by which the bias is multiplied too if `with_bias`."""
+
+    def __init__(self, factor: float, with_bias: bool = False) -> None:
+        self.factor = factor
+        self.bias_factor = factor if with_bias else 1.0
+
+    def __call__(self, weight: torch.Tensor, scale: torch.Tensor | None = None) -> torch.Tensor:
+        return weight * self.factor
+
+
+def applied(
+    effective: Effective, weight: torch.Tensor, scale: torch.Tensor | None = None, input_major: bool = False
+) -> torch.Tensor:
+    """W̄ in float32, stored the way `weight` is: (outputs, inputs), or (inputs, outputs) if `input_major`.
+
+    Forward and fold both call this, so that they agree to the bit.
+    """
+    result = effective(_outputs_first(weight.float(), input_major), scale)
+    return result.T if input_major else result
+
+
+def applied_to_bias(effective: Effective, bias: torch.Tensor) -> torch.Tensor:
+    """The bias that forward adds, in the precision of the stored one."""
+    return bias if effective.bias_factor == 1.0 else (bias.float() * effective.bias_factor).to(bias.dtype)
+
+
+def _outputs_first(weight: torch.Tensor, input_major: bool) -> torch.Tensor:
+    return weight.T if input_major else weight
+
+
+class Reparameterized(nn.Module):
+    """What the modules below have in common. `effective` None: the stored weight is what forward multiplies by."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    input_major = False  # stored as (inputs, outputs)
+
+    def reparameterize(self, effective: Effective | None, outputs: int) -> None:
+        """To be called in `__init__`, where ZeRO-3 takes up the new parameter."""
+        self.effective = effective
+        shape = effective.scale_shape(outputs) if effective else None
+        self.weight_scale = None if shape is None else nn.Parameter(torch.ones(shape))
+        self.exact_scale: torch.Tensor | None = None
+
+    def effective_weight(self) -> torch.Tensor:
+        """W̄ in the shape and precision of the stored weight; keeps nothing but W and s for the backward pass."""
+        if self.effective is None:
+            return self.weight
+        self._advance()
+        return _EffectiveWeight.apply(self, self.weight, self.weight_scale)
+
+    def product(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden W̄ᵀ + bias; keeps nothing but `hidden`, W and s for the backward pass."""
+        self._advance()
+        bias = self.bias if self.bias is None else applied_to_bias(self.effective, self.bias)
+        return _Product.apply(self, hidden, self.weight, self.weight_scale, bias)
+
+    def multiply(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """What the stock module does with `hidden`, to the bit."""
+        raise NotImplementedError
+
+    def _advance(self) -> None:
+        if self.training:
+            self.effective.advance(_outputs_first(self.weight.detach(), self.input_major))
+
+    def _compute(self, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        """W̄ from the stored weight and float32 factors."""
+        return applied(self.effective, weight, scale, self.input_major).to(weight.dtype)
+
+    def _scale_value(self, scale: torch.Tensor | None) -> torch.Tensor | None:
+        """The factors as forward takes them."""
+        return scale if scale is None else scale.float() if self.exact_scale is None else self.exact_scale
+
+
+class ReparameterizedLinear(Reparameterized, nn.Linear):
+    """`nn.Linear` with W̄."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, effective: Effective | None = None
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.reparameterize(effective, out_features)
+
+    def remade(self, effective: Effective) -> ReparameterizedLinear:
+        """A new module of this kind and size that computes with `effective`."""
+        return ReparameterizedLinear(self.in_features, self.out_features, self.bias is not None, effective)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden, self.weight, self.bias) if self.effective is None else self.product(hidden)
+
+    def multiply(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(hidden, weight, bias)
+
+
+class ReparameterizedConv1D(Reparameterized, Conv1D):
+    """GPT-2's `Conv1D` with W̄."""
+
+    input_major = True
+
+    def __init__(self, nf: int, nx: int, effective: Effective) -> None:
+        super().__init__(nf, nx)
+        self.reparameterize(effective, nf)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.product(hidden)
+
+    def multiply(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        flat = torch.addmm(bias, hidden.view(-1, hidden.size(-1)), weight)
+        return flat.view(*hidden.shape[:-1], self.nf)
+
+
+class ReparameterizedEmbedding(Reparameterized, nn.Embedding):
+    """`nn.Embedding` with W̄, made of the rows that are looked up: f must treat all rows alike and each by itself."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None, effective: Effective) -> None:
+        super().__init__(num_embeddings, embedding_dim, padding_idx)
+        self.reparameterize(effective, num_embeddings)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = super().forward(ids)
+        scale = self.weight_scale
+        if scale is not None and self.exact_scale is not None:
+            scale = self.exact_scale + (scale - scale.detach()).float()  # the exact value, and a gradient for s
+        return self.effective(rows.float(), None if scale is None else scale.float()).to(rows.dtype)
+
+
+class _MadeAgain:
+    """W̄ for the backward pass, with what leads from its gradient to those of W and s."""
+
+    def __init__(self, module: Reparameterized, weight: torch.Tensor, scale: torch.Tensor | None) -> None:
+        self.scale, value = scale, module._scale_value(scale)
+        self.leaves = [leaf.detach().requires_grad_() for leaf in (weight, value) if leaf is not None]
+        with torch.enable_grad():
+            self.made = module._compute(self.leaves[0], self.leaves[1] if scale is not None else None)
+
+    def gradients(self, of_made: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Of W and s, from that of W̄."""
+        of_weight, *rest = torch.autograd.grad(self.made, self.leaves, of_made)
+        return of_weight, rest[0].to(self.scale.dtype) if rest else None
+
+
+class _EffectiveWeight(torch.autograd.Function):
+    """W̄ for who needs it as a tensor and keeps none of it."""
+
+    @staticmethod
+    def forward(ctx: Any, module: Reparameterized, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        ctx.module = module
+        ctx.save_for_backward(weight, scale)
+        return module._compute(weight, module._scale_value(scale))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, torch.Tensor, torch.Tensor | None]:
+        return None, *_MadeAgain(ctx.module, *ctx.saved_tensors).gradients(gradient)
+
+
+class _Product(torch.autograd.Function):
+    """hidden W̄ᵀ + bias."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        module: Reparameterized,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.module, ctx.has_bias = module, bias is not None
+        ctx.save_for_backward(hidden, weight, scale)
+        return module.multiply(hidden, module._compute(weight, module._scale_value(scale)), bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, scale = ctx.saved_tensors
+        again = _MadeAgain(ctx.module, weight, scale)
+        rows, inputs, made = gradient.flatten(0, -2), hidden.flatten(0, -2), again.made.detach()
+        if ctx.module.input_major:
+            of_hidden, of_made = gradient @ made.T, inputs.T @ rows
+        else:
+            of_hidden, of_made = gradient @ made, rows.T @ inputs
+        return None, of_hidden, *again.gradients(of_made), rows.sum(0) if ctx.has_bias else None
+
+
+def reparameterize(model: nn.Module, name: str, effective: Effective) -> None:
+    """Replace the module `name` of `model` (nn.Linear, Conv1D, nn.Embedding or the head) by one that computes with
+    `effective` of its weight. A tied weight must be tied again afterwards. Raises TypeError for another module.
+    """
+    old = model.get_submodule(name)
+    if isinstance(old, ReparameterizedLinear):
+        new = old.remade(effective)
+    elif isinstance(old, nn.Linear):
+        new = ReparameterizedLinear(old.in_features, old.out_features, old.bias is not None, effective)
+    elif isinstance(old, Conv1D):
+        new = ReparameterizedConv1D(old.nf, old.nx, effective)
+    elif isinstance(old, nn.Embedding):
+        new = ReparameterizedEmbedding(old.num_embeddings, old.embedding_dim, old.padding_idx, effective)
+    else:
+        raise TypeError(f"{name} is a {type(old).__name__}, which has no weight that could be reparameterized")
+    model.set_submodule(name, new)

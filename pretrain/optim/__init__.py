@@ -1,0 +1,1 @@
+"""The learning rate over the run, parameter groups, and the optimizers."""

@@ -1,6 +1,0 @@
-"""What a person wants to see after a spike: the last steps in figures, and the batch that was read."""
-
-from pretrain.resilience.autopsy.autopsies import Autopsies
-from pretrain.resilience.autopsy.recorder import Recorder
-
-__all__ = ["Autopsies", "Recorder"]

@@ -1,0 +1,243 @@
+"""Everything that can be known about a run before it starts, and everything that can be wrong with it.
+
+`make_plan` reads and checks the whole input (model, tokenizer, shards, DeepSpeed file, methods) without building the
+model; `--dry-run` prints it, training goes on from it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from pretrain.checkpoints import TrainerState
+from pretrain.checkpoints.disk_space import checkpoint_bytes
+from pretrain.checkpoints.logit_probe import probe_batch
+from pretrain.config.schema import Config
+from pretrain.data import load_tokenizer
+from pretrain.data.batches.batch import MicroBatch
+from pretrain.data.batches.loader import Loader, eval_batches
+from pretrain.data.tokenizer_files import trained_files
+from pretrain.engine.build_model import bind_methods, hf_config, outline
+from pretrain.engine.deepspeed_config import deepspeed_config, read_deepspeed
+from pretrain.engine.initialize import initial_rule
+from pretrain.engine.precision import precision_of
+from pretrain.engine.tensor_parallel import check_model, data_rank, data_ranks, elements_per_rank
+from pretrain.errors import UserError
+from pretrain.files import free_bytes, require_utf8
+from pretrain.methods import Method
+from pretrain.model.layout import Weight
+from pretrain.monitor.throughput import flops_per_token
+from pretrain.trainer.corpora import Corpora, open_corpora
+
+# Of a matrix, so that the squares that its moments are made of are float32 numbers, and its working copy is one of fp16.
+_INITIAL_DEVIATIONS = (1e-15, 1e4)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has been checked: what will be built, from what, for how long.
+
+    tokenizer_files: those of the run's tokenizer as checkpoints keep it, by name.
+    """
+
+    config: Config
+    world_size: int
+    model_config: PreTrainedConfig
+    ds_config: dict[str, Any]
+    tokenizer_files: dict[str, bytes]
+    corpora: Corpora
+    weights: list[Weight]
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all weights, a tied one counted once."""
+        return sum(weight.numel for weight in self.weights)
+
+    @property
+    def zero_stage(self) -> int:
+        return self.ds_config["zero_optimization"].get("stage", 0)
+
+    @property
+    def optimizer_on_cpu(self) -> bool:
+        offload = self.ds_config["zero_optimization"].get("offload_optimizer") or {}
+        return offload.get("device") == "cpu"
+
+    @property
+    def precision(self) -> str:
+        """Of the working copies: fp32, bf16 or fp16."""
+        return precision_of(self.ds_config)
+
+    @property
+    def data_ranks(self) -> int:
+        """How many groups of ranks read batches of their own: all ranks, without tensor parallelism."""
+        return data_ranks(self.config, self.world_size)
+
+    @property
+    def elements_per_rank(self) -> int:
+        """Elements that one rank holds before ZeRO cuts them."""
+        return elements_per_rank(self.weights, self.config.parallel.tensor)
+
+    @property
+    def flops_per_token(self) -> float:
+        return flops_per_token(self.weights, self.model_config, self.config.data.seq_len)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes of one checkpoint on disk."""
+        tensor = self.config.parallel.tensor  # each rank of a group stores the weights that are whole on all of them
+        return checkpoint_bytes(tensor * self.elements_per_rank, half=self.precision != "fp32")
+
+    def state_at(self, step: int, samples: int) -> TrainerState:
+        """What a checkpoint of this run stores after `step` steps and `samples` samples of all ranks."""
+        return TrainerState(
+            step=step,
+            samples=samples,
+            world_size=self.world_size,
+            tensor_parallel=self.config.parallel.tensor,
+            zero_stage=self.zero_stage,
+            precision=self.precision,
+            model=self.model_config.to_diff_dict(),
+            forward=_digest_of_forward(self),
+            optimizer=self.config.optim.name,
+            data_fingerprint=self.corpora.fingerprint,
+            tokenizer_fingerprint=self.corpora.tokenizer_fingerprint,
+            bos_id=self.corpora.bos_id,
+            seed=self.config.seed,
+            seq_len=self.config.data.seq_len,
+            global_batch_size=self.config.data.global_batch_size,
+        )
+
+
+def make_plan(config: Config, world_size: int, rank: int | None = None) -> Plan:
+    """Check the input of `config` for a run on `world_size` ranks.
+
+    Rank `rank` verifies its share of the shards, None all of them. The plan's configuration holds the content of the
+    DeepSpeed file, so that it reproduces the run alone. Raises UserError for whatever does not fit.
+    """
+    require_utf8(config.folder, "the run folder")
+    ds_config = deepspeed_config(config, world_size)
+    config = config.model_copy(update={"deepspeed": read_deepspeed(config)[1]})
+    tokenizer = load_tokenizer(config.tokenizer)
+    model_config = hf_config(config, tokenizer)
+    check_model(config, model_config)
+    config = bind_methods(config, model_config)
+    weights = outline(config, model_config)
+    for method in config.methods:
+        method.check(weights)
+        _check_touches(method, weights)
+    _check_initial_values(config, weights, model_config.initializer_range)
+    share = {} if rank is None else {"rank": rank, "world_size": world_size}
+    corpora = open_corpora(config, tokenizer, data_ranks(config, world_size), **share)
+    _set_bos(model_config, config, tokenizer.eos_token_id if corpora.bos_id is None else corpora.bos_id)
+    files = trained_files(tokenizer, Path(config.tokenizer), corpora.bos_id)
+    plan = Plan(config, world_size, model_config, ds_config, files, corpora, weights)
+    if corpora.val is not None:
+        validation_batches(plan, rank=0)
+    _check_disk(plan)
+    return plan
+
+
+def _set_bos(model_config: PreTrainedConfig, config: Config, found: int | None) -> None:
+    """Make the model's bos_token_id `found`, the token before every document: its own, or the separator of the one before.
+
+    The separator is the tokenizer's; model.eos_token_id says where generation ends, and may be several.
+    """
+    if (asked := config.model.hf_fields.get("bos_token_id", found)) != found:
+        raise UserError(
+            f"model.bos_token_id is {asked}, and what stands before every document in {config.data.train[0].path} is "
+            f"{found}. Leave the key out, or prepare the data again (tools/prepare_data.py, --add-bos)."
+        )
+    model_config.bos_token_id = found
+
+
+def _digest_of_forward(plan: Plan) -> str:
+    """Of the weights' names and shapes, and of the methods that change what forward computes, with their options."""
+    acting = [method for method in plan.config.methods if _acts_in_forward(method)]
+    lines = [f"{weight.name} {weight.shape}" for weight in plan.weights]
+    lines += sorted(method.forward_identity() for method in acting)
+    return blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
+
+
+def _acts_in_forward(method: Method) -> bool:
+    return any(getattr(type(method), hook) is not getattr(Method, hook) for hook in ("configure", "transform", "fold"))
+
+
+def _check_touches(method: Method, weights: list[Weight]) -> None:
+    """UserError if the method has no rule for any weight: it would be listed and do nothing."""
+    if not any(method.init_rule(weight) or method.training_rule(weight) for weight in weights):
+        raise UserError(f"methods: {method.name} matches no weight of the model, so it would do nothing. Remove it.")
+
+
+def _check_initial_values(config: Config, weights: list[Weight], default_std: float) -> None:
+    """UserError where a weight would start beyond what float32 arithmetic holds, or all matrices at zero."""
+    smallest, largest = _INITIAL_DEVIATIONS
+    rules = {weight.name: initial_rule(weight, config, default_std) for weight in weights if weight.fan_in}
+    for name, (draw, rule) in rules.items():
+        if draw.std and not smallest <= draw.std <= largest:
+            raise UserError(
+                f"{name} would start with the standard deviation {draw.std:g} ({rule}); training holds {smallest:g} to "
+                f"{largest:g}. Change what decides it: model.initializer_range, or the option of a method."
+            )
+    if not any(draw.std for draw, _ in rules.values()):
+        raise UserError(
+            "all matrices would start at zero, and no gradient would change them: raise model.initializer_range."
+        )
+
+
+def training_batches(plan: Plan, rank: int, samples: int) -> Loader:
+    """Rank `rank`'s batches from the run's sample number `samples` on; ranks of a tensor-parallel group have the same."""
+    data = plan.config.data
+    return Loader(
+        plan.corpora.feed(),
+        global_batch_size=data.global_batch_size,
+        micro_batch_size=data.micro_batch_size,
+        rank=data_rank(plan.config, rank),
+        world_size=plan.data_ranks,
+        position=samples,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def validation_batches(plan: Plan, rank: int) -> Iterator[MicroBatch]:
+    """Rank `rank`'s micro-batches of one evaluation, the same at every call."""
+    data = plan.config.data
+    return eval_batches(
+        plan.corpora.val,
+        global_batch_size=data.global_batch_size,
+        micro_batch_size=data.micro_batch_size,
+        rank=data_rank(plan.config, rank),
+        world_size=plan.data_ranks,
+        batches=plan.config.eval.batches,
+    )
+
+
+def fixed_probe(plan: Plan) -> torch.Tensor:
+    """The batch whose logits every checkpoint of the run stores: the first training tokens, (2, length) int64."""
+    tokens = plan.corpora.sources[0].shards.head(4096)
+    return probe_batch(torch.from_numpy(tokens.astype("int64")), plan.config.data.seq_len)
+
+
+def _check_disk(plan: Plan) -> None:
+    """UserError unless the run folder can be written and holds one checkpoint."""
+    existing, one = existing_folder(plan.config), plan.checkpoint_bytes
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"cannot write to the run folder {plan.config.folder}: {existing} is not a writable folder.")
+    free = free_bytes(existing)
+    if free is not None and free < one:
+        raise UserError(f"one checkpoint needs {one / 1e9:.2f} GB but {existing} has {free / 1e9:.2f} GB free.")
+
+
+def existing_folder(config: Config) -> Path:
+    """The run folder, or the nearest thing above it that exists."""
+    folder = config.folder.absolute()
+    try:
+        return next(path for path in (folder, *folder.parents) if path.exists())
+    except OSError as error:
+        raise UserError(f"cannot reach the run folder {config.folder}: {error.strerror}.") from error

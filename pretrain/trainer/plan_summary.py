@@ -1,0 +1,92 @@
+"""The plan of a run as a person reads it before queueing the run."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+
+from pretrain.checkpoints.folders import complete_checkpoints
+from pretrain.config.schema import Config
+from pretrain.engine.deepspeed_config import accumulation_steps
+from pretrain.files import free_bytes
+from pretrain.optim.schedule import learning_rate
+from pretrain.trainer.plan import Plan, existing_folder
+
+_DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop", "attention_dropout")  # fields of the families' configurations
+
+
+def describe_plan(plan: Plan) -> str:
+    """The plan as a person reads it before queueing the run."""
+    config, data = plan.config, plan.config.data
+    tokens, tensor = config.total_steps * config.tokens_per_step, config.parallel.tensor
+    lines = {
+        "model": f"{config.model.family}, {short(plan.parameters)} parameters, vocabulary "
+        f"{plan.model_config.vocab_size:,}",
+        **_describe_dropout(plan.model_config),
+        "data": plan.corpora.describe(config.total_steps * data.global_batch_size),
+        "length": f"{config.total_steps:,} steps x {config.tokens_per_step:,} tokens = {short(tokens)} tokens, "
+        f"{plan.flops_per_token * tokens:.2e} FLOPs",
+        "rate": _describe_rate(config),
+        "batch": f"{data.global_batch_size} sequences of {data.seq_len} = {plan.data_ranks} data-parallel ranks x "
+        f"{accumulation_steps(config, plan.world_size)} micro-batches of {data.micro_batch_size}",
+        "sharding": f"ZeRO-{plan.zero_stage}, {plan.precision}"
+        + (f", {tensor} tensor-parallel ranks" if tensor > 1 else ""),
+        "memory": f"{_state_bytes(plan) / 1e9:.2f} GB per rank for "
+        + ("weights, the rest on the CPU " if plan.optimizer_on_cpu else "weights, gradients and optimizer ")
+        + "(activations come on top)",
+        "disk": _describe_disk(plan),
+        "optimizer": config.optim.name if config.optim.name == "adamw" else "muon on block matrices, adamw on the rest",
+        "methods": ", ".join(method.name for method in config.methods) or "none",
+    }
+    return "\n".join(f"{key:<9} {value}" for key, value in lines.items())
+
+
+def short(count: float) -> str:
+    """A count with three digits and its unit: 1.25M."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.0f}"
+
+
+def _state_bytes(plan: Plan) -> float:
+    """Bytes per rank of working copy, gradient, fp32 master and two Adam moments, by ZeRO stage.
+
+    Offloaded to the CPU, gradients and optimizer do not count.
+    """
+    working, optimizer = (4, 8) if plan.precision == "fp32" else (2, 12)
+    gradient = 4 if plan.ds_config["data_types"]["grad_accum_dtype"] == "fp32" else 2
+    stage, ranks = plan.zero_stage, plan.data_ranks
+    if plan.optimizer_on_cpu:
+        gradient, optimizer = 0, 0
+    per_parameter = (
+        working / (ranks if stage == 3 else 1)
+        + gradient / (ranks if stage >= 2 else 1)
+        + optimizer / (ranks if stage >= 1 else 1)
+    )
+    return plan.elements_per_rank * per_parameter
+
+
+def _describe_disk(plan: Plan) -> str:
+    free = free_bytes(existing_folder(plan.config))
+    one = plan.checkpoint_bytes
+    at_once = plan.config.checkpoint.keep_last + 1  # the new one is written before the old one goes
+    wanted = (at_once - len(complete_checkpoints(plan.config.folder / "checkpoints"))) * one
+    figures = f"{one / 1e9:.2f} GB per checkpoint, up to {at_once} at a time"
+    if free is None:
+        return f"{figures}; how much is free is not known"
+    return f"{figures}; {free / 1e9:.1f} GB free" + (f", {wanted / 1e9:.1f} GB WILL BE NEEDED" if wanted > free else "")
+
+
+def _describe_dropout(model_config: PreTrainedConfig) -> dict[str, str]:
+    """A line for a model that trains with dropout, which few expect: Hugging Face's GPT-2 does unless told otherwise."""
+    rates = {field: getattr(model_config, field, 0.0) for field in _DROPOUTS}
+    said = [f"model.{field} {rate:g}" for field, rate in rates.items() if rate]
+    return {"dropout": ", ".join(said) + " in training"} if said else {}
+
+
+def _describe_rate(config: Config) -> str:
+    optim, warmup, total = config.optim, config.optim.schedule.warmup_steps, config.total_steps
+    last = learning_rate(optim, total, total)
+    if warmup > total:
+        return f"NEVER REACHES optim.lr {optim.lr:g}: warmup takes {warmup:,} steps, and the run ends at {last:g}"
+    return f"{optim.lr:g}, warmup over {warmup:,} steps, {optim.schedule.name} to {last:g} at the last"

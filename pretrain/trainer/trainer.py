@@ -1,0 +1,431 @@
+"""A run under way: its parts, its loop over optimizer steps, and what happens between them."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from math import exp, inf
+from pathlib import Path
+
+import torch
+
+from pretrain.autopsy import Autopsies, Recorder
+from pretrain.checkpoints import Checkpoints, Saved, TrainerState
+from pretrain.checkpoints.finite import fault_of_model, refuse_unless_finite
+from pretrain.checkpoints.logit_probe import probe_logits, save_probe
+from pretrain.checkpoints.method_state import load_method_state, save_method_state
+from pretrain.checkpoints.state import read_matching_state, read_state
+from pretrain.config.diff import Change
+from pretrain.data.batches.batch import MicroBatch
+from pretrain.data.tokenizer_files import write_files
+from pretrain.distributed import signals
+from pretrain.distributed.ranks import Ranks, on_every_rank
+from pretrain.engine.initialize import initialize_weights
+from pretrain.engine.step import StepResult, build_engine, train_step, validation_loss
+from pretrain.engine.step_gate import StepGate
+from pretrain.engine.tensor_parallel import data_rank
+from pretrain.errors import Diverged
+from pretrain.files import write_text
+from pretrain.model.config_json import save_config
+from pretrain.model.loss import CROSS_ENTROPY
+from pretrain.monitor.activations import record_activations
+from pretrain.monitor.console import memory_bytes, progress_line
+from pretrain.monitor.logs import log
+from pretrain.monitor.metrics import Metrics
+from pretrain.monitor.phase import enter
+from pretrain.monitor.throughput import Pace, Throughput
+from pretrain.monitor.tracker import Tracker, mode_of
+from pretrain.monitor.weights import WeightMonitor
+from pretrain.optim.schedule import learning_rate
+from pretrain.optim.zclip import ZClip
+from pretrain.optional import listen, optional, prepared, together
+from pretrain.resilience.consistency import check_start, check_step
+from pretrain.resilience.spike_guard import SpikeGuard
+from pretrain.resilience.stop_requests import StopRequest, StopRequests
+from pretrain.sharded import ShardedWeights
+from pretrain.trainer.corpora import read_again
+from pretrain.trainer.plan import Plan, fixed_probe, training_batches, validation_batches
+from pretrain.trainer.plan_summary import describe_plan
+from pretrain.trainer.resume_changes import changes, check_length, environment_changes
+from pretrain.trainer.run_folder import RunFolder
+from pretrain.trainer.startup_facts import facts_of_checkpoint
+from pretrain.trainer.weight_table import describe_weights
+
+FINISHED_S, STOPPED_S = 60.0, 5.0  # that a run waits at its end for its tracker
+
+
+def train(plan: Plan, folder: RunFolder, ranks: Ranks) -> None:
+    """Train what `plan` describes, from its newest checkpoint or from the start, to its last step. Collective."""
+    if ranks.is_first:
+        log.info(describe_plan(plan))
+    requests = StopRequests(folder.path, ranks, signals.catch())
+    if request := requests.now():
+        folder.not_started(request.stop, requested=request.requested)
+        return
+    Trainer(plan, folder, ranks, requests).train()
+
+
+class Trainer:
+    """A run under way. All methods are collective: every rank calls them in the same order.
+
+    Attributes:
+        step: optimizer steps done.
+        saved: step of the newest checkpoint, None if that checkpoint does not hold the run's present place in the data.
+        evaluation_due: a stop has cut short the evaluation of `step`.
+    """
+
+    def __init__(self, plan: Plan, folder: RunFolder, ranks: Ranks, requests: StopRequests) -> None:
+        """Build the model, load the checkpoint to resume from or initialize the weights, and open the data there."""
+        config = plan.config
+        self.plan, self.folder, self.ranks, self.requests = plan, folder, ranks, requests
+        enter("building the model")
+        # Dropout: each data-parallel rank draws for itself, the ranks of a tensor-parallel group draw the same.
+        torch.manual_seed(config.seed * plan.data_ranks + data_rank(config, ranks.rank))
+        self.engine = build_engine(config, plan.model_config, plan.ds_config)
+        zclip = ZClip(config.optim.zclip) if config.optim.zclip else None
+        self.gate = StepGate(self.engine, SpikeGuard(config.resilience.guard), zclip)
+        self.weights = ShardedWeights(self.engine)
+        self.recorder = Recorder(self.engine, self.weights, config.resilience.autopsy_steps)
+        self.gate.watchers.append(self.recorder.gradients)
+        self.checkpoints = Checkpoints(
+            folder.path / "checkpoints", config.checkpoint, ranks, log.info, refuse_unless_finite
+        )
+        state, changed = self._resume() or (self._initialize(), [])
+        self.gate.load_state(state.guard or {})
+        for method in config.methods:
+            method.prepare(self.weights)
+        folder.begin(config, state.step)
+        self.step, self.saved = state.step, state.step
+        self.evaluation_due = state.evaluation_due and plan.corpora.val is not None
+        self.metrics = Metrics(folder.path, enabled=ranks.is_first)
+        listen(lambda kind, reason: self.metrics.event(folder.step, "went_without", what=kind, reason=reason))
+        begun = "resumed" if state.step else "started"
+        differences = {"changes": [asdict(change) for change in changed]} if changed else {}
+        self.metrics.event(state.step, begun, parameters=plan.parameters, world_size=ranks.world_size, **differences)
+        self.tracker = self._start_tracker()
+        self.loader = training_batches(plan, ranks.rank, state.samples)
+        self.probe = on_every_rank(lambda: fixed_probe(plan)).to(ranks.device)
+        self.throughput = Throughput(config.tokens_per_step, plan.flops_per_token, ranks.world_size, state.step)
+        self.weight_monitor = WeightMonitor(self.weights, config.log.weights_interval_steps)
+        self.autopsies = Autopsies(folder.path / "autopsies", config, self.recorder, ranks, lambda: read_again(config))
+
+    @property
+    def samples(self) -> range:
+        """The samples of the run's order that the newest step has read."""
+        return range(self.loader.position - self.plan.config.data.global_batch_size, self.loader.position)
+
+    def train(self) -> None:
+        """Take all steps that are left, or those before a request to stop, and end the run."""
+        config, total = self.plan.config, self.plan.config.total_steps
+        check_step(self.weights, config.methods, self.step, self.loader.position, lr=0.0)
+        if self.evaluation_due:
+            self.evaluate()
+        request = StopRequest()
+        while self.step < total or self.evaluation_due:
+            request = self.requests.before_step(self.loader, self.step + 1)
+            self.publish()
+            with optional("tracking", "the tracking could not be looked after"):
+                self.tracker.look()
+            if request.stop:
+                break
+            if request.save:
+                self.save()
+                self.requests.saved()
+            self.train_one_step()
+        self.save()
+        self.publish(wait=True)
+        self.finish(request)
+
+    def train_one_step(self) -> None:
+        """Take the next optimizer step, let the methods act on the weights, and do what is due after it."""
+        config, total = self.plan.config, self.plan.config.total_steps
+        self.folder.step = self.step = step = self.step + 1
+        lr = learning_rate(config.optim, step, total)
+        self.weight_monitor.before_step(step)
+        batches = self.loader.next_batch()
+        result = train_step(self.gate, step, batches, lr, self.ranks, self.plan.corpora.masked)
+        enter("methods")
+        self.recorder.end_step(step, self.samples, result.losses, lr, result.clip_factor)
+        measured = self.weight_monitor.after_step(step)
+        for method in config.methods:
+            for name, values in method.after_step(step, self.weights).items():
+                measured.setdefault(name, {}).update(values)
+        if measured:
+            self.metrics.write("weights", step, **measured)
+        if due(step, config.log.interval_steps, total):
+            with optional("report", "a report could not be made"):
+                self.report(result, lr, self.throughput.lap(step, total, self.loader.wait_s))
+        self.throughput.pause()
+        if self._examine(result, batches):
+            return
+        if step % config.resilience.agreement_interval_steps == 0:
+            check_step(self.weights, config.methods, step, self.samples.stop, lr)
+        self._do_what_is_due()
+        self.throughput.resume()
+
+    def _do_what_is_due(self) -> None:
+        """Evaluate, measure activations and save, each at its interval and at the last step."""
+        config, step, total = self.plan.config, self.step, self.plan.config.total_steps
+        if self.plan.corpora.val and due(step, config.eval.interval_steps, total):
+            self.evaluate()
+        if due(step, config.log.activations_interval_steps, total):
+            self.measure_activations()
+        # While updates are skipped nothing is new, and the checkpoint to roll back to must not be retired.
+        if due(step, config.checkpoint.interval_steps, total) and not self.gate.guard.streak:
+            self.save()
+
+    def report(self, result: StepResult, lr: float, pace: Pace) -> None:
+        """Write one console line and one `train` row for the interval that ends at this step.
+
+        `first_sample` and `last_sample` are those of this very step, `epochs` how often each source has been read.
+        `loss` is the plain cross-entropy; `loss_terms` holds what methods add to it. fp16 adds the loss scale of this
+        step, and how many steps have been skipped so far because a gradient overflowed.
+        """
+        plan = self.plan
+        terms = {name: float(value) for name, value in result.losses.items() if name != "total"}
+        loss = terms.pop(CROSS_ENTROPY)
+        log.info(progress_line(self.step, plan.config.total_steps, loss, result.norm, lr, pace))
+        added = {"loss_terms": terms} if terms else {}
+        clipped = {"zclip": result.clip_factor} if plan.config.optim.zclip else {}
+        scaling = {}
+        if plan.precision == "fp16":
+            scaling = {"loss_scale": result.loss_scale, "skipped": self.engine.skipped_steps}
+        self.metrics.write(
+            "train",
+            self.step,
+            tokens=self.step * plan.config.tokens_per_step,
+            **self._samples_of_step(),
+            epochs=plan.corpora.epochs(self.samples.stop),
+            loss=loss,
+            grad_norm=result.norm,
+            lr=lr,
+            tokens_per_s=pace.tokens_per_s,
+            step_time_s=pace.step_time_s,
+            data_wait=pace.data_wait,
+            mfu=pace.mfu,
+            memory_bytes=memory_bytes(),
+            **added,
+            **clipped,
+            **scaling,
+        )
+
+    def evaluate(self) -> None:
+        """Report validation loss and perplexity, on the console and as an `eval` row; due again if a stop cuts it short."""
+        batches = validation_batches(self.plan, self.ranks.rank)
+        loss = validation_loss(self.engine, batches, self.ranks, self.requests.now)
+        self.evaluation_due = loss is None
+        if loss is None:
+            return
+        perplexity = exp(min(loss, 700.0))
+        self.metrics.write("eval", self.step, loss=loss, perplexity=perplexity)
+        log.info(f"step {self.step:>7,}  validation loss {loss:.4f}  perplexity {perplexity:.2f}")
+
+    def measure_activations(self) -> None:
+        """Write an `activations` row: the extremes of the residual stream on the fixed probe, for layers that can be hooked."""
+        enter("activations")
+        kind, failing = "activations", "the activations on the probe could not be measured"
+        with ExitStack() as hooks:
+            rows = prepared(kind, failing, lambda: hooks.enter_context(record_activations(self.engine.module)))
+            if rows is None:
+                return
+            if together(kind, failing, lambda: probe_logits(self.engine.module, self.probe)) is None:
+                return
+        if rows:
+            self.metrics.write("activations", self.step, layers=rows)
+
+    def save(self) -> None:
+        """Save a checkpoint of this step, unless there is one, with the files that conversion needs and must prove equal.
+
+        A model with NaN or infinity is not saved, and the log says so: no run can resume from it.
+        """
+        if self.saved == self.step:
+            return
+        self.publish(wait=True)
+        enter("saving")
+        plan, config, model = self.plan, self.plan.config, self.engine.module
+        moments, logits = self.weights.moments(), probe_logits(model, self.probe)
+        if fault := fault_of_model(self.weights, moments, logits):
+            log.warning(f"step {self.step:>7,}  not saved: {fault}")
+            self.metrics.event(self.step, "not_saved", reason=fault)
+            return
+
+        def add_files(folder: Path) -> None:
+            write_text(folder / "config.yaml", config.to_yaml())
+            save_config(plan.model_config, folder / "hf")
+            write_files(plan.tokenizer_files, folder / "hf")
+            save_probe(folder, self.probe, logits, moments)
+            save_method_state(folder, config.methods, model)
+
+        state = plan.state_at(self.step, self.loader.position)
+        state = replace(state, evaluation_due=self.evaluation_due, guard=self.gate.state())
+        self._announce(self.checkpoints.save(self.engine, state, add_files))
+        self.saved = self.step
+
+    def publish(self, wait: bool = False) -> None:
+        """Complete the checkpoint that is being written beside training, if there is one.
+
+        Args:
+            wait: wait until it is written, instead of only looking whether it is.
+        """
+        if wait:
+            enter("saving")
+        self._announce(self.checkpoints.advance(wait=wait))
+
+    def _announce(self, saved: Saved | None) -> None:
+        if saved is not None:
+            times = {"seconds": saved.seconds, "stall_s": saved.stall_s}
+            self.metrics.event(saved.step, "checkpoint_saved", checkpoint=str(saved.path), **times)
+            waited = f", training waited for {saved.stall_s:.1f} s" if self.plan.config.checkpoint.asynchronous else ""
+            log.info(f"step {saved.step:>7,}  saved {saved.path} in {saved.seconds:.1f} s{waited}")
+
+    def _examine(self, result: StepResult, batches: list[MicroBatch]) -> bool:
+        """Record a step that was not as it should be. Returns whether the run was rolled back because of it."""
+        if result.verdict.kind in ("spike", "not finite"):
+            self._write_autopsy(result, batches)
+        if 0 < result.clip_factor < 1:
+            norm = {"factor": result.clip_factor, "grad_norm": result.norm}
+            self.metrics.event(self.step, "zclip", **norm, **self._samples_of_step())
+        if not self.gate.guard.must_go_back(last=self.step == self.plan.config.total_steps):
+            return False
+        self.roll_back()
+        return True
+
+    def _write_autopsy(self, result: StepResult, batches: list[MicroBatch]) -> None:
+        enter("autopsy")
+        found, failing = result.verdict, f"the autopsy of step {self.step} failed"
+        path = together("autopsy", failing, lambda: self.autopsies.write(self.engine, found.reason, batches))
+        skipped = ", update skipped" if result.skipped else ""
+        pointer = "" if path is None else f"; see {path}"
+        log.warning(f"step {self.step:>7,}  {found.kind}{skipped}: {found.reason}{pointer}")
+        self.metrics.event(
+            self.step,
+            found.kind.replace(" ", "_"),
+            reason=found.reason,
+            skipped=result.skipped,
+            **self._samples_of_step(),
+            autopsy=path and str(path),
+        )
+
+    def roll_back(self) -> None:
+        """Load the newest whole checkpoint from before the skipped steps, and continue with the data after theirs.
+
+        The practice of PaLM (Chowdhery et al. 2022, section 5.1).
+
+        Raises:
+            Diverged: going back has not helped before, or there is no such checkpoint.
+        """
+        enter("rolling back")
+        guard, first, last = self.gate.guard, self.gate.guard.streak_start, self.step
+        skipped = f"the updates of steps {first:,} to {last:,} were skipped"
+        if first == last:
+            skipped = f"the update of step {last:,} was skipped"
+        if guard.rollbacks >= guard.config.max_rollbacks:
+            raise Diverged(f"{skipped}, and going back {guard.rollbacks} times has not helped")
+        self.publish(wait=True)
+        found = self.checkpoints.find_before(first - 1)
+        if found is None:
+            raise Diverged(f"{skipped}, and there is no checkpoint from before them to go back to")
+        state = self._load(found)
+        self.gate.rolled_back(state.guard or {})
+        self.recorder.forget()
+        self.folder.step = self.step = state.step
+        left_out = range(state.samples, self.samples.stop)
+        self.metrics.event(
+            last, "rolled_back", to_step=state.step, first_sample=left_out.start, last_sample=left_out.stop - 1
+        )
+        log.warning(
+            f"step {last:>7,}  {skipped}: back to step {state.step:,}, on without the samples {left_out.start:,} to "
+            f"{left_out.stop - 1:,}"
+        )
+        # Saved with the new place in the data, or a run that is killed now would read the bad samples again.
+        self.saved = None
+        self.save()
+        self.throughput.restart(self.step)
+
+    def finish(self, request: StopRequest) -> None:
+        """Record why the loop ended. Every way exits with 0: launchers mask what another code would say.
+
+        Raises:
+            Diverged: all steps are done and the last one has left no model to save.
+        """
+        enter("ending")
+        self.loader.close()
+        if request.stop is None and self.saved != self.step:
+            raise Diverged(f"step {self.step:,} was the last one and is not saved: NaN or infinity in the model")
+        if request.stop is None:
+            status, reason = "finished", "all steps done"
+        else:
+            status, reason = "stopped" if request.requested else "preempted", f"stopped by {request.stop}"
+            if self.step > 0:
+                saved = self.saved == self.step
+                reason += " after saving" if saved else " without saving, as the model holds NaN or infinity"
+        self.metrics.event(self.step, status, reason=reason)
+        self.folder.status(status, reason)
+        with optional("tracking", "the end of tracking has failed"):
+            stopped, watchdog_s = request.stop is not None, self.plan.config.resilience.watchdog_s
+            patience_s = STOPPED_S if stopped else FINISHED_S  # whoever stops a run may kill it soon
+            self.tracker.close(min(patience_s, (watchdog_s or inf) / 2), linger=stopped)
+        self.metrics.close()
+        log.info(f"{status} at step {self.step:,}: {reason}. Run folder: {self.folder.path}")
+
+    def _samples_of_step(self) -> dict[str, int]:
+        return {"first_sample": self.samples.start, "last_sample": self.samples.stop - 1}
+
+    def _resume(self) -> tuple[TrainerState, list[Change]] | None:
+        """Load the checkpoint that the run resumes from, and log what has changed since; None to start from scratch."""
+        enter("loading the checkpoint")
+        found = self.checkpoints.find()
+        check_start(lambda: facts_of_checkpoint(found))
+        if found is None:
+            return None
+        changed = on_every_rank(lambda: _compare(self.plan, found))
+        state = self._load(found)
+        log.info(f"resumed from {found} at step {state.step}")
+        for change in changed:
+            log.info(f"resumed; changed since then: {change.with_effect}")
+        return state, changed
+
+    def _load(self, found: Path) -> TrainerState:
+        """Put engine, methods and random generators into the state that the checkpoint `found` holds, which is returned."""
+        state = self.checkpoints.load(found, self.engine, self.plan.state_at(0, 0))
+        on_every_rank(lambda: load_method_state(found, self.plan.config.methods, self.engine.module))
+        return state
+
+    def _initialize(self) -> TrainerState:
+        """Draw the initial weights. Returns the state before the first step."""
+        enter("initializing weights")
+        plan, default_std = self.plan, self.plan.model_config.initializer_range
+        measured = initialize_weights(self.weights, plan.config, default_std)
+        if self.ranks.is_first:
+            log.info("\n" + describe_weights(plan.weights, plan.config, default_std, measured) + "\n")
+        return plan.state_at(0, 0)
+
+    def _start_tracker(self) -> Tracker:
+        """The run's tracker, which does nothing on ranks other than 0."""
+        messages = {
+            "tracking_off": "tracking is off: {}. The run goes on, its rows are in metrics.jsonl; tried again now and then",
+            "tracking_on": "tracking is on again: {}",
+        }
+
+        def announce(event: str, about: str) -> None:
+            log.warning(messages[event].format(about.rstrip(".")))
+            self.metrics.event(self.folder.step, event, reason=about)
+
+        mode = mode_of(self.plan.config.log.wandb) if self.ranks.is_first else "disabled"
+        return Tracker(self.folder.path, mode, announce)
+
+
+def due(step: int, interval: int, last: int) -> bool:
+    """Return whether something that happens every `interval` steps, and at the last one, happens at `step`."""
+    return step % interval == 0 or step == last
+
+
+def _compare(plan: Plan, found: Path) -> list[Change]:
+    """List what has changed since the checkpoint `found` was written. UserError if this run cannot resume from it."""
+    step = read_state(found).step
+    changed = changes(found, plan.config, step)
+    read_matching_state(found, plan.state_at(0, 0), [str(change) for change in changed])
+    check_length(found, step, plan.config)
+    with optional("environment", "what has changed in the environment is not known"):
+        changed += environment_changes(found)
+    return changed
