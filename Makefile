@@ -27,7 +27,7 @@ test: setup
 	$(VENV)/bin/python -m pytest -n $(JOBS)
 
 peers: setup
-	$(VENV)/bin/python tests/exports/peers_env.py $(PEERS)
+	$(VENV)/bin/python tests/support/peers/environments.py $(PEERS)
 
 lint: style scripts
 

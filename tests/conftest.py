@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,11 +10,10 @@ import yaml
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported, by the fork server too
 
-import runs
-from corpus import Corpus, documents_of, make_corpus, tiny
+from tests.support import runs
+from tests.support.corpus import Corpus, documents_of, make_corpus, tiny
 
 
 class Together(LoadScopeScheduling):

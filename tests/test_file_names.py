@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from corpus import Corpus
-from runs import REPOSITORY
 
 from pretrain.config.schema import load_config
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.errors import UserError
 from pretrain.export.convert import convert
 from pretrain.trainer.plan import make_plan
+from tests.support.corpus import Corpus
+from tests.support.runs import REPOSITORY
 
 LATIN = os.fsdecode(b"caf\xe9")
 NAMES = ["-dash.txt", f"{LATIN}.txt", "new\nline.txt", "quo\"te's.txt", "σ ü.txt"]

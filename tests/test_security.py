@@ -14,9 +14,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from corpus import Corpus, tiny
-from faulty_server import FaultyServer
-from runs import REPOSITORY, arguments, assert_refused, run_ranks, start_ranks, status
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pretrain.checkpoints.folders import resolve
@@ -31,6 +28,9 @@ from pretrain.export.convert import convert
 from pretrain.export.proof import model_class_of
 from pretrain.files import checksum
 from pretrain.model.evenkeel_llama import MODELING_FILE, bring_modeling_file
+from tests.support.corpus import Corpus, tiny
+from tests.support.faulty_server import FaultyServer
+from tests.support.runs import REPOSITORY, arguments, assert_refused, run_ranks, start_ranks, status
 
 SECRETS = {
     "WANDB_API_KEY": "f00dfeedf00dfeedf00dfeedf00dfeedf00dfeed",
@@ -325,13 +325,13 @@ def hold_secrets() -> None:
 
 
 def hold_secrets_and_fail() -> None:
-    import pretrain.train
+    from pretrain.trainer import trainer
 
     def fail(*_: object) -> float:
         raise ValueError("broken on purpose")
 
     hold_secrets()
-    pretrain.train.learning_rate = fail
+    trainer.learning_rate = fail
 
 
 @pytest.fixture(scope="module")

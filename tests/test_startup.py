@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from corpus import Corpus
-from runs import ENVIRONMENT, REPOSITORY, launch
 
 from pretrain.processes import own_package
+from tests.support.corpus import Corpus
+from tests.support.runs import ENVIRONMENT, REPOSITORY, launch
 
 INSPECT = REPOSITORY / "tools/inspect_data.py"
 TRAIN = REPOSITORY / "pretrain/train.py"
@@ -48,7 +48,7 @@ def test_every_script_finds_its_package_before_any_library_loads(script: Path) -
     ]
     begun = next(number for number, node in enumerate(body) if "startup.begin()" in ast.unparse(node))
     between = [ast.unparse(node) for node in body[6:begun]]
-    assert between in ([], ["from pretrain.resilience import signals"])
+    assert between in ([], ["from pretrain.distributed import signals"])
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from tokenizers import Tokenizer, processors
-from tokenizers_like import BEGIN, END, write_gpt2, write_llama2, write_llama3, write_neox, write_qwen
 from transformers import AutoTokenizer
 
 from pretrain.data import fingerprint, load_tokenizer
@@ -21,6 +20,7 @@ from pretrain.data.bpe import PROBE
 from pretrain.data.tokenizer import bos_before_documents, first_ids, load_tokenizer_info
 from pretrain.data.tokenizer_files import portable_files, trained_files, write_files
 from pretrain.errors import UserError
+from tests.support.tokenizers_like import BEGIN, END, write_gpt2, write_llama2, write_llama3, write_neox, write_qwen
 
 SHAPES = ("own", "gpt2", "neox", "qwen", "llama3", "llama2")
 BEGINS = {"llama3": BEGIN, "llama2": "<s>"}  # the others put nothing before a text

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from runs import (
+
+from tests.support.runs import (
     ENVIRONMENT,
     REPOSITORY,
     TRAIN,

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import (
+
+from tests.support.runs import (
     TRAIN,
     Ended,
     arguments,

@@ -8,7 +8,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from runs import (
+
+from tests.support.runs import (
     arguments,
     assert_refused,
     contents,

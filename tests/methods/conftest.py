@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 import pytest
-from suite import METHODS, SLOW_STAGES, Case, Run, Runs, cases_of
 
 from pretrain.methods import REGISTRY
+from tests.support.method_suite import METHODS, SLOW_STAGES, Case, Run, Runs, cases_of
 
 
 class Lazily:

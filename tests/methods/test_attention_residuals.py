@@ -3,14 +3,14 @@
 import pytest
 import torch
 from pydantic import ValidationError
-from references.attention_residuals import Reference
-from suite import Case, Run
 
 from pretrain.config.schema import Config
 from pretrain.engine.build_model import build_model
 from pretrain.errors import UserError
 from pretrain.monitor.activations import record_activations
 from pretrain.trainer.plan import make_plan
+from tests.methods.references.attention_residuals import Reference
+from tests.support.method_suite import Case, Run
 
 
 def planned(corpus, folder, *methods):

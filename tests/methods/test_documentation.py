@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from suite import Case
 
 from pretrain.config.schema import Config
 from pretrain.errors import UserError
@@ -13,6 +12,7 @@ from pretrain.methods import Method
 from pretrain.model.layout import describe
 from pretrain.sharded import Moments
 from pretrain.trainer.plan import make_plan
+from tests.support.method_suite import Case
 
 PAGE = Path(__file__).parents[2] / "docs" / "sharded_weights.md"
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from suite import METHODS, Run, assert_same_logits, generated, reference, trainer_model
 from transformers import AutoModelForCausalLM
 
 from pretrain.checkpoints.method_state import read_method_state
 from pretrain.export.convert import convert
 from pretrain.methods import REGISTRY
+from tests.support.method_suite import METHODS, Run, assert_same_logits, generated, reference, trainer_model
 
 
 class Pair:

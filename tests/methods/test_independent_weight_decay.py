@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_engines import TinyTokenizer
 
 from pretrain.config.schema import Config
 from pretrain.engine.build_model import bind_methods, build_model, hf_config
 from pretrain.optim.param_groups import parameter_groups
+from tests.support.tiny_engines import TinyTokenizer
 
 MODEL = {
     "family": "llama",

@@ -7,7 +7,6 @@ from math import gamma, sqrt
 import pytest
 import torch
 from pydantic import ValidationError
-from tiny_engines import TinyTokenizer
 
 from pretrain.config.schema import Config
 from pretrain.engine.build_model import bind_methods, hf_config, model_class, outline
@@ -16,6 +15,7 @@ from pretrain.errors import UserError
 from pretrain.methods.embedding_scale import EmbeddingScale
 from pretrain.model.layout import describe, describe_model
 from pretrain.sharded.draws import Constant, Draw, GeneralizedGaussian, Normal, TruncatedNormal
+from tests.support.tiny_engines import TinyTokenizer
 
 DECIDING = ("lir", "residual_init", "small_init", "he_init", "xavier_init", "depth_scaled_init")
 LLAMA = {

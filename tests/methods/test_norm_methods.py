@@ -5,7 +5,6 @@ from math import sqrt
 import pytest
 import torch
 from pydantic import ValidationError
-from suite import Case, assert_same_logits
 from test_pairs import folded, random_model
 
 from pretrain.config.schema import Config
@@ -20,6 +19,7 @@ from pretrain.methods.qk_norm import QKNorm
 from pretrain.methods.small_init import SmallInit
 from pretrain.model.norms import Norm, NormKind
 from pretrain.trainer.plan import Plan, make_plan
+from tests.support.method_suite import Case, assert_same_logits
 
 
 def plan_of(corpus, tmp_path, *methods, **model) -> Plan:

@@ -7,7 +7,6 @@ from itertools import combinations
 import pytest
 import torch
 from pydantic import ValidationError
-from suite import METHODS, STEPS, Case, Runs, assert_same_logits
 from transformers import AutoModelForCausalLM
 
 from pretrain.config.schema import Config
@@ -17,6 +16,7 @@ from pretrain.errors import UserError
 from pretrain.export.convert import convert
 from pretrain.model.export_edits import as_lazy
 from pretrain.trainer.plan import Plan, make_plan
+from tests.support.method_suite import METHODS, STEPS, Case, Runs, assert_same_logits
 
 PAIRS = list(combinations(METHODS, 2))
 TIED = [pytest.param(False, id="untied"), pytest.param(True, id="tied")]

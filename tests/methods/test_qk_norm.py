@@ -1,11 +1,11 @@
 """qk-norm refuses what the class it trains cannot hold."""
 
 import pytest
-from corpus import tiny
 
 from pretrain.config.schema import Config
 from pretrain.errors import UserError
 from pretrain.trainer.plan import make_plan
+from tests.support.corpus import tiny
 
 
 def test_biases_of_the_mlp_are_refused_and_not_dropped(corpus):

@@ -13,12 +13,20 @@ from math import sqrt
 import pytest
 import torch
 from pydantic import ValidationError
-from suite import METHODS, SLOW_STAGES, STAGES_BELOW_3, Case, has_reference, reference, trained_densely
 
 from pretrain.config.schema import Config
 from pretrain.errors import UserError
 from pretrain.methods import REGISTRY
 from pretrain.trainer.plan import make_plan
+from tests.support.method_suite import (
+    METHODS,
+    SLOW_STAGES,
+    STAGES_BELOW_3,
+    Case,
+    has_reference,
+    reference,
+    trained_densely,
+)
 
 # A weight of n steps in float32, ranks adding up in another order, Adam dividing small gradients by their own size.
 WEIGHTS = 2e-4  # of the norm of the change

@@ -5,7 +5,6 @@ from math import sqrt
 import pytest
 import torch
 from pydantic import ValidationError
-from suite import Case
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -19,6 +18,7 @@ from pretrain.model.modeling_evenkeel import SeeDNorm
 from pretrain.model.norms import ScaledSeeDNorm
 from pretrain.optim.param_groups import weight_decay
 from pretrain.trainer.plan import make_plan
+from tests.support.method_suite import Case
 
 
 def configured(corpus, folder, *methods):

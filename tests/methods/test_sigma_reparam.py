@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from corpus import Corpus
-from runs import arguments, run_ranks
 
 from pretrain.export.masters import master_weights
 from pretrain.methods import REGISTRY, decisions_that_clash
 from pretrain.methods.sigma_reparam import SigmaReparam
+from tests.support.corpus import Corpus
+from tests.support.runs import arguments, run_ranks
 
 
 def test_gamma_may_start_at_the_spectral_norm(run_file: Path, corpus: Corpus, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from math import sqrt
 
 import pytest
 import torch
-from corpus import tiny
 from transformers import LlamaForCausalLM
 
 from pretrain.config.schema import Config
@@ -18,6 +17,7 @@ from pretrain.methods.wesar import WeSaR
 from pretrain.model.export_edits import as_lazy
 from pretrain.model.layout import describe
 from pretrain.trainer.plan import Plan, make_plan
+from tests.support.corpus import tiny
 
 LAYERS, HIDDEN, MLP = 2, 48, 96
 HE = {"embed": 1.0, "q": 1 / sqrt(HIDDEN), "o": 1 / sqrt(2 * LAYERS * HIDDEN), "down": 1 / sqrt(LAYERS * MLP)}

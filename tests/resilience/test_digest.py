@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pretrain.resilience.consistency import who_differs, who_holds_what
 from pretrain.resilience.digest import bit_digest, differing_elements
-from pretrain.resilience.dissent import who_differs, who_holds_what
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

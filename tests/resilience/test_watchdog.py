@@ -9,9 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from runs import ENVIRONMENT, REPOSITORY
-
 from pretrain.resilience.watchdog import Pulse, describe, diagnose
+from tests.support.runs import ENVIRONMENT, REPOSITORY
 
 
 def pulse(rank: int, stacks: str, last: bool) -> Pulse:

@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from corpus import Corpus, documents_of, tiny
-from runs import launch, run_ranks
-from tokenizers_like import BEGIN, FINISH, write_gpt2, write_llama3, write_neox, write_qwen
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pretrain.config.schema import load_config
 from pretrain.errors import UserError
 from pretrain.export.convert import convert
 from pretrain.files import checksum
-from pretrain.trainer.plan import describe_plan, make_plan
+from pretrain.trainer.plan import make_plan
+from pretrain.trainer.plan_summary import describe_plan
+from tests.support.corpus import Corpus, documents_of, tiny
+from tests.support.runs import launch, run_ranks
+from tests.support.tokenizers_like import BEGIN, FINISH, write_gpt2, write_llama3, write_neox, write_qwen
 
 TEXT = "the weight of a layer"
 

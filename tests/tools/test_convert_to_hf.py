@@ -20,7 +20,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import launch, open_process, run_ranks, wait_for
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM, pipeline
@@ -37,6 +36,7 @@ from pretrain.methods.lir import LIR
 from pretrain.methods.tvr import TVR
 from pretrain.model import evenkeel_llama
 from pretrain.sharded import Moments
+from tests.support.runs import launch, open_process, run_ranks, wait_for
 
 # No dimension divides by 3 ranks, and few by 2: every kind of padding occurs.
 LLAMA = {

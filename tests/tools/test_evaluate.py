@@ -20,11 +20,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from corpus import Corpus, documents_of
-from runs import PATIENCE_S, REPOSITORY, launch, open_process, wait_for
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from pretrain.model.evenkeel_llama import EvenkeelLlamaForCausalLM, bring_modeling_file, evenkeel_llama
+from tests.support.corpus import Corpus, documents_of
+from tests.support.runs import PATIENCE_S, REPOSITORY, launch, open_process, wait_for
 
 TOOL = REPOSITORY / "tools/evaluate.py"
 LONGEST = 64  # tokens that the model can see; some pages are longer

@@ -14,8 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from corpus import Corpus, tiny
-from faulty_server import Fault, FaultyServer
 from tokenizers import Tokenizer
 
 from pretrain.config.schema import load_config
@@ -28,6 +26,8 @@ from pretrain.data.tokens import ShardWriter, open_shards
 from pretrain.data.tokens.checksums import BLOCK_BYTES
 from pretrain.data.tokens.import_export import export_tokens
 from pretrain.trainer.corpora import open_corpora
+from tests.support.corpus import Corpus, tiny
+from tests.support.faulty_server import Fault, FaultyServer
 
 TOOL = Path(__file__).parents[2] / "tools/inspect_data.py"
 

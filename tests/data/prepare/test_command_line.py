@@ -12,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from prepared import manifest_of
-from prepared import texts_of as decoded
 from tokenizers import Tokenizer, models
+
+from tests.support.prepared import manifest_of
+from tests.support.prepared import texts_of as decoded
 
 TOOLS = Path(__file__).parents[3] / "tools"
 

@@ -12,12 +12,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from prepared import Stopped, contents, documents_of, manifest_of, prepare_files, stop_after
 
 from pretrain.data import open_shards
 from pretrain.data.prepare import merge
 from pretrain.data.tokenizer import TokenizerInfo
 from pretrain.errors import UserError
+from tests.support.prepared import Stopped, contents, documents_of, manifest_of, prepare_files, stop_after
 
 SPLITS = ("train", "val", "held_out")
 

@@ -9,13 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from prepared import OPTIONS, Stopped, contents, documents_of, manifest_of, prepare_files, stop_after, texts_of
 
 from pretrain.data import fingerprint, open_shards
 from pretrain.data.prepare import journal, merge, preparation, prepare
 from pretrain.data.text.sources import open_source
 from pretrain.data.tokenizer import TokenizerInfo
 from pretrain.errors import UserError
+from tests.support.prepared import (
+    OPTIONS,
+    Stopped,
+    contents,
+    documents_of,
+    manifest_of,
+    prepare_files,
+    stop_after,
+    texts_of,
+)
 
 SPLITS = ("train", "val", "held_out")
 pytestmark = pytest.mark.usefixtures("small_units")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from prepared import Stopped, contents, documents_of, manifest_of, prepare_files, stop_after
 
 from pretrain.data import TokenShards, open_shards
 from pretrain.data.prepare import preparation
@@ -16,6 +15,7 @@ from pretrain.data.prepare.shuffle import Shuffled
 from pretrain.data.tokenizer import TokenizerInfo
 from pretrain.data.tokens.writer import ShardWriter
 from pretrain.errors import UserError
+from tests.support.prepared import Stopped, contents, documents_of, manifest_of, prepare_files, stop_after
 
 SPLITS = ("train", "val", "held_out")
 

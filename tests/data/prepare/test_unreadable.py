@@ -10,12 +10,12 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from prepared import Stopped, contents, manifest_of, prepare_files, stop_after, texts_of
 
 from pretrain.data.prepare import merge, workers
 from pretrain.data.text import readers
 from pretrain.data.tokenizer import TokenizerInfo
 from pretrain.errors import UserError
+from tests.support.prepared import Stopped, contents, manifest_of, prepare_files, stop_after, texts_of
 
 SPLITS = ("train", "val", "held_out")
 pytestmark = pytest.mark.usefixtures("small_units", "eager")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from faulty_server import FaultyServer
 
 from pretrain.data.remote import storage
+from tests.support.faulty_server import FaultyServer
 
 
 @pytest.fixture

@@ -19,12 +19,13 @@ from typing import BinaryIO
 
 import pytest
 import xxhash
-from faulty_server import Fault, FaultyServer
 
 from pretrain.data.remote import cache, folder
 from pretrain.data.remote.cache import CachedFiles, CacheSettings
 from pretrain.data.remote.folder import SharedFolder
 from pretrain.errors import UserError
+from tests.support.faulty_server import Fault, FaultyServer
+from tests.support.runs import REPOSITORY
 
 SIZE = 50_000
 NAMES = [f"shard_{number:05d}.bin" for number in range(24)]
@@ -76,7 +77,7 @@ def start_reader(server: FaultyServer, corpus: dict, tmp_path: Path) -> Iterator
             "originals": str(tmp_path / "originals"),
             **options,
         }
-        script = Path(__file__).with_name("cache_reader.py")
+        script = REPOSITORY / "tests/support/workers/cache_reader.py"
         command = [sys.executable, str(script), json.dumps(arguments)]
         readers.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
         return readers[-1]

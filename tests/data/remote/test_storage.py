@@ -8,11 +8,11 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from faulty_server import Fault, FaultyServer
 
 from pretrain.data.remote import storage
 from pretrain.data.remote.storage import ATTEMPTS, ATTEMPTS_AT_FIRST, Storage, is_remote
 from pretrain.errors import UserError
+from tests.support.faulty_server import Fault, FaultyServer
 
 CONTENT = random.Random(0).randbytes(100_000)
 PATH = "/corpus/part/shard_00000.bin"

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from faulty_server import Fault, FaultyServer
 
 from pretrain.data import TokenShards, open_shards
 from pretrain.data.batches import loader
@@ -19,6 +18,7 @@ from pretrain.data.batches.samples import Concatenated
 from pretrain.data.batches.stream import Stream
 from pretrain.data.remote.cache import CacheSettings
 from pretrain.errors import UserError
+from tests.support.faulty_server import Fault, FaultyServer
 
 STEPS = 50
 BATCH = 12

@@ -6,7 +6,8 @@ block to read. Four blocks of the tests' six sub-layers have 2, 2, 1 and 1 of th
 
 import numpy as np
 import torch
-from dense import DenseLlama
+
+from tests.support.dense import DenseLlama
 
 OPTIONS = {"blocks": 4}
 EXPORTS = "EvenkeelLlamaForCausalLM"

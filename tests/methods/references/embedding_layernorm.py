@@ -1,6 +1,6 @@
 """Embedding LayerNorm: the stream starts as LayerNorm(E[t]); a tied head keeps E (arXiv 2312.16903)."""
 
-from dense import DenseLlama
+from tests.support.dense import DenseLlama
 
 CONTROL = "model.embed_tokens.weight"
 

@@ -1,6 +1,6 @@
 """Independent weight decay: a step takes λ lr / (peak lr) of each matrix away, whatever the peak (arXiv 2309.14322)."""
 
-from dense import DenseLlama
+from tests.support.dense import DenseLlama
 
 OPTIONS = {"coefficient": 0.03}
 

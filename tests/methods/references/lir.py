@@ -2,7 +2,7 @@
 
 from math import sqrt
 
-from dense import DenseLlama
+from tests.support.dense import DenseLlama
 
 OPTIONS = {"initializer_range": 0.03, "scale_factor": 1.5}
 

@@ -1,6 +1,6 @@
 """mu-centering: the head's matrix less the mean of its rows, after every step (arXiv 2601.02031)."""
 
-from dense import DenseLlama
+from tests.support.dense import DenseLlama
 
 
 class Reference(DenseLlama):

@@ -1,6 +1,6 @@
 """mu-loss: coefficient x the squared length of the head's mean row (arXiv 2601.02031)."""
 
-from dense import DenseLlama
+from tests.support.dense import DenseLlama
 
 OPTIONS = {"coefficient": 200.0}
 

@@ -2,7 +2,7 @@
 
 from math import sqrt
 
-from dense import DenseLlama
+from tests.support.dense import DenseLlama
 
 FOLD = "round-off"
 CONTROL = "model.embed_tokens.weight"

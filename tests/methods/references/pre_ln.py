@@ -1,7 +1,8 @@
 """Pre-LN: LayerNorm without a bias wherever Llama has an RMSNorm (arXiv 2002.04745)."""
 
-from dense import DenseLlama
 from torch.nn import functional as F
+
+from tests.support.dense import DenseLlama
 
 FOLD = "round-off"
 CONTROL = "model.layers.1.self_attn.o_proj.weight"

@@ -1,6 +1,6 @@
 """qk-norm: RMSNorm over the values of each head of q and k, before the rotation, gains shared by the heads."""
 
-from dense import DenseLlama
+from tests.support.dense import DenseLlama
 
 EXPORTS = "Qwen3ForCausalLM"
 CONTROL = "model.layers.1.self_attn.q_norm.weight"

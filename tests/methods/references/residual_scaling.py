@@ -2,7 +2,7 @@
 
 from math import sqrt
 
-from dense import DenseLlama
+from tests.support.dense import DenseLlama
 
 
 class Reference(DenseLlama):

@@ -1,7 +1,8 @@
 """SeeDNorm: RMSNorm with the gain tanh(x·β) α + γ, in blocks and at the end; α and β decay (arXiv 2510.22777)."""
 
 import torch
-from dense import DenseLlama
+
+from tests.support.dense import DenseLlama
 
 OPTIONS = {"alpha_init": 0.7}
 EXPORTS = "EvenkeelLlamaForCausalLM"

@@ -3,7 +3,8 @@
 from math import sqrt
 
 import torch
-from dense import DenseLlama
+
+from tests.support.dense import DenseLlama
 
 OPTIONS = {"variance": 9e-4}
 

@@ -1,6 +1,6 @@
 """Softcap: c tanh(z / c) of the logits (arXiv 2408.00118). VaultGemma has the cap; it multiplies embeddings by sqrt(d)."""
 
-from dense import DenseLlama
+from tests.support.dense import DenseLlama
 
 OPTIONS = {"cap": 0.8}
 EXPORTS = "VaultGemmaForCausalLM"

@@ -5,7 +5,7 @@ The target is a share of what the random walk of AdamW leads to, and moves there
 
 from math import sqrt
 
-from dense import DenseLlama
+from tests.support.dense import DenseLlama
 
 OPTIONS = {
     "relative_target": 0.8,

@@ -5,7 +5,7 @@ The embedding's σ_He is 1: stored values of deviation σ times 1/σ.
 
 from math import sqrt
 
-from dense import DenseLlama
+from tests.support.dense import DenseLlama
 
 OPTIONS = {"variance": 9e-5}
 FOLD_TIED = "round-off"

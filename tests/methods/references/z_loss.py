@@ -1,6 +1,6 @@
 """z-loss: coefficient x mean of squared log-partition functions (arXiv 2204.02311, section 5)."""
 
-from dense import DenseLlama
+from tests.support.dense import DenseLlama
 
 OPTIONS = {"coefficient": 0.05}
 

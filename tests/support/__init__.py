@@ -1,0 +1,1 @@
+"""Helpers of the tests: runs on real ranks, tiny models and corpora, faults, servers, references."""

@@ -1,0 +1,123 @@
+"""Faults that strike a rank from within, at a chosen place: functions for `prepare` of tests/support/runs.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+
+
+def at_phase(
+    name: str, step: int, rank: int, action: Callable[[], None], after: str | None = None
+) -> Callable[[], None]:
+    """`action` when `rank` first enters the phase `name` at `step` or a later one, once it has been in phase `after`."""
+    return partial(_strike, name, step, rank, action, after)
+
+
+def send(*numbers: signal.Signals) -> Callable[[], None]:
+    """Signals to the rank itself, one after another."""
+    return partial(_send, numbers)
+
+
+def sleep_for_ever() -> None:
+    while True:
+        time.sleep(1)
+
+
+def storage_that_hangs(rank: int, after: int) -> Callable[[], None]:
+    """From its read number `after` on, whatever `rank` reads of its samples never comes."""
+    return partial(_hang_reads, rank, after)
+
+
+def _strike(name: str, step: int, rank: int, action: Callable[[], None], after: str | None) -> None:
+    from pretrain.monitor import phase
+
+    if int(os.environ["RANK"]) != rank:
+        return
+    reflect, struck, been = phase._reflect, threading.Event(), {None}
+
+    def reflect_and_strike() -> None:
+        reflect()
+        now = phase.current()
+        been.add(now.name)
+        if now.name == name and now.step >= step and after in been and not struck.is_set():
+            struck.set()
+            action()
+
+    phase._reflect = reflect_and_strike
+
+
+def _send(numbers: tuple[signal.Signals, ...]) -> None:
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+def _hang_reads(rank: int, after: int) -> None:
+    from pretrain.data.batches.feed import Feed
+
+    if int(os.environ["RANK"]) != rank:
+        return
+    read, calls = Feed.read, [0]
+
+    def read_or_hang(self: Feed, *arguments: object) -> None:
+        calls[0] += 1
+        if calls[0] > after:
+            sleep_for_ever()
+        read(self, *arguments)
+
+    Feed.read = read_or_hang
+
+
+def bad_batches(first_sample: int, last_sample: int, factor: float) -> Callable[[], None]:
+    """The loss of every step that reads one of these samples of the run's order is multiplied by `factor`."""
+    return partial(_spoil, range(first_sample, last_sample + 1), factor)
+
+
+def together(*faults: Callable[[], None]) -> Callable[[], None]:
+    return partial(_all, faults)
+
+
+def _spoil(samples: range, factor: float) -> None:
+    from pretrain.data.batches.loader import Loader
+    from pretrain.engine import step as engine
+
+    next_batch, losses, read = Loader.next_batch, engine._losses, [range(0)]
+
+    def next_batch_and_note(self: Loader) -> list:
+        before = self.position
+        batches = next_batch(self)
+        read[0] = range(before, self.position)
+        return batches
+
+    def spoiled(*arguments: object, **named: object) -> dict:
+        found = losses(*arguments, **named)
+        spoil = torch.is_grad_enabled() and not set(samples).isdisjoint(read[0])
+        return {name: loss * factor for name, loss in found.items()} if spoil else found
+
+    import torch
+
+    Loader.next_batch, engine._losses = next_batch_and_note, spoiled
+
+
+def _all(faults: tuple[Callable[[], None], ...]) -> None:
+    for fault in faults:
+        fault()
+
+
+def infinite_rate(first_step: int) -> Callable[[], None]:
+    """The learning rate of `first_step` and of all after it is infinite: one update makes every weight NaN or infinite."""
+    return partial(_raise_rate, first_step)
+
+
+def _raise_rate(first_step: int) -> None:
+    from pretrain.trainer import trainer
+
+    learning_rate = trainer.learning_rate
+
+    def raised(config: object, step: int, total: int) -> float:
+        return float("inf") if step >= first_step else learning_rate(config, step, total)
+
+    trainer.learning_rate = raised

@@ -1,0 +1,272 @@
+"""What the tests over the registry share: the cases of every method, started together on real ranks."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from pretrain.config.schema import Config
+from pretrain.engine.build_model import _restore_rotary_tables, build_model
+from pretrain.export.masters import master_weights
+from pretrain.methods import REGISTRY
+from pretrain.optim.schedule import learning_rate
+from pretrain.trainer.plan import Plan, make_plan, training_batches
+from tests.support.corpus import Corpus
+from tests.support.dense import DenseLlama, Facts
+from tests.support.runs import run_ranks
+from tests.support.workers.registry_worker import train_all
+
+STEPS, SEQUENCES = 4, 12
+LLAMA = {
+    "family": "llama",
+    "hidden_size": 36,
+    "intermediate_size": 70,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 128,
+}
+GPT2 = {"family": "gpt2", "n_embd": 36, "n_layer": 3, "n_head": 3, "n_positions": 128}
+BF16 = {"bf16": {"enabled": True}}
+NOTHING_RESIDENT = {"stage3_param_persistence_threshold": 0}  # a module sees its weights in its own forward only
+
+
+STAGES_BELOW_3 = (0, 1, 2)
+SLOW_STAGES = (0, 1)  # their pieces are those of stage 2, or whole
+
+# What a reference file says if it says nothing; see dense.py.
+USUAL = {
+    "OPTIONS": {},
+    "EXPORTS": "LlamaForCausalLM",
+    "FOLD": "bit",
+    "CONTROL": "model.layers.1.mlp.down_proj.weight",
+}
+
+
+def reference(method: str) -> ModuleType:
+    """The reference file of a method, with the usual for what it leaves out."""
+    told = importlib.import_module(f"tests.methods.references.{method}")
+    for name, usual in USUAL.items():
+        vars(told).setdefault(name, usual)
+    return told
+
+
+def has_reference(method: str) -> bool:
+    return importlib.util.find_spec(f"tests.methods.references.{method}") is not None
+
+
+METHODS = [name for name in os.environ.get("METHODS", ",".join(sorted(REGISTRY))).split(",") if has_reference(name)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run. methods: names. label: what else is said about it. resident: whether ZeRO-3 leaves small weights whole."""
+
+    methods: tuple[str, ...]
+    label: str
+    stage: int = 3
+    tensor: int = 1
+    resident: bool = True
+    tied: bool = False
+    bf16: bool = False
+    gpt2: bool = False
+    resume_at: int | None = None
+    initial: bool = False
+
+    @property
+    def name(self) -> str:
+        return "-".join([*self.methods, self.label])
+
+    def config(self, corpus: Corpus, out: Path, ranks: int = 2) -> dict[str, Any]:
+        """The content of the run file, with two micro-batches a step."""
+        return {
+            "name": self.name,
+            "out": str(out),
+            "seed": 11,
+            "model": {**(GPT2 if self.gpt2 else LLAMA), "tie_word_embeddings": self.tied or self.gpt2},
+            "tokenizer": str(corpus.tokenizer),
+            "data": {
+                "train": str(corpus.train),
+                "seq_len": 24,
+                "global_batch_size": SEQUENCES,
+                "micro_batch_size": SEQUENCES // (ranks // self.tensor) // 2,
+            },
+            "steps": STEPS,
+            "optim": {"lr": 4e-3, "eps": 1e-6, "schedule": {"name": "cosine", "warmup_steps": 2}},
+            "methods": [{"name": name, **reference(name).OPTIONS} for name in self.methods],
+            "parallel": {"tensor": self.tensor},
+            "deepspeed": {
+                "zero_optimization": {"stage": self.stage, **({} if self.resident else NOTHING_RESIDENT)},
+                **(BF16 if self.bf16 else {}),
+            },
+            "checkpoint": {"interval_steps": self.resume_at or STEPS},
+            "log": {"interval_steps": 1, "weights_interval_steps": STEPS, "activations_interval_steps": STEPS},
+        }
+
+
+def cases_of(method: str) -> list[Case]:
+    """Everything that one method is put through on two ranks."""
+    alone, cls, told = (method,), REGISTRY[method], reference(method)
+    cases = [
+        Case(alone, "zero3", initial=True, resume_at=2),
+        Case(alone, "zero3_bf16", bf16=True, resident=False, resume_at=2),
+        *(Case(alone, f"zero{stage}", stage=stage) for stage in STAGES_BELOW_3),
+    ]
+    if not hasattr(told, "REFUSES_TIED"):
+        cases.append(Case(alone, "zero3_tied", tied=True, resident=False, initial=True))
+    if "gpt2" in cls.families and not hasattr(told, "REFUSES_TIED"):
+        cases.append(Case(alone, "zero2_gpt2", stage=2, gpt2=True))
+    return cases
+
+
+class Runs:
+    """The run folders of cases that were started together on `ranks` ranks."""
+
+    def __init__(self, cases: list[Case], ranks: int, corpus: Corpus, folder: Path) -> None:
+        self.cases = {case.name: case for case in cases}
+        self.configs = {case.name: case.config(corpus, folder / "runs", ranks) for case in cases}
+        self.folder = folder
+        todo = {
+            case.name: {"config": self.configs[case.name], "resume_at": case.resume_at, "initial": case.initial}
+            for case in cases
+        }
+        self.ended = run_ranks([], folder / "logs", ranks, prepare=partial(train_all, todo))
+
+    def run(self, case: str) -> Run:
+        """What the run of a case left; fails with what it raised."""
+        folder = self.folder / "runs" / case
+        error = Path(f"{folder}.error")
+        assert not error.exists(), f"{case}: {error.read_text(encoding='utf-8')}"
+        assert folder.exists(), self.ended.stderr[-5000:]
+        return Run(folder, self.configs[case])
+
+
+@dataclass
+class Run:
+    """One run folder."""
+
+    folder: Path
+    content: dict[str, Any]
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / f"checkpoints/step_{STEPS:08d}"
+
+    @cached_property
+    def plan(self) -> Plan:
+        return make_plan(Config.model_validate(self.content), world_size=self.content["parallel"]["tensor"])
+
+    @cached_property
+    def initial(self) -> dict[str, torch.Tensor]:
+        return torch.load(f"{self.folder}.initial.pt")
+
+    @cached_property
+    def final(self) -> dict[str, torch.Tensor]:
+        """The fp32 masters after the last step."""
+        return masters(self.checkpoint)
+
+    @cached_property
+    def resumed(self) -> dict[str, torch.Tensor]:
+        return masters(self.folder.with_name(f"{self.folder.name}_resumed") / self.checkpoint.relative_to(self.folder))
+
+    @cached_property
+    def losses(self) -> list[dict[str, float]]:
+        """Of each step: `cross_entropy` and the terms."""
+        lines = (self.folder / "metrics.jsonl").read_text().splitlines()
+        rows = [row for row in map(json.loads, lines) if row["kind"] == "train"]
+        return [{"cross_entropy": row["loss"], **row.get("loss_terms", {})} for row in rows]
+
+    def facts(self) -> Facts:
+        model, optim = self.plan.model_config, self.plan.config.optim
+        return Facts(
+            hidden=model.hidden_size,
+            intermediate=model.intermediate_size,
+            layers=model.num_hidden_layers,
+            heads=model.num_attention_heads,
+            kv_heads=model.num_key_value_heads,
+            vocabulary=model.vocab_size,
+            tied=model.tie_word_embeddings,
+            eps=model.rms_norm_eps,
+            theta=10000.0,
+            std=0.02,
+            lrs=tuple(learning_rate(optim, step, STEPS) for step in range(1, STEPS + 1)),
+            peak_lr=optim.lr,
+            betas=optim.betas,
+            adam_eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            clip=optim.grad_clip,
+        )
+
+    def batches(self) -> list[torch.Tensor]:
+        """The global batch of each step, (sequences, seq_len + 1)."""
+        loader = training_batches(self.plan, rank=0, samples=0)
+        try:
+            return [torch.cat([batch.tokens for batch in loader.next_batch()]).long() for _ in range(STEPS)]
+        finally:
+            loader.close()
+
+
+def masters(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return {name: load() for name, load in master_weights(checkpoint / "deepspeed").items()}
+
+
+def trained_densely(
+    run: Run, method: str, initial: dict[str, torch.Tensor]
+) -> tuple[DenseLlama, list[dict[str, float]]]:
+    """The reference after the run's steps, and its losses."""
+    told = reference(method)
+    dense = told.Reference(run.facts(), initial, told.OPTIONS)
+    return dense, [dense.step(batch) for batch in run.batches()]
+
+
+def trainer_model(plan: Plan, weights: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """The very module that trains, unsharded, with given fp32 weights and method state, in the run's precision."""
+    model = build_model(plan.config, plan.model_config, {"zero_optimization": {"stage": 0}})
+    _restore_rotary_tables(model)
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == weights.keys()
+    for name, parameter in parameters.items():
+        parameter.data.copy_(weights[name])
+    if plan.precision == "bf16":
+        for name, parameter in parameters.items():
+            parameter.data = weights[name].to(torch.bfloat16)
+            if name.endswith("weight_scale"):
+                model.get_submodule(name.removesuffix(".weight_scale")).exact_scale = weights[name]
+    for method in plan.config.methods:
+        method.load_state(model, state)
+    return model.eval()
+
+
+@torch.no_grad()
+def assert_same_logits(found, expected, vocabulary: int, bit_equal: bool) -> None:
+    """Two causal models on three batches: a full context, a short one, a padded one.
+
+    What they give for the padding itself is not looked at: it attends to nothing, and the classes differ in what that is.
+    """
+    generator = torch.Generator().manual_seed(5)
+    full, short = (torch.randint(0, vocabulary, shape, generator=generator) for shape in ((2, 128), (3, 7)))
+    mask = torch.ones_like(short)
+    mask[0, :3] = 0
+    for batch in ({"input_ids": full}, {"input_ids": short}, {"input_ids": short, "attention_mask": mask}):
+        attended = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        a, b = (model(**batch, use_cache=False).logits[attended] for model in (found, expected))
+        difference = f"{', '.join(batch)}: largest difference {(a - b).abs().max():.2e} of {b.abs().max():.2e}"
+        assert torch.equal(a, b) if bit_equal else (a - b).abs().max() <= 1e-4 * b.abs().max(), difference
+
+
+@torch.no_grad()
+def generated(model, vocabulary: int) -> list[int]:
+    """64 tokens by greedy decoding, with the cache."""
+    prompt = torch.randint(0, vocabulary, (1, 5), generator=torch.Generator().manual_seed(6))
+    return model.generate(
+        prompt, max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0, use_cache=True
+    )[0].tolist()

@@ -1,0 +1,173 @@
+"""What takes which export, and why the rest does not: the one statement that the tests prove and docs/exports.md shows.
+
+python tests/support/peers/expected.py            # print the table of docs/exports.md
+python tests/support/peers/expected.py --write    # put it there
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+PAGE = Path(__file__).resolve().parents[3] / "docs/exports.md"
+BEGIN, END = "<!-- table of tests/support/peers/expected.py -->\n", "<!-- end of the table -->\n"
+
+TOKENIZERS = ("own", "gpt2", "neox", "llama3", "qwen")
+BPE = TOKENIZERS[1:]  # byte-level; ours is a SentencePiece
+
+# Class of the export: how it is trained.
+CLASSES = {
+    "Llama": "stock",
+    "Qwen3": "`qk_norm`",
+    "GPT2": "`family: gpt2`",
+    "Granite": "`embedding_scale`, tied",
+    "VaultGemma": "`softcap`",
+    "EvenkeelLlama": "`seednorm`, `attention_residuals`",
+}
+CONSUMERS = ("transformers 5", "transformers 4", "pipeline", "lm-eval", "llama.cpp", "CTranslate2", "vLLM")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Cells that do not work as they are. says: a regular expression for all that is found wrong.
+
+    note: for the page. word: what the table says of them.
+    """
+
+    consumer: str
+    classes: tuple[str, ...]
+    says: str
+    note: str
+    tokenizers: tuple[str, ...] = TOKENIZERS
+    word: str = "no"
+
+
+NULL_TOKEN = r"RuntimeError: \[json\.exception\.type_error\.302\] type must be string, but is null"
+UNDETECTED = r"BPE pre-tokenizer was not recognized[^;]*"
+IN_GGUF = ("Llama", "Qwen3", "GPT2", "Granite")
+FAILURES = (
+    Failure(
+        "lm-eval",
+        tuple(CLASSES),
+        r"log-likelihoods \(found, expected\): \{'rolling': [^}]*\}",
+        "Where a text is scored as a whole (`loglikelihood_rolling`: word perplexity), the harness puts BOS twice before it, "
+        "as it does with every tokenizer that puts BOS first; `tools/evaluate.py` puts one. Continuations of a context are "
+        "right.",
+        ("llama3",),
+        "but for whole texts",
+    ),
+    Failure(
+        "llama.cpp",
+        ("VaultGemma", "EvenkeelLlama"),
+        r"RuntimeError: Model (VaultGemma|EvenkeelLlama)ForCausalLM is not supported",
+        "llama.cpp has no such architecture.",
+    ),
+    Failure(
+        "llama.cpp",
+        ("GPT2",),
+        f"NotImplementedError: {UNDETECTED}",
+        "llama.cpp's converter takes byte-level BPE tokenizers alone for GPT-2. Train GPT-2 models with one of these.",
+        ("own",),
+    ),
+    Failure(
+        "llama.cpp",
+        ("Qwen3",),
+        r"other ids without --override-kv for tokenizer\.ggml\.add_space_prefix",
+        "llama.cpp puts a space before the text: its converter reads `add_prefix_space: false` for Llama classes alone. Run "
+        "with `--override-kv tokenizer.ggml.add_space_prefix=bool:false` (llama-cpp-python: `kv_overrides`), and the ids are "
+        "the same.",
+        ("own",),
+        "with an option",
+    ),
+    Failure(
+        "llama.cpp",
+        IN_GGUF,
+        UNDETECTED,
+        "The converter knows published tokenizers alone. Once it is told [how yours splits text](#llamacpp), ids, logits and "
+        "text are the same.",
+        ("gpt2", "llama3"),
+        "named",
+    ),
+    Failure(
+        "llama.cpp",
+        IN_GGUF,
+        rf"{UNDETECTED}; ids of 1 of 105 texts differ: \[\('e\u0301 and.*",
+        "As the note before. Besides, llama.cpp does not compose characters (NFC), which these tokenizers do: a text with "
+        "decomposed ones gets other ids. Compose such text before.",
+        ("neox", "qwen"),
+        "named",
+    ),
+    Failure(
+        "CTranslate2",
+        ("Granite", "VaultGemma", "EvenkeelLlama"),
+        r"ValueError: No conversion is registered for the model configuration .*",
+        "CTranslate2 has no such architecture.",
+    ),
+    Failure(
+        "CTranslate2",
+        ("Llama",),
+        NULL_TOKEN,
+        "CTranslate2 wants a `bos_token` for this class, which Qwen's tokenizers have not.",
+        ("qwen",),
+    ),
+    Failure(
+        "CTranslate2",
+        ("GPT2",),
+        NULL_TOKEN,
+        "CTranslate2 wants an `unk_token` for this class, which these tokenizers have not.",
+        ("llama3", "qwen"),
+    ),
+    Failure(
+        "vLLM",
+        ("EvenkeelLlama",),
+        r"ValueError: Unrecognized configuration class .* for this kind of AutoModel: AutoModel\..*",
+        "vLLM has no such architecture, and runs classes that come with a model by way of transformers' `AutoModel`, which "
+        "this class, made for causal language models, has not.",
+    ),
+)
+
+
+def failure(consumer: str, cls: str, tokenizer: str) -> Failure | None:
+    """Why a cell does not work; None if it does."""
+    for known in FAILURES:
+        if known.consumer == consumer and cls in known.classes and tokenizer in known.tokenizers:
+            return known
+    return None
+
+
+def table() -> str:
+    """A row for each class, a column for each consumer: "yes", or the number of the note that says why not."""
+    rows = [f"| class (trained by) | {' | '.join(CONSUMERS)} |", "| --- " * (1 + len(CONSUMERS)) + "|"]
+    for cls, how in CLASSES.items():
+        rows.append(f"| {cls} ({how}) | {' | '.join(_cell(consumer, cls) for consumer in CONSUMERS)} |")
+    notes = [f"{number}. {known.note}" for number, known in enumerate(FAILURES, 1)]
+    return "\n".join([*rows, "", *notes]) + "\n"
+
+
+def page_with_table(page: str) -> str:
+    """The page with what stands between its marks replaced by today's table."""
+    before, rest = page.split(BEGIN)
+    return before + BEGIN + table() + END + rest.split(END)[1]
+
+
+def _cell(consumer: str, cls: str) -> str:
+    by_tokenizer = {tokenizer: failure(consumer, cls, tokenizer) for tokenizer in TOKENIZERS}
+    outcomes = list(dict.fromkeys(by_tokenizer.values()))
+    if len(outcomes) == 1:
+        return _word(outcomes[0])
+    return "; ".join(
+        f"{', '.join(name for name in TOKENIZERS if by_tokenizer[name] == outcome)}: {_word(outcome)}"
+        for outcome in outcomes
+    )
+
+
+def _word(known: Failure | None) -> str:
+    return "yes" if known is None else f"{known.word} ({FAILURES.index(known) + 1})"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--write"]:
+        PAGE.write_text(page_with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    else:
+        print(table(), end="")

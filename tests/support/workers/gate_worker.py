@@ -1,0 +1,168 @@
+"""What a rank does: train tiny models in which some steps are harmed on purpose, case by case, and write down what became
+of them.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import pretrain.engine.step
+from pretrain.config.schema import Config
+from pretrain.data.batches.batch import MicroBatch
+from pretrain.distributed.ranks import Ranks, initialize
+from pretrain.engine.initialize import initialize_weights
+from pretrain.engine.step import train_step
+from pretrain.engine.step_gate import StepGate
+from pretrain.sharded import ShardedWeights
+from tests.support.runs import allow_fp16_on_cpu
+from tests.support.tiny_engines import forget_garbage, gated, leave, share, tiny_config, tiny_plan, tokens
+from tests.support.workers.muon_worker import SEQUENCES, masters
+from tests.support.workers.muon_worker import SIZES as TWO_LAYERS
+
+SIZES = {**TWO_LAYERS, "num_hidden_layers": 1}
+LR = 1e-3
+ADAMW = {"lr": LR, "eps": 1e-6, "weight_decay": 0.1}
+
+# What a day may bring: the loss, and its gradient, are multiplied by these on the last rank's last micro-batch.
+HARM = {
+    "NaN loss": (float("nan"), float("nan")),
+    "loss spike": (30.0, 1.0),
+    "NaN gradient": (1.0, float("nan")),
+    "infinite gradient": (1.0, float("inf")),
+    "gradient spike": (1.0, 1000.0),
+}
+EVERYWHERE = 30.0  # what multiplies every gradient on the day of that name
+
+
+class Harmed(torch.autograd.Function):
+    """A loss and its gradient, multiplied by factors of their own."""
+
+    @staticmethod
+    def forward(ctx, loss, of_loss, of_gradient):
+        ctx.factor = of_gradient
+        return loss * of_loss
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.factor, None, None
+
+
+def run_config(case: dict, ranks: int) -> Config:
+    """The run of a case: {deepspeed, optim, guard, tensor}, two micro-batches a step and data-parallel rank."""
+    tensor = case.get("tensor", 1)
+    guard = {"spikes": "skip", "sigma": 20, "window_steps": 8, **case.get("guard", {})}
+    return tiny_config(
+        case,
+        model=SIZES if tensor == 1 else {**SIZES, "num_attention_heads": 6, "num_key_value_heads": 2},
+        sequences=SEQUENCES,
+        micro_batch_size=SEQUENCES // (ranks // tensor) // 2,
+        steps=100,
+        optim={**ADAMW, **case.get("optim", {})},
+        resilience={"guard": guard},
+    )
+
+
+def build(case: dict, ranks: Ranks) -> tuple[StepGate, Config]:
+    plan = tiny_plan(run_config(case, ranks.world_size))
+    gate = gated(plan)
+    initialize_weights(ShardedWeights(gate.engine), plan.config, 0.02)
+    return gate, plan.config
+
+
+def live(gate: StepGate, config: Config, days: list[str], ranks: Ranks) -> list[dict]:
+    """Train a step a day and tell what became of each. Good days have batches of their own, whatever lies between."""
+    told, good = [], 0
+    for number, day in enumerate(days, start=1):
+        good += day == "good"
+        whole = tokens(good if day in ("good", "everywhere") else 1000 + number, SEQUENCES)
+        micro_batches = share(MicroBatch(whole), config, ranks)
+        with Harming(day, len(micro_batches), ranks):
+            done = train_step(gate, number, micro_batches, LR, ranks, masked=False)
+        told.append(
+            {
+                "kind": done.verdict.kind,
+                "skipped": done.skipped,
+                "norm": done.norm,
+                "factor": done.clip_factor,
+                "loss_scale": done.loss_scale,
+                "streak": gate.guard.streak,
+            }
+        )
+    return told
+
+
+class Harming:
+    """Inside, the losses of the engine's forward are those of such a day."""
+
+    def __init__(self, day: str, micro_batches: int, ranks: Ranks) -> None:
+        self.day, self.last, self.calls = day, micro_batches, 0
+        self.here = ranks.rank == ranks.world_size - 1
+
+    def __enter__(self) -> None:
+        self.plain = pretrain.engine.step._losses
+        if self.day != "good":
+            pretrain.engine.step._losses = self.losses
+
+    def __exit__(self, *_) -> None:
+        pretrain.engine.step._losses = self.plain
+
+    def losses(self, engine, *given):
+        found, self.calls = self.plain(engine, *given), self.calls + 1
+        if self.day == "everywhere":
+            return {**found, "total": Harmed.apply(found["total"], 1.0, EVERYWHERE)}
+        if self.here and self.calls == self.last:
+            return {**found, "total": Harmed.apply(found["total"], *HARM[self.day])}
+        return found
+
+
+def digests(engine) -> list[str]:
+    """What each rank holds: masters, moments, momentum and step counters, and what forward reads."""
+    optimizer, found = engine.basic_optimizer, hashlib.sha256()
+    held = [tensor for master, state in optimizer.state.items() for tensor in (master, *_tensors(state))]
+    held += [
+        part for p in engine.module.parameters() for part in (p, getattr(p, "ds_tensor", None)) if part is not None
+    ]
+    for tensor in held:
+        found.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (len(held), found.hexdigest()))
+    return everyone
+
+
+def _tensors(state: dict) -> list[torch.Tensor]:
+    return [value for _, value in sorted(state.items()) if isinstance(value, torch.Tensor)]
+
+
+def examine(case: dict, ranks: Ranks) -> tuple[dict, dict[str, np.ndarray]]:
+    """What became of each day, what the ranks hold in the end and what they hold after the good days alone.
+
+    Of a case that asks for it, the masters before and after too.
+    """
+    gate, config = build(case, ranks)
+    tables = {f"start/{name}": w for name, w in masters(gate.engine).items()} if case.get("tables") else {}
+    told = live(gate, config, case["days"], ranks)
+    found = {"days": told, "held": digests(gate.engine), "state": gate.state()}
+    if tables:
+        return found, tables | {f"end/{name}": w for name, w in masters(gate.engine).items()}
+    spared, config = build(case, ranks)
+    live(spared, config, [day for day in case["days"] if day == "good"], ranks)
+    return found | {"held_without": digests(spared.engine)}, {}
+
+
+def examine_all(cases: dict[str, dict], out: Path) -> None:
+    """The life of a rank: `found.json`, and the weights of cases that ask for them, go to the folder `out`."""
+    allow_fp16_on_cpu()
+    ranks = initialize()
+    found = {}
+    for name, case in cases.items():
+        forget_garbage()
+        found[name], tables = examine(case, ranks)
+        if ranks.is_first and tables:
+            np.savez(out / f"{name}.npz", **tables)
+    if ranks.is_first:
+        (out / "found.json").write_text(json.dumps(found))
+    leave()

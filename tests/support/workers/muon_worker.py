@@ -1,0 +1,117 @@
+"""What a rank does: train tiny models with Muon, case by case, and write down what it sees.
+
+Every weight is read through DeepSpeed's own API.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from pretrain import quiet  # noqa: F401
+from pretrain.config.schema import Config
+from pretrain.data.batches.batch import MicroBatch
+from pretrain.distributed.ranks import Ranks, initialize
+from pretrain.engine.initialize import initialize_weights
+from pretrain.engine.step import train_step
+from pretrain.engine.step_gate import StepGate
+from pretrain.sharded import ShardedWeights
+from tests.support.tiny_engines import forget_garbage, gated, leave, share, tiny_config, tiny_plan, tokens
+
+SEQUENCES, STEPS = 12, 4
+
+# Tall and wide matrices. 30 and 44 leave ragged ends on 3 ranks, and slices that begin and end inside a matrix.
+SIZES = {
+    "hidden_size": 30,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "head_dim": 14,
+    "attention_bias": True,
+}
+# Adam's eps keeps it from blowing up the rounding noise that is the whole gradient of a key's bias.
+OPTIM = {"name": "muon", "lr": 4e-3, "eps": 1e-4, "grad_clip": None, "muon": {"lr": 2e-3, "weight_decay": 0.3}}
+
+
+def run_config(case: dict, ranks: int) -> Config:
+    """The run of a case: {deepspeed, optim, accumulation, methods, idle, resume}."""
+    return tiny_config(
+        case,
+        model=SIZES,
+        sequences=SEQUENCES,
+        micro_batch_size=SEQUENCES // ranks // case.get("accumulation", 1),
+        steps=STEPS,
+        optim={**OPTIM, **case.get("optim", {})},
+        methods=case.get("methods", []),
+    )
+
+
+def learning_rate(number: int, peak: float, idle: int) -> float:
+    """AdamW's at step `number`: another one at each step, none in the first `idle`, which only gather momentum."""
+    return 0.0 if number <= idle else peak / number
+
+
+def build(config: Config) -> tuple[StepGate, ShardedWeights, Config]:
+    """The gate of an engine without values, its weights, and the configuration with methods that know the run."""
+    plan = tiny_plan(config)
+    gate = gated(plan)
+    return gate, ShardedWeights(gate.engine), plan.config
+
+
+def masters(engine) -> dict[str, np.ndarray]:
+    """Every full fp32 weight; without ZeRO in fp32 the API knows no master but the parameter."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found = {name: (safe_get_full_fp32_param(p), p) for name, p in engine.module.named_parameters()}
+    return {name: (p.data if full is None else full).numpy().copy() for name, (full, p) in found.items()}
+
+
+def train(gate: StepGate, weights: ShardedWeights, config: Config, ranks: Ranks, numbers: range, idle: int) -> None:
+    for number in numbers:
+        micro_batches = share(MicroBatch(tokens(number, SEQUENCES)), config, ranks)
+        train_step(gate, number, micro_batches, learning_rate(number, config.optim.lr, idle), ranks, masked=False)
+        for method in config.methods:
+            method.after_step(number, weights)
+
+
+def edit(gate: StepGate, weights: ShardedWeights, config: Config, ranks: Ranks) -> dict[str, bool]:
+    """Whether `ShardedWeights` reads and changes the masters of this engine, and the change survives a step."""
+    before, moments = masters(gate.engine), weights.moments()
+    read = [np.isclose(moments[name].std, w.std(ddof=1, dtype=np.float64), rtol=1e-9) for name, w in before.items()]
+    weights.rescale_(dict.fromkeys(before, (0.5, 0.0)))
+    train(gate, weights, config, ranks, range(STEPS, STEPS + 1), idle=STEPS)
+    kept = [np.array_equal(w, before[name] * np.float32(0.5)) for name, w in masters(gate.engine).items()]
+    return {"moments_right": all(read), "rescaled_survives": all(kept)}
+
+
+def examine(case: dict, ranks: Ranks, out: str) -> tuple[dict[str, np.ndarray], dict]:
+    """The weights before and after training (and after training on from a checkpoint), and facts."""
+    idle = case.get("idle", 0)
+    gate, weights, config = build(run_config(case, ranks.world_size))
+    initialize_weights(weights, config, 0.02)
+    tables = {f"start/{name}": w for name, w in masters(gate.engine).items()}
+    train(gate, weights, config, ranks, range(1, 3), idle)
+    gate.engine.save_checkpoint(out, tag="two")
+    train(gate, weights, config, ranks, range(3, STEPS + 1), idle)
+    tables |= {f"end/{name}": w for name, w in masters(gate.engine).items()}
+    facts = edit(gate, weights, config, ranks)
+    resumed, weights, _ = build(config)
+    resumed.engine.load_checkpoint(out, tag="two")
+    train(resumed, weights, config, ranks, range(3, STEPS + 1), idle)
+    facts["resume_exact"] = all(np.array_equal(w, tables[f"end/{name}"]) for name, w in masters(resumed.engine).items())
+    return tables, facts
+
+
+def examine_all(cases: dict[str, dict], out: Path) -> None:
+    """The life of a rank: `facts.json`, and the weights of each case, go to the folder `out`."""
+    ranks = initialize()
+    facts = {}
+    for name, case in cases.items():
+        forget_garbage()
+        tables, facts[name] = examine(case, ranks, str(out / name))
+        if ranks.is_first:
+            np.savez(out / f"{name}.npz", **tables)
+    if ranks.is_first:
+        (out / "facts.json").write_text(json.dumps(facts))
+    leave()
