@@ -1,6 +1,7 @@
 """TVR's decisions: which weights, when, and by how much. What it does to real shards is in tests/distributed."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from pretrain.errors import UserError
 from pretrain.methods import RunContext
 from pretrain.methods.tvr import TVR
 from pretrain.model.layout import describe
+from pretrain.optim.schedule import learning_rate
 from pretrain.sharded.moments import Moments
 
 # The schedule of the paper's 1B run.
