@@ -52,7 +52,7 @@ FAILURES = (
         tuple(CLASSES),
         r"log-likelihoods \(found, expected\): \{'rolling': [^}]*\}",
         "Where a text is scored as a whole (`loglikelihood_rolling`: word perplexity), the harness puts BOS twice before it, "
-        "as it does with every tokenizer that puts BOS first; `tools/evaluate.py` puts one. Continuations of a context are "
+        "as it does with every tokenizer that puts BOS first. `tools/evaluate.py` puts one. Continuations of a context are "
         "right.",
         ("llama3",),
         "but for whole texts",
@@ -67,14 +67,14 @@ FAILURES = (
         "llama.cpp",
         ("GPT2",),
         f"NotImplementedError: {UNDETECTED}",
-        "llama.cpp's converter takes byte-level BPE tokenizers alone for GPT-2. Train GPT-2 models with one of these.",
+        "llama.cpp's converter takes only byte-level BPE tokenizers for GPT-2. Train GPT-2 models with one of these.",
         ("own",),
     ),
     Failure(
         "llama.cpp",
         ("Qwen3",),
         r"other ids without --override-kv for tokenizer\.ggml\.add_space_prefix",
-        "llama.cpp puts a space before the text: its converter reads `add_prefix_space: false` for Llama classes alone. Run "
+        "llama.cpp puts a space before the text: its converter reads `add_prefix_space: false` for Llama classes only. Run "
         "with `--override-kv tokenizer.ggml.add_space_prefix=bool:false` (llama-cpp-python: `kv_overrides`), and the ids are "
         "the same.",
         ("own",),
@@ -84,7 +84,7 @@ FAILURES = (
         "llama.cpp",
         IN_GGUF,
         UNDETECTED,
-        "The converter knows published tokenizers alone. Once it is told [how yours splits text](#llamacpp), ids, logits and "
+        "The converter accepts only published tokenizers. Once you name [how yours splits text](#llamacpp), ids, logits and "
         "text are the same.",
         ("gpt2", "llama3"),
         "named",
@@ -108,22 +108,22 @@ FAILURES = (
         "CTranslate2",
         ("Llama",),
         NULL_TOKEN,
-        "CTranslate2 wants a `bos_token` for this class, which Qwen's tokenizers have not.",
+        "CTranslate2 wants a `bos_token` for this class, which Qwen's tokenizers lack.",
         ("qwen",),
     ),
     Failure(
         "CTranslate2",
         ("GPT2",),
         NULL_TOKEN,
-        "CTranslate2 wants an `unk_token` for this class, which these tokenizers have not.",
+        "CTranslate2 wants an `unk_token` for this class, which these tokenizers lack.",
         ("llama3", "qwen"),
     ),
     Failure(
         "vLLM",
         ("EvenkeelLlama",),
         r"ValueError: Unrecognized configuration class .* for this kind of AutoModel: AutoModel\..*",
-        "vLLM has no such architecture, and runs classes that come with a model by way of transformers' `AutoModel`, which "
-        "this class, made for causal language models, has not.",
+        "vLLM has no such architecture, and runs classes that come with a model through transformers' `AutoModel`, which "
+        "this class, made for causal language models, does not support.",
     ),
 )
 
@@ -156,7 +156,7 @@ def _cell(consumer: str, cls: str) -> str:
     outcomes = list(dict.fromkeys(by_tokenizer.values()))
     if len(outcomes) == 1:
         return _word(outcomes[0])
-    return "; ".join(
+    return "<br>".join(
         f"{', '.join(name for name in TOKENIZERS if by_tokenizer[name] == outcome)}: {_word(outcome)}"
         for outcome in outcomes
     )
