@@ -1,6 +1,7 @@
 # make demo      from nothing to an evaluated model and a report, on this machine
 # make test      every fast test; JOBS=2 is how many at once
 # make lint      style, scripts: what can be seen without running anything
+# make docs      the documentation site, in site/; a dead link or a missing reference fails
 # make peers     the tools that exports are tried with (llama.cpp, vLLM, ...): 3.5 GB and 10 minutes; PEERS=llama_cpp one of them
 # make setup     .venv with the pinned packages; PYTHON=python3.11 chooses the interpreter, EXTRAS=test the optional groups
 
@@ -10,7 +11,7 @@ JOBS ?= 2
 VENV := .venv
 STAMP := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: setup demo test peers lint style scripts clean
+.PHONY: setup demo test docs peers lint style scripts clean
 
 setup: $(STAMP)
 
@@ -25,6 +26,10 @@ demo: setup
 
 test: setup
 	$(VENV)/bin/python -m pytest -n $(JOBS)
+
+docs:
+	@$(MAKE) --no-print-directory setup EXTRAS=docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 peers: setup
 	$(VENV)/bin/python tests/support/peers/environments.py $(PEERS)
