@@ -31,7 +31,8 @@ class NormalInit(Init):
 class TruncatedNormalInit(Init):
     """Normal values without the tails.
 
-    bound: where it is cut, in deviations of the normal before the cut; the cut's effect on the std is made up for.
+    Attributes:
+        bound: Where the normal is cut, in its deviations before the cut. The weight's deviation is corrected for the cut.
     """
 
     distribution: Literal["truncated_normal"]
@@ -53,7 +54,8 @@ class UniformInit(Init):
 class GeneralizedGaussianInit(Init):
     """Density proportional to exp(-(|x| / scale)^shape).
 
-    shape: 2 is the normal, 1 is Laplace's; smaller has heavier tails, larger comes near the uniform.
+    Attributes:
+        shape: 2 is the normal, 1 is Laplace's. Smaller values have heavier tails, larger ones approach the uniform.
     """
 
     distribution: Literal["generalized_gaussian"]

@@ -32,7 +32,7 @@ Factors = tuple[Positive, ...]
 
 
 class RopeSection(Values):
-    """Rotary positions, as transformers has them; which keys go with a rope_type is transformers' to say."""
+    """Rotary positions, as in transformers, which decides the keys that go with a `rope_type`."""
 
     rope_type: RopeType | None = None
     type: RopeType | None = None
@@ -126,10 +126,16 @@ _OLDER_ROPE = {"rope_theta": Annotated[float, Field(gt=1)], "rope_scaling": Rope
 
 
 class ModelSection(Values):
-    """The model: its family, and Hugging Face config fields of that family under their own names.
+    """The model: its family, and the fields of that family's Hugging Face configuration under their own names.
 
-    vocab_size defaults to the tokenizer's, max_position_embeddings to data.seq_len. rope_theta and rope_scaling, of older
-    configurations, are taken into rope_parameters.
+    Fields without a meaning here mean what they mean in transformers.
+
+    Attributes:
+        family: The kind of model.
+        vocab_size: If not set, the tokenizer's.
+        max_position_embeddings: If not set, `data.seq_len`.
+        rope_theta: Of older configurations. It is taken into `rope_parameters`.
+        rope_scaling: Of older configurations. It is taken into `rope_parameters`.
     """
 
     elsewhere: ClassVar[Mapping[str, str]] = {

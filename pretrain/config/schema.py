@@ -36,7 +36,12 @@ Rate = Annotated[float, Field(gt=0, le=100)]
 
 
 class SourceSection(Values):
-    """One corpus of a mixture: its shards, and its share of the samples as a weight relative to the others'."""
+    """One corpus of a mixture.
+
+    Attributes:
+        path: A shard folder or URL.
+        weight: The corpus's share of the samples, relative to the other weights.
+    """
 
     path: Location
     weight: Positive = 1.0
@@ -45,8 +50,10 @@ class SourceSection(Values):
 class ShuffleSection(Values):
     """How far samples are shuffled in each epoch.
 
-    scope: `global` over the whole corpus, or `windowed`: shards in a shuffled order, and samples among `window_shards`
-    of them at a time, so that no more than two windows of a remote corpus need to be here.
+    Attributes:
+        scope: `global` shuffles over the whole corpus. `windowed` takes shards in a shuffled order and shuffles samples
+            among `window_shards` of them at a time, so at most two windows of a remote corpus need to be on the node.
+        window_shards: Shards in a window. Only with scope `windowed`.
     """
 
     scope: Literal["global", "windowed"] = "global"
@@ -62,7 +69,10 @@ class ShuffleSection(Values):
 class CacheSection(Values):
     """Where shards of remote corpora are kept on each node, shared by its ranks and by other runs.
 
-    limit_gb: 10^9 bytes that the folder never exceeds. downloads: files of a corpus that are fetched ahead at a time.
+    Attributes:
+        folder: The folder. Each node expands `~` and variables for itself.
+        limit_gb: The folder never exceeds this many 10^9 bytes.
+        downloads: Files of a corpus that are fetched ahead at a time.
     """
 
     folder: str = "~/.cache/evenkeel"
@@ -81,11 +91,17 @@ class CacheSection(Values):
 class DataSection(Values):
     """Where the tokens come from and how they form batches.
 
-    train: a shard folder or URL, or a list of {path, weight}. val: a shard folder or URL (null: no evaluation). seq_len:
-    tokens per sequence. global_batch_size: sequences per optimizer step. micro_batch_size: sequences per data-parallel rank
-    and forward pass. packing: `concatenate` documents and cut every seq_len tokens, or whole documents by `best_fit`.
-    document_attention: attention and positions end with each document. verify: `full` compares every shard's checksum
-    at start, `size` only its length.
+    Attributes:
+        train: A shard folder or URL, or a list of corpora with their weights.
+        val: A shard folder or URL. Null: no evaluation.
+        seq_len: Tokens per sequence.
+        global_batch_size: Sequences per optimizer step.
+        micro_batch_size: Sequences per data-parallel rank and forward pass.
+        shuffle: The order of samples.
+        packing: `concatenate` joins documents and cuts every `seq_len` tokens. `best_fit` keeps documents whole.
+        document_attention: Attention and positions end with each document.
+        verify: `full` compares every shard's checksum at start, `size` only its length.
+        cache: Local copies of remote shards.
     """
 
     train: tuple[SourceSection, ...]
@@ -132,7 +148,14 @@ class DataSection(Values):
 
 
 class ScheduleSection(Values):
-    """The learning rate over the run: see `pretrain.optim.param_groups.learning_rate`."""
+    """The learning rate over the run: see `pretrain.optim.schedule.learning_rate`.
+
+    Attributes:
+        name: The curve after warmup.
+        warmup_steps: Steps over which the rate rises linearly to `optim.lr`.
+        min_lr_ratio: The lowest rate, as a share of `optim.lr`.
+        decay_ratio: The share of the run that decays at the end. Only with name `wsd`.
+    """
 
     name: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     warmup_steps: int = Field(0, ge=0)
@@ -141,11 +164,15 @@ class ScheduleSection(Values):
 
 
 class MuonSection(Values):
-    """Muon, which steps the matrices of the blocks where `optim.name` is muon; AdamW steps the rest.
+    """Muon, which steps the matrices of the blocks if `optim.name` is muon. AdamW steps the rest.
 
-    lr, weight_decay: null takes those of `optim`. momentum: of the average of gradients. scale: `adam_rms` makes an
-    update about as large as AdamW's, so that one learning rate fits both; `spectral` gives it singular values near 1,
-    times sqrt(rows / columns) in tall matrices. ns_method: which Newton-Schulz iteration orthogonalizes.
+    Attributes:
+        lr: Peak learning rate. Null takes that of `optim`.
+        momentum: Decay of the average of gradients.
+        weight_decay: Null takes that of `optim`.
+        scale: `adam_rms` makes an update about as large as AdamW's, so one learning rate fits both. `spectral` gives it
+            singular values near 1, times sqrt(rows / columns) in tall matrices.
+        ns_method: The Newton-Schulz iteration that orthogonalizes.
     """
 
     lr: Rate | None = None
@@ -158,8 +185,10 @@ class MuonSection(Values):
 class ZClipSection(Values):
     """Clipping that adapts to the run (ZClip, Kumar et al. 2025, arXiv 2504.02507, algorithm 1).
 
-    z_threshold: standard deviations above the mean gradient norm from which it is clipped. alpha: decay of the running
-    mean and variance. warmup_steps: steps that they are first taken from, unclipped.
+    Attributes:
+        z_threshold: Standard deviations above the mean gradient norm from which the norm is clipped.
+        alpha: Decay of the running mean and variance.
+        warmup_steps: First steps, unclipped, from which mean and variance are computed.
     """
 
     z_threshold: Positive = 2.5
@@ -168,8 +197,18 @@ class ZClipSection(Values):
 
 
 class OptimSection(Values):
-    """The optimizer. lr and weight_decay are AdamW's; weight_decay acts on matrices only; grad_clip null turns clipping
-    off. muon only goes with that `name`, and with grad_clip null. zclip clips by the run's own norms, after grad_clip.
+    """The optimizer.
+
+    Attributes:
+        name: `muon` steps the matrices of the blocks with Muon and the rest with AdamW. It needs `grad_clip: null`.
+        lr: Peak learning rate of AdamW.
+        betas: AdamW's decay rates of the two moments.
+        eps: AdamW's term in the denominator.
+        weight_decay: AdamW's weight decay, of matrices only.
+        grad_clip: Largest global gradient norm. Null: off.
+        zclip: Clipping by the run's own gradient norms, after `grad_clip`. Null: off.
+        muon: Muon's options. Only with name `muon`.
+        schedule: The learning rate over the run.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -215,8 +254,9 @@ class OptimSection(Values):
 class ParallelSection(Values):
     """Ways to cut one model other than ZeRO.
 
-    tensor: consecutive ranks that hold one copy of every block matrix between them and read the same batch. sequence:
-    only 1 is supported so far.
+    Attributes:
+        tensor: Consecutive ranks that hold one copy of every block matrix together and read the same batch.
+        sequence: Only 1 is supported so far.
     """
 
     tensor: Count = 1
@@ -226,9 +266,13 @@ class ParallelSection(Values):
 class CheckpointSection(Values):
     """When to save, what to keep, where to start.
 
-    keep_last: newest checkpoints kept. keep_every_steps: multiples of it are kept for ever. resume: `auto` (the
-    newest valid checkpoint of the run folder, else from scratch), `never`, or the path of one checkpoint. asynchronous:
-    training goes on while a checkpoint is written, from a copy in the host's memory.
+    Attributes:
+        interval_steps: Steps between checkpoints.
+        keep_last: Newest checkpoints that are kept.
+        keep_every_steps: Checkpoints at multiples of it are never deleted.
+        resume: `auto` (the newest valid checkpoint of the run folder, else from scratch), `never`, or the path of one
+            checkpoint.
+        asynchronous: Training continues while a checkpoint is written, from a copy in the host's memory.
     """
 
     interval_steps: Count = 500
@@ -246,21 +290,38 @@ class CheckpointSection(Values):
 
 
 class EvalSection(Values):
-    """Validation loss every `interval_steps` over the first `batches` global batches of data.val."""
+    """Validation loss over the first global batches of `data.val`.
+
+    Attributes:
+        interval_steps: Steps between evaluations.
+        batches: Global batches of one evaluation.
+    """
 
     interval_steps: Count = 500
     batches: Count = 50
 
 
 class WandbSection(Values):
-    """Weights & Biases tracking, with the names of metrics.jsonl."""
+    """Weights & Biases tracking, with the names of metrics.jsonl.
+
+    Attributes:
+        mode: Whether and how the run is tracked. The variable WANDB_MODE overrides it for a tracked run.
+        project: The project in wandb.
+    """
 
     mode: Literal["disabled", "offline", "online"] = "disabled"
     project: str = Field("evenkeel", min_length=1)
 
 
 class LogSection(Values):
-    """How often to write console lines and `train` rows, `weights` rows and `activations` rows."""
+    """How often the run logs.
+
+    Attributes:
+        interval_steps: Steps between console lines and `train` rows.
+        weights_interval_steps: Steps between `weights` rows.
+        activations_interval_steps: Steps between `activations` rows.
+        wandb: Tracking.
+    """
 
     interval_steps: Count = 10
     weights_interval_steps: Count = 50
@@ -271,10 +332,16 @@ class LogSection(Values):
 class GuardSection(Values):
     """What happens to steps that would harm the run.
 
-    A step whose loss or gradient norm is not finite is always skipped: the batch counts, the weights stay. spikes: what to
-    do where either lies `sigma` standard deviations above its mean over the last `window_steps` steps: `report` it, or
-    `skip` the step too. max_skips: after so many skips in a row the run rolls back to the checkpoint before them and goes
-    on with the data after them; max_rollbacks: how often, before it ends.
+    A step whose loss or gradient norm is not finite is always skipped: the batch counts, the weights stay.
+
+    Attributes:
+        spikes: What to do if loss or gradient norm lies `sigma` standard deviations above its mean over the last
+            `window_steps` steps: `report` it, or also `skip` the step.
+        sigma: Standard deviations that make a spike.
+        window_steps: Steps of the mean and the standard deviation.
+        max_skips: After so many skips in a row the run rolls back to the checkpoint before them and continues with the
+            data after them.
+        max_rollbacks: Rollbacks before the run ends.
     """
 
     spikes: Literal["report", "skip"] = "report"
@@ -285,11 +352,13 @@ class GuardSection(Values):
 
 
 class ResilienceSection(Values):
-    """Faults and bad days.
+    """Faults, and how a run reacts to them.
 
-    watchdog_s: a phase of the run that takes longer ends it, with the stacks of all ranks; null never does.
-    agreement_interval_steps: how often the ranks compare what they must have in common. autopsy_steps: steps that are
-    remembered for the autopsy of a spike.
+    Attributes:
+        watchdog_s: Seconds. A phase of the run that takes longer ends it, with the stacks of all ranks. Null: never.
+        agreement_interval_steps: Steps between comparisons of what the ranks must have in common.
+        autopsy_steps: Steps that are kept for the autopsy of a spike.
+        guard: Bad steps.
     """
 
     watchdog_s: float | None = Field(600.0, ge=1, le=1e7)
@@ -314,9 +383,25 @@ RunName = Annotated[str, AfterValidator(_run_name)]
 class Config(Values):
     """One run.
 
-    name, out: the run folder is <out>/<name>. steps or tokens: the length, exactly one of them. methods: each once.
-    init: the distribution that matrices are drawn from. deepspeed: a DeepSpeed JSON file or its content.
-    activation_checkpointing: recompute blocks in backward.
+    Attributes:
+        name: The name of the run. Its folder is `<out>/<name>`.
+        out: The folder of the run folder.
+        seed: Decides initial weights and the order of samples.
+        model: The model's family and sizes.
+        tokenizer: A tokenizer folder or a SentencePiece `.model` file.
+        data: Corpora and batches.
+        steps: The length in optimizer steps. Give this or `tokens`.
+        tokens: The length in tokens. Give this or `steps`.
+        optim: The optimizer.
+        methods: The stability methods, each once.
+        init: The distribution that matrices are drawn from.
+        deepspeed: A DeepSpeed JSON file, or its content.
+        activation_checkpointing: Recompute blocks in backward.
+        parallel: Tensor parallelism.
+        checkpoint: Checkpoints.
+        eval: Validation.
+        log: Logging.
+        resilience: Faults.
     """
 
     name: RunName

@@ -31,9 +31,10 @@ from pretrain.sharded.draws import Constant, Draw
 
 
 class AttentionResiduals(Method):
-    """Attention Residuals; the mixture depends on the token, so nothing can be folded and the export brings its own file.
+    """Attention Residuals. The mixture depends on the token, so nothing can be folded and the export brings its own file.
 
-    blocks: N; null reads every output for itself.
+    Attributes:
+        blocks: N. Null reads every output for itself.
     """
 
     decides: ClassVar[frozenset[str]] = frozenset({RESIDUAL_STREAM})

@@ -23,7 +23,11 @@ from pretrain.model.layout import Weight
 
 
 class DepthScaledInit(Method):
-    """Depth-scaled initialization; nothing happens during training and nothing is left to fold. std: σ."""
+    """Depth-scaled initialization. Nothing happens during training and nothing is left to fold.
+
+    Attributes:
+        std: σ.
+    """
 
     decides: ClassVar[frozenset[str]] = frozenset({INITIAL_DEVIATIONS})
 

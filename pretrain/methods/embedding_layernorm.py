@@ -47,7 +47,7 @@ def normalized(rows: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor) -> to
 
 
 class EmbeddingLayerNorm(Method):
-    """Embedding LayerNorm; folds into E ← LayerNorm(E). A head that shares E keeps the raw one: the export is untied."""
+    """Embedding LayerNorm. Folds into E ← LayerNorm(E). A head that shares E keeps the raw one: the export is untied."""
 
     decides: ClassVar[frozenset[str]] = frozenset({EMBEDDING})
     fold_order: ClassVar[int] = 0

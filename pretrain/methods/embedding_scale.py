@@ -28,9 +28,11 @@ from pretrain.model.reparameterization import Multiple, reparameterize
 
 
 class EmbeddingScale(Method):
-    """Scaled embedding; folds into E ← m E, where the head shares E into a Granite, which has the factor built in.
+    """Scaled embedding. Folds into E ← m E. Where the head shares E, it folds into a Granite, which has the factor built in.
 
-    rule: m is √d (`sqrt_d`) or 1/σ (`inverse_std`, so that the stream starts at deviation 1). multiplier: m itself, instead.
+    Attributes:
+        rule: m is √d (`sqrt_d`) or 1/σ (`inverse_std`, so that the stream starts at deviation 1).
+        multiplier: m itself, instead of the rule.
     """
 
     decides: ClassVar[frozenset[str]] = frozenset({EMBEDDING})

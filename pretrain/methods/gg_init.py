@@ -25,7 +25,13 @@ from pretrain.sharded.draws import Draw, GeneralizedGaussian
 
 
 class GGInit(Method):
-    """Generalized Gaussian initialization; nothing happens during training and nothing is left to fold. shape: ν."""
+    """Generalized Gaussian initialization. Nothing happens during training and nothing is left to fold.
+
+    Attributes:
+        shape: ν.
+        gain: The variance is gain / fan: 2 for activations like ReLU, 1 for none.
+        fan: `out` as in the release, `in` as in He's initialization.
+    """
 
     decides: ClassVar[frozenset[str]] = frozenset({INITIAL_DEVIATIONS, INITIAL_DISTRIBUTION})
 

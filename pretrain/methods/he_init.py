@@ -41,7 +41,7 @@ def he_rule(weight: Weight, tied: bool) -> str:
 
 
 class HeInit(Method):
-    """He initialization; nothing happens during training and nothing is left to fold."""
+    """He initialization. Nothing happens during training and nothing is left to fold."""
 
     decides: ClassVar[frozenset[str]] = frozenset({INITIAL_DEVIATIONS})
 

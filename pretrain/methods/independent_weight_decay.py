@@ -21,9 +21,10 @@ from pretrain.model.layout import Weight
 
 
 class IndependentWeightDecay(Method):
-    """Independent weight decay in place of the run's `optim.weight_decay`; nothing is left to fold.
+    """Independent weight decay in place of the run's `optim.weight_decay`. Nothing is left to fold.
 
-    coefficient: λ, the share of a weight that one step at the peak takes away.
+    Attributes:
+        coefficient: λ, the share of a weight that one step at the peak takes away.
     """
 
     name: Literal["independent_weight_decay"] = "independent_weight_decay"

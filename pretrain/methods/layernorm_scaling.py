@@ -34,7 +34,7 @@ _TWICE = (
 
 
 class LayerNormScaling(Method):
-    """LayerNorm Scaling; folds into the stock class by γ ← γ / √l, in GPT-2 the norm's bias too."""
+    """LayerNorm Scaling. Folds into the stock class by γ ← γ / √l, in GPT-2 the norm's bias too."""
 
     conflicts: ClassVar[Mapping[str, str]] = MappingProxyType(
         {

@@ -22,10 +22,11 @@ from pretrain.model.layout import Weight
 
 
 class LIR(Method):
-    """LIR at initialization; nothing happens during training and nothing is left to fold.
+    """LIR at initialization. Nothing happens during training and nothing is left to fold.
 
-    initializer_range: σ. The release defaults to 0.02, the paper's best 1B run used 0.006.
-    scale_factor: divides the variance of every block once more.
+    Attributes:
+        initializer_range: σ. The release defaults to 0.02, the paper's best 1B run used 0.006.
+        scale_factor: Divides the variance of every block once more.
     """
 
     decides: ClassVar[frozenset[str]] = frozenset({INITIAL_DEVIATIONS})

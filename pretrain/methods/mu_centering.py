@@ -24,7 +24,7 @@ _BIAS = "lm_head.bias"
 
 
 class MuCentering(Method):
-    """mu-centering; the weights stay plain, so nothing is left to fold."""
+    """mu-centering. The weights stay plain, so nothing is left to fold."""
 
     conflicts: ClassVar[Mapping[str, str]] = MappingProxyType(
         {

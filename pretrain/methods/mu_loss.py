@@ -23,7 +23,11 @@ from pretrain.model.loss import HeadTerm, LossTerm
 
 
 class MuLoss(Method):
-    """mu-loss; the weights stay plain, so nothing is left to fold."""
+    """mu-loss. The weights stay plain, so nothing is left to fold.
+
+    Attributes:
+        coefficient: The factor of the term in the loss.
+    """
 
     name: Literal["mu_loss"] = "mu_loss"
     coefficient: float = Field(1e-4, gt=0)

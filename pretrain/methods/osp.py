@@ -37,9 +37,11 @@ _ROWS = 4096  # of the vocabulary that are multiplied at once
 
 
 class OSP(Method):
-    """OSP's architecture; folds into the stock class by γ ← γ 1, E ← E R_1, U ← U R_2ᵀ.
+    """OSP's architecture. Folds into the stock class by γ ← γ 1, E ← E R_1, U ← U R_2ᵀ.
 
-    single_scale_norm: SSNorm. embedding_projection: EmbProj; the model's embeddings must not be tied.
+    Attributes:
+        single_scale_norm: SSNorm.
+        embedding_projection: EmbProj. The model's embeddings must not be tied.
     """
 
     families: ClassVar[tuple[str, ...]] = ("llama",)

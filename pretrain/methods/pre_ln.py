@@ -30,7 +30,7 @@ _TO_THE_STREAM = ("o_proj.weight", "o_proj.bias", "down_proj.weight", "down_proj
 
 
 class PreLN(Method):
-    """LayerNorm; folds into the stock RMSNorm class by centring what is added to the residual stream."""
+    """LayerNorm. Folds into the stock RMSNorm class by centring what is added to the residual stream."""
 
     decides: ClassVar[frozenset[str]] = frozenset({NORMALIZATION})
     families: ClassVar[tuple[str, ...]] = ("llama",)

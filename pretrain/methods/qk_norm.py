@@ -23,7 +23,7 @@ from pretrain.model.layout import Weight
 
 
 class QKNorm(Method):
-    """qk-norm; the model is a Qwen3 from the start, so nothing is left to fold.
+    """qk-norm. The model is a Qwen3 from the start, so nothing is left to fold.
 
     With a method that needs Evenkeel's own class, it is that class with Qwen3's attention.
     """

@@ -22,7 +22,11 @@ from pretrain.model.layout import Weight
 
 
 class ResidualInit(Method):
-    """Residual initialization; nothing happens during training and nothing is left to fold. std: σ."""
+    """Residual initialization. Nothing happens during training and nothing is left to fold.
+
+    Attributes:
+        std: σ.
+    """
 
     decides: ClassVar[frozenset[str]] = frozenset({INITIAL_DEVIATIONS})
 

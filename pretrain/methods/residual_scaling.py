@@ -35,10 +35,12 @@ _TWICE = (
 
 
 class ResidualScaling(Method):
-    """Residual scaling; folds into the stock class by W ← W / √(2N) for o and down, and so for their biases.
+    """Residual scaling. Folds into the stock class by W ← W / √(2N) for o and down and their biases.
 
-    backbone: draw matrices as with `he` or `small` initialization without their own 1/√(2N), as the paper's two runs did
-    (the one with `small` has `embedding_scale` with `rule: inverse_std` besides); null leaves the deviations to the run.
+    Attributes:
+        backbone: Draw matrices as `he` or `small` initialization without their own 1/√(2N), as the paper's two runs did
+            (the run with `small` also has `embedding_scale` with `rule: inverse_std`). Null leaves the deviations to the
+            run.
     """
 
     conflicts: ClassVar[Mapping[str, str]] = MappingProxyType(

@@ -25,9 +25,10 @@ from pretrain.sharded.draws import Constant, Draw
 
 
 class SeeDNormMethod(Method):
-    """SeeDNorm; its gains depend on the token, so nothing can be folded and the export brings its own modelling file.
+    """SeeDNorm. Its gains depend on the token, so nothing can be folded and the export brings its own modelling file.
 
-    alpha_init: how α starts. At OLMoE-1.3B's size 1 gave 2.900, 0.1 gave 2.912 and 10 gave 3.154 (the paper's losses).
+    Attributes:
+        alpha_init: The initial α. At OLMoE-1.3B's size 1 gave 2.900, 0.1 gave 2.912 and 10 gave 3.154 (the paper's losses).
     """
 
     decides: ClassVar[frozenset[str]] = frozenset({NORMALIZATION})

@@ -137,11 +137,13 @@ def _product(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
 
 
 class SigmaReparam(TrainedFactors):
-    """σReparam; folds into the stock class by W ← γ W / σ.
+    """σReparam. Folds into the stock class by W ← γ W / σ.
 
-    variance: of the stored matrices. Only its ratio to the learning rate matters. initial_scale: γ starts at `one`, as in
-    the paper, or at the `spectral_norm` of the matrix, as in its release, so that W̄ starts as W with this variance.
-    differentiate_sigma: let the gradient flow through σ.
+    Attributes:
+        variance: σ² of the stored matrices. Only its ratio to the learning rate matters.
+        initial_scale: γ starts at `one`, as in the paper, or at the `spectral_norm` of the matrix, as in its release, so
+            that W̄ starts as W with this variance.
+        differentiate_sigma: Let the gradient flow through σ.
     """
 
     conflicts: ClassVar[Mapping[str, str]] = MappingProxyType(

@@ -31,7 +31,7 @@ def small_rule(weight: Weight) -> str:
 
 
 class SmallInit(Method):
-    """Small initialization; nothing happens during training and nothing is left to fold."""
+    """Small initialization. Nothing happens during training and nothing is left to fold."""
 
     decides: ClassVar[frozenset[str]] = frozenset({INITIAL_DEVIATIONS})
 

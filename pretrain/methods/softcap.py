@@ -36,9 +36,10 @@ _EMBEDDING, _HEAD, _FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", 
 
 
 class Softcap(Method):
-    """Logit softcapping; folds into a VaultGemma: w = γ − 1, E ← E / √d.
+    """Logit softcapping. Folds into a VaultGemma: w = γ − 1, E ← E / √d.
 
-    cap: c.
+    Attributes:
+        cap: c.
     """
 
     conflicts: ClassVar[Mapping[str, str]] = MappingProxyType(

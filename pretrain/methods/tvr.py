@@ -41,21 +41,23 @@ _ALTERNATIVES = {"target_std": "relative_target", "interval_steps": "interval_to
 
 
 class TVR(Method):
-    """TVR after optimizer steps; the weights stay plain, so nothing is left to fold.
+    """TVR after optimizer steps. The weights stay plain, so nothing is left to fold.
 
-    target_std: σ_t. The paper's best 1B run used 0.01, about 0.4 of the free-running deviation of its schedule; a
-        short run may never reach it, see docs/methods/tvr.md.
-    relative_target: instead of target_std, σ_t as a share of the free-running deviation that the learning rates predict.
-    target_warmup_steps: over so many steps σ_t goes linearly from the initial deviation of each matrix to its target.
-    ratio_threshold: rescale when s / σ_t exceeds it, strictly. The release uses 1.2; the paper's curves suggest 1.
-    interval_steps: act when the global step is a multiple of it, so a resumed run acts on the same steps.
-    interval_tokens: instead of interval_steps, as many steps as train on so many tokens.
-    scale_with_depth: divide the target by √l (the paper found that it hurts).
-    two_sided: also raise deviations below target / ratio_threshold.
-    roles: which block matrices, at least one; all of them by default.
-    exclude: full weight names to leave alone.
-    zero_bias: zero the bias beside a rescaled matrix, as the release does.
-    engine: `sharded` (local arithmetic, one small collective) or `gathered` (full weights through DeepSpeed's hooks).
+    Attributes:
+        target_std: σ_t. The paper's best 1B run used 0.01, about 0.4 of the free-running deviation of its schedule. A
+            short run may never reach it, see docs/methods/tvr.md.
+        relative_target: Instead of `target_std`: σ_t as a share of the free-running deviation that the learning rates
+            predict.
+        target_warmup_steps: Steps over which σ_t moves linearly from the initial deviation of each matrix to its target.
+        ratio_threshold: Rescale if s / σ_t is above it. The release uses 1.2, the paper's curves suggest 1.
+        interval_steps: Act when the global step is a multiple of it, so a resumed run acts on the same steps.
+        interval_tokens: Instead of `interval_steps`: as many steps as train on so many tokens.
+        scale_with_depth: Divide the target by √l. The paper found that it hurts.
+        two_sided: Also raise deviations below target / ratio_threshold.
+        roles: Which block matrices, at least one. All of them by default.
+        exclude: Full names of weights that are not rescaled.
+        zero_bias: Zero the bias beside a rescaled matrix, as the release does.
+        engine: `sharded` (local arithmetic, one small collective) or `gathered` (full weights through DeepSpeed's hooks).
     """
 
     name: Literal["tvr"] = "tvr"

@@ -48,10 +48,12 @@ class RowGains(Effective):
 
 
 class WeightNorm(TrainedFactors):
-    """Weight normalization; folds into the stock class by w_i ← g_i w_i / ‖w_i‖.
+    """Weight normalization. Folds into the stock class by w_i ← g_i w_i / ‖w_i‖.
 
-    variance: σ². Only its ratio to the learning rate matters: it says how fast rows turn. backbone: `he` (with an
-    embedding of deviation 1) or `small` (then `embedding_scale` with `rule: inverse_std` scales the embedding as they do).
+    Attributes:
+        variance: σ². Only its ratio to the learning rate matters, which decides how fast rows turn.
+        backbone: `he` (with an embedding of deviation 1) or `small` (then `embedding_scale` with `rule: inverse_std`
+            scales the embedding as the paper does).
     """
 
     conflicts: ClassVar[Mapping[str, str]] = MappingProxyType(

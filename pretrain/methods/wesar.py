@@ -50,10 +50,12 @@ class Gate(Effective):
 
 
 class WeSaR(TrainedFactors):
-    """WeSaR; folds into the stock class by W ← α W.
+    """WeSaR. Folds into the stock class by W ← α W.
 
-    variance: σ². The paper found 1e-5 to 4e-5 about equal. backbone: `he` or `small`.
-    frozen: keep α as it starts.
+    Attributes:
+        variance: σ². The paper found 1e-5 to 4e-5 about equal.
+        backbone: `he` or `small`.
+        frozen: Keep α at its initial value.
     """
 
     decides: ClassVar[frozenset[str]] = TrainedFactors.decides | {EMBEDDING}

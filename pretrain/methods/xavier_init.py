@@ -24,10 +24,12 @@ _QKV = ("q", "k", "v", "qkv")
 
 
 class XavierInit(Method):
-    """Xavier initialization; nothing happens during training and nothing is left to fold.
+    """Xavier initialization. Nothing happens during training and nothing is left to fold.
 
-    fused_qkv: draw q, k and v with the fans of the one matrix that holds all three. unit_embedding: the embedding's rows
-    have about length 1: 1/√d. attention_output_std: σ; o starts with σ/√(2N) instead, as GPT-2's does.
+    Attributes:
+        fused_qkv: Draw q, k and v with the fans of the one matrix that holds all three.
+        unit_embedding: The embedding's rows have about length 1: a deviation of 1/√d.
+        attention_output_std: σ. o starts with σ/√(2N) instead, as in GPT-2.
     """
 
     decides: ClassVar[frozenset[str]] = frozenset({INITIAL_DEVIATIONS})

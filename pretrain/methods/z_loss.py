@@ -23,7 +23,11 @@ from pretrain.model.loss import LossTerm, TokenTerm
 
 
 class ZLoss(Method):
-    """z-loss; the weights stay plain, so nothing is left to fold."""
+    """z-loss. The weights stay plain, so nothing is left to fold.
+
+    Attributes:
+        coefficient: The factor of the term in the loss.
+    """
 
     name: Literal["z_loss"] = "z_loss"
     coefficient: float = Field(1e-4, gt=0)
