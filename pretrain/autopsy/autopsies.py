@@ -22,6 +22,7 @@ from pretrain.files import sync_folder, write_json, write_text
 from pretrain.model.layout import Weight
 from pretrain.model.loss import CROSS_ENTROPY
 from pretrain.optional import optional
+from pretrain.sharded.engine_protocol import Engine
 
 KEPT = 20  # of a run: a spike a day for three weeks
 _COMPLETE = re.compile(r"step_\d{8,}(_\d+)?")
@@ -46,7 +47,7 @@ class Autopsies:
         self._read_again = read_again
         self._newest: int | None = None
 
-    def write(self, engine, reason: str, micro_batches: Sequence[MicroBatch]) -> Path | None:
+    def write(self, engine: Engine, reason: str, micro_batches: Sequence[MicroBatch]) -> Path | None:
         """The autopsy of the step recorded last, which read `micro_batches` on this rank. Collective.
 
         reason: what was seen, as in the guard's verdict. The path is known on rank 0, which writes; None where there is

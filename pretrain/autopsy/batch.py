@@ -17,10 +17,13 @@ from pretrain.data.tokens.shards import TokenShards
 from pretrain.distributed.ranks import Ranks
 from pretrain.model.loss import CROSS_ENTROPY
 from pretrain.sharded.collectives import all_gather
+from pretrain.sharded.engine_protocol import Engine
 
 
 @torch.no_grad()
-def sequence_losses(engine, micro_batches: Sequence[MicroBatch], tensor: int, ranks: Ranks) -> list[float | None]:
+def sequence_losses(
+    engine: Engine, micro_batches: Sequence[MicroBatch], tensor: int, ranks: Ranks
+) -> list[float | None]:
     """The mean cross-entropy of each sequence of the global batch, with the weights as they are and without dropout.
 
     tensor: how many consecutive ranks share a batch. None where no target counts. One forward

@@ -18,6 +18,7 @@ from pretrain.model.layout import Weight
 from pretrain.monitor.activations import LargestActivations
 from pretrain.sharded import ShardedWeights
 from pretrain.sharded.collectives import all_gather
+from pretrain.sharded.engine_protocol import Engine
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Figures:
 class Recorder:
     """Keeps the newest step, and the `steps` steps before it."""
 
-    def __init__(self, engine, weights: ShardedWeights, steps: int) -> None:
+    def __init__(self, engine: Engine, weights: ShardedWeights, steps: int) -> None:
         self.layout: dict[str, Weight] = weights.layout
         self._stepped = Stepped(weights)
         self._activations = LargestActivations(engine.module, engine.device)

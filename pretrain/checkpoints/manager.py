@@ -36,6 +36,7 @@ from pretrain.config.schema import CheckpointSection
 from pretrain.distributed.ranks import Ranks, all_gather_object, control_group, from_first_rank, on_every_rank
 from pretrain.errors import MachineFault, SharedUserError, UserError
 from pretrain.files import free_bytes, patiently, sync_folder, write_text
+from pretrain.sharded.engine_protocol import Engine
 
 Result = TypeVar("Result")
 
@@ -78,7 +79,7 @@ class Checkpoints:
         self._damaged: set[Path] = set()
         self._of_others: set[Path] = set()  # what an earlier history of this folder left, where a rule says to leave it
 
-    def save(self, engine, state: TrainerState, add_files: Callable[[Path], None]) -> Saved | None:
+    def save(self, engine: Engine, state: TrainerState, add_files: Callable[[Path], None]) -> Saved | None:
         """Write the checkpoint of `state`; `add_files` runs on rank 0 and adds the trainer's own files.
 
         With `asynchronous` the large files are only copied here, and None is returned: `advance` publishes the checkpoint.
@@ -90,7 +91,7 @@ class Checkpoints:
             return self._save(engine, state, add_files, aside, began)
 
     def _save(
-        self, engine, state: TrainerState, add_files: Callable[[Path], None], aside: Path, began: float
+        self, engine: Engine, state: TrainerState, add_files: Callable[[Path], None], aside: Path, began: float
     ) -> Saved | None:
         on_every_rank(lambda: self._prepare(aside, engine))
         contents = gather_shards(engine, aside)
@@ -162,7 +163,7 @@ class Checkpoints:
         own = [path for path in self._own() if path not in self._of_others]
         return self._newest_whole([path for path in own if step_of(path) <= step])[0]
 
-    def load(self, path: Path, engine, expected: TrainerState) -> TrainerState:
+    def load(self, path: Path, engine: Engine, expected: TrainerState) -> TrainerState:
         """Load weights, optimizer and random states into an engine, new or under way; returns the stored state.
 
         The optimizer's options (weight decay, betas, ...) stay those of this run. Raises UserError, on every rank and
@@ -186,7 +187,7 @@ class Checkpoints:
                 shutil.rmtree(aside, ignore_errors=True)
             raise
 
-    def _prepare(self, aside: Path, engine) -> None:
+    def _prepare(self, aside: Path, engine: Engine) -> None:
         """Room for the new checkpoint and an empty folder; what killed runs left half written goes."""
         if not self.ranks.is_first:
             return

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pretrain.errors import UserError
 from pretrain.files import write_json
+from pretrain.sharded.engine_protocol import Engine
 from pretrain.sharded.piece import tensor_slice
 
 _FILE = "shards.json"
@@ -27,7 +28,7 @@ class ShardNotes:
     whole_masters: list[list[str]] = field(default_factory=list)
 
 
-def notes_on(engine) -> ShardNotes:
+def notes_on(engine: Engine) -> ShardNotes:
     """The notes on the files that `engine` saves. The same on every rank."""
     parameters = dict(engine.module.named_parameters())
     cuts = {name: tensor_slice(parameter, name).dim for name, parameter in parameters.items()}

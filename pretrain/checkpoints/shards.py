@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoints.safe_load import read_safely
+from pretrain.sharded.engine_protocol import Engine
 
 _FOLDER = "deepspeed"
 
 
-def gather_shards(engine, folder: Path) -> dict[Path, Any]:
+def gather_shards(engine: Engine, folder: Path) -> dict[Path, Any]:
     """What this rank's files in the checkpoint `folder` are to hold, tensors being those of `engine`. Collective."""
     with _in_memory(engine, {}) as files:
         engine.save_checkpoint(str(folder), tag=_FOLDER, save_latest=False)
     return {Path(path): content for path, content in files.items()}
 
 
-def read_shards(engine, folder: Path) -> dict[str, Any]:
+def read_shards(engine: Engine, folder: Path) -> dict[str, Any]:
     """This rank's files in the checkpoint `folder`. UserError if one cannot be read safely."""
     paths = {engine._get_ckpt_name(folder, _FOLDER), *engine._get_all_ckpt_names(folder, _FOLDER)[:1]}
     if engine.zero_optimization():
@@ -31,7 +32,7 @@ def read_shards(engine, folder: Path) -> dict[str, Any]:
     return {path: read_safely(Path(path)) for path in paths}
 
 
-def load_shards(engine, folder: Path, files: dict[str, Any]) -> None:
+def load_shards(engine: Engine, folder: Path, files: dict[str, Any]) -> None:
     """Give `engine` the weights and optimizer states of `read_shards`; its optimizer's options stay. Collective."""
     groups = engine.optimizer.param_groups
     options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
@@ -42,7 +43,7 @@ def load_shards(engine, folder: Path, files: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _in_memory(engine, files: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _in_memory(engine: Engine, files: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """DeepSpeed's writes go to `files`, by path, and its reads come from there."""
     own, engine.checkpoint_engine = engine.checkpoint_engine, _Memory(files)
     engine._copy_recovery_script = lambda folder: None  # it writes past the checkpoint engine

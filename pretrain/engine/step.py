@@ -27,6 +27,7 @@ from pretrain.model.loss import CROSS_ENTROPY
 from pretrain.monitor.phase import enter
 from pretrain.optim.param_groups import build_optimizer
 from pretrain.resilience.spike_guard import StepVerdict
+from pretrain.sharded.engine_protocol import Engine
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class StepResult:
         return self.verdict.skip
 
 
-def build_engine(config: Config, model_config: PreTrainedConfig, ds_config: dict[str, Any]):
+def build_engine(config: Config, model_config: PreTrainedConfig, ds_config: dict[str, Any]) -> Engine:
     """Return the DeepSpeed engine around the sharded model. Its weights hold no values yet."""
     import deepspeed
 
@@ -98,7 +99,9 @@ def train_step(
 
 
 @torch.no_grad()
-def validation_loss(engine, batches: Iterable[MicroBatch], ranks: Ranks, stopped: Callable[[], object]) -> float | None:
+def validation_loss(
+    engine: Engine, batches: Iterable[MicroBatch], ranks: Ranks, stopped: Callable[[], object]
+) -> float | None:
     """The plain cross-entropy over this rank's `batches`, averaged over all ranks. Collective.
 
     None where `stopped`, asked before each batch, says so on all ranks.
@@ -117,7 +120,7 @@ def validation_loss(engine, batches: Iterable[MicroBatch], ranks: Ranks, stopped
     return float(sums[0] / sums[1])
 
 
-def _losses(engine, batch: MicroBatch, divisor: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+def _losses(engine: Engine, batch: MicroBatch, divisor: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     return engine(batch.inputs, batch.targets, divisor=divisor, position_ids=batch.positions)
 
 

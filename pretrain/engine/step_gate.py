@@ -25,6 +25,7 @@ import torch
 
 from pretrain.optim.zclip import ZClip
 from pretrain.resilience.spike_guard import SpikeGuard, StepVerdict
+from pretrain.sharded.engine_protocol import Engine
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class StepGate:
     watchers: called when a step is about to be taken, while its gradients are whole: neither clipped nor rejected.
     """
 
-    def __init__(self, engine, guard: SpikeGuard, zclip: ZClip | None = None) -> None:
+    def __init__(self, engine: Engine, guard: SpikeGuard, zclip: ZClip | None = None) -> None:
         self.engine, self.guard, self.zclip = engine, guard, zclip
         self.watchers: list[Callable[[], None]] = []
         self._expected: tuple[int, torch.Tensor, float] | None = None

@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+
+from pretrain.sharded.engine_protocol import Engine
 
 if TYPE_CHECKING:
     from pretrain.model.layout import Weight
@@ -19,7 +21,7 @@ Changes = Mapping[str, tuple[float, float]]
 
 
 def check_call(
-    engine: Any,
+    engine: Engine,
     layout: Mapping[str, Weight],
     what: str,
     names: Iterable[str],
@@ -61,7 +63,7 @@ def all_gather(mine: torch.Tensor) -> torch.Tensor:
     return torch.stack(gathered)
 
 
-def _complaint(engine: Any, layout: Mapping[str, Weight], names: list[str], changes: Changes) -> Exception | None:
+def _complaint(engine: Engine, layout: Mapping[str, Weight], names: list[str], changes: Changes) -> Exception | None:
     if engine.micro_steps % engine.gradient_accumulation_steps():
         return RuntimeError("weights were asked for in the middle of gradient accumulation, not between steps")
     try:

@@ -13,13 +13,14 @@ import torch
 
 from pretrain.errors import UserError
 from pretrain.model.layout import Weight, describe_model
+from pretrain.sharded.engine_protocol import Engine
 from pretrain.sharded.moments import Moments
 
 
 class GatheredWeights:
     """The weights of a DeepSpeed engine through `GatheredParameters` and `safe_get_full_fp32_param`."""
 
-    def __init__(self, engine) -> None:
+    def __init__(self, engine: Engine) -> None:
         """Raises UserError where DeepSpeed's API reads or writes the wrong values, or none."""
         optimizer = engine.optimizer
         out_of_reach = {

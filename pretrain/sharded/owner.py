@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from pretrain.errors import UserError
+from pretrain.sharded.engine_protocol import Engine
 from pretrain.sharded.piece import Piece, Slice, make_piece, tensor_slice
 
 
 class Owner:
     """One rank's view of its engine. A placement adds where the optimizer keeps the masters."""
 
-    def __init__(self, engine) -> None:
+    def __init__(self, engine: Engine) -> None:
         """Raises UserError for a frozen weight, and for one that tensor parallelism cuts in several places."""
         self.optimizer = engine.optimizer
         self.parameters = dict(engine.module.named_parameters())

@@ -22,6 +22,7 @@ from typing import Protocol
 import torch
 
 from pretrain.errors import UserError
+from pretrain.sharded.engine_protocol import Engine
 from pretrain.sharded.piece import Piece
 from pretrain.sharded.stage0 import Stage0
 from pretrain.sharded.zero3 import Zero3
@@ -60,7 +61,7 @@ class Placement(Protocol):
         """
 
 
-def placement_of(engine) -> Placement:
+def placement_of(engine: Engine) -> Placement:
     """The placement of a DeepSpeed engine's weights. Raises UserError for a kind of engine that is not supported."""
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence, Set
 
 import torch
 
+from pretrain.sharded.engine_protocol import Engine
 from pretrain.sharded.owner import Owner
 from pretrain.sharded.piece import Piece
 
@@ -21,7 +22,7 @@ Group = tuple[Sequence[torch.nn.Parameter], Sequence[torch.Tensor]]
 class Stage0(Owner):
     """The placement of an engine without ZeRO."""
 
-    def __init__(self, engine, groups: Sequence[Group]) -> None:
+    def __init__(self, engine: Engine, groups: Sequence[Group]) -> None:
         """groups: the parameters of each parameter group, and their masters in the same order."""
         super().__init__(engine)
         self.replicas = engine.dp_world_size

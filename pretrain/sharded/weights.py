@@ -11,6 +11,7 @@ from pretrain.model.layout import Weight, describe_model
 from pretrain.sharded.collectives import all_gather, check_call, require_known
 from pretrain.sharded.columns import add_column_sums_, columns, subtract_from_rows_
 from pretrain.sharded.draws import Draw, fill_slice_
+from pretrain.sharded.engine_protocol import Engine
 from pretrain.sharded.moments import (
     Moments,
     Statistics,
@@ -32,7 +33,7 @@ class ShardedWeights:
     different arguments (ValueError), a call in the middle of gradient accumulation (RuntimeError).
     """
 
-    def __init__(self, engine) -> None:
+    def __init__(self, engine: Engine) -> None:
         """Raises UserError where the engine's optimizer keeps its weights in a way that is not supported."""
         self.engine = engine
         self.placement = placement_of(engine)

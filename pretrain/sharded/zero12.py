@@ -14,6 +14,7 @@ from collections.abc import Iterator, Set
 import torch
 import torch.distributed as dist
 
+from pretrain.sharded.engine_protocol import Engine
 from pretrain.sharded.owner import Owner
 from pretrain.sharded.piece import Piece
 
@@ -21,7 +22,7 @@ from pretrain.sharded.piece import Piece
 class _FullWorkingCopies(Owner):
     """Both kinds keep every working copy in full on every rank."""
 
-    def __init__(self, engine) -> None:
+    def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self.group = engine.data_parallel_group
 

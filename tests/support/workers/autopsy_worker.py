@@ -17,6 +17,7 @@ from pretrain.engine.initialize import initialize_weights
 from pretrain.engine.step import train_step
 from pretrain.monitor.weights import WeightMonitor
 from pretrain.sharded import ShardedWeights
+from pretrain.sharded.engine_protocol import Engine
 from tests.support.runs import allow_fp16_on_cpu
 from tests.support.tiny_engines import LENGTH, VOCABULARY, gated, leave, share, tiny_config, tiny_plan, tokens
 from tests.support.workers.sharded_worker import masters
@@ -61,7 +62,7 @@ def dense(start: dict[str, np.ndarray], dtype: torch.dtype, number: int) -> dict
     }
 
 
-def break_backward(engine) -> None:
+def break_backward(engine: Engine) -> None:
     """Let the next backward meet infinity on its way out of the second block."""
 
     def broken(module, args, output):

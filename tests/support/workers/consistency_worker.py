@@ -14,6 +14,7 @@ from pretrain import quiet  # noqa: F401
 from pretrain.distributed.ranks import initialize
 from pretrain.resilience.consistency import RanksDisagree, check_step
 from pretrain.sharded import ShardedWeights
+from pretrain.sharded.engine_protocol import Engine
 from tests.support.runs import allow_fp16_on_cpu
 from tests.support.tiny_engines import forget_garbage, leave
 from tests.support.workers.sharded_worker import build, run_config, step, validation_loss
@@ -73,7 +74,7 @@ def said(weights: ShardedWeights, config, samples: int = 36, lr: float = LR) -> 
     return ""
 
 
-def faults_of(engine, weights: ShardedWeights) -> dict[str, tuple[torch.Tensor, int]]:
+def faults_of(engine: Engine, weights: ShardedWeights) -> dict[str, tuple[torch.Tensor, int]]:
     """One element and which of its bits to flip, by what is hit and in which weight."""
     parameters = dict(engine.module.named_parameters())
     piece = max(weights.pieces(), key=lambda piece: piece.master.numel())

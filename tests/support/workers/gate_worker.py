@@ -18,6 +18,7 @@ from pretrain.engine.initialize import initialize_weights
 from pretrain.engine.step import train_step
 from pretrain.engine.step_gate import StepGate
 from pretrain.sharded import ShardedWeights
+from pretrain.sharded.engine_protocol import Engine
 from tests.support.runs import allow_fp16_on_cpu
 from tests.support.tiny_engines import forget_garbage, gated, leave, share, tiny_config, tiny_plan, tokens
 from tests.support.workers.muon_worker import SEQUENCES, masters
@@ -110,7 +111,7 @@ class Harming:
     def __exit__(self, *_) -> None:
         pretrain.engine.step._losses = self.plain
 
-    def losses(self, engine, *given):
+    def losses(self, engine: Engine, *given):
         found, self.calls = self.plain(engine, *given), self.calls + 1
         if self.day == "everywhere":
             return {**found, "total": Harmed.apply(found["total"], 1.0, EVERYWHERE)}
@@ -119,7 +120,7 @@ class Harming:
         return found
 
 
-def digests(engine) -> list[str]:
+def digests(engine: Engine) -> list[str]:
     """What each rank holds: masters, moments, momentum and step counters, and what forward reads."""
     optimizer, found = engine.basic_optimizer, hashlib.sha256()
     held = [tensor for master, state in optimizer.state.items() for tensor in (master, *_tensors(state))]

@@ -16,6 +16,7 @@ from pretrain.engine.initialize import initialize_weights
 from pretrain.engine.step import train_step
 from pretrain.engine.step_gate import StepGate
 from pretrain.sharded import ShardedWeights
+from pretrain.sharded.engine_protocol import Engine
 from tests.support.tiny_engines import forget_garbage, gated, leave, share, tiny_config, tiny_plan, tokens
 
 SEQUENCES, STEPS = 12, 4
@@ -59,7 +60,7 @@ def build(config: Config) -> tuple[StepGate, ShardedWeights, Config]:
     return gate, ShardedWeights(gate.engine), plan.config
 
 
-def masters(engine) -> dict[str, np.ndarray]:
+def masters(engine: Engine) -> dict[str, np.ndarray]:
     """Every full fp32 weight; without ZeRO in fp32 the API knows no master but the parameter."""
     from deepspeed.utils import safe_get_full_fp32_param
 

@@ -21,6 +21,7 @@ from pretrain.engine.initialize import initialize_weights
 from pretrain.optim.param_groups import build_optimizer
 from pretrain.sharded import GatheredWeights, ShardedWeights, gathered
 from pretrain.sharded.draws import Constant
+from pretrain.sharded.engine_protocol import Engine
 from tests.support.runs import allow_fp16_on_cpu
 from tests.support.tiny_engines import VOCABULARY, TinyTokenizer, forget_garbage, leave
 
@@ -102,7 +103,7 @@ def whole(parameter: torch.nn.Parameter, local: torch.Tensor) -> torch.Tensor:
     return torch.cat(slices, notes["partition_dim"])
 
 
-def masters(engine) -> dict[str, np.ndarray]:
+def masters(engine: Engine) -> dict[str, np.ndarray]:
     """Every full fp32 weight, by DeepSpeed's API."""
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -123,7 +124,7 @@ def masters(engine) -> dict[str, np.ndarray]:
     return found
 
 
-def working_copies(engine) -> dict[str, torch.Tensor]:
+def working_copies(engine: Engine) -> dict[str, torch.Tensor]:
     """Every full weight as forward reads it: the resident copy where there is one, else the gathered partitions."""
     import deepspeed
 
@@ -134,7 +135,7 @@ def working_copies(engine) -> dict[str, torch.Tensor]:
     return found
 
 
-def step(engine, seed: int, lr: float) -> float:
+def step(engine: Engine, seed: int, lr: float) -> float:
     tokens = torch.randint(0, VOCABULARY, (12, 17), generator=torch.Generator().manual_seed(seed))
     readers = dist.get_world_size(engine.data_parallel_group)
     share, reader = 12 // readers, dist.get_rank(engine.data_parallel_group)
@@ -150,7 +151,7 @@ def step(engine, seed: int, lr: float) -> float:
 
 
 @torch.no_grad()
-def validation_loss(engine) -> float:
+def validation_loss(engine: Engine) -> float:
     """Of one fixed batch, the same on every rank: a forward that no backward follows."""
     engine.eval()
     tokens = torch.randint(0, VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(99))
@@ -236,7 +237,7 @@ def examine(config: Config, case: dict) -> dict:
     return seen | center(engine, weights)
 
 
-def center(engine, weights: ShardedWeights) -> dict:
+def center(engine: Engine, weights: ShardedWeights) -> dict:
     """Centre the rows of the head, which leaves the probabilities, and then those of every weight."""
     head, seen = "lm_head.weight", {}
     if head in weights.layout:
@@ -260,7 +261,7 @@ def centered(values: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def validation_logits(engine) -> torch.Tensor:
+def validation_logits(engine: Engine) -> torch.Tensor:
     """Of one fixed batch, float64: a forward that no backward follows."""
     engine.eval()
     tokens = torch.randint(0, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(98))
@@ -269,7 +270,7 @@ def validation_logits(engine) -> torch.Tensor:
     return logits
 
 
-def compare_with_gathered(engine, weights: ShardedWeights, chosen: list[str], expected: dict) -> dict:
+def compare_with_gathered(engine: Engine, weights: ShardedWeights, chosen: list[str], expected: dict) -> dict:
     seen: dict = {}
     simple = GatheredWeights(engine)
     sharded_moments, gathered_moments = weights.moments(chosen), simple.moments(chosen)
@@ -327,7 +328,7 @@ def _raised_by(call) -> str:
     return "nothing"
 
 
-def _compare(engine, expected: dict[str, np.ndarray]) -> tuple[bool, bool]:
+def _compare(engine: Engine, expected: dict[str, np.ndarray]) -> tuple[bool, bool]:
     """Whether the masters are as expected, and whether every working copy is its master, rounded."""
     master, working = masters(engine), working_copies(engine)
     exact = all(np.array_equal(master[name], values) for name, values in expected.items())
