@@ -36,9 +36,9 @@ from pretrain.data.prepare import merge, prepare
 from pretrain.data.text.omissions import in_words
 from pretrain.data.tokenizer import load_tokenizer_info
 from pretrain.data.tokens import TokenShards, open_shards
+from pretrain.data.tokens.formats import FORMATS
 from pretrain.errors import UserError
 
-FORMATS = ("megatron", "datatrove", "nanogpt", "olmo")
 # What must be given with what is done, and what may be; text is prepared if none of these is asked for.
 _NEEDS = {
     "merge": {"out"},
@@ -170,9 +170,9 @@ def _parser() -> argparse.ArgumentParser:
         "or in any case, or never; training and exports follow what is put here",
     )
     parser.add_argument("--merge", action="store_true", help="join all the parts in --out")
-    parser.add_argument("--import", choices=FORMATS, help="make shards of the token files --source")
+    parser.add_argument("--import", choices=tuple(FORMATS), help="make shards of the token files --source")
     parser.add_argument("--dtype", choices=("uint16", "uint32"), help="what the raw numbers of --import olmo are")
-    parser.add_argument("--export", choices=FORMATS, help="write the shards --source as token files in --out")
+    parser.add_argument("--export", choices=tuple(FORMATS), help="write the shards --source as token files in --out")
     return parser
 
 

@@ -232,7 +232,7 @@ def _merges(model: ModelProto) -> list[tuple[str, str]]:
 
 
 def _pieces_end_where_spaces_begin(model: ModelProto) -> bool:
-    """Whether no learnt piece goes on from a word into a space or across a newline, so that words encode apart."""
+    """Return whether no learnt piece goes on from a word into a space or across a newline, so that words encode apart."""
     learnt = (piece.piece for piece in model.pieces if piece.type == model.SentencePiece.NORMAL)
     return all(SPACE not in piece.lstrip(SPACE) and (piece == "\n" or "\n" not in piece) for piece in learnt)
 

@@ -17,7 +17,7 @@ _NAMED = "special_tokens_map.json"  # of older versions, where the settings name
 
 
 def check_declared(folder: Path, ids: Mapping[str, int]) -> None:
-    """UserError unless the tokens that the files in `folder` declare have their `ids`, those around documents among them.
+    """Raise UserError unless the tokens that the files in `folder` declare have their `ids`, those around documents among them.
 
     Folders without a tokenizer.json declare nothing that could be compared.
     """

@@ -15,7 +15,7 @@ def read_json(path: Path) -> dict:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error}. Restore the file, or make its folder anew.") from error
+        raise UserError(f"cannot read {path}: {error}. Restore the file, or make its folder again.") from error
     return parse_json(content, str(path))
 
 
@@ -24,7 +24,7 @@ def parse_json(content: bytes, path: str) -> dict:
     try:
         value = json.loads(content)
     except ValueError as error:
-        raise UserError(f"cannot read {path}: {error}. Restore the file, or make its folder anew.") from error
+        raise UserError(f"cannot read {path}: {error}. Restore the file, or make its folder again.") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} should hold a JSON object and holds a {type(value).__name__}. Restore the file.")
     return value

@@ -138,7 +138,7 @@ def put_around(backend: Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def check_tokenizer(shards: TokenShards, found: str, folder: str | Path) -> None:
-    """UserError unless the shards were made with the tokenizer in `folder`, whose fingerprint is `found`.
+    """Raise UserError unless the shards were made with the tokenizer in `folder`, whose fingerprint is `found`.
 
     Other trainers' formats do not say; of theirs only the ids are checked.
     """

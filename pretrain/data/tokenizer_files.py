@@ -130,7 +130,7 @@ class _Content:
 
 
 def _gives_the_ids_of(backend: Tokenizer, model: bytes) -> bool:
-    """Whether `model` is one of SentencePiece, and gives the probe text and all words of the vocabulary the same ids.
+    """Return whether `model` is one of SentencePiece, and gives the probe text and all words of the vocabulary the same ids.
 
     Texts that begin with a space are left out: where one is put before every text, transformers 5 does not double it.
     """

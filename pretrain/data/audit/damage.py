@@ -36,7 +36,7 @@ def open_unchecked(location: str, cache: CacheSettings | None) -> TokenShards:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error}. Restore the file, or make its folder anew.") from error
+        raise UserError(f"cannot read {path}: {error}. Restore the file, or make its folder again.") from error
     return describe_shards(read_manifest(content, str(path)), str(path), location, lambda _: LocalFiles(folder))
 
 

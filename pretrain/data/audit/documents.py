@@ -74,7 +74,7 @@ class Decoder:
     """Ids to text, special tokens included."""
 
     def __init__(self, folder: str | Path) -> None:
-        """UserError where there is no tokenizer in `folder`."""
+        """Raise UserError where there is no tokenizer in `folder`."""
         self.folder = folder
         self.facts: TokenizerInfo = load_tokenizer_info(folder)
         self._tokenizer = Tokenizer.from_str(self.facts.backend)
@@ -88,5 +88,5 @@ class Decoder:
         return text if text and "\ufffd" not in text else self._tokenizer.id_to_token(number) or ""
 
     def check(self, shards: TokenShards) -> None:
-        """UserError if the corpus says that it was made with another tokenizer."""
+        """Raise UserError if the corpus says that it was made with another tokenizer."""
         check_tokenizer(shards, self.facts.fingerprint, self.folder)

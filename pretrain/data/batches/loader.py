@@ -69,14 +69,14 @@ class Loader:
         self._thread.start()
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether the next step's batches, or what went wrong with them, are here; waits at most `timeout_s`."""
+        """Return whether the next step's batches, or what went wrong with them, are here; waits at most `timeout_s`."""
         if not self._here and self._failure is None:
             self._receive(timeout_s)
         return bool(self._here) or self._failure is not None
 
     @property
     def failed(self) -> bool:
-        """Whether `next_batch` would raise."""
+        """Return whether `next_batch` would raise."""
         return not self._here and self._failure is not None
 
     def next_batch(self) -> Step:
@@ -211,7 +211,7 @@ def slice_of_rank(global_batch_size: int, rank: int, world_size: int) -> range:
 
 
 def check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size: int) -> None:
-    """UserError, with the nearest sizes that work, unless every rank gets the same number of full micro-batches."""
+    """Raise UserError, with the nearest sizes that work, unless every rank gets the same number of full micro-batches."""
     unit = micro_batch_size * world_size
     if global_batch_size % unit == 0 and global_batch_size > 0:
         return
@@ -225,7 +225,7 @@ def check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size:
 
 
 def check_enough_samples(samples: Samples, global_batch_size: int, world_size: int) -> None:
-    """UserError unless a corpus holds a sample for every rank and at least one global batch."""
+    """Raise UserError unless a corpus holds a sample for every rank and at least one global batch."""
     num_samples = int(samples.counts.sum())
     held = (
         f"the shards in '{samples.shards.location}' hold {num_samples} samples ({samples.shards.tokens} tokens in "

@@ -108,7 +108,8 @@ class Plans:
     """The stored plans of one corpus and one length of samples: a folder of its own in `folder`."""
 
     def __init__(self, shards: TokenShards, seq_len: int, folder: Path) -> None:
-        boundaries = [(shard.tokens, shard.documents, shard.ends_xxh3_128) for shard in shards.shards]
+        # None, not the empty string, where there is no checksum: the names of stored plans depend on it.
+        boundaries = [(shard.tokens, shard.documents, shard.ends_xxh3_128 or None) for shard in shards.shards]
         key = content_hash([VERSION, shards.fingerprint, boundaries, seq_len])
         self.folder = Path(folder) / f"best_fit_{seq_len}_{key}"
         self._shards = shards

@@ -143,7 +143,7 @@ class IdCheck:
         self._needed = vocab_size is not None and vocab_size <= np.iinfo(self._unsigned).max
 
     def __call__(self, shard: int, starts: np.ndarray, tokens: np.ndarray) -> None:
-        """UserError unless all `tokens`, (rows, length), are ids; row i begins at token starts[i] of the shard."""
+        """Raise UserError unless all `tokens`, (rows, length), are ids; row i begins at token starts[i] of the shard."""
         if not self._needed or int(tokens.view(self._unsigned).max()) < self._vocab_size:
             return
         row, column = np.argwhere(tokens.view(self._unsigned) >= self._vocab_size)[0].tolist()

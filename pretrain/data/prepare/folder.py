@@ -37,7 +37,7 @@ def writing_in(out: Path, *, shared: bool = False) -> Iterator[None]:
 
 
 def refuse_foreign_files(out: Path, *own: str) -> None:
-    """UserError, before anything is written, if `out` holds files that no preparation recorded, `own` aside."""
+    """Raise UserError, before anything is written, if `out` holds files that no preparation recorded, `own` aside."""
     if not out.is_dir() or (out / JOURNAL).exists():
         return
     names = {entry.name for entry in out.iterdir() if not entry.name.startswith(".") or entry.name == UNSHUFFLED}

@@ -38,7 +38,7 @@ def writing_part(out: Path, part: tuple[int, int]) -> Iterator[Path]:
 
 
 def refuse_parts(out: Path) -> None:
-    """UserError if `out` is the place of an array job's parts."""
+    """Raise UserError if `out` is the place of an array job's parts."""
     if (out / PARTS).is_dir() and not (out / JOURNAL).exists():
         raise UserError(
             f"'{out}' holds parts of a preparation ({_listed(_found(out))}). Join them with --merge --out {out}, make "

@@ -140,7 +140,7 @@ class CachedFiles:
         return True
 
     def _is_intact(self, key: str, size_bytes: int) -> bool:
-        """Whether the cache has the file, and undamaged; its content is read once per process."""
+        """Return whether the cache has the file, and undamaged; its content is read once per process."""
         path = self._folder.path(key)
         try:
             with open(path, "rb") as file:
@@ -171,7 +171,7 @@ class CachedFiles:
         )
 
     def _check_room(self, name: str, size_bytes: int, too_late: bool) -> None:
-        """UserError when waiting for room is in vain."""
+        """Raise UserError when waiting for room is in vain."""
         limit = f"data.cache.limit_gb is {self._settings.limit_bytes / 1e9:g}"
         needs = f"no room in the cache {self._settings.folder} for {self._storage.location}/{name} ({_mb(size_bytes)})"
         if size_bytes > self._settings.limit_bytes:

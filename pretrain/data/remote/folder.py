@@ -211,7 +211,7 @@ def _create(path: str, flags: int) -> int:
 
 
 def _is_abandoned(path: Path) -> bool:
-    """Whether the process that holds this file's lock is gone."""
+    """Return whether the process that holds this file's lock is gone."""
     with open(path, "rb+") as file:
         try:
             if _lock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB):

@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 def is_remote(location: str) -> bool:
-    """Whether `location` is a URL of something that is fetched: any scheme but file://."""
+    """Return whether `location` is a URL of something that is fetched: any scheme but file://."""
     return bool(re.match(r"[a-zA-Z][a-zA-Z0-9+.\-]+://", location)) and not location.startswith("file://")
 
 
@@ -49,7 +49,7 @@ class Storage:
     """
 
     def __init__(self, location: str) -> None:
-        """UserError when it holds credentials, or its scheme is unknown or not installed; nothing is read yet."""
+        """Raise UserError when it holds credentials, or its scheme is unknown or not installed; nothing is read yet."""
         if fault := credential_in(location):
             raise UserError(f"{location}: {fault}.")
         self.location = location.rstrip("/")
@@ -144,7 +144,7 @@ def _file_system(location: str) -> fsspec.AbstractFileSystem:
 
 
 def _is_permanent(error: BaseException) -> bool:
-    """Whether the same request would fail again."""
+    """Return whether the same request would fail again."""
     if (status := _status(error)) is not None:
         return status < 500 and status not in _OVERLOADED
     return isinstance(error, (FileNotFoundError, PermissionError, ValueError, TypeError)) or _lacks_credentials(error)

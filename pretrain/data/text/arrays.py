@@ -12,7 +12,7 @@ _RECORD, _NOTHING = "a record", "nothing more"
 
 
 def is_array(chunks: Iterator[bytes]) -> bool:
-    """Whether the first thing in a file of JSON is an array.
+    """Return whether the first thing in a file of JSON is an array.
 
     ValueError if it is one object over several lines, which is no list of records.
     """

@@ -98,7 +98,7 @@ class Tally:
 
 
 def is_too_many(bad: int, records: int, share: float, *, at_end: bool) -> bool:
-    """Whether `bad` of `records` records are more than `share` of them, as far as that can be said by now."""
+    """Return whether `bad` of `records` records are more than `share` of them, as far as that can be said by now."""
     if not share:
         return bad > 0
     return (at_end or records >= JUDGED_RECORDS) and bad > FEW and bad > share * records

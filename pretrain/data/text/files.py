@@ -41,7 +41,7 @@ class SourceFile:
         return open_remote(self.path, self.bytes, 1 << 16 if self.kind in TABLES else 1 << 23)
 
     def check_unchanged(self) -> None:
-        """UserError if the file has another size or version than when it was listed, or is gone."""
+        """Raise UserError if the file has another size or version than when it was listed, or is gone."""
         size, version = self._now()
         if size == self.bytes and (self.version is None or version is None or version == self.version):
             return

@@ -39,7 +39,7 @@ def files_below(folder: str, left_out: Counter, *, hidden: str, again: str) -> I
 
 
 def refuse_broken_link(path: str) -> None:
-    """UserError if `path` is a link that leads nowhere."""
+    """Raise UserError if `path` is a link that leads nowhere."""
     if os.path.islink(path) and not os.path.exists(path):
         raise UserError(
             f"{path} is a link to {os.readlink(path)}, which is not there or leads round in a circle. Restore what it "

@@ -57,11 +57,11 @@ def ending_of(path: str) -> str:
 
 
 def is_other_data(path: str) -> bool:
-    """Whether `path` is named like data of a kind that is not read."""
+    """Return whether `path` is named like data of a kind that is not read."""
     return kind_of(path) is None and (bool(compression_of(path)) or ending_of(path) in _OTHER_DATA)
 
 
 def is_about(path: str) -> bool:
-    """Whether `path` is named like a licence, a README or a list of files, which a folder holds beside its text."""
+    """Return whether `path` is named like a licence, a README or a list of files, which a folder holds beside its text."""
     name = os.path.basename(path.lower()).removesuffix(compression_of(path))
     return _ABOUT.fullmatch(name) is not None

@@ -200,7 +200,7 @@ def _has_hidden(path: str) -> bool:
 
 
 def _asks_for(pattern: str, path: str) -> bool:
-    """Whether a glob says which kind of file it means, by ending as `path` does."""
+    """Return whether a glob says which kind of file it means, by ending as `path` does."""
     return kind_of(path) is not None and os.path.basename(pattern).lower().endswith(ending_of(path))
 
 

@@ -57,7 +57,7 @@ class Filter:
         return f"{self.field}{self.sign}{self.value}"
 
     def holds(self, found: object) -> bool:
-        """Whether a record with `found` in this field counts: numbers compare as numbers, nulls never match."""
+        """Return whether a record with `found` in this field counts: numbers compare as numbers, nulls never match."""
         if found is None:
             return False
         if isinstance(found, bool):

@@ -133,7 +133,7 @@ class Source:
                 yield UnreadableBlock(number, fault)
 
     def check_unchanged(self) -> None:
-        """UserError if the file that is being read has changed since it was listed."""
+        """Raise UserError if the file that is being read has changed since it was listed."""
         for file in self._files[self._cursor[0] :][:1]:
             file.check_unchanged()
 

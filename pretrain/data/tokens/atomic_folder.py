@@ -15,10 +15,13 @@ from pretrain.files import CANNOT_WRITE, NO_LOCKS, sync_folder, unfinished
 
 @contextmanager
 def made_aside(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out`, durably, when all has gone well, and else goes away.
+    """Yield a folder beside `out` that becomes `out`, durably, when the block succeeds, and is removed when it fails.
 
-    What a killed process left of it is removed first. UserError if `out` is anything but a new or empty folder that can
-    be replaced, or another process is making it.
+    What a killed process left of it is removed first.
+
+    Raises:
+        UserError: `out` is anything but a new or empty folder that can be replaced, another process is making it, or
+            the disk does not take it.
     """
     target = out.resolve()  # a link stays, and leads to the result
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -50,7 +53,7 @@ def made_aside(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def _alone(lock: Path, out: Path) -> Iterator[None]:
-    """Keep out other processes that want to make `out`."""
+    """Hold a lock against other processes that want to make `out`."""
     busy = UserError(f"another process is writing '{out}' at this moment. Wait for it or stop it.")
     with open(lock, "a", encoding="utf-8") as file:
         try:

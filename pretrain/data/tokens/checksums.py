@@ -1,4 +1,4 @@
-"""Checksums of token files: one of the whole, and one per block so that damage is found to within a block."""
+"""Checksums of token files: one of the whole, and one per block, which shows the block where damage is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _READ_BYTES = 4 << 20
 
 
 class BlockHasher:
-    """XXH3-128 of bytes that come in pieces, and XXH3-64 of every 32 MiB of them."""
+    """Computes XXH3-128 of bytes that come in pieces, and XXH3-64 of every 32 MiB of them."""
 
     def __init__(self) -> None:
         self._whole = xxhash.xxh3_128()
@@ -33,16 +33,16 @@ class BlockHasher:
                 self._block_bytes = 0
 
     def digest(self) -> str:
-        """32 hex digits: XXH3-128 of everything."""
+        """Return the XXH3-128 of everything, 32 hex digits."""
         return self._whole.hexdigest()
 
     def blocks(self) -> list[str]:
-        """16 hex digits for every block, the last of which may be shorter."""
+        """Return the XXH3-64 of every block, 16 hex digits each; the last block may be shorter."""
         return [*self._done, self._block.hexdigest()] if self._block_bytes else list(self._done)
 
 
 def hash_file(path: Path) -> BlockHasher:
-    """A hasher that has seen the whole file."""
+    """Return a hasher that has read the whole file."""
     hasher = BlockHasher()
     with open(path, "rb") as file:
         while content := file.read(_READ_BYTES):

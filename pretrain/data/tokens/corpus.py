@@ -17,33 +17,55 @@ ENDS_DTYPE = np.dtype("<i8")  # uint64 on disk; no end is anywhere near 2^63, an
 # A map keeps its file open, and often only 1,024 files may be: Go and Java raise this limit too. A process may read
 # several corpora, so each keeps to a part of it.
 OPEN_FILES = 16_384
-ENDS_HELD = 256  # of foreign files they are in memory, a megabyte or two each
+ENDS_HELD = 256  # those of external files are in memory, a megabyte or two each
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Tokens that lie together in one file; checksums are xxh3_128 in hex, None for other trainers' formats.
+    """Tokens that lie together in one file.
 
-    Own shards are whole files. Of another trainer's file a shard is the part from token `first_token` on.
+    Our own shards are whole files. Of another trainer's file a shard is the part from token `first_token` on, and there
+    is neither a file of document ends nor a checksum: those fields are empty.
+
+    Attributes:
+        file: The name of the file of tokens.
+        tokens: The number of tokens.
+        documents: The number of documents that end in the shard.
+        bytes: The size of its tokens.
+        xxh3_128: The checksum of `file`, 32 hex digits.
+        ends_file: The name of the file of document ends.
+        ends_xxh3_128: The checksum of `ends_file`.
+        first_token: The place of the first token in `file`.
     """
 
     file: str
     tokens: int
     documents: int
     bytes: int
-    xxh3_128: str | None = None
-    ends_file: str | None = None
-    ends_xxh3_128: str | None = None
+    xxh3_128: str = ""
+    ends_file: str = ""
+    ends_xxh3_128: str = ""
     first_token: int = 0
 
 
 class TokenShards:
     """The token files of one corpus, read through memory maps.
 
-    `location` is the folder, prefix or URL as the user named it. `tokens` and `documents` count what the shards hold
-    and `text_bytes` the UTF-8 they stand for, if known; `dtype` is the tokens' on disk. `vocab_size`, `eos_id` and
-    `tokenizer_fingerprint` are those of the tokenizer that made them, None where the format does not say.
-    `fingerprint` stands for the exact tokens and their order; `format` is "evenkeel", "megatron" or "datatrove".
+    Attributes:
+        location: The folder, prefix or URL as the user named it.
+        files: Access to the files.
+        shards: The shards, in order.
+        dtype: The dtype of the tokens on disk.
+        fingerprint: A hash that stands for the exact tokens and their order.
+        format: "evenkeel", or the name of another trainer's format.
+        text_bytes: The bytes of UTF-8 text that the tokens stand for, if known.
+        vocab_size: The number of ids of the tokenizer that made the tokens; None where the format does not say, as for
+            the next two.
+        eos_id: That tokenizer's separator of documents.
+        tokenizer_fingerprint: Its fingerprint.
+        manifest: What the format records about the corpus beyond its shards.
+        tokens: The number of tokens in all shards.
+        documents: The number of documents in all shards.
     """
 
     def __init__(
@@ -61,7 +83,6 @@ class TokenShards:
         tokenizer_fingerprint: str | None = None,
         manifest: dict | None = None,
     ) -> None:
-        """`manifest`: what the format says about the corpus beyond its shards, if anything."""
         self.location = location
         self.files = files
         self.shards = shards
@@ -80,14 +101,15 @@ class TokenShards:
         self._ends = _Recent(min(maps_held, ENDS_HELD), self._load_ends)
 
     def open_tokens(self, shard: int) -> np.ndarray:
-        """The tokens of one shard, (tokens,) `dtype`, a read-only memory map; waits for a remote shard to be here.
+        """Return the tokens of one shard, (tokens,) `dtype`, a read-only memory map; wait for a remote shard to be here.
 
-        UserError when the file is not as long as it should be.
+        Raises:
+            UserError: The file is not as long as it should be.
         """
         return self._token_maps.get(shard)
 
     def open_ends(self, shard: int) -> np.ndarray:
-        """Where each document of one shard ends, (documents,) int64, strictly increasing up to its tokens."""
+        """Return the end of each document of one shard, (documents,) int64, strictly increasing up to its tokens."""
         return self._ends.get(shard)
 
     def close(self, shard: int) -> None:
@@ -105,7 +127,7 @@ class TokenShards:
         self.files.fetch_ahead(names)
 
     def head(self, count: int) -> np.ndarray:
-        """The first `count` tokens (fewer if there are no more), `dtype`, without fetching whole remote shards."""
+        """Return the first `count` tokens (fewer if there are no more), `dtype`, without fetching whole remote shards."""
         parts = [np.empty(0, self.dtype)]
         for shard in self.shards:
             if count <= 0:
@@ -118,9 +140,14 @@ class TokenShards:
         return np.concatenate(parts)
 
     def bos_before_documents(self, bos_id: int | None, eos_id: int | None) -> int | None:
-        """The token that every document begins with, None for none; `bos_id` and `eos_id` are the run's tokenizer's.
+        """Return the token that every document begins with, None for none.
 
-        Where neither the format nor an older manifest says, the first document tells: `bos_id` occurs in no text.
+        Formats of other trainers and older manifests do not say. Then the first document decides: `bos_id` occurs in no
+        text.
+
+        Args:
+            bos_id: The beginning-of-sequence token of the run's tokenizer.
+            eos_id: Its separator of documents.
         """
         if "bos_id" in self.manifest:
             return self.manifest["bos_id"]
@@ -161,7 +188,7 @@ class TokenShards:
 
 
 def _allowed_files() -> int:
-    """How many files this process may have open, after raising that to OPEN_FILES as far as it is free to."""
+    """Return how many files this process may have open, after raising that towards OPEN_FILES as far as it may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return OPEN_FILES

@@ -1,39 +1,28 @@
-"""datatrove's format: a folder of NAME.ds, raw uint16 or uint32 tokens, NAME.ds.index, where each document ends in
-tokens (uint64), and NAME.ds.metadata, whose first line is "tokenizer|bytes per token" and whose second the number of
-tokens. All little-endian. Source: datatrove/pipeline/tokens/tokenizer.py.
+"""datatrove's format: a folder of token files, each with an index and metadata.
+
+NAME.ds holds raw uint16 or uint32 tokens. NAME.ds.index says where each document ends, in tokens (uint64). The first
+line of NAME.ds.metadata is "tokenizer|bytes per token", the second the number of tokens. All numbers are little-endian.
+Source: datatrove/pipeline/tokens/tokenizer.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from pretrain.data.tokens.external_files import TokenFile, check_boundaries
+from pretrain.data.tokens.external_files import IndexedFile, ListedEnds, TokenFormat, check_boundaries
+from pretrain.data.tokens.writer import token_dtype
 from pretrain.errors import UserError
 
-KINDS = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
+KINDS: dict[int, np.dtype] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 
 
-@dataclass(frozen=True)
-class ListedEnds:
-    """Document ends that are listed as they are."""
+def token_files(folder: Path) -> list[IndexedFile]:
+    """Return the .ds files in `folder`, by name, checked against their indexes; [] if there are none.
 
-    listed: np.ndarray
-
-    @property
-    def documents(self) -> int:
-        return len(self.listed)
-
-    def ends(self, first: int, stop: int) -> np.ndarray:
-        return self.listed[first:stop].astype(np.int64)
-
-
-def token_files(folder: Path) -> list[TokenFile]:
-    """The .ds files in `folder`, by name, checked against their indexes; those of workers that had no text left out.
-
-    [] if there are none. UserError, naming the file, when a file and its index or metadata do not fit.
+    Empty files, which workers without text leave, are passed over. UserError, naming the file, when a file and its
+    index or metadata do not fit.
     """
     return [_token_file(path) for path in sorted(folder.glob("*.ds")) if path.stat().st_size]
 
@@ -60,7 +49,17 @@ class DatatroveWriter:
         Path(f"{self._path}.metadata").write_text(metadata, encoding="utf-8")
 
 
-def _token_file(path: Path) -> TokenFile:
+DATATROVE = TokenFormat(
+    name="datatrove",
+    read=lambda location, _: token_files(location),
+    writer=DatatroveWriter,
+    dtype_for=token_dtype,
+    one_file=False,
+    find=token_files,
+)
+
+
+def _token_file(path: Path) -> IndexedFile:
     index, metadata, loss = (Path(f"{path}.{suffix}") for suffix in ("index", "metadata", "loss"))
     if not index.is_file():
         raise UserError(f"{path} has no {index.name}, so nothing says where its documents end. Restore it.")
@@ -79,7 +78,7 @@ def _token_file(path: Path) -> TokenFile:
             "of 4 bytes. One of the two was cut or changed: restore it."
         )
     check_boundaries(index, ends, size_bytes // dtype.itemsize)
-    return TokenFile(path, dtype, size_bytes // dtype.itemsize, ends, index)
+    return IndexedFile(path, dtype, size_bytes // dtype.itemsize, ends, index)
 
 
 def _kind_in(metadata: Path) -> np.dtype:

@@ -1,88 +1,111 @@
-"""Token files of other trainers as a corpus: each file is cut, in thought, into shards at ends of its documents.
+"""Token files of other trainers: the contract of a format, and the checks that formats share.
 
-So their files, often hundreds of gigabytes each, are shuffled, packed and mapped piece by piece as our own are, and
-where the documents of a piece end is worked out from the index when it is asked for.
+A format is one module that defines a `TokenFormat`; `formats` lists them all.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import xxhash
 
-from pretrain.data.json_files import content_hash
-from pretrain.data.tokens.checksums import hash_file
-from pretrain.data.tokens.corpus import Shard, TokenShards
-from pretrain.data.tokens.files import LocalFiles
 from pretrain.errors import UserError
 
-SHARD_TOKENS = 100_000_000
 INDEX_BLOCK = 1 << 20
-_SAMPLE_BYTES = 1 << 16
 
 
 class Boundaries(Protocol):
-    """Where the documents of one file end, in tokens from its start."""
+    """The places where the documents of one file end, in tokens from its start."""
 
-    documents: int
+    @property
+    def documents(self) -> int: ...
 
     def ends(self, first: int, stop: int) -> np.ndarray:
-        """The ends of documents first .. stop - 1, int64, not decreasing: a document may be empty."""
+        """Return the ends of documents first .. stop - 1, int64, not decreasing: a document may be empty."""
+
+
+@dataclass(frozen=True)
+class ListedEnds:
+    """Document ends that are listed as they are, (documents,) of any integer dtype."""
+
+    listed: np.ndarray
+
+    @property
+    def documents(self) -> int:
+        return len(self.listed)
+
+    def ends(self, first: int, stop: int) -> np.ndarray:
+        return self.listed[first:stop].astype(np.int64)
 
 
 @dataclass(frozen=True)
 class TokenFile:
-    """One file of raw tokens; `boundaries` is None where its documents can only be told by their separators."""
+    """One file of raw tokens, whose documents only their separators show."""
 
     path: Path
     dtype: np.dtype
     tokens: int
-    boundaries: Boundaries | None = None
-    index: Path | None = None
 
     @property
     def bytes(self) -> int:
         return self.tokens * self.dtype.itemsize
 
     def map(self) -> np.ndarray:
-        """Its tokens, (tokens,) `dtype`, a read-only memory map."""
+        """Return its tokens, (tokens,) `dtype`, a read-only memory map."""
         if not self.tokens:
             return np.empty(0, self.dtype)  # an empty file cannot be mapped
         return np.asarray(np.memmap(self.path, self.dtype, mode="r", shape=(self.tokens,)))
 
 
-class ForeignShards(TokenShards):
-    """A corpus of other trainers' files; nothing is known of their tokenizer."""
+@dataclass(frozen=True)
+class IndexedFile(TokenFile):
+    """One file of raw tokens beside a file `index`, which says where its documents end."""
 
-    def __init__(self, location: str, format: str, files: list[TokenFile]) -> None:
-        """`files` lie in one folder, have one dtype and at least one token."""
-        self._parts = [(file, *part) for file in files for part in _parts(file)]
-        itemsize = files[0].dtype.itemsize
-        super().__init__(
-            location,
-            LocalFiles(files[0].path.parent),
-            [
-                Shard(file.path.name, tokens, documents, tokens * itemsize, first_token=first_token)
-                for file, _, _, first_token, tokens, documents in self._parts
-            ],
-            files[0].dtype,
-            content_hash([format, files[0].dtype.name, [_identity(file) for file in files]]),
-            format=format,
-        )
-
-    def _load_ends(self, shard: int) -> np.ndarray:
-        file, first, stop, first_token, _, _ = self._parts[shard]
-        ends = file.boundaries.ends(first, stop) - first_token
-        return ends[np.diff(ends, prepend=0) > 0]
+    boundaries: Boundaries
+    index: Path
 
 
-def check_one_dtype(files: list[TokenFile]) -> None:
-    """UserError, naming two files, unless all have tokens of the same kind."""
+class TokenWriter(Protocol):
+    """Writes one file of a format, with its index if the format has one."""
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype, documents: int, empty: int) -> None:
+        """Begin the file `name` in `folder`; `documents` with tokens and `empty` ones will come."""
+
+    def append(self, tokens: np.ndarray, ends: np.ndarray) -> None:
+        """Add the next tokens, of `dtype`, and the document ends among them, int64, counted from the file's start."""
+
+    def close(self) -> None:
+        """Complete the files."""
+
+
+@dataclass(frozen=True)
+class TokenFormat:
+    """One format of another trainer.
+
+    Attributes:
+        name: The name on the command line and in manifests.
+        read: `read(location, dtype)` returns the files for an import; raw numbers are taken for `dtype`. UserError
+            for files that are damaged or that shards cannot hold without loss.
+        writer: The class that writes one file.
+        dtype_for: `dtype_for(vocab_size)` returns the kind of number that an export writes.
+        one_file: An export makes one file, not one for each shard.
+        find: `find(location)` returns the files to train on as they are, [] if there are none; None for a format that
+            has to be imported.
+    """
+
+    name: str
+    read: Callable[[Path, np.dtype], Sequence[TokenFile]]
+    writer: type[TokenWriter]
+    dtype_for: Callable[[int], np.dtype]
+    one_file: bool
+    find: Callable[[Path], list[IndexedFile]] | None = None
+
+
+def check_one_dtype(files: Sequence[TokenFile]) -> None:
+    """Raise UserError, naming two files, unless all have tokens of the same kind."""
     for file in files:
         if file.dtype != files[0].dtype:
             raise UserError(
@@ -92,7 +115,7 @@ def check_one_dtype(files: list[TokenFile]) -> None:
 
 
 def check_boundaries(index: Path, boundaries: Boundaries, tokens: int) -> None:
-    """UserError unless the document ends in `index` do not decrease and the last is the number of tokens."""
+    """Raise UserError unless the document ends in `index` do not decrease and the last is the number of tokens."""
     last = 0
     for first in range(0, boundaries.documents, INDEX_BLOCK):
         ends = boundaries.ends(first, min(first + INDEX_BLOCK, boundaries.documents))
@@ -106,28 +129,3 @@ def check_boundaries(index: Path, boundaries: Boundaries, tokens: int) -> None:
             f"{index} says that the last document ends at token {last}, and the file of tokens has {tokens}. "
             "One of the two was cut, or belongs to other data."
         )
-
-
-def _parts(file: TokenFile) -> Iterator[tuple[int, int, int, int, int]]:
-    """(first document, stop document, first token, tokens, documents that are not empty) of each shard of a file."""
-    first, start = 0, 0
-    count = file.boundaries.documents
-    while first < count and start < file.tokens:
-        stop = 1 + bisect_left(
-            range(count - 1), start + SHARD_TOKENS, lo=first, key=lambda at: file.boundaries.ends(at, at + 1)[0]
-        )
-        ends = file.boundaries.ends(first, stop)
-        documents = int(np.count_nonzero(np.diff(ends, prepend=start)))
-        yield first, stop, start, int(ends[-1]) - start, documents
-        first, start = stop, int(ends[-1])
-
-
-def _identity(file: TokenFile) -> list:
-    """What tells a file from another without reading it all: its size, its index, three samples of its tokens."""
-    size_bytes = file.path.stat().st_size
-    samples = xxhash.xxh3_128()
-    with open(file.path, "rb") as content:
-        for offset in (0, size_bytes // 2, max(0, size_bytes - _SAMPLE_BYTES)):
-            content.seek(offset)
-            samples.update(content.read(_SAMPLE_BYTES))
-    return [size_bytes, hash_file(file.index).digest(), samples.hexdigest()]

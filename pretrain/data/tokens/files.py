@@ -1,4 +1,4 @@
-"""Where the files of a corpus are: beside each other in a folder, or fetched into a cache (`pretrain.data.remote`)."""
+"""Access to the files of a corpus: side by side in a folder, or fetched into a cache (`pretrain.data.remote`)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ class Files(Protocol):
     """The files of one corpus, by the names that its manifest gives them."""
 
     def path(self, name: str) -> Path:
-        """A local file with that content; blocks until it is here, and keeps it here until `release`."""
+        """Return a local file with that content; block until it is here, and keep it here until `release`."""
 
     def release(self, name: str) -> None:
-        """The file may go from the cache: nothing reads it any more."""
+        """Allow the cache to remove the file: nothing reads it any more."""
 
     def fetch_ahead(self, names: Sequence[str]) -> None:
-        """These files are needed soon, in this order; returns at once."""
+        """Begin to fetch files that are needed soon, in this order; return at once."""
 
     def read(self, name: str, start: int, stop: int) -> bytes:
-        """Bytes start .. stop - 1 of a file, without the rest of it."""
+        """Return bytes start .. stop - 1 of a file, without fetching the rest."""
 
 
 class LocalFiles:
-    """Files of a local folder: always here."""
+    """The files of a local folder, which are always here."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,89 +1,36 @@
-"""Token files of other trainers to our shards and back, so that the same bytes come out as went in.
+"""Turns token files of other trainers into our shards and back, so that the same bytes come out as went in.
 
-What their formats say and ours does not (files, kind of number, empty documents) an import keeps in the manifest, and
-an export to the same format restores.
+Their formats hold some things that ours does not: files, kinds of number, empty documents. An import keeps them in the
+manifest, and an export to the same format restores them.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pretrain.data.progress import Progress
-from pretrain.data.tokens import datatrove, megatron, raw
 from pretrain.data.tokens.atomic_folder import made_aside
 from pretrain.data.tokens.corpus import TokenShards
-from pretrain.data.tokens.external_files import INDEX_BLOCK, TokenFile, check_one_dtype
+from pretrain.data.tokens.external_files import INDEX_BLOCK, IndexedFile, TokenFile, check_one_dtype
+from pretrain.data.tokens.formats import FORMATS
 from pretrain.data.tokens.verify import first_bad_id
 from pretrain.data.tokens.writer import ShardWriter, token_dtype
 from pretrain.errors import UserError
 
+if TYPE_CHECKING:
+    from pretrain.data.tokenizer import TokenizerInfo
+
 _BLOCK_TOKENS = 1 << 22
-_MEGATRON_UINT16_BELOW = 65_500  # Megatron's own rule
-
-
-class SpecialTokens(Protocol):
-    """Facts that an import needs of the tokenizer: its ids, the tokens around texts and its fingerprint."""
-
-    vocab_size: int
-    eos_id: int
-    bos_id: int | None
-    fingerprint: str
-
-
-class TokenWriter(Protocol):
-    """Writes one file of another format, with its index if the format has one."""
-
-    def __init__(self, folder: Path, name: str, dtype: np.dtype, documents: int, empty: int) -> None:
-        """`documents` with tokens and `empty` ones will come."""
-
-    def append(self, tokens: np.ndarray, ends: np.ndarray) -> None:
-        """The next tokens, of `dtype`, and the ends of documents among them, int64, in tokens from the file's start."""
-
-    def close(self) -> None:
-        """Complete the files."""
 
 
 @dataclass(frozen=True)
-class Format:
-    """One format. `read(location, dtype)`: its files, where raw numbers are taken for `dtype`."""
-
-    read: Callable[[Path, np.dtype], list[TokenFile]]
-    writer: type[TokenWriter]
-    dtype_for: Callable[[int], np.dtype]  # of tokens with so many ids
-    one_file: bool
-
-
-FORMATS = {
-    "megatron": Format(
-        read=lambda location, _: megatron.lossless_files(location),
-        writer=megatron.MegatronWriter,
-        dtype_for=lambda vocab_size: np.dtype("<u2" if vocab_size < _MEGATRON_UINT16_BELOW else "<i4"),
-        one_file=True,
-    ),
-    "datatrove": Format(
-        read=lambda location, _: datatrove.token_files(location),
-        writer=datatrove.DatatroveWriter,
-        dtype_for=token_dtype,
-        one_file=False,
-    ),
-    "nanogpt": Format(
-        read=lambda location, _: raw.nanogpt_files(location),
-        writer=raw.NanoGPTWriter,
-        dtype_for=lambda _: np.dtype("<u2"),
-        one_file=True,
-    ),
-    "olmo": Format(read=raw.olmo_files, writer=raw.OlmoWriter, dtype_for=token_dtype, one_file=False),
-}
-
-
-@dataclass(frozen=True)
-class Piece:
+class FilePart:
     """The part of a corpus that is one file elsewhere; `empty_documents` are numbered among all of the file."""
 
     name: str
@@ -96,16 +43,25 @@ def import_tokens(
     format: str,
     location: str | Path,
     out: str | Path,
-    tokenizer: SpecialTokens,
+    tokenizer: TokenizerInfo,
     *,
     shard_tokens: int = 100_000_000,
     dtype: str | None = None,
 ) -> None:
     """Make the shard folder `out` of the token files at `location`, in the order of their names.
 
-    `dtype` ("uint16" or "uint32"): what OLMo's raw files hold; by default what the tokenizer's vocabulary takes.
-    UserError for files that are damaged, hold ids that the tokenizer does not have, or hold something that shards
-    cannot keep; `out` is then not made.
+    Args:
+        format: A name in `FORMATS`.
+        location: The file, folder or prefix that the format reads.
+        out: A new or empty folder.
+        tokenizer: The tokenizer that made the tokens.
+        shard_tokens: The tokens of a shard, about.
+        dtype: The kind of number in OLMo's raw files, "uint16" or "uint32". By default the smaller one that holds the
+            tokenizer's vocabulary.
+
+    Raises:
+        UserError: Files are damaged, hold ids that the tokenizer does not have, or hold something that shards cannot
+            keep; `out` is then not made.
     """
     raw_dtype = np.dtype(dtype or token_dtype(tokenizer.vocab_size)).newbyteorder("<")
     files = FORMATS[format].read(Path(location), raw_dtype)
@@ -116,7 +72,7 @@ def import_tokens(
         writer = ShardWriter(aside, token_dtype(tokenizer.vocab_size), shard_tokens)
         progress = Progress("imported", sum(file.bytes for file in files))
         beginnings = _Beginnings(None if tokenizer.bos_id == tokenizer.eos_id else tokenizer.bos_id)
-        pieces = [_import_file(file, writer, tokenizer, progress, beginnings) for file in files]
+        parts = [_import_file(file, writer, tokenizer, progress, beginnings) for file in files]
         progress.close()
         bos_id = beginnings.of_all()
         writer.finish(
@@ -130,14 +86,14 @@ def import_tokens(
                     {
                         "path": str(file.path),
                         "bytes": [0, file.bytes],
-                        "documents": piece.documents,
-                        "tokens": piece.tokens,
+                        "documents": part.documents,
+                        "tokens": part.tokens,
                     }
-                    for file, piece in zip(files, pieces, strict=True)
-                    if piece.documents
+                    for file, part in zip(files, parts, strict=True)
+                    if part.documents
                 ],
                 "shuffle": None,
-                "imported": {"format": format, "dtype": files[0].dtype.name, "files": list(map(asdict, pieces))},
+                "imported": {"format": format, "dtype": files[0].dtype.name, "files": list(map(asdict, parts))},
             }
         )
 
@@ -146,23 +102,30 @@ def export_tokens(format: str, shards: TokenShards, out: str | Path) -> None:
     """Write `shards` to the new folder `out` in another trainer's format.
 
     Tokens that were imported from that format come out as they went in, file by file. Others make one file
-    (megatron, nanogpt: tokens.bin) or one for each shard (datatrove, olmo). UserError when an id does not fit the
-    format's kind of number; `out` is then not made.
+    (megatron, nanogpt: tokens.bin) or one for each shard (datatrove, olmo).
+
+    Args:
+        format: A name in `FORMATS`.
+        shards: The corpus.
+        out: A new or empty folder.
+
+    Raises:
+        UserError: An id does not fit the format's kind of number; `out` is then not made.
     """
-    kind = FORMATS[format]
+    token_format = FORMATS[format]
     imported = shards.manifest.get("imported") or {}
     if imported.get("format") == format:
         dtype = np.dtype(imported["dtype"]).newbyteorder("<")
-        pieces = [Piece(**file) for file in imported["files"]]
+        parts = [FilePart(**file) for file in imported["files"]]
     else:
-        dtype = kind.dtype_for(shards.vocab_size or int(np.iinfo(shards.dtype).max) + 1)
-        pieces = _pieces(shards, kind.one_file)
+        dtype = token_format.dtype_for(shards.vocab_size or int(np.iinfo(shards.dtype).max) + 1)
+        parts = _parts(shards, token_format.one_file)
     with made_aside(Path(out)) as aside:
         progress = Progress("exported", shards.tokens * dtype.itemsize)
         start = documents = 0
-        for piece in pieces:
-            writer = kind.writer(aside, piece.name, dtype, piece.documents, len(piece.empty_documents))
-            for tokens, ends in _with_empty(_read(shards, start, start + piece.tokens), piece):
+        for part in parts:
+            writer = token_format.writer(aside, part.name, dtype, part.documents, len(part.empty_documents))
+            for tokens, ends in _with_empty(_read(shards, start, start + part.tokens), part):
                 writer.append(_as(dtype, tokens, format), ends)
                 start, documents = start + len(tokens), documents + len(ends)
                 progress.update((start * dtype.itemsize, documents, start))
@@ -171,7 +134,7 @@ def export_tokens(format: str, shards: TokenShards, out: str | Path) -> None:
 
 
 class _Beginnings:
-    """Whether the documents that pass by begin with a token."""
+    """Counts how many of the documents that pass by begin with a token."""
 
     def __init__(self, token: int | None) -> None:
         self._token = token
@@ -179,16 +142,17 @@ class _Beginnings:
         self._at_start = True
 
     def see(self, tokens: np.ndarray, ends: np.ndarray) -> None:
-        """The next tokens and the ends of documents among them."""
+        """Count the documents among the next tokens, whose ends are `ends`."""
         starts = ends[ends < len(tokens)]
         if self._at_start:
             starts = np.append(starts, 0)
         self._documents += len(starts)
-        self._begun += 0 if self._token is None else int((tokens[starts] == self._token).sum())
+        if self._token is not None:
+            self._begun += int((tokens[starts] == self._token).sum())
         self._at_start = len(ends) > 0 and int(ends[-1]) == len(tokens)
 
     def of_all(self) -> int | None:
-        """The token if all documents begin with it; if some do, that is said."""
+        """Return the token if all documents begin with it; if only some do, say so on stderr."""
         if 0 < self._begun < self._documents:
             print(
                 f"{self._begun:,} of {self._documents:,} documents begin with the tokenizer's bos_token (id {self._token}). "
@@ -200,8 +164,8 @@ class _Beginnings:
 
 
 def _import_file(
-    file: TokenFile, writer: ShardWriter, tokenizer: SpecialTokens, progress: Progress, beginnings: _Beginnings
-) -> Piece:
+    file: TokenFile, writer: ShardWriter, tokenizer: TokenizerInfo, progress: Progress, beginnings: _Beginnings
+) -> FilePart:
     """Append one file to the shards."""
     tokens_before, documents_before = writer.tokens, writer.documents
     for start, tokens, ends in _blocks(file, tokenizer.eos_id):
@@ -214,15 +178,15 @@ def _import_file(
         writer.append(tokens.astype(writer.dtype, copy=False), ends)
         beginnings.see(tokens, ends)
         progress.update((writer.tokens * file.dtype.itemsize, writer.documents, writer.tokens))
-    return Piece(
+    return FilePart(
         file.path.stem, writer.tokens - tokens_before, writer.documents - documents_before, _empty_documents(file)
     )
 
 
 def _blocks(file: TokenFile, separator: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(first token, tokens, document ends counted from it) of a file from its beginning, block by block."""
+    """Yield (first token, tokens, document ends counted from it) of a file from its beginning, block by block."""
     tokens = file.map()
-    if file.boundaries is None:
+    if not isinstance(file, IndexedFile):
         for start in range(0, len(tokens), _BLOCK_TOKENS):
             block = tokens[start : start + _BLOCK_TOKENS]
             ends = np.flatnonzero(block == separator) + 1
@@ -239,37 +203,42 @@ def _blocks(file: TokenFile, separator: int) -> Iterator[tuple[int, np.ndarray, 
 
 
 def _in_blocks(tokens: np.ndarray, start: int, ends: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(first token, tokens, document ends counted from it) from `start` to the last of `ends`."""
+    """Yield (first token, tokens, document ends counted from it) from `start` to the last of `ends`."""
     for first in range(start, int(ends[-1]), _BLOCK_TOKENS):
         block = tokens[first : min(first + _BLOCK_TOKENS, int(ends[-1]))]
         among = slice(*np.searchsorted(ends, [first, first + len(block)], side="right"))
         yield first, block, ends[among] - first
 
 
-def _all_ends(file: TokenFile) -> Iterator[np.ndarray]:
-    """The document ends of a file, int64, as its index has them, some at a time."""
+def _all_ends(file: IndexedFile) -> Iterator[np.ndarray]:
+    """Yield the document ends of a file, int64, as its index has them, some at a time."""
     for first in range(0, file.boundaries.documents, INDEX_BLOCK):
         yield file.boundaries.ends(first, min(first + INDEX_BLOCK, file.boundaries.documents))
 
 
 def _empty_documents(file: TokenFile) -> list[int]:
-    found, first, last = [], 0, 0
-    for ends in _all_ends(file) if file.boundaries else ():
-        found += (first + np.flatnonzero(np.diff(ends, prepend=last) == 0)).tolist()
+    """Return the numbers of the empty documents that the index of a file lists."""
+    if not isinstance(file, IndexedFile):
+        return []
+    empty: list[int] = []
+    first, last = 0, 0
+    for ends in _all_ends(file):
+        empty += (first + np.flatnonzero(np.diff(ends, prepend=last) == 0)).tolist()
         first, last = first + len(ends), int(ends[-1])
-    return found
+    return empty
 
 
-def _pieces(shards: TokenShards, one_file: bool) -> list[Piece]:
+def _parts(shards: TokenShards, one_file: bool) -> list[FilePart]:
     if one_file:
-        return [Piece("tokens", shards.tokens, shards.documents, [])]
+        return [FilePart("tokens", shards.tokens, shards.documents, [])]
     return [
-        Piece(f"tokens_{number:05d}", shard.tokens, shard.documents, []) for number, shard in enumerate(shards.shards)
+        FilePart(f"tokens_{number:05d}", shard.tokens, shard.documents, [])
+        for number, shard in enumerate(shards.shards)
     ]
 
 
 def _read(shards: TokenShards, start: int, stop: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(tokens, document ends counted from `start`) of tokens start .. stop - 1 of all shards, block by block."""
+    """Yield (tokens, document ends counted from `start`) of tokens start .. stop - 1 of all shards, block by block."""
     shard_start = 0
     for number, shard in enumerate(shards.shards):
         first, last = max(start - shard_start, 0), min(stop - shard_start, shard.tokens)
@@ -283,11 +252,11 @@ def _read(shards: TokenShards, start: int, stop: int) -> Iterator[tuple[np.ndarr
 
 
 def _with_empty(
-    blocks: Iterator[tuple[np.ndarray, np.ndarray]], piece: Piece
+    blocks: Iterator[tuple[np.ndarray, np.ndarray]], part: FilePart
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The blocks with the ends of the piece's empty documents put back: each repeats the end before it."""
+    """Yield the blocks with the ends of the part's empty documents put back: each repeats the end before it."""
     # Empty document k of the file is the j-th empty one, so k - j documents with tokens come before it.
-    before = np.array(piece.empty_documents, np.int64) - np.arange(len(piece.empty_documents))
+    before = np.array(part.empty_documents, np.int64) - np.arange(len(part.empty_documents))
     documents = last = 0
     for tokens, ends in blocks:
         here = before[(before >= documents) & (before < documents + len(ends))] - documents

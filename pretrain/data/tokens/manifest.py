@@ -1,4 +1,4 @@
-"""The manifest of Evenkeel's own shards: written last, so a folder that has one is complete. docs/data.md has it."""
+"""The manifest of Evenkeel's own shards, written last: a folder that has one is complete. docs/data.md shows one."""
 
 from __future__ import annotations
 
@@ -18,14 +18,21 @@ from pretrain.files import write_text
 SCHEMA_VERSION = 2
 OLDEST_SCHEMA_VERSION = 1  # it only lacks the checksums of blocks
 MANIFEST = "manifest.json"
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _PLAIN_NAME = re.compile(r"(?!\.\.?$)[^/\\\0]+")
 _CHECKSUM = re.compile(r"[0-9a-f]{32}")  # names a file in the cache of remote corpora
 _SHARD_FIELDS = ("file", "tokens", "documents", "bytes", "xxh3_128", "ends_file", "ends_xxh3_128")
 
 
 def write_manifest(folder: Path, dtype: np.dtype, entries: list[dict], description: dict) -> None:
-    """Make `folder` a corpus: the manifest's entries for its shards, in order, and `description` beside them."""
+    """Make `folder` a corpus by writing its manifest.
+
+    Args:
+        folder: The folder of shards.
+        dtype: The dtype of their tokens.
+        entries: The manifest's entry for each shard, in order.
+        description: Further keys of the manifest.
+    """
     head = {
         "schema_version": SCHEMA_VERSION,
         "dtype": dtype.name,
@@ -38,7 +45,7 @@ def write_manifest(folder: Path, dtype: np.dtype, entries: list[dict], descripti
 
 
 def read_manifest(content: bytes, path: str) -> dict:
-    """The manifest in `content`, whose version this trainer reads; UserError names it by `path`."""
+    """Return the manifest in `content`; UserError, which names `path`, if this trainer does not read its version."""
     manifest = parse_json(content, path)
     version = manifest.get("schema_version")
     if isinstance(version, int) and version > SCHEMA_VERSION:
@@ -55,9 +62,16 @@ def read_manifest(content: bytes, path: str) -> dict:
 
 
 def describe_shards(manifest: dict, path: str, location: str, files_of: Callable[[list[Shard]], Files]) -> TokenShards:
-    """The corpus that `manifest` (read from `path`) describes; UserError when it cannot be a true description.
+    """Return the corpus that a manifest describes.
 
-    `files_of(shards)`: where their files are.
+    Args:
+        manifest: The manifest.
+        path: Its place, for messages.
+        location: The folder or URL of the corpus.
+        files_of: `files_of(shards)` gives access to the files of the shards.
+
+    Raises:
+        UserError: The manifest cannot be a true description.
     """
     try:
         shards = list(map(_shard, manifest["shards"]))
@@ -111,7 +125,8 @@ def _contradictions(manifest: dict, corpus: TokenShards) -> Iterable[str]:
     names = [name for shard in corpus.shards for name in (shard.file, shard.ends_file)]
     if len(set(names)) < len(names):
         yield "it lists a file twice"
-    if not (corpus.manifest.get("bos_id") or 0) < corpus.vocab_size:
-        yield f"bos_id {corpus.manifest['bos_id']} is no id of its vocab_size {corpus.vocab_size}"
-    if not corpus.eos_id < corpus.vocab_size <= 1 << (8 * corpus.dtype.itemsize):
-        yield (f"eos_id {corpus.eos_id}, vocab_size {corpus.vocab_size} and {corpus.dtype.name} do not fit together")
+    eos_id, vocab_size = manifest["eos_id"], manifest["vocab_size"]
+    if not (manifest.get("bos_id") or 0) < vocab_size:
+        yield f"bos_id {manifest['bos_id']} is no id of its vocab_size {vocab_size}"
+    if not eos_id < vocab_size <= 1 << (8 * corpus.dtype.itemsize):
+        yield f"eos_id {eos_id}, vocab_size {vocab_size} and {corpus.dtype.name} do not fit together"

@@ -1,9 +1,9 @@
 """Megatron-LM's format: PREFIX.bin, raw tokens, and PREFIX.idx, where its sequences lie and its documents end.
 
-The index is 9 bytes of magic, a version, a code for the kind of token, the number of sequences s and of document
-marks d + 1; then the length of each sequence in tokens (int32), its first byte in the .bin (int64), and for each
-document the number of sequences up to its end (int64, after a leading 0); a multimodal one has a mode for each
-sequence (int8) after that. All little-endian. Source: megatron/core/datasets/indexed_dataset.py.
+The index begins with 9 bytes of magic, a version, a code for the kind of token, the number of sequences s and of
+document marks d + 1. Then come the length of each sequence in tokens (int32), its first byte in the .bin (int64), and
+for each document the number of sequences up to its end (int64, after a leading 0). A multimodal index has a mode for
+each sequence (int8) after that. All numbers are little-endian. Source: megatron/core/datasets/indexed_dataset.py.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, Literal
 
 import numpy as np
 
-from pretrain.data.tokens.external_files import INDEX_BLOCK, TokenFile, check_boundaries
+from pretrain.data.tokens.external_files import INDEX_BLOCK, IndexedFile, TokenFormat, check_boundaries
 from pretrain.errors import UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 CODES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
+_UINT16_BELOW = 65_500  # ids; Megatron's own rule
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Index:
         return (int(self.pointers[-1]) // self.dtype.itemsize + int(self.lengths[-1])) if len(self.lengths) else 0
 
     def ends(self, first: int, stop: int) -> np.ndarray:
-        """Where documents first .. stop - 1 end, in tokens, int64: where the last sequence of each does."""
+        """Return the ends of documents first .. stop - 1, in tokens, int64: the end of the last sequence of each."""
         last = self.marks[first + 1 : stop + 1] - 1
         begun = last >= 0  # documents before the first sequence are empty
         ends = np.zeros(len(last), np.int64)
@@ -51,35 +53,42 @@ class Index:
         return ends
 
     def blocks(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(number of the first, lengths, pointers) of the sequences, a block at a time."""
+        """Yield (number of the first, lengths, pointers) of the sequences, a block at a time."""
         for first in range(0, len(self.lengths), INDEX_BLOCK):
             part = slice(first, first + INDEX_BLOCK)
             yield first, self.lengths[part].astype(np.int64), self.pointers[part]
 
 
-def token_files(location: Path) -> list[TokenFile]:
-    """The files at a prefix (or its .idx or .bin) or in a folder, by name, checked against their indexes; [] if none.
+def token_files(location: Path) -> list[IndexedFile]:
+    """Return the files at a prefix (or its .idx or .bin) or in a folder, by name, checked against their indexes.
 
-    UserError, naming the file, for an index that is damaged or does not fit its .bin.
+    Returns:
+        The files; [] if there are none.
+
+    Raises:
+        UserError: An index is damaged or does not fit its .bin; the message names the file.
     """
-    if location.is_dir():
-        indexes = sorted(location.glob("*.idx"))
-    else:
-        prefix = str(location).removesuffix(".idx").removesuffix(".bin")
-        indexes = [index] if (index := Path(prefix + ".idx")).is_file() else []
-    return [_token_file(index) for index in indexes]
+    return [_token_file(read_index(path)) for path in _index_paths(location)]
 
 
-def lossless_files(location: Path) -> list[TokenFile]:
-    """As `token_files`, for an import: also a UserError where that would lose something."""
-    files = token_files(location)
-    for file in files:
-        _check_lossless(file.boundaries)
+def lossless_files(location: Path) -> list[IndexedFile]:
+    """Return `token_files(location)`, or raise UserError where an import of them would lose something."""
+    indexes = [read_index(path) for path in _index_paths(location)]
+    files = [_token_file(index) for index in indexes]
+    for index in indexes:
+        _check_lossless(index)
     return files
 
 
+def _index_paths(location: Path) -> list[Path]:
+    if location.is_dir():
+        return sorted(location.glob("*.idx"))
+    prefix = str(location).removesuffix(".idx").removesuffix(".bin")
+    return [index] if (index := Path(prefix + ".idx")).is_file() else []
+
+
 def _check_lossless(index: Index) -> None:
-    """UserError unless every document is one sequence or empty: only then does the place of its end say it all."""
+    """Raise UserError unless every document is one sequence or empty: only then is the place of its end enough."""
     for first in range(0, index.documents, INDEX_BLOCK):
         sequences = np.diff(index.marks[first : first + INDEX_BLOCK + 1])
         if sequences.max() > 1:
@@ -130,12 +139,22 @@ class MegatronWriter:
     def close(self) -> None:
         self._closing.close()
 
-    def _open(self, path: Path, mode: str):
+    def _open(self, path: Path, mode: Literal["wb", "r+b"]) -> BinaryIO:
         return self._closing.enter_context(open(path, mode))
 
 
-def _token_file(path: Path) -> TokenFile:
-    index = read_index(path)
+MEGATRON = TokenFormat(
+    name="megatron",
+    read=lambda location, _: lossless_files(location),
+    writer=MegatronWriter,
+    dtype_for=lambda vocab_size: np.dtype("<u2" if vocab_size < _UINT16_BELOW else "<i4"),
+    one_file=True,
+    find=token_files,
+)
+
+
+def _token_file(index: Index) -> IndexedFile:
+    path = index.path
     tokens = path.with_name(path.name.removesuffix(".idx") + ".bin")
     if not tokens.is_file():
         raise UserError(f"{tokens} is missing, and {path} is its index. Restore it, or remove the index.")
@@ -146,11 +165,11 @@ def _token_file(path: Path) -> TokenFile:
             f"{index.dtype.name} tokens). One of the two was cut or changed: restore it."
         )
     check_boundaries(path, index, index.tokens)
-    return TokenFile(tokens, index.dtype, index.tokens, index, path)
+    return IndexedFile(tokens, index.dtype, index.tokens, index, path)
 
 
 def read_index(path: Path) -> Index:
-    """The index in `path`; UserError when it is damaged or holds anything but text tokens."""
+    """Return the index in `path`; UserError when it is damaged or holds anything but text tokens."""
     with open(path, "rb") as file:
         head = file.read(HEADER.size)
     if len(head) < HEADER.size or not head.startswith(MAGIC):
@@ -183,7 +202,7 @@ def read_index(path: Path) -> Index:
 
 
 def _check_index(index: Index) -> None:
-    """UserError unless sequences follow each other without gaps and every one belongs to a document."""
+    """Raise UserError unless sequences follow each other without gaps and every one belongs to a document."""
     offset = 0
     for first, lengths, pointers in index.blocks():
         expected = offset + index.dtype.itemsize * np.concatenate([[0], np.cumsum(lengths)])

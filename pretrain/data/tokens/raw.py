@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.data.tokens.datatrove import ListedEnds
-from pretrain.data.tokens.external_files import TokenFile, check_boundaries
+from pretrain.data.tokens.external_files import IndexedFile, ListedEnds, TokenFile, TokenFormat, check_boundaries
+from pretrain.data.tokens.writer import token_dtype
 from pretrain.errors import UserError
 
 LLM_C_MAGIC = 20240520
@@ -22,14 +22,14 @@ _LOOKED_AT = 1 << 16
 
 
 def nanogpt_files(path: Path) -> list[TokenFile]:
-    """The one file at `path`; UserError when it is none."""
+    """Return the file at `path` as a list of one; UserError when it is none."""
     if not path.is_file():
         raise UserError(f"'{path}' is not a file. Name one of nanoGPT's .bin files.")
     return [_token_file(path, np.dtype("<u2"))]
 
 
 def olmo_files(path: Path, dtype: np.dtype) -> list[TokenFile]:
-    """The .npy file at `path`, or all in that folder by name, as tokens of `dtype`; UserError when there are none."""
+    """Return the .npy file at `path`, or all in that folder by name, as tokens of `dtype`; UserError for none."""
     paths = sorted(path.glob("*.npy")) if path.is_dir() else [path]
     if not paths or not paths[0].is_file():
         raise UserError(f"there are no .npy files at '{path}'.")
@@ -60,6 +60,16 @@ class OlmoWriter(RawWriter):
     suffix = ".npy"
 
 
+NANOGPT = TokenFormat(
+    name="nanogpt",
+    read=lambda location, _: nanogpt_files(location),
+    writer=NanoGPTWriter,
+    dtype_for=lambda _: np.dtype("<u2"),
+    one_file=True,
+)
+OLMO = TokenFormat(name="olmo", read=olmo_files, writer=OlmoWriter, dtype_for=token_dtype, one_file=False)
+
+
 def _token_file(path: Path, dtype: np.dtype, documents: tuple[Path, np.ndarray] | None = None) -> TokenFile:
     size_bytes = path.stat().st_size
     with open(path, "rb") as file:
@@ -80,11 +90,11 @@ def _token_file(path: Path, dtype: np.dtype, documents: tuple[Path, np.ndarray] 
         return TokenFile(path, dtype, tokens)
     index, ends = documents
     check_boundaries(index, ListedEnds(ends), tokens)
-    return TokenFile(path, dtype, tokens, ListedEnds(ends), index)
+    return IndexedFile(path, dtype, tokens, ListedEnds(ends), index)
 
 
 def _listed_documents(path: Path) -> tuple[Path, np.ndarray] | None:
-    """The .csv.gz beside an OLMo file and the document ends in it, int64; None when there is none."""
+    """Return the .csv.gz beside an OLMo file and the document ends in it, int64; None when there is none."""
     listing = path.with_suffix(".csv.gz")
     if not listing.exists():
         return None

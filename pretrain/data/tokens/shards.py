@@ -6,10 +6,11 @@ from pathlib import Path
 
 from pretrain.data.remote.cache import CachedFiles, CacheSettings
 from pretrain.data.remote.storage import Storage, is_remote
-from pretrain.data.tokens import datatrove, megatron
 from pretrain.data.tokens.corpus import ENDS_DTYPE, Shard, TokenShards
-from pretrain.data.tokens.external_files import ForeignShards, check_one_dtype
+from pretrain.data.tokens.external_files import check_one_dtype
+from pretrain.data.tokens.external_shards import ExternalShards
 from pretrain.data.tokens.files import LocalFiles
+from pretrain.data.tokens.formats import FORMATS
 from pretrain.data.tokens.manifest import MANIFEST, describe_shards, read_manifest
 from pretrain.data.tokens.verify import check_contents, check_ids, check_sizes
 from pretrain.errors import UserError
@@ -26,11 +27,20 @@ def open_shards(
     vocab_size: int | None = None,
     cache: CacheSettings | None = None,
 ) -> TokenShards:
-    """The corpus at `location`: a folder or URL of Evenkeel's shards, a Megatron prefix or folder, a datatrove folder.
+    """Open the corpus at `location`.
 
-    `verify="size"` checks that every file is there with its size; `"full"` also its checksum, or, in a format that has
-    none, that every id is below `vocab_size`. Ranks share this: rank r of R takes shards r, r + R, ..., so what is
-    wrong may be a UserError on one rank only; tell the others. Remote files are checked when they come into `cache`.
+    Args:
+        location: A folder or URL of Evenkeel's shards, a Megatron prefix or folder, or a datatrove folder.
+        verify: "size" checks that every file is there with its size. "full" also checks its checksum, or, in a format
+            that has none, that every id is below `vocab_size`.
+        rank: The number of this process among those that share the check. Rank r of R checks shards r, r + R, ...
+        world_size: How many processes share the check.
+        vocab_size: The number of ids of the run's tokenizer, for formats that do not say.
+        cache: The local cache of a remote corpus. Remote files are checked when they come into it.
+
+    Raises:
+        UserError: There is no corpus at `location`, or it is damaged. It may be raised on one rank only: the caller
+            tells the others.
     """
     if verify not in ("full", "size"):
         raise ValueError(f"verify is 'full' or 'size', not {verify!r}")
@@ -40,7 +50,7 @@ def open_shards(
         return _open_remote(location, cache)
     if (Path(location) / MANIFEST).exists():
         return _open_own(location, verify, share)
-    shards = _open_foreign(location)
+    shards = _open_external(location)
     if verify == "full" and vocab_size is not None:
         for number in range(len(shards.shards))[share]:
             check_ids(shards, number, vocab_size)
@@ -53,7 +63,7 @@ def _open_own(location: str, verify: str, share: slice) -> TokenShards:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error}. Restore the file, or make its folder anew.") from error
+        raise UserError(f"cannot read {path}: {error}. Restore the file, or make its folder again.") from error
     manifest = read_manifest(content, str(path))
     shards = describe_shards(manifest, str(path), location, lambda _: LocalFiles(Path(location)))
     check_sizes(shards, share)
@@ -82,26 +92,25 @@ def _open_remote(location: str, cache: CacheSettings | None) -> TokenShards:
     return describe_shards(read_manifest(content, path), path, location, cached)
 
 
-def _open_foreign(location: str) -> TokenShards:
+def _open_external(location: str) -> TokenShards:
     path = Path(location)
-    format, files = "megatron", megatron.token_files(path)
-    if not files:
-        format, files = "datatrove", datatrove.token_files(path)
-    if not files:
-        raise _not_a_corpus(path)
-    check_one_dtype(files)
-    if not any(file.tokens for file in files):
-        raise UserError(f"the {format} files at '{location}' hold no tokens.")
-    return ForeignShards(location, format, files)
+    for format in FORMATS.values():
+        if format.find and (files := format.find(path)):
+            check_one_dtype(files)
+            if not any(file.tokens for file in files):
+                raise UserError(f"the {format.name} files at '{location}' hold no tokens.")
+            return ExternalShards(location, format.name, files)
+    raise _not_a_corpus(path)
 
 
 def _not_a_corpus(path: Path) -> UserError:
     if (path / "train" / MANIFEST).exists():
         return UserError(f"'{path}' holds train and val; name one of them: '{path / 'train'}'.")
     if path.is_file() or any(path.glob("*.npy")):
+        raw = " or ".join(format.name for format in FORMATS.values() if not format.find)
         return UserError(
             f"'{path}' holds tokens without an index, which do not say where documents end. Import them: "
-            "tools/prepare_data.py --import nanogpt or olmo."
+            f"tools/prepare_data.py --import {raw}."
         )
     return UserError(
         f"'{path}' is not a folder of finished token shards: it has no {MANIFEST}. Make one with "

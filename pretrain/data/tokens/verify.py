@@ -1,4 +1,4 @@
-"""Checking a corpus before training: files of the right size, the right content, ids within the vocabulary."""
+"""Checks of a corpus before training: files of the right size, the right content, ids within the vocabulary."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ _SCAN_TOKENS = 1 << 20
 
 
 def check_sizes(shards: TokenShards, share: slice) -> None:
-    """UserError unless every file of the shards in `share` is there with the size that the manifest says."""
+    """Raise UserError unless every file of the shards in `share` is there with the size that the manifest gives."""
     for shard in shards.shards[share]:
         _check_size(shards.files.path(shard.file), shard.bytes)
         _check_size(shards.files.path(shard.ends_file), shard.documents * ENDS_DTYPE.itemsize)
 
 
 def check_contents(shards: TokenShards, manifest: dict, share: slice) -> None:
-    """UserError unless the shards in `share` have their checksums, and document ends and ids that fit."""
+    """Raise UserError unless the shards in `share` have their checksums, and document ends and ids that fit."""
     for number in range(len(shards.shards))[share]:
         shard = shards.shards[number]
         blocks = manifest["shards"][number].get("blocks_xxh3_64", [])
         _check_tokens(shards.files.path(shard.file), shard, blocks)
         _check_ends(shards.files.path(shard.ends_file), shard)
-        check_ids(shards, number, shards.vocab_size)
+        check_ids(shards, number, manifest["vocab_size"])
         shards.close(number)
 
 
 def check_ids(shards: TokenShards, number: int, vocab_size: int) -> None:
-    """UserError, naming the file and the token, unless every id of one shard is in 0 .. vocab_size - 1."""
+    """Raise UserError, naming the file and the token, unless every id of one shard is in 0 .. vocab_size - 1."""
     shard, tokens = shards.shards[number], shards.open_tokens(number)
     for start in range(0, len(tokens), _SCAN_TOKENS):
         at = first_bad_id(tokens[start : start + _SCAN_TOKENS], vocab_size)
@@ -48,7 +48,7 @@ def check_ids(shards: TokenShards, number: int, vocab_size: int) -> None:
 
 
 def first_bad_id(tokens: np.ndarray, vocab_size: int) -> int | None:
-    """The place of the first token that is not in 0 .. vocab_size - 1; None if all are."""
+    """Return the place of the first token that is not in 0 .. vocab_size - 1; None if all are."""
     kind = np.iinfo(tokens.dtype)
     if (kind.min == 0 and kind.max < vocab_size) or not len(tokens):
         return None
@@ -60,7 +60,7 @@ def first_bad_id(tokens: np.ndarray, vocab_size: int) -> int | None:
 def _check_size(path: Path, expected_bytes: int) -> None:
     if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(path.parent)):
         raise UserError(
-            f"{path} is a link that leads out of the folder, whose manifest can only speak of what is in it. Copy the "
+            f"{path} is a link that leads out of the folder, whose manifest describes only what is in it. Copy the "
             "file there, or move the whole folder and link to that."
         )
     try:
@@ -86,7 +86,7 @@ def _check_tokens(path: Path, shard: Shard, blocks: list[str]) -> None:
 
 
 def _damage(found: BlockHasher, expected: list[str], size_bytes: int) -> str:
-    """Which bytes of a file differ, as far as its blocks tell."""
+    """Return a sentence about which bytes of a file differ, as far as its blocks show."""
     differ = [number for number, pair in enumerate(zip(found.blocks(), expected, strict=False)) if pair[0] != pair[1]]
     if not differ:
         return "the file is corrupt"
@@ -108,7 +108,7 @@ def _check_ends(path: Path, shard: Shard) -> None:
 
 
 def ends_fault(parts: Iterable[np.ndarray], tokens: int) -> str | None:
-    """What is wrong with document ends that should increase strictly from above 0 up to `tokens`; None: nothing."""
+    """Return what is wrong with document ends that should increase strictly from above 0 to `tokens`; None if nothing."""
     before, at = 0, 0
     for part in parts:
         for start in range(0, len(part), _SCAN_TOKENS):

@@ -1,4 +1,4 @@
-"""Writing Evenkeel's own shards, so that a writer killed at any moment can go on from what it last committed."""
+"""Writes Evenkeel's own shards, so that a writer killed at any moment can continue from its last commit."""
 
 from __future__ import annotations
 
@@ -14,15 +14,22 @@ from pretrain.files import open_cut, sync_folder
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest of uint16 and uint32 that holds every id below `vocab_size`."""
+    """Return the smaller of uint16 and uint32 that holds every id below `vocab_size`."""
     return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
 
 
 class ShardWriter:
-    """Appends documents to a shard folder and can go on, byte for byte, from any state it once committed."""
+    """Appends documents to a shard folder and can continue, byte for byte, from any state that it committed."""
 
     def __init__(self, folder: Path, dtype: np.dtype, shard_tokens: int, state: dict | None = None) -> None:
-        """Begin in `folder`, or go on from `state`: what was written after it is thrown away and comes again."""
+        """Begin in `folder`, or continue from `state`: what was written after it is removed, to be written again.
+
+        Args:
+            folder: The folder, made if it is not there.
+            dtype: The dtype of the tokens.
+            shard_tokens: A shard closes at the first document end at or past this many tokens.
+            state: What `commit` returned.
+        """
         self.folder = folder
         self.dtype = dtype
         self.shard_tokens = shard_tokens
@@ -32,6 +39,7 @@ class ShardWriter:
         self._ended = True
         self._closed_tokens = sum(entry["tokens"] for entry in self._closed)
         self._closed_documents = sum(entry["documents"] for entry in self._closed)
+        self._names_unsynced = True
         folder.mkdir(parents=True, exist_ok=True)
         self._open()
 
@@ -45,11 +53,15 @@ class ShardWriter:
         return self._closed_documents + self._documents
 
     def append(self, tokens: np.ndarray, ends: np.ndarray) -> None:
-        """Add documents: `tokens` of the shards' dtype, `ends` (int64, increasing) where each document ends in them.
+        """Add documents.
 
-        Tokens after the last end begin a document that the next `append` goes on with. A shard closes at the first
+        Tokens after the last end begin a document that the next `append` continues. A shard closes at the first
         document end at or past `shard_tokens`: no document is in two shards, and one longer than a shard makes its
         shard longer.
+
+        Args:
+            tokens: (tokens,) of the shards' dtype.
+            ends: (documents,) int64, increasing, the end of each document in `tokens`.
         """
         done, first = 0, 0
         while first < len(ends):
@@ -67,7 +79,7 @@ class ShardWriter:
         self._ended = done == len(tokens) and (self._ended or done > 0)
 
     def commit(self) -> dict:
-        """Flush everything to the disk; the JSON state from which a later writer goes on."""
+        """Flush everything to the disk and return the state, JSON, from which a later writer continues."""
         for file in (self._bin, self._ends):
             file.flush()
             os.fsync(file.fileno())
@@ -77,7 +89,7 @@ class ShardWriter:
         return {"closed": list(self._closed), "open_tokens": self._tokens, "open_documents": self._documents}
 
     def finish(self, description: dict) -> None:
-        """Close the last shard and write the manifest: `description` plus what is known here."""
+        """Close the last shard and write the manifest, with the keys of `description` beside its own."""
         if not self._ended:
             raise ValueError("the last document has no end")
         if self._tokens:

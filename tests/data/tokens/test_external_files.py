@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pretrain.data.tokens import Shard, TokenShards, external_files, open_shards
+from pretrain.data.tokens import Shard, TokenShards, external_files, external_shards, open_shards
 from pretrain.errors import UserError
 from tests.support.token_formats import documents, write_datatrove, write_megatron
 
@@ -55,7 +55,7 @@ def test_datatrove_folders_open(tmp_path: Path, size: int, vocab_size: int, meta
 def test_large_files_are_cut_into_shards_at_document_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
 ) -> None:
-    monkeypatch.setattr(external_files, "SHARD_TOKENS", 300)
+    monkeypatch.setattr(external_shards, "SHARD_TOKENS", 300)
     monkeypatch.setattr(external_files, "INDEX_BLOCK", 7)
     written = documents(0, 1000, LENGTHS * 3 + [0, 0])
     if format == "megatron":
@@ -185,7 +185,7 @@ def test_folders_that_hold_nothing_to_train_on_say_so(tmp_path: Path) -> None:
 
 
 def assert_holds(shards: TokenShards, written: list[np.ndarray]) -> None:
-    """The shards are those documents that are not empty, in order, whole."""
+    """Assert that the shards are the documents that are not empty, in order and whole."""
     found = []
     for number, shard in enumerate(shards.shards):
         tokens, ends = shards.open_tokens(number), shards.open_ends(number)

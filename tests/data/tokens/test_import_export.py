@@ -7,13 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pretrain.data.tokens import ShardWriter, external_files, import_export, open_shards
+from pretrain.data.tokenizer import TokenizerInfo
+from pretrain.data.tokens import ShardWriter, external_files, external_shards, import_export, open_shards
 from pretrain.data.tokens.atomic_folder import made_aside
 from pretrain.data.tokens.import_export import export_tokens, import_tokens
 from pretrain.errors import UserError
@@ -22,12 +22,8 @@ from tests.support.token_formats import documents, write_datatrove, write_megatr
 LENGTHS = [0, 5, 0, 0, 300, 1, 44, 0, 1200, 2, 0, 0]
 
 
-@dataclass(frozen=True)
-class Facts:
-    vocab_size: int
-    eos_id: int = 0
-    bos_id: int | None = None
-    fingerprint: str = "abc"
+def tokenizer_of(vocab_size: int, bos_id: int | None = None) -> TokenizerInfo:
+    return TokenizerInfo(backend="", vocab_size=vocab_size, eos_id=0, bos_id=bos_id, first_ids=(), fingerprint="abc")
 
 
 @pytest.fixture
@@ -72,7 +68,7 @@ def write(format: str, folder: Path, vocab_size: int, dtype: str) -> list[np.nda
 def test_what_was_imported_is_exported_byte_for_byte(tmp_path: Path, format: str, vocab_size: int, dtype: str) -> None:
     written = write(format, tmp_path / "theirs", min(vocab_size, np.iinfo(dtype).max), dtype)
     location = tmp_path / "theirs" / ("train.bin" if format == "nanogpt" else "")
-    import_tokens(format, location, tmp_path / "ours", Facts(vocab_size), shard_tokens=100)
+    import_tokens(format, location, tmp_path / "ours", tokenizer_of(vocab_size), shard_tokens=100)
 
     shards = open_shards(tmp_path / "ours")
     assert len(shards.shards) >= 3
@@ -90,10 +86,10 @@ def test_what_was_imported_is_exported_byte_for_byte(tmp_path: Path, format: str
 @pytest.mark.parametrize("source", ["megatron", "datatrove", "ours"])
 @pytest.mark.usefixtures("small_blocks")
 def test_any_format_becomes_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
-    monkeypatch.setattr(external_files, "SHARD_TOKENS", 400)
+    monkeypatch.setattr(external_shards, "SHARD_TOKENS", 400)
     written = [document for document in write("megatron", tmp_path / "megatron", 1000, "int32") if len(document)]
     write("datatrove", tmp_path / "datatrove", 1000, "uint32")
-    import_tokens("megatron", tmp_path / "megatron", tmp_path / "ours", Facts(1000), shard_tokens=500)
+    import_tokens("megatron", tmp_path / "megatron", tmp_path / "ours", tokenizer_of(1000), shard_tokens=500)
     shards = open_shards(tmp_path / source)
     for format in ("megatron", "datatrove", "nanogpt", "olmo"):
         if (format, source) != ("megatron", "ours"):
@@ -121,7 +117,7 @@ def test_any_format_becomes_any_other(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_megatron_file_without_tokens_is_kept(tmp_path: Path, marks: list[np.ndarray]) -> None:
     write("megatron", tmp_path / "theirs", 1000, "uint16")
     write_megatron(tmp_path / "theirs" / "0_worker", [np.empty(0), *marks], "uint16")
-    import_tokens("megatron", tmp_path / "theirs", tmp_path / "ours", Facts(1000))
+    import_tokens("megatron", tmp_path / "theirs", tmp_path / "ours", tokenizer_of(1000))
     shards = open_shards(tmp_path / "ours")
     assert [Path(source["path"]).name for source in shards.manifest["sources"]] == [
         "0_text_document.bin",
@@ -132,12 +128,12 @@ def test_a_megatron_file_without_tokens_is_kept(tmp_path: Path, marks: list[np.n
     (tmp_path / "none").mkdir()
     write_megatron(tmp_path / "none" / "x", [np.empty(0)], "uint16")
     with pytest.raises(UserError, match="no megatron files with tokens"):
-        import_tokens("megatron", tmp_path / "none", tmp_path / "nothing", Facts(1000))
+        import_tokens("megatron", tmp_path / "none", tmp_path / "nothing", tokenizer_of(1000))
 
 
 def test_documents_of_raw_tokens_end_with_separators_and_with_the_file(tmp_path: Path) -> None:
     np.array([5, 6, 0, 0, 7, 8], "<u2").tofile(tmp_path / "train.bin")
-    import_tokens("nanogpt", tmp_path / "train.bin", tmp_path / "ours", Facts(1000))
+    import_tokens("nanogpt", tmp_path / "train.bin", tmp_path / "ours", tokenizer_of(1000))
     assert open_shards(tmp_path / "ours").open_ends(0).tolist() == [3, 4, 6]
 
 
@@ -145,12 +141,12 @@ def test_documents_that_olmo_lists_are_taken_as_listed(tmp_path: Path) -> None:
     np.array([5, 0, 6, 0, 7, 8], "<u2").tofile(tmp_path / "part.npy")
     with gzip.open(tmp_path / "part.csv.gz", "wt") as file:
         file.write("0,4,id-1,a.jsonl.gz,1\n4,6,id-2,a.jsonl.gz,2\n")
-    import_tokens("olmo", tmp_path, tmp_path / "ours", Facts(1000))
+    import_tokens("olmo", tmp_path, tmp_path / "ours", tokenizer_of(1000))
     assert open_shards(tmp_path / "ours").open_ends(0).tolist() == [4, 6]
     with gzip.open(tmp_path / "part.csv.gz", "wt") as file:
         file.write("0,4\n5,6\n")
     with pytest.raises(UserError, match=r"line 2 of .*part\.csv\.gz leaves a gap"):
-        import_tokens("olmo", tmp_path, tmp_path / "again", Facts(1000))
+        import_tokens("olmo", tmp_path, tmp_path / "again", tokenizer_of(1000))
 
 
 @pytest.mark.parametrize(
@@ -169,17 +165,17 @@ def test_raw_files_that_are_something_else_are_refused(
 ) -> None:
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        import_tokens(format, tmp_path / "x", tmp_path / "ours", Facts(1000))
+        import_tokens(format, tmp_path / "x", tmp_path / "ours", tokenizer_of(1000))
     assert [file.name for file in tmp_path.iterdir()] == ["x"]
 
 
 def test_megatron_documents_of_several_sequences_are_not_imported(tmp_path: Path) -> None:
     write_megatron(tmp_path / "x", documents(0, 1000, [10, 20]), "int32", sequences=[[10], [3, 17]])
     with pytest.raises(UserError, match=r"document 1 of .*x\.idx is 2 sequences"):
-        import_tokens("megatron", tmp_path / "x", tmp_path / "ours", Facts(1000))
+        import_tokens("megatron", tmp_path / "x", tmp_path / "ours", tokenizer_of(1000))
     write_megatron(tmp_path / "x", documents(0, 1000, [10, 0]), "int32", sequences=[[10], [0]])
     with pytest.raises(UserError, match=r"sequence 1 of .*x\.idx has no tokens"):
-        import_tokens("megatron", tmp_path / "x", tmp_path / "ours", Facts(1000))
+        import_tokens("megatron", tmp_path / "x", tmp_path / "ours", tokenizer_of(1000))
 
 
 def test_ids_that_do_not_fit_the_other_format_are_refused(tmp_path: Path) -> None:
@@ -196,9 +192,11 @@ def test_nothing_that_exists_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "note").write_text("mine")
     with pytest.raises(UserError, match="exists already"):
-        import_tokens("megatron", tmp_path / "theirs", tmp_path / "out", Facts(1000))
+        import_tokens("megatron", tmp_path / "theirs", tmp_path / "out", tokenizer_of(1000))
     (tmp_path / "out" / "note").unlink()
-    import_tokens("megatron", tmp_path / "theirs", tmp_path / "out", Facts(1000))  # an empty folder is no content
+    import_tokens(
+        "megatron", tmp_path / "theirs", tmp_path / "out", tokenizer_of(1000)
+    )  # an empty folder is no content
     with pytest.raises(UserError, match="exists already"):
         export_tokens("megatron", open_shards(tmp_path / "out"), tmp_path / "theirs")
 
@@ -207,7 +205,7 @@ def test_a_link_to_an_empty_folder_leads_to_the_result(tmp_path: Path) -> None:
     write("megatron", tmp_path / "theirs", 1000, "uint16")
     (tmp_path / "large_disk").mkdir()
     (tmp_path / "out").symlink_to("large_disk")
-    import_tokens("megatron", tmp_path / "theirs", tmp_path / "out", Facts(1000))
+    import_tokens("megatron", tmp_path / "theirs", tmp_path / "out", tokenizer_of(1000))
     assert (tmp_path / "out").is_symlink()
     assert open_shards(tmp_path / "large_disk").tokens == open_shards(tmp_path / "out").tokens == 3104
 
@@ -218,7 +216,7 @@ def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "disk")
     monkeypatch.setattr(import_export, "ShardWriter", None)
     with pytest.raises(UserError, match="is a mount point"):
-        import_tokens("megatron", tmp_path / "theirs", tmp_path / "disk", Facts(1000))
+        import_tokens("megatron", tmp_path / "theirs", tmp_path / "disk", tokenizer_of(1000))
 
 
 def test_two_imports_cannot_make_one_folder(tmp_path: Path) -> None:
@@ -226,7 +224,7 @@ def test_two_imports_cannot_make_one_folder(tmp_path: Path) -> None:
     with made_aside(tmp_path / "ours") as aside:
         (aside / "note").write_text("first")
         with pytest.raises(UserError, match="another process is writing"):
-            import_tokens("megatron", tmp_path / "theirs", tmp_path / "ours", Facts(1000))
+            import_tokens("megatron", tmp_path / "theirs", tmp_path / "ours", tokenizer_of(1000))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["ours", "theirs"]
     assert (tmp_path / "ours" / "note").read_text() == "first"
 
@@ -234,8 +232,8 @@ def test_two_imports_cannot_make_one_folder(tmp_path: Path) -> None:
 def test_a_killed_import_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
     np.ones(20_000_000, "<u2").tofile(tmp_path / "train.bin")
     program = (
-        "from types import SimpleNamespace as Facts; from pretrain.data.tokens.import_export import import_tokens;"
-        "import_tokens('nanogpt', 'train.bin', 'ours', Facts(vocab_size=2, eos_id=1, bos_id=None, fingerprint='abc'))"
+        "from types import SimpleNamespace as Tokenizer; from pretrain.data.tokens.import_export import import_tokens;"
+        "import_tokens('nanogpt', 'train.bin', 'ours', Tokenizer(vocab_size=2, eos_id=1, bos_id=None, fingerprint='abc'))"
     )
     process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path)
     while process.poll() is None and not any(file.stat().st_size for file in tmp_path.glob(".ours.*/*.bin")):
@@ -265,7 +263,7 @@ def test_an_import_finds_out_whether_all_documents_begin_with_bos(
         write_megatron(source, parts, "uint16")
     else:
         np.concatenate(parts).astype("uint16").tofile(source)
-    import_tokens(format, source, tmp_path / "shards", Facts(1000, bos_id=7))
+    import_tokens(format, source, tmp_path / "shards", tokenizer_of(1000, bos_id=7))
     shards = open_shards(tmp_path / "shards")
     assert shards.bos_before_documents(7, 0) == shards.manifest["bos_id"] == found
     said = "2 of 3 documents begin with the tokenizer's bos_token (id 7). Since not all do, the manifest says"
