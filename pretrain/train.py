@@ -11,7 +11,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this package, whatever else is called so
+if not __package__:  # run as a file: the package is this one, whatever else is called so
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pretrain import startup
 from pretrain.distributed import signals
 
@@ -29,6 +30,7 @@ import torch.distributed as dist
 
 from pretrain import quiet  # noqa: F401  (before the libraries that would speak)
 from pretrain.checkpoints.folders import resolve
+from pretrain.cli.parser import tool_parser
 from pretrain.config.schema import Config, ResilienceSection, load_config
 from pretrain.distributed.ranks import (
     Ranks,
@@ -69,7 +71,7 @@ def dry_run(config: Config) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Pretrain a language model with its weights' variance under control.")
+    parser = tool_parser("Pretrain a language model with its weights' variance under control.")
     parser.add_argument("--config", required=True, help="the run file, e.g. configs/tiny_tvr.yaml")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the run file"

@@ -37,18 +37,20 @@ def run(command: list, cwd: Path, variables: dict[str, str] | None = None, **opt
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_every_script_finds_its_package_before_any_library_loads(script: Path) -> None:
-    body = ast.parse(script.read_text(encoding="utf-8")).body
-    head = [ast.unparse(node) for node in body[1:6]]
-    assert head == [
-        "from __future__ import annotations",
-        "import sys",
-        "from pathlib import Path",
-        "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))",
-        "from pretrain import startup",
-    ]
-    begun = next(number for number, node in enumerate(body) if "startup.begin()" in ast.unparse(node))
-    between = [ast.unparse(node) for node in body[6:begun]]
-    assert between in ([], ["from pretrain.distributed import signals"])
+    lines = [ast.unparse(node) for node in ast.parse(script.read_text(encoding="utf-8")).body[1:]]
+    lines = [line for line in lines if line != "from __future__ import annotations"]
+    insert = "sys.path.insert(0, str(Path(__file__).resolve().parents[1]))"
+    assert lines[:2] == ["import sys", "from pathlib import Path"]
+    assert lines[2] in (insert, f"if not __package__:\n    {insert}")
+    begun = next(n for n, line in enumerate(lines) if "startup.begin()" in line or "from pretrain.cli.start" in line)
+    assert set(lines[3:begun]) <= {"from pretrain import startup", "from pretrain.distributed import signals"}
+
+
+def test_the_start_of_command_lines_loads_no_library(tmp_path: Path) -> None:
+    asked = "import sys; before = {*sys.modules}; import pretrain.cli.start; print(*{*sys.modules} - before)"
+    ended = run(["-c", asked], tmp_path, own_package())
+    loaded = {name.partition(".")[0] for name in ended.stdout.split()}
+    assert loaded - sys.stdlib_module_names == {"pretrain"}
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ import time
 import torch
 
 from pretrain.cli.command import run
+from pretrain.cli.parser import tool_parser
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RUN, MODEL = REPOSITORY / "runs/tiny_tvr", REPOSITORY / "hf/tiny_tvr"
@@ -60,6 +61,7 @@ def number_of_ranks() -> int:
 
 
 def main() -> None:
+    tool_parser(__doc__).parse_args()
     began = time.monotonic()
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     if not torch.accelerator.is_available():

@@ -1,44 +1,10 @@
-"""Continue a prompt with an exported model, by transformers.
-
-python tools/generate.py --model hf/tiny_tvr --prompt "def read(path):"
-"""
-
-from __future__ import annotations
+"""Start pretrain/cli/generate.py as a script."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this package, whatever else is called so
-from pretrain import startup
-
-startup.begin()
-
-import argparse
-
-from pretrain.cli import argument_types
-from pretrain.cli.command import run
-from pretrain.errors import UserError
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model", type=argument_types.path, required=True, help="a folder that tools/convert_to_hf.py wrote"
-    )
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--max-new-tokens", type=argument_types.whole(1), default=48)
-    arguments = parser.parse_args()
-    if not (arguments.model / "config.json").is_file():
-        raise UserError(f"{arguments.model} holds no config.json. Make it with tools/convert_to_hf.py.")
-
-    from transformers import pipeline
-
-    import pretrain.model.evenkeel_llama  # noqa: F401  (a model that no stock class holds loads without running a file of its folder)
-
-    generate = pipeline("text-generation", model=str(arguments.model), trust_remote_code=False)
-    result = generate(arguments.prompt, max_new_tokens=arguments.max_new_tokens, max_length=None, do_sample=False)
-    print(result[0]["generated_text"])
-
+from pretrain.cli.start import generate
 
 if __name__ == "__main__":
-    run(main)
+    generate()

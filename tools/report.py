@@ -1,37 +1,10 @@
-"""Draw one or several runs as one self-contained HTML page with PNGs beside it.
-
-python tools/report.py runs/1b_tvr runs/1b_baseline --out report.html
-"""
-
-from __future__ import annotations
+"""Start pretrain/cli/report.py as a script."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this package, whatever else is called so
-from pretrain import startup
-
-startup.begin()
-
-import argparse
-
-from pretrain.cli import argument_types
-from pretrain.cli.command import run
-from pretrain.report.write import write_report
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "runs", nargs="+", type=argument_types.path, metavar="RUN", help="run folder, as the trainer wrote it"
-    )
-    parser.add_argument(
-        "--out", type=argument_types.path, default=Path("report.html"), help="the page (default: %(default)s)"
-    )
-    arguments = parser.parse_args()
-    for path in write_report(arguments.runs, arguments.out):
-        print(path)
-
+from pretrain.cli.start import report
 
 if __name__ == "__main__":
-    run(main)
+    report()

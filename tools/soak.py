@@ -16,19 +16,19 @@ from pretrain import startup
 
 startup.begin()
 
-import argparse
 import time
 from dataclasses import asdict
 
 from benchmarks.soak import Soak, table
 from pretrain.cli import argument_types
 from pretrain.cli.command import run
+from pretrain.cli.parser import tool_parser
 from pretrain.errors import UserError
 from pretrain.files import write_json
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--config", required=True, type=argument_types.path, help="the run file")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the run file"

@@ -1,50 +1,10 @@
-"""Brings runs up to date in wandb from their metrics.jsonl: what a live tracker could not send, or never tried to.
-
-    python tools/sync_wandb.py runs/1b_tvr [runs/1b_lir ...]
-
-Each goes on in the wandb run that the trainer uses, after the rows that are there already: started twice it sends nothing
-twice. With WANDB_MODE=offline the rows go into files below the run folder, for `wandb sync`.
-"""
-
-from __future__ import annotations
+"""Start pretrain/cli/sync_wandb.py as a script."""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this package, whatever else is called so
-from pretrain import startup
-
-startup.begin()
-
-import argparse
-
-from pretrain.cli import argument_types, command
-from pretrain.errors import UserError
-from pretrain.monitor.wandb_session import Session, alone, asked_mode, reason_of
-
-
-def bring_up_to_date(folder: Path, mode: str) -> None:
-    """Send the rows of one run folder that wandb lacks. UserError where that does not work, which changes nothing here."""
-    for name in ("config.yaml", "metrics.jsonl"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} is no run folder: it has no {name}.")
-    with alone(folder, patience_s=0):
-        try:
-            session = Session(folder, mode)
-            sent = session.send()
-            session.finish()
-        except Exception as error:
-            raise UserError(f"wandb does not take the rows of {folder}: {reason_of(error)}.") from error
-    print(f"{folder}: {sent:,} rows sent, {session.first:,} were there already; {session.place}")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Bring runs up to date in wandb from their metrics.jsonl.")
-    parser.add_argument("folders", nargs="+", type=argument_types.path, metavar="RUN_FOLDER")
-    arguments = parser.parse_args()
-    for folder in arguments.folders:
-        bring_up_to_date(folder, asked_mode("online"))
-
+from pretrain.cli.start import sync_wandb
 
 if __name__ == "__main__":
-    command.run(main)
+    sync_wandb()

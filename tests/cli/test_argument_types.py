@@ -60,7 +60,11 @@ def test_what_is_no_number_or_no_path_is_refused(
 
 def test_no_tool_takes_a_path_or_a_number_as_python_has_it() -> None:
     """Path("~/x") is a folder named ~, and float("nan") is a number."""
-    scripts = [path.read_text() for path in (REPOSITORY / "tools").glob("*.py")]
+    scripts = [
+        path.read_text()
+        for folder in ("tools", "pretrain/cli", "benchmarks")
+        for path in (REPOSITORY / folder).glob("*.py")
+    ]
     assert not [found for text in scripts for found in re.findall(r"type=(?:Path|int)\b", text)]
 
 

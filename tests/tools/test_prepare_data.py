@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -16,18 +15,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pretrain.cli import prepare_data
 from pretrain.data import check_tokenizer, fingerprint, load_tokenizer, open_shards
 from pretrain.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ROOT / "tools"
+TEXT = ROOT / "pretrain/cli"
 SPLITS = ("train", "val", "held_out")
 
 
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
-    command = [TOOLS / "train_tokenizer.py", "--source", TOOLS, "--vocab-size", "600", "--out", folder]
+    command = [TOOLS / "train_tokenizer.py", "--source", TEXT, "--vocab-size", "600", "--out", folder]
     subprocess.run([sys.executable, *command], check=True, timeout=120)
     return folder
 
@@ -84,7 +85,7 @@ def test_a_preparation_killed_again_and_again_ends_with_the_same_bytes(tokenizer
 def test_an_array_job_and_its_merge_make_what_one_process_makes(tokenizer_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "a corpus"
     folder.mkdir()
-    for number, file in enumerate(sorted(TOOLS.glob("*.py"))):
+    for number, file in enumerate(sorted(TEXT.glob("*.py"))):
         lines = [json.dumps({"body": part}) for part in file.read_text().split("\n\n")]
         (folder / f"{number} of them.jsonl").write_text("\n".join(lines))
     options = ["--source", folder / "*.jsonl", "--text-field", "body", "--tokenizer", tokenizer_folder]
@@ -163,12 +164,9 @@ def test_mistakes_end_with_code_2_and_one_paragraph(tokenizer_folder: Path, tmp_
 def test_flags_that_contradict_each_other_are_refused(
     options: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    specification = importlib.util.spec_from_file_location("prepare_data", TOOLS / "prepare_data.py")
-    tool = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(tool)
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", *options.split()])
     with pytest.raises(UserError, match=message):
-        tool.main()
+        prepare_data.main()
 
 
 @pytest.mark.parametrize("part", ["2/2", "1", "-1/2", "0/0", "a/b"])
@@ -180,9 +178,7 @@ def test_a_part_that_is_none_is_refused(part: str) -> None:
 
 def test_the_tool_starts_without_the_heavy_libraries() -> None:
     heavy = {"torch", "transformers", "datasets", "pyarrow", "deepspeed"}
-    program = (
-        f"import runpy, sys; runpy.run_path({str(TOOLS / 'prepare_data.py')!r}); print({heavy!r} & sys.modules.keys())"
-    )
+    program = f"import sys; import pretrain.cli.prepare_data; print({heavy!r} & sys.modules.keys())"
     assert _run(sys.executable, "-c", program).stdout == "set()\n"
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from pretrain import startup
 startup.begin()
-from pretrain import cli
+from pretrain.cli import command
 from pretrain.files import unfinished
 
 def main():
@@ -33,22 +33,22 @@ def main():
         work()
 
 """
-SLEEPS = HEAD + "def work(): time.sleep(100)\ncli.run(main)"
+SLEEPS = HEAD + "def work(): time.sleep(100)\ncommand.run(main)"
 # As libraries do, which make another exception of what their callback raises.
 SWALLOWS = HEAD + (
     "def work():\n    try:\n        time.sleep(100)\n    except BaseException:\n"
-    "        raise RuntimeError('not enough text') from None\ncli.run(main)"
+    "        raise RuntimeError('not enough text') from None\ncommand.run(main)"
 )
 # A mutex that its own thread waits for: no signal interrupts that, and Python's handlers do not run.
 BLOCKED = HEAD + (
-    "import ctypes\ncli.PATIENCE_S = 1.0\n"
+    "import ctypes\ncommand.PATIENCE_S = 1.0\n"
     "def work():\n    c, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(128)\n"
-    "    c.pthread_mutex_init(mutex, None)\n    c.pthread_mutex_lock(mutex)\n    c.pthread_mutex_lock(mutex)\ncli.run(main)"
+    "    c.pthread_mutex_init(mutex, None)\n    c.pthread_mutex_lock(mutex)\n    c.pthread_mutex_lock(mutex)\ncommand.run(main)"
 )
 HAS_CHILD = HEAD + (
     "import subprocess\n"
     "child = 'trap \"sleep 0.5; echo told > told; exit\" TERM; echo > ready; while :; do sleep 0.1; done'\n"
-    "def work(): subprocess.run(['bash', '-c', child], check=False)\ncli.run(main)"
+    "def work(): subprocess.run(['bash', '-c', child], check=False)\ncommand.run(main)"
 )
 
 

@@ -1,0 +1,62 @@
+"""Turn a training checkpoint into a Hugging Face folder, proved to compute what the trainer computed.
+
+    python tools/convert_to_hf.py --checkpoint runs/1b_tvr/checkpoints/latest --out hf/1b_tvr
+    python tools/convert_to_hf.py --checkpoint runs/1b_tvr/checkpoints/step_00000500 --out hf/step_500 --dtype float32
+
+The folder loads with `transformers` as it is, but for models that no stock class can hold: those bring their modelling
+file and load with trust_remote_code=True. It appears only once its logits are proved equal to the trainer's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from pretrain import quiet  # noqa: F401  (before the libraries that would speak)
+from pretrain.cli.argument_types import path
+from pretrain.cli.parser import tool_parser
+from pretrain.export.card import is_own
+from pretrain.export.convert import Written, convert
+from pretrain.export.proof import NotEqualError, name_of
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def main() -> None:
+    options = _parse()
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+    try:
+        made = convert(options.checkpoint, options.out, DTYPES[options.dtype])
+    except NotEqualError as error:
+        sys.exit(f"error: {error}")
+    print(_choice(made.model))
+    print(f"proved equal: {made.proof}")
+    files = f"{made.model.files} weight files"
+    print(f"complete: {options.out} ({made.parameters:,} parameters, {name_of(made.dtype)}, {files})")
+
+
+def _choice(model: Written) -> str:
+    """The class of the exported model and why it is this one, a line for each method that has a say."""
+    whose = (
+        "its own, no stock class holds it: trust_remote_code=True" if is_own(model.hf_config) else "stock transformers"
+    )
+    said = [f"  {name}: {reason}" for name, reason in model.reasons.items()] or [
+        "  nothing to fold: the weights are plain"
+    ]
+    return "\n".join([f"class: {model.hf_config.architectures[0]} ({whose})", *said])
+
+
+def _parse() -> argparse.Namespace:
+    parser = tool_parser(__doc__)
+    parser.add_argument(
+        "--checkpoint", type=path, required=True, help="runs/NAME/checkpoints/step_00000500, or .../latest"
+    )
+    parser.add_argument("--out", type=path, required=True, help="folder to make")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of the weights (default: what the trainer computes in)"
+    )
+    return parser.parse_args()
