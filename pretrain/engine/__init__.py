@@ -1,1 +1,1 @@
-"""DeepSpeed behind one door: its configuration, the sharded model, one optimizer step, and the gate before it."""
+"""Everything that drives DeepSpeed: its configuration, the sharded model, one optimizer step, and the gate before it."""

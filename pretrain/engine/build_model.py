@@ -1,17 +1,18 @@
 """Builds the Hugging Face model, on sharded memory under ZeRO-3, without drawing a single weight.
 
-Values come later, by position, into both copies at once (`initialize_weights`); so construction must touch no
-full tensor: torch's and transformers' own initialization is switched off, and ZeRO-3 partitions each weight as soon
-as its module exists, without broadcasting rank 0's garbage first.
+Values come later, by position, into both copies at once (`initialize_weights`), so construction must touch no full
+tensor. The initialization of torch and transformers is switched off, and ZeRO-3 partitions each weight as soon as its
+module exists, without broadcasting rank 0's garbage first.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
@@ -28,9 +29,10 @@ from pretrain.optim.schedule import learning_rate
 
 
 def hf_config(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """The Hugging Face configuration of the run's model, for the run's tokenizer.
+    """Return the Hugging Face configuration of the run's model, for the run's tokenizer.
 
-    Raises UserError where fields contradict each other or the vocabulary does not fit.
+    Raises:
+        UserError: fields contradict each other, or the vocabulary does not fit.
     """
     given = config.model.hf_fields
     aliases = type(AutoConfig.for_model(config.model.family)).attribute_map
@@ -63,24 +65,24 @@ def hf_config(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedC
 
 
 def _check_ids(given: dict[str, Any], vocab_size: int) -> None:
-    """UserError for a special token of the run file outside of the vocabulary."""
+    """Raise UserError for a special token of the run file outside of the vocabulary."""
     for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
         ids = given.get(key)
-        for one in ids if isinstance(ids, list) else [ids]:
-            if one is not None and one >= vocab_size:
+        for token_id in ids if isinstance(ids, list) else [ids]:
+            if token_id is not None and token_id >= vocab_size:
                 raise UserError(
-                    f"model.{key} {one} is outside of the vocabulary, whose ids are 0 to {vocab_size - 1}. "
+                    f"model.{key} {token_id} is outside of the vocabulary, whose ids are 0 to {vocab_size - 1}. "
                     "Give one of these, or leave it out."
                 )
 
 
 def model_class(model_config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that is trained: the stock one of this configuration, with our loss in its head."""
+    """Return the class that is trained: the stock one of this configuration, with our loss in its head."""
     return with_loss_head(MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)])
 
 
 def transformed(model: PreTrainedModel, config: Config) -> PreTrainedModel:
-    """The model as the run's methods want it, its loss included."""
+    """Return the model after the run's methods have transformed it and added their terms to its loss."""
     for method in config.methods:
         method.transform(model)
     model.tie_weights()
@@ -90,13 +92,17 @@ def transformed(model: PreTrainedModel, config: Config) -> PreTrainedModel:
 
 
 def bind_methods(config: Config, model_config: PreTrainedConfig) -> Config:
-    """`config` with methods that know the run they are part of."""
+    """Return `config` with methods that are bound to the run they are part of."""
 
     def initial_std(weight: Weight) -> float:
         return rule_of_rows(weight, bound, model_config.initializer_range)[0].std
 
     def forward_factor(weight: Weight) -> float | str:
-        return next((found for method in bound.methods if (found := method.forward_factor(weight)) is not None), 1.0)
+        for method in bound.methods:
+            factor = method.forward_factor(weight)
+            if factor is not None:
+                return factor
+        return 1.0
 
     run = RunContext(
         family=config.model.family,
@@ -119,15 +125,15 @@ def bind_methods(config: Config, model_config: PreTrainedConfig) -> Config:
 
 
 def _matrices(model_config: PreTrainedConfig) -> dict[str, Weight]:
-    """The matrices of the model before any method transforms it, by module; the head also where it is tied."""
+    """Return the matrices of the model before any method transforms it, by module; the head also where it is tied."""
     with torch.device("meta"), no_init_weights():
         model = model_class(model_config)(model_config)
-    found = {weight.name.removesuffix(".weight"): weight for weight in describe_model(model) if weight.fan_in}
-    return found | {"lm_head": describe("lm_head.weight", model.lm_head.weight.shape)}
+    matrices = {weight.name.removesuffix(".weight"): weight for weight in describe_model(model) if weight.fan_in}
+    return matrices | {"lm_head": describe("lm_head.weight", model.lm_head.weight.shape)}
 
 
 def build_model(config: Config, model_config: PreTrainedConfig, ds_config: dict[str, Any]) -> PreTrainedModel:
-    """The model, with undefined values; under ZeRO-3 each rank holds only its partition of every weight."""
+    """Return the model with undefined values. Under ZeRO-3 each rank holds only its partition of every weight."""
     stage = ds_config["zero_optimization"].get("stage", 0)
     trained_class = model_class(model_config)
     with no_init_weights(), _partitioned(ds_config) if stage == 3 else nullcontext():
@@ -140,27 +146,27 @@ def build_model(config: Config, model_config: PreTrainedConfig, ds_config: dict[
 
 
 def outline(config: Config, model_config: PreTrainedConfig) -> list[Weight]:
-    """Every weight of the model without building it: no memory is used."""
+    """Return a description of every weight of the model without building it: no memory is used."""
     with torch.device("meta"), no_init_weights():
         model = transformed(model_class(model_config)(model_config), config)
     return describe_model(model)
 
 
 def _restore_rotary_tables(model: PreTrainedModel) -> None:
-    """Recompute RoPE's frequencies in float32: bf16 `zero.Init` builds them in bf16, which no exported model would."""
+    """Recompute RoPE's frequencies in float32, as exported models do: `zero.Init` builds them in bf16 in a bf16 run."""
     for module in model.modules():
         if hasattr(module, "inv_freq"):
             fresh = type(module)(model.config)
             for name, table in fresh.named_buffers(recurse=False):
-                setattr(module, name, table.to(module.inv_freq.device))
+                setattr(module, name, table.to(module.get_buffer("inv_freq").device))
 
 
-def _partitioned(ds_config: dict[str, Any]):
-    """DeepSpeed's `zero.Init`, less the broadcast of each full weight from rank 0."""
+def _partitioned(ds_config: dict[str, Any]) -> AbstractContextManager[object]:
+    """Return DeepSpeed's `zero.Init` without the broadcast of each full weight from rank 0."""
     from deepspeed.runtime.zero.partition_parameters import Init
 
     class PartitionWithoutBroadcast(Init):
-        def _zero_init_param(self, param: torch.nn.Parameter) -> None:
+        def _zero_init_param(self, param: Any) -> None:
             self._convert_to_deepspeed_param(param)
             param.partition()
 
@@ -169,11 +175,11 @@ def _partitioned(ds_config: dict[str, Any]):
     )
 
 
-def _readers_of_other_batches(ds_config: dict[str, Any]):
-    """The ranks that share out each weight under tensor parallelism; None, all ranks, without.
+def _readers_of_other_batches(ds_config: dict[str, Any]) -> dist.ProcessGroup | None:
+    """Return the ranks that share out each weight under tensor parallelism; without it None, which means all ranks.
 
-    Left to itself `zero.Init` shares out the weights that stay whole among all ranks, while the engine shares out what it
-    cuts among these: two layouts in memory and in the checkpoint's files, where one will do.
+    By default `zero.Init` shares out the weights that stay whole among all ranks, while the engine shares out the weights
+    that it cuts among these ranks only. Memory and checkpoint files would have two layouts.
     """
     if "tensor_parallel" not in ds_config:
         return None

@@ -1,4 +1,4 @@
-"""Blocks of DeepSpeed's JSON, read as DeepSpeed itself reads them, with errors for people."""
+"""Blocks of DeepSpeed's JSON, read as DeepSpeed itself reads them, with error messages that name the key."""
 
 from __future__ import annotations
 
@@ -9,37 +9,57 @@ from pydantic import BaseModel, ValidationError
 
 from pretrain.errors import UserError
 
+Kinds = tuple[type | str, ...]
+
 
 def block(given: dict[str, Any], name: str, source: str) -> dict[str, Any]:
-    """The block called `name`, empty where there is none. UserError, which names the `source`, if it is no block."""
-    found = given.get(name, {})
-    if not isinstance(found, dict):
-        raise UserError(f"{source}: {name} must be a block of keys, not {found!r}.")
-    for key in found:
+    """Return the block called `name`, empty where there is none.
+
+    Args:
+        given: the JSON's content.
+        name: the block's key.
+        source: a name of the JSON for messages.
+
+    Raises:
+        UserError: the value is no block of keys.
+    """
+    content = given.get(name, {})
+    if not isinstance(content, dict):
+        raise UserError(f"{source}: {name} must be a block of keys, not {content!r}.")
+    for key in content:
         if not isinstance(key, str):
             raise UserError(f"{source}: {name} has the key {key!r}, which is no text: JSON has no other keys.")
-    return found
+    return content
 
 
-def check_kind(value: Any, kinds: tuple, name: str) -> None:
-    """UserError unless `value` is of one of these types, or is one of these texts; true and false are no numbers."""
+def check_kind(value: Any, kinds: Kinds, name: str) -> None:
+    """Raise UserError unless `value` has one of these types, or is one of these texts. Booleans are no numbers."""
     types = tuple(kind for kind in kinds if isinstance(kind, type))
     if value in kinds or (isinstance(value, types) and (bool in types or not isinstance(value, bool))):
         return
-    wanted = {(bool,): "true or false", (dict,): "a block of keys", (int, float): "a number"}.get(kinds)
+    names: dict[Kinds, str] = {(bool,): "true or false", (dict,): "a block of keys", (int, float): "a number"}
+    wanted = names.get(kinds)
     raise UserError(f"{name} must be {wanted or ' or '.join(map(repr, kinds))}, not {value!r}.")
 
 
 def check_finite(value: Any, name: str) -> None:
-    """UserError, which gives the full name, for a number that is none, at any depth."""
+    """Raise UserError, with the full name, for NaN or infinity at any depth of `value`."""
     if isinstance(value, float) and not isfinite(value):
         raise UserError(f"{name} must be a finite number, not {value}.")
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ()):
-        check_finite(inner, f"{name}: {key}" if isinstance(value, dict) else name)
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            check_finite(inner, f"{name}: {key}")
+    if isinstance(value, list):
+        for inner in value:
+            check_finite(inner, name)
 
 
 def parse(block_class: type[BaseModel], content: dict[str, Any], name: str, source: str) -> Any:
-    """`content` as DeepSpeed's own `block_class`. UserError for whatever that class refuses, and booleans for numbers."""
+    """Return `content` as an instance of DeepSpeed's own `block_class`.
+
+    Raises:
+        UserError: that class refuses the content, or a boolean stands for a number.
+    """
     try:
         parsed = block_class(**content)
     except ValidationError as error:

@@ -1,8 +1,7 @@
-"""The dict that DeepSpeed gets: the user's JSON, with "auto" filled in, every default that bites written out, and
-contradictions to the run file refused.
+"""The configuration that DeepSpeed gets: the user's JSON, completed and checked against the run file.
 
-DeepSpeed accepts misspelt top-level keys in silence, accumulates gradients in bf16 unless told otherwise, and has
-changed what unset keys mean between releases. So the keys are checked here and those values are always written.
+"auto" is filled in. DeepSpeed accepts misspelt top-level keys in silence, accumulates gradients in bf16 by default, and
+has changed the meaning of unset keys between releases. So the keys are checked here, and these defaults are always written.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 from pretrain.config.schema import Config
 from pretrain.data.batches.loader import check_batch_sizes
-from pretrain.engine.deepspeed_blocks import block, check_finite, check_kind
+from pretrain.engine.deepspeed_blocks import Kinds, block, check_finite, check_kind
 from pretrain.engine.muon_checks import zero_for_muon
 from pretrain.engine.precision import precision_blocks, precision_of
 from pretrain.engine.tensor_parallel import data_ranks, tensor_parallel_block
@@ -22,10 +21,12 @@ from pretrain.engine.zero_checks import check_zero
 from pretrain.errors import UserError
 from pretrain.paths import REPOSITORY
 
-# Keys of DeepSpeed's JSON that may be given, and what each must be: DeepSpeed looks at few of them before it uses them.
+# Keys of DeepSpeed's JSON that may be given, and the kind of each: DeepSpeed checks few of them before it uses them.
 # `optimizer` and `scheduler` belong to the run file.
-_SWITCH, _BLOCK, _NUMBER = (bool,), (dict,), (int, float)
-_KNOWN_KEYS: dict[str, tuple] = {
+_SWITCH: Kinds = (bool,)
+_BLOCK: Kinds = (dict,)
+_NUMBER: Kinds = (int, float)
+_KNOWN_KEYS: dict[str, Kinds] = {
     "train_batch_size": _NUMBER,
     "train_micro_batch_size_per_gpu": _NUMBER,
     "gradient_accumulation_steps": _NUMBER,
@@ -67,7 +68,7 @@ _NOT_HERE = {
     "activation_checkpointing": "set 'activation_checkpointing: true' in the run file",
 }
 
-# What DeepSpeed would choose otherwise, and why not: see docs/deepspeed.md.
+# The reasons, and the values that DeepSpeed would choose: docs/deepspeed.md.
 _ALWAYS = {
     "steps_per_print": 10**9,
     "zero_allow_untested_optimizer": True,
@@ -81,10 +82,11 @@ _ALWAYS = {
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
-    """The complete DeepSpeed configuration of a run on `world_size` ranks.
+    """Return the complete DeepSpeed configuration of a run on `world_size` ranks.
 
-    Raises UserError for an unreadable file, an unknown key, a value that contradicts the run file or that nobody has
-    tested, or a global batch that the ranks cannot share.
+    Raises:
+        UserError: the file cannot be read, has an unknown key, a value that contradicts the run file or that is not
+            supported, or the ranks cannot share the global batch.
     """
     source, given = read_deepspeed(config)
     _check_keys(given, source)
@@ -108,13 +110,13 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         zero = zero_for_muon(config, zero, precision, source)
     resolved = {**_ALWAYS, **given, **computed, "zero_optimization": zero, **precision}
     if tensor_parallel := tensor_parallel_block(config):
-        # DeepSpeed holds this key against the number of all ranks, and those of a group read the same batch.
+        # DeepSpeed checks this key against the number of all ranks, but the ranks of a group read the same batch.
         del resolved["train_batch_size"]
     return {**resolved, **tensor_parallel}
 
 
 def read_deepspeed(config: Config) -> tuple[str, dict[str, Any]]:
-    """What the run file names under `deepspeed`: a name for messages, and the JSON's content.
+    """Return the JSON that the run file names under `deepspeed`: a name for messages, and its content.
 
     A relative path counts from the working directory, then from this repository.
     """
@@ -134,7 +136,7 @@ def read_deepspeed(config: Config) -> tuple[str, dict[str, Any]]:
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:
-    """Micro-batches per rank and optimizer step. Raises UserError where the global batch does not divide."""
+    """Return the micro-batches per rank and optimizer step. Raises UserError where the global batch does not divide."""
     data = config.data
     readers = data_ranks(config, world_size)
     check_batch_sizes(data.global_batch_size, data.micro_batch_size, readers)
@@ -177,5 +179,5 @@ def _check_with_tensor_parallel(tensor: int, zero: dict[str, Any], precision: di
     if zero.get("zero_hpz_partition_size", 1) > 1:
         raise UserError(
             f"{source}: parallel.tensor {tensor} with zero_optimization.zero_hpz_partition_size is not supported: "
-            "nobody has tested which ranks share a weight then. Leave one of the two out."
+            "it is not tested which ranks share a weight then. Leave one of the two out."
         )

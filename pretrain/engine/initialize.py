@@ -1,4 +1,4 @@
-"""Initial values of all weights, and the audit of what was drawn."""
+"""Initial values of all weights, and the audit of the values that were drawn."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from pretrain.sharded.draws import Constant, Draw, ZeroRow
 
 
 def initial_rule(weight: Weight, config: Config, default_std: float) -> tuple[Draw, str]:
-    """The distribution of a weight at initialization, and the rule in words.
+    """Return the distribution of a weight at initialization, and the rule in words.
 
     Norm gains and trained factors are 1, biases 0. Matrices have the run's distribution, with deviation `default_std`
-    unless a method says otherwise. The row of an embedding that stands for padding is 0, as in transformers.
+    unless a method sets another. The row of an embedding that stands for padding is 0, as in transformers.
     """
     draw, rule = rule_of_rows(weight, config, default_std)
     if weight.padding_row is None:
         return draw, rule
-    return ZeroRow(draw, weight.padding_row, weight.shape), f"{rule}; row {weight.padding_row} (padding): 0"
+    rows, columns = weight.shape
+    return ZeroRow(draw, weight.padding_row, (rows, columns)), f"{rule}; row {weight.padding_row} (padding): 0"
 
 
 def rule_of_rows(weight: Weight, config: Config, default_std: float) -> tuple[Draw, str]:
-    """`initial_rule` of all rows that do not stand for padding."""
+    """Return `initial_rule` for the rows that do not stand for padding."""
     for method in config.methods:
         if (draw := method.init_draw(weight)) is not None:
             return draw, ", ".join(filter(None, (draw.description, method.init_rule(weight))))
@@ -41,9 +42,15 @@ def rule_of_rows(weight: Weight, config: Config, default_std: float) -> tuple[Dr
 
 
 def initialize_weights(weights: ShardedWeights, config: Config, default_std: float) -> dict[str, Moments]:
-    """Fill every weight by its rule, then audit: the measured moments of each full weight, which match its rule.
+    """Fill every weight by its rule, check the result, and return the measured moments of each full weight. Collective.
 
-    Raises RuntimeError if a weight does not have the deviation it was meant to have, within sampling error.
+    Args:
+        weights: the weights of the engine.
+        config: the run, with methods that `bind_methods` has bound.
+        default_std: the standard deviation of matrices for which no method sets one.
+
+    Raises:
+        RuntimeError: the mean or deviation of a weight differs from its rule by more than sampling error.
     """
 
     def rule(weight: Weight) -> Draw:
@@ -57,7 +64,7 @@ def initialize_weights(weights: ShardedWeights, config: Config, default_std: flo
 
 
 def _audit(weight: Weight, measured: Moments, draw: Draw) -> None:
-    """Six standard errors: one false alarm in 10^9 normal weights; heavy tails have more, in small weights."""
+    """Allow six standard errors: one false alarm in 10^9 normal weights. Small weights with heavy tails have more."""
     count, mean, std = weight.numel, draw.mean, draw.std
     mean_error, std_error = std / sqrt(count), std * sqrt((draw.kurtosis - 1) / (4 * count))
     fits = (

@@ -11,10 +11,16 @@ from pretrain.errors import UserError
 
 
 def zero_for_muon(config: Config, zero: dict[str, Any], blocks: dict[str, Any], source: str) -> dict[str, Any]:
-    """DeepSpeed's zero_optimization block for a run with Muon: `zero` and what Muon needs besides.
+    """Return DeepSpeed's zero_optimization block for a run with Muon: `zero`, and the keys that Muon needs.
 
-    blocks: of the precision, complete. Raises UserError, which names the `source` of the DeepSpeed configuration, for a
-    run in which DeepSpeed's Muon would do something else than the formula.
+    Args:
+        config: the run.
+        zero: the user's block.
+        blocks: the complete blocks of the precision, from `precision_blocks`.
+        source: a name of the DeepSpeed configuration for messages.
+
+    Raises:
+        UserError: DeepSpeed's Muon would differ from its formula in this run.
     """
     for complaint in _complaints(config, zero, blocks):
         raise UserError(f"{source}: {complaint}.")

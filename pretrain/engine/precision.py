@@ -1,4 +1,4 @@
-"""The precision of a run: fp32, bf16 or fp16 working copies, always with fp32 masters, and what DeepSpeed can combine.
+"""The precision of a run: fp32, bf16 or fp16 working copies with fp32 masters, in the combinations DeepSpeed can run.
 
     precision    ZeRO-1, 2, 3: gradients accumulate in    stage 0: gradients accumulate in
     fp32         fp32                                     fp32
@@ -17,20 +17,26 @@ from pretrain.errors import UserError
 
 _ACCUMULATION = {"fp32": {"fp32"}, "bf16": {"fp32", "bf16"}, "fp16": {"fp32"}}
 
-# Of fp16's loss scale: DeepSpeed takes any number, and its scale then never finds its place.
+# Bounds of fp16's loss scale. DeepSpeed accepts any number, and beyond these its scale never settles.
 _LEAST = {"loss_scale": 0, "initial_scale_power": 0, "loss_scale_window": 1, "hysteresis": 1, "min_loss_scale": 1}
 _MOST = {"loss_scale": 2.0**127, "initial_scale_power": 127}  # the loss is scaled in float32
 
 
 def precision_of(ds_config: dict[str, Any]) -> str:
-    """fp32, bf16 or fp16, from a complete DeepSpeed configuration."""
+    """Return fp32, bf16 or fp16, from a complete DeepSpeed configuration."""
     return next((name for name in ("bf16", "fp16") if ds_config[name]["enabled"]), "fp32")
 
 
 def precision_blocks(given: dict[str, Any], source: str, stage: int) -> dict[str, Any]:
-    """The blocks bf16, fp16 and data_types of the user's JSON `given`, complete.
+    """Return the complete blocks bf16, fp16 and data_types of the user's JSON.
 
-    Raises UserError, which names the `source`, for a combination that DeepSpeed cannot run or that nobody has tested.
+    Args:
+        given: the JSON's content.
+        source: a name of the JSON for messages.
+        stage: the ZeRO stage.
+
+    Raises:
+        UserError: a combination that DeepSpeed cannot run or that is not tested.
     """
     blocks = {
         "bf16": _bf16(block(given, "bf16", source), source),
@@ -46,7 +52,7 @@ def precision_blocks(given: dict[str, Any], source: str, stage: int) -> dict[str
 
 
 def check_accelerator(ds_config: dict[str, Any]) -> None:
-    """UserError if this machine cannot train in the precision of the run. Needs no process group."""
+    """Raise UserError if this machine cannot train in the precision of the run. Needs no process group."""
     from deepspeed.accelerator import get_accelerator
 
     accelerator, precision = get_accelerator(), precision_of(ds_config)

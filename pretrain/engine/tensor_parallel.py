@@ -1,8 +1,8 @@
 """Tensor parallelism: which ranks share a batch, and which models can be cut.
 
-`parallel.tensor: N` lets N consecutive ranks hold one copy of the model between them: DeepSpeed's AutoTP cuts the
-matrices of the decoder blocks and leaves embeddings, norms and the output head whole on each. The ranks of such a group
-read the same batch, so everything about data counts groups, the data-parallel ranks, instead of ranks.
+`parallel.tensor: N` lets N consecutive ranks share one copy of the model. DeepSpeed's AutoTP cuts the matrices of the
+decoder blocks and leaves embeddings, norms and the output head whole on each rank. The ranks of such a group read the
+same batch. So everything about data counts groups (the data-parallel ranks) instead of ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pretrain.model.layout import Weight
 
 
 def data_ranks(config: Config, world_size: int) -> int:
-    """How many groups of ranks read batches of their own. UserError unless `parallel.tensor` divides the ranks."""
+    """Return how many groups of ranks read different batches. Raises UserError if `parallel.tensor` does not divide the ranks."""
     tensor = config.parallel.tensor
     if world_size % tensor:
         raise UserError(
@@ -28,14 +28,14 @@ def data_ranks(config: Config, world_size: int) -> int:
 
 
 def data_rank(config: Config, rank: int) -> int:
-    """The number of the group that rank `rank` belongs to: DeepSpeed groups consecutive ranks."""
+    """Return the number of the group that rank `rank` belongs to: DeepSpeed groups consecutive ranks."""
     return rank // config.parallel.tensor
 
 
 def tensor_parallel_block(config: Config) -> dict[str, Any]:
-    """What DeepSpeed's JSON gets for `parallel.tensor`; empty without tensor parallelism.
+    """Return the block of DeepSpeed's JSON for `parallel.tensor`, empty without tensor parallelism.
 
-    Left to itself DeepSpeed would cut a tied vocabulary, and with it the head that computes our loss.
+    By default DeepSpeed would cut a tied vocabulary, and with it the head that computes our loss.
     """
     tensor = config.parallel.tensor
     if tensor == 1:
@@ -44,7 +44,7 @@ def tensor_parallel_block(config: Config) -> dict[str, Any]:
 
 
 def check_model(config: Config, model_config: PreTrainedConfig) -> None:
-    """UserError where DeepSpeed could not give every rank of a group an equal share of each block matrix."""
+    """Raise UserError where DeepSpeed could not give every rank of a group an equal share of each block matrix."""
     tensor = config.parallel.tensor
     if tensor == 1:
         return
@@ -62,5 +62,5 @@ def check_model(config: Config, model_config: PreTrainedConfig) -> None:
 
 
 def elements_per_rank(weights: list[Weight], tensor: int) -> int:
-    """Elements that one rank of a group holds before ZeRO cuts them: block matrices in part, all else whole."""
+    """Return the elements that one rank of a group holds before ZeRO: shares of block matrices, all other weights whole."""
     return sum(weight.numel // tensor if weight.in_block_matrix else weight.numel for weight in weights)

@@ -1,7 +1,7 @@
-"""What of DeepSpeed's `zero_optimization` block is refused, and why.
+"""Checks of DeepSpeed's `zero_optimization` block.
 
-DeepSpeed has many ways to keep weights; in some of them the methods would change copies that nothing reads, or a
-resumed run would go on from other weights. A run that would be silently wrong does not start.
+DeepSpeed has many ways to keep weights. In some of them the methods would change copies that nothing reads, or a resumed
+run would continue from other weights. A run that would be silently wrong does not start.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 from pretrain.engine.deepspeed_blocks import parse
 from pretrain.errors import UserError
 
-# Keys that change what a weight is or where it lies, and that no test covers.
+# Keys that change the values or the place of weights, and that no test covers.
 _OTHER_WEIGHTS = "forward would read quantized weights instead of those that the methods set"
 _UNTESTED = {
     "zero_quantized_weights": _OTHER_WEIGHTS,
     "zero_quantized_nontrainable_weights": _OTHER_WEIGHTS,
-    "zero_quantized_gradients": "it rounds gradients in a way that nobody here has measured",
+    "zero_quantized_gradients": "it rounds gradients in a way that has not been measured here",
     "zenflow": "it steps most weights later than the step after which the methods act",
     "elastic_checkpoint": "it stores the weights in a layout that resuming and conversion cannot read",
 }
@@ -35,7 +35,7 @@ _FIRST_STAGE = {"offload_optimizer": 1, "offload_param": 3}
 _NVME = {
     "offload_param": "the working copies would be on disk when a method changes them. Offload them to the CPU",
     "offload_optimizer": "DeepSpeed saves such a run but does not restore it: after a resume Adam's step counter, and the "
-    "weights of groups below 1 MB, start anew, and the losses differ. Offload the optimizer to the CPU",
+    "weights of groups below 1 MB, start from zero, and the losses differ. Offload the optimizer to the CPU",
 }
 
 
@@ -67,11 +67,11 @@ def _about_offloading(parsed: Any) -> Iterator[str]:
     optimizer = parsed.offload_optimizer
     if optimizer is not None and optimizer.super_offload:
         yield (
-            "offload_optimizer.super_offload is not supported: another process steps the weights then, which nobody has "
+            "offload_optimizer.super_offload is not supported: another process steps the weights then, which is not "
             "tested with methods that change them"
         )
     if optimizer is not None and optimizer.ratio < 1:
         yield (
             f"offload_optimizer.ratio {optimizer.ratio:g} is not supported: it keeps some masters on the GPU and some on "
-            "the CPU, which nobody has tested with methods that change them"
+            "the CPU, which is not tested with methods that change them"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -22,6 +23,7 @@ class Engine(Protocol):
             and, in half precision, `loss_scale`. Only `sharded/`, `engine/` and `checkpoints/` read more than that.
         basic_optimizer: the optimizer that `deepspeed.initialize` was given.
         device: where the model computes.
+        mpu: DeepSpeed's model-parallel groups, None without tensor parallelism.
         data_parallel_group: the ranks that read different batches and share out the weights.
         dp_world_size: the number of ranks in it.
         micro_steps: micro-batches that were stepped since the engine was built.
@@ -34,6 +36,7 @@ class Engine(Protocol):
     optimizer: Any
     basic_optimizer: torch.optim.Optimizer
     device: torch.device
+    mpu: Any
     data_parallel_group: dist.ProcessGroup
     dp_world_size: int
     micro_steps: int
@@ -68,6 +71,9 @@ class Engine(Protocol):
     def bfloat16_enabled(self) -> bool:
         """Return whether the working copies are bf16."""
 
+    def dynamic_loss_scale(self) -> bool:
+        """Return whether fp16's loss scale falls at an overflow and grows again."""
+
     def gradient_accumulation_steps(self) -> int:
         """Return the number of micro-batches in an optimizer step."""
 
@@ -82,3 +88,13 @@ class Engine(Protocol):
 
     def load_checkpoint(self, load_dir: str, tag: str) -> object:
         """Read the files of this rank through `checkpoint_engine`. Collective."""
+
+    # Private to DeepSpeed.
+    _config: Any
+    _copy_recovery_script: Callable[[str], None]
+
+    def _get_ckpt_name(self, checkpoints_path: Path, tag: str) -> str: ...
+
+    def _get_all_ckpt_names(self, checkpoints_path: Path, tag: str) -> list[str]: ...
+
+    def _get_zero_ckpt_name(self, checkpoints_path: Path, tag: str) -> str: ...

@@ -20,10 +20,12 @@ from pretrain.data.batches.batch import MicroBatch
 from pretrain.data.tokenizer_files import write_files
 from pretrain.distributed import signals
 from pretrain.distributed.ranks import Ranks, on_every_rank
+from pretrain.engine.build_engine import build_engine
 from pretrain.engine.initialize import initialize_weights
-from pretrain.engine.step import StepResult, build_engine, train_step, validation_loss
+from pretrain.engine.step import StepResult, train_step
 from pretrain.engine.step_gate import StepGate
 from pretrain.engine.tensor_parallel import data_rank
+from pretrain.engine.validation import validation_loss
 from pretrain.errors import Diverged
 from pretrain.files import write_text
 from pretrain.model.config_json import save_config

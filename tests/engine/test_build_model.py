@@ -119,7 +119,7 @@ def test_norms_are_one_biases_zero_and_a_method_decides_the_deviation_of_the_res
 
 
 class InMemory:
-    """As `ShardedWeights`, whole weights in one process."""
+    """A stand-in for `ShardedWeights` with whole weights in one process."""
 
     def __init__(self, weights: list[Weight]) -> None:
         self.layout = {weight.name: weight for weight in weights}

@@ -1,4 +1,4 @@
-"""Which ranks read which batch under tensor parallelism, and the models that it cannot cut."""
+"""Tensor parallelism: the batch that each rank reads, and the models that cannot be cut."""
 
 import pytest
 from transformers import AutoConfig

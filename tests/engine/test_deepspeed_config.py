@@ -1,4 +1,4 @@
-"""The dict that DeepSpeed gets: "auto" filled in, defaults written out, contradictions refused."""
+"""DeepSpeed's configuration: "auto" is filled in, defaults are written out, contradictions are refused."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_what_contradicts_or_does_not_exist_is_refused(given: dict, message: str
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_weights_that_nobody_here_has_changed_under_test_are_refused(keys: dict, message: str) -> None:
+def test_weights_whose_change_is_not_tested_are_refused(keys: dict, message: str) -> None:
     with pytest.raises(UserError) as caught:
         deepspeed_config(config({"zero_optimization": {"stage": 3, **keys}}), 1)
     assert message in str(caught.value)

@@ -1,4 +1,4 @@
-"""Dropout: a GPT-2 trains with Hugging Face's 0.1 unless the run file says otherwise, and the plan says so."""
+"""Dropout: a GPT-2 trains with Hugging Face's 0.1 unless the run file sets another, and the plan reports it."""
 
 from __future__ import annotations
 

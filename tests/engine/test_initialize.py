@@ -1,4 +1,4 @@
-"""The `init` section: which distribution a run's matrices are drawn from."""
+"""The `init` section: the distribution that matrices are drawn from."""
 
 import pytest
 import yaml

@@ -26,7 +26,7 @@ def zero(stage: int, **more) -> dict:
 
 
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 10}}
-# Ranks to start -> what they go through one after another. (DeepSpeed can cut models in a process or not: never both.)
+# Ranks to start -> the cases that they run one after another. (DeepSpeed can cut models in a process or not: never both.)
 CASES = {
     "1 rank": {
         "whole": {"deepspeed": zero(1), "micro_batch_size": 8},
@@ -47,7 +47,7 @@ RIGHT = [(ranks, name) for ranks, cases in CASES.items() for name in cases if na
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict, Path]]:
-    """What each set of ranks found, and the folder of its initial weights; all are started at once."""
+    """Return the results of each set of ranks, and the folder of its initial weights. All are started at once."""
     folders = {ranks: tmp_path_factory.mktemp("ranks") for ranks in CASES}
     with ExitStack() as stack:
         jobs = [
@@ -63,7 +63,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict, Path
 
 @pytest.fixture(scope="module")
 def expected(seen) -> dict:
-    """The same training, dense: mean losses over all targets that count, and AdamW."""
+    """Train the same model in one process: mean losses over all targets that count, and AdamW."""
     config = LlamaConfig(
         vocab_size=VOCABULARY, max_position_embeddings=LENGTH, num_key_value_heads=2, bos_token_id=1, eos_token_id=2, **SIZES
     )  # fmt: skip
@@ -107,6 +107,6 @@ def test_training_went_far_enough_to_tell(expected) -> None:
 
 
 def test_means_of_micro_batches_would_be_others(seen, expected) -> None:
-    """Without the weights, the empty micro-batch alone takes a quarter off."""
+    """Without weighting, the empty micro-batch alone would lower the loss by a quarter."""
     found = seen["2 ranks"][0]["means_of_means"]["steps"][0]["cross_entropy"]
     assert found != pytest.approx(expected["steps"][0]["cross_entropy"], rel=0.1)

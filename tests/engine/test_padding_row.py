@@ -1,4 +1,4 @@
-"""The row of an embedding that stands for padding starts, and trains, as transformers has it.
+"""The row of an embedding that stands for padding starts and trains as in transformers.
 
 What is compared with is transformers' own initialization, and its own classes stepped by torch's AdamW.
 """
@@ -41,7 +41,7 @@ def seen(tmp_path_factory) -> dict[str, dict[str, np.ndarray]]:
 
 
 def stock(case: str) -> torch.nn.Module:
-    """Transformers' model of a case, initialized by transformers."""
+    """Return transformers' model of a case, initialized by transformers."""
     torch.manual_seed(0)
     shared = {"vocab_size": VOCABULARY, "pad_token_id": PADDING, "bos_token_id": 1, "eos_token_id": 2}
     if case == "gpt2":

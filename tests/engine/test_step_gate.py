@@ -1,4 +1,4 @@
-"""A step that is left out leaves no trace, and one that is clipped is the dense step with the gradient so much shorter.
+"""A step that is left out leaves no trace. A step that is clipped is the dense step on the shortened gradient.
 
 On real ranks, in every way that DeepSpeed has to take a step. The ranks are started once and go through every case
 (gate_worker.py).
@@ -27,7 +27,7 @@ OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
 
 def zero(stage: int, precision: str = "fp32", **more) -> dict:
-    """A case of this stage. Without ZeRO DeepSpeed can only accumulate gradients in the precision of the weights."""
+    """Return a case of this stage. Without ZeRO DeepSpeed can only accumulate gradients in the precision of the weights."""
     found: dict = {"zero_optimization": {"stage": stage, **more}}
     if precision != "fp32":
         found[precision] = {"enabled": True, **({"loss_scale": 64} if precision == "fp16" else {})}
@@ -37,7 +37,9 @@ def zero(stage: int, precision: str = "fp32", **more) -> dict:
 
 def muon(stage: int, precision: str = "fp32", **more) -> dict:
     case = zero(stage, precision, **more) | {"optim": {"name": "muon", "grad_clip": None}}
-    if stage in (1, 2) and precision == "fp32" and not more:  # no norm of gradients: see `pretrain.engine.step_gate`
+    if (
+        stage in (1, 2) and precision == "fp32" and not more
+    ):  # no norm of gradients: see `pretrain.engine.gradient_norm`
         case["days"] = [day for day in DAYS if day != "gradient spike"]
     return case
 
@@ -87,14 +89,14 @@ SEARCHING = {
 for case in SEARCHING.values():
     case["deepspeed"]["fp16"] = {"enabled": True, "initial_scale_power": 2, "hysteresis": 1, "min_loss_scale": 1}
 
-# The others are the same code again, or DeepSpeed's on other ways.
+# The other stages run the same code, or other paths of DeepSpeed.
 FAST = ("zero0_fp32", "zero1_bf16", "zero2_bf16", "zero3_fp32", "zero3_bf16_offloaded", "muon_zero3")
 FAST += ("zclip_zero0_2.0", "zclip_zero3_None", "searching_zero3", "reported")
 ALL = SPARED | TAKEN | CLIPPED | SEARCHING | TENSOR
 
 
 def job_of(case: str) -> object:
-    """What is equal for the cases that one set of ranks goes through. (A process can cut models or not: never both.)"""
+    """Return what the cases of one set of ranks have in common. (A process can cut models or not: never both.)"""
     stage = ALL[case]["deepspeed"]["zero_optimization"]["stage"]
     return "fast" if case in FAST else (case in TENSOR, "muon" in case, case in TENSOR or stage)
 
@@ -105,7 +107,7 @@ def each(cases: dict[str, dict]) -> list:
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory):
-    """What became of a case, and its weights as `tables` if it has any; ranks are started when first asked for."""
+    """Return the results of a case, and its weights as `tables` if it has any. Starts the ranks at the first call."""
     found: dict[str, dict] = {}
 
     def at(case: str) -> dict:
@@ -165,7 +167,7 @@ def test_a_step_clipped_by_zclip_is_the_dense_step_with_the_gradient_so_much_sho
 
 
 def dense_training(start: dict[str, np.ndarray], grad_clip: float | None):
-    """The same days on one process: AdamW, and ZClip written out from the paper's algorithm 1.
+    """Train the same days in one process: AdamW, and ZClip written out from the paper's algorithm 1.
 
     Returns the weights, the norms before clipping, and the factors by which ZClip shortened what `grad_clip` had left.
     """

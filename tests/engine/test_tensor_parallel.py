@@ -1,4 +1,4 @@
-"""Tensor parallelism changes nothing but where the work is done: same losses, norms, weights; it resumes and converts."""
+"""Tensor parallelism changes only the place of the work: losses, norms and weights are the same; runs resume and convert."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ BF16 = {"bf16": {"enabled": True}}
 
 @dataclass(frozen=True)
 class Layout:
-    """Ranks, how many of them hold one copy of the model, DeepSpeed's JSON, and the run without that it must equal."""
+    """A layout: ranks, how many of them hold one copy of the model, DeepSpeed's JSON, and the run without it to compare with."""
 
     ranks: int
     tensor: int
@@ -82,7 +82,7 @@ EVERY = [*CUT, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
 
 def settings(out: Path, name: str, layout: Layout, **more: object) -> dict:
-    """A run of a few steps that rescales at every second and measures every weight."""
+    """Return a run of a few steps that rescales at every second step and measures every weight."""
     chosen = {"out": str(out), "name": name, "steps": STEPS, "model": layout.model, "deepspeed": layout.deepspeed}
     chosen |= {"parallel.tensor": layout.tensor, "methods.1.interval_steps": 2, "log.weights_interval_steps": 2}
     return chosen | more
@@ -90,7 +90,7 @@ def settings(out: Path, name: str, layout: Layout, **more: object) -> dict:
 
 @pytest.fixture(scope="module")
 def trained(run_file: Path, tmp_path_factory: pytest.TempPathFactory):
-    """The run folder of a layout, trained when first asked for."""
+    """Return the run folder of a layout. Trains at the first call."""
     out = tmp_path_factory.mktemp("tensor_parallel")
     made: dict[str, Path] = {}
 
@@ -127,7 +127,7 @@ def test_losses_gradients_and_weights_are_those_of_data_parallel_ranks_alone(tra
         found = last_rows(ours, "weights")[step]
         assert found.keys() == row.keys()
         for weight, facts in row.items():
-            # Softmax does not feel a key's bias: its gradient is rounding alone, which Adam makes as large as any other.
+            # Softmax does not depend on a key's bias. Its gradient is only rounding, which Adam makes as large as any other.
             if isinstance(facts, dict) and not weight.endswith("k_proj.bias"):
                 assert found[weight]["std"] == pytest.approx(facts["std"], rel=50 * layout.tolerance, abs=1e-7), weight
                 assert found[weight]["rescaled"] == facts["rescaled"], weight
@@ -190,7 +190,7 @@ def test_a_killed_run_goes_on_bit_for_bit(run_file: Path, tmp_path: Path, name: 
             }
 
 
-OTHERS = {  # what is changed of the run that was cut in two, and what the message says
+OTHERS = {  # changes to the run that was cut in two, and a part of the message
     "not cut any more": ({"parallel.tensor": 1}, "tensor_parallel 2, this run 1; DeepSpeed's shards of one"),
     "cut in four": (
         {"parallel.tensor": 4, "model": MODEL | {"num_key_value_heads": 4, "intermediate_size": 88}},
@@ -201,7 +201,7 @@ OTHERS = {  # what is changed of the run that was cut in two, and what the messa
 
 @pytest.fixture(scope="module")
 def refused(run_file: Path, trained, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Ended, dict, dict]]:
-    """What four ranks say to a checkpoint of another tensor-parallel size, and the run folder before and after."""
+    """Return the refusal of four ranks of a checkpoint of another tensor-parallel size, and the folder before and after."""
     base = tmp_path_factory.mktemp("refused")
     commands, folders = {}, {}
     for number, (name, (change, _)) in enumerate(OTHERS.items()):

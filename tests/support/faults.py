@@ -84,7 +84,7 @@ def _spoil(samples: range, factor: float) -> None:
     from pretrain.data.batches.loader import Loader
     from pretrain.engine import step as engine
 
-    next_batch, losses, read = Loader.next_batch, engine._losses, [range(0)]
+    next_batch, losses, read = Loader.next_batch, engine.losses_of, [range(0)]
 
     def next_batch_and_note(self: Loader) -> list:
         before = self.position
@@ -99,7 +99,7 @@ def _spoil(samples: range, factor: float) -> None:
 
     import torch
 
-    Loader.next_batch, engine._losses = next_batch_and_note, spoiled
+    Loader.next_batch, engine.losses_of = next_batch_and_note, spoiled
 
 
 def _all(faults: tuple[Callable[[], None], ...]) -> None:

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from pretrain.config.schema import Config
 from pretrain.data.batches.batch import MicroBatch
 from pretrain.distributed.ranks import Ranks
+from pretrain.engine.build_engine import build_engine
 from pretrain.engine.build_model import bind_methods, hf_config
 from pretrain.engine.deepspeed_config import deepspeed_config
-from pretrain.engine.step import build_engine
 from pretrain.engine.step_gate import StepGate
 from pretrain.engine.tensor_parallel import data_rank, data_ranks
 from pretrain.optim.zclip import ZClip

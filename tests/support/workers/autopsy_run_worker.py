@@ -11,8 +11,9 @@ from pretrain.config.schema import load_config
 from pretrain.data.batches.samples import Rows
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.distributed.ranks import initialize
+from pretrain.engine.build_engine import build_engine
 from pretrain.engine.initialize import initialize_weights
-from pretrain.engine.step import build_engine, train_step
+from pretrain.engine.step import train_step
 from pretrain.engine.step_gate import StepGate
 from pretrain.resilience.spike_guard import SpikeGuard
 from pretrain.sharded import ShardedWeights

@@ -104,12 +104,12 @@ class Harming:
         self.here = ranks.rank == ranks.world_size - 1
 
     def __enter__(self) -> None:
-        self.plain = pretrain.engine.step._losses
+        self.plain = pretrain.engine.step.losses_of
         if self.day != "good":
-            pretrain.engine.step._losses = self.losses
+            pretrain.engine.step.losses_of = self.losses
 
     def __exit__(self, *_) -> None:
-        pretrain.engine.step._losses = self.plain
+        pretrain.engine.step.losses_of = self.plain
 
     def losses(self, engine: Engine, *given):
         found, self.calls = self.plain(engine, *given), self.calls + 1

@@ -11,7 +11,8 @@ from pretrain.config.schema import Config
 from pretrain.data.batches.batch import MicroBatch
 from pretrain.distributed.ranks import Ranks, initialize
 from pretrain.engine.initialize import initialize_weights
-from pretrain.engine.step import train_step, validation_loss
+from pretrain.engine.step import train_step
+from pretrain.engine.validation import validation_loss
 from pretrain.sharded import ShardedWeights
 from tests.support.runs import allow_fp16_on_cpu
 from tests.support.tiny_engines import LENGTH, VOCABULARY, forget_garbage, gated, leave, share, tiny_config, tiny_plan

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from pretrain import quiet  # noqa: F401
 from pretrain.config.schema import Config
 from pretrain.distributed.ranks import initialize
+from pretrain.engine.build_engine import build_engine
 from pretrain.engine.initialize import initialize_weights
-from pretrain.engine.step import build_engine
 from pretrain.errors import UserError
 from pretrain.sharded import ShardedWeights, gathered
 from pretrain.trainer.plan import make_plan

@@ -8,8 +8,8 @@ import torch
 from pretrain.checkpoints import Checkpoints, TrainerState
 from pretrain.config.schema import CheckpointSection
 from pretrain.distributed.ranks import Ranks, initialize
+from pretrain.engine.build_engine import build_engine
 from pretrain.engine.initialize import initialize_weights
-from pretrain.engine.step import build_engine
 from pretrain.sharded import ShardedWeights
 from tests.support.runs import allow_fp16_on_cpu
 from tests.support.tiny_engines import leave, share, tiny_plan
