@@ -1,1 +1,1 @@
-"""Side-by-side measurements, one file a subject; tools/bench.py prints them."""
+"""Side-by-side measurements, one file a subject; `python -m benchmarks` and tools/bench.py print them."""

@@ -1,4 +1,4 @@
-"""What one check of the ranks' agreement costs beside a training step, by ZeRO stage and precision.
+"""Measure one check of the ranks' consistency beside a training step, by ZeRO stage and precision.
 
 torchrun --nproc-per-node=2 -m benchmarks.agreement
 """
@@ -9,6 +9,7 @@ import gc
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,15 +22,18 @@ from pretrain.resilience.consistency import check_step
 
 HIDDEN_SIZE, LAYERS, TOKENS, ROUNDS = 512, 14, 1024, 3
 BF16 = {"bf16": {"enabled": True}}
-LAYOUTS = {
+LAYOUTS: dict[str, dict[str, Any]] = {
     "ZeRO-0, fp32": {"zero_optimization": {"stage": 0}},
     "ZeRO-1, bf16": {"zero_optimization": {"stage": 1}, **BF16},
     "ZeRO-3, fp32": {"zero_optimization": {"stage": 3}},
 }
 
 
-def measure(deepspeed: dict) -> tuple[int, float, float]:
-    """Parameters, and the seconds of a training step and of a check: medians over rounds, the slowest rank."""
+def measure(deepspeed: dict[str, Any]) -> tuple[int, float, float]:
+    """Return the number of parameters and the seconds of a training step and of a check.
+
+    The seconds are medians over the rounds, of the slowest rank.
+    """
     llama = Llama(HIDDEN_SIZE, LAYERS, TOKENS, deepspeed)
     llama.step()
     check_step(llama.weights, (), 0, 0, 0.0)

@@ -1,7 +1,7 @@
-"""Conversion against DeepSpeed's own `zero_to_fp32`, in time and peak memory, on one checkpoint.
+"""Compare conversion with DeepSpeed's own `zero_to_fp32`, in time and peak memory, on one checkpoint.
 
 Each way runs in a process of its own, the ways in turns. Peak memory is the largest resident set that the kernel saw,
-so pages of mapped files count; the row `imports alone` is what Python and the libraries take.
+so pages of mapped files count. The row `imports alone` shows the cost of Python and the libraries.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ PROGRAMS = {
 
 
 def bench_convert(checkpoint: Path, rounds: int) -> str:
-    """A table: every way to convert a ZeRO checkpoint, the ways interleaved `rounds` times, medians reported.
+    """Return a table of every way to convert a ZeRO checkpoint, the ways interleaved `rounds` times: medians.
 
-    Raises RuntimeError if one of them fails.
+    Raises:
+        RuntimeError: If one of them fails.
     """
     checkpoint = resolve(checkpoint)
     measured: dict[str, list[tuple[float, int]]] = {way: [] for way in PROGRAMS}
@@ -52,7 +53,7 @@ def bench_convert(checkpoint: Path, rounds: int) -> str:
 
 
 def _measure(program: str, checkpoint: Path, out: Path) -> tuple[float, int]:
-    """Seconds and peak resident bytes of one process."""
+    """Return the seconds and peak resident bytes of one process."""
     began = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "-c", _HEAD + program, str(checkpoint), str(out)],

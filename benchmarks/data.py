@@ -1,7 +1,7 @@
-"""Shuffled sequences of tokens, ready to train on: Evenkeel's loader beside others, on the same tokens, interleaved.
+"""Compare loaders of shuffled token sequences, ready to train on: Evenkeel's and others, on the same tokens, interleaved.
 
-Every loader reads a data set that its own library wrote, in a process of its own (bench/loading.py for Evenkeel,
-bench/rivals/loaders.py for the others), with its files in the page cache.
+Every loader reads a data set that its own library wrote, in a process of its own (loading.py for Evenkeel,
+rivals/loaders.py for the others), with its files in the page cache.
 """
 
 from __future__ import annotations
@@ -28,15 +28,22 @@ OURS = "evenkeel"
 SEQ_LEN = 2048
 BATCH_SIZE = 8
 VOCAB_SIZE = 1 << 15
-# Of samples, to start at. The others' memory grows with them: 10^10 would take some of them a terabyte.
+# Numbers of samples at which the start is measured. The others' memory grows with them: 10^10 would take a terabyte.
 RIVALS_SIZES = (10**6, 10**8)
 OUR_SIZES = (10**6, 10**8, 10**10)
 MIDDLES = {10**6: 5 * 10**5, 10**8: 5 * 10**7, 10**10: 10**9}  # where a run resumes
 
 
 @dataclass(frozen=True)
-class Loader:
-    """needs: modules to import, and how pip names what brings them. worker_processes, resumes: whether it has them."""
+class Contestant:
+    """A loader that is measured.
+
+    Attributes:
+        label: Its name in the tables.
+        needs: The modules that it imports, each with pip's name of the package.
+        worker_processes: Whether it has them.
+        resumes: Whether it can start in the middle.
+    """
 
     label: str
     needs: tuple[tuple[str, str], ...]
@@ -44,14 +51,14 @@ class Loader:
     resumes: bool = False
 
 
-EVENKEEL = Loader("Evenkeel", (), worker_processes=False, resumes=True)
+EVENKEEL = Contestant("Evenkeel", (), worker_processes=False, resumes=True)
 RIVALS = {
-    "gather": Loader("NumPy gather by a permutation (the limit)", (("torch", "torch"),), worker_processes=False),
-    "memmap": Loader("torch DataLoader on numpy.memmap", (("torch", "torch"),)),
-    "litdata": Loader("litdata TokensLoader", (("litdata", "litdata"),), resumes=True),
-    "datatrove": Loader("datatrove DatatroveFolderDataset", (("datatrove", "datatrove"), ("torch", "torch"))),
-    "datasets": Loader("HF datasets, Arrow on disk", (("datasets", "datasets"), ("torch", "torch"))),
-    "mosaicml": Loader("mosaicml-streaming MDS", (("streaming", "mosaicml-streaming"),), resumes=True),
+    "gather": Contestant("NumPy gather by a permutation (the limit)", (("torch", "torch"),), worker_processes=False),
+    "memmap": Contestant("torch DataLoader on numpy.memmap", (("torch", "torch"),)),
+    "litdata": Contestant("litdata TokensLoader", (("litdata", "litdata"),), resumes=True),
+    "datatrove": Contestant("datatrove DatatroveFolderDataset", (("datatrove", "datatrove"), ("torch", "torch"))),
+    "datasets": Contestant("HF datasets, Arrow on disk", (("datasets", "datasets"), ("torch", "torch"))),
+    "mosaicml": Contestant("mosaicml-streaming MDS", (("streaming", "mosaicml-streaming"),), resumes=True),
 }
 
 
@@ -66,11 +73,22 @@ def bench_data(
     our_sizes: Sequence[int] = OUR_SIZES,
     rivals_sizes: Sequence[int] = RIVALS_SIZES,
 ) -> str:
-    """Two tables, medians over `rounds` interleaved rounds: reading, and the first batch of ever larger data sets.
+    """Return two tables, medians over interleaved rounds: reading, and the first batch of ever larger data sets.
 
-    tokens: of the data set, drawn at random. seconds: of reading, for each loader in each round. workers: numbers of
-    worker processes to try, for loaders that have them. A rival that rivals_python cannot import, or that fails, is in
-    the tables with the reason; RuntimeError where Evenkeel's own loader fails.
+    A rival that `rivals_python` cannot import, or that fails, is in the tables with the reason.
+
+    Args:
+        rounds: How often each loader is measured.
+        tokens: Size of the data set, which is drawn at random.
+        seconds: How long each loader reads in each round.
+        rivals: Keys of RIVALS.
+        rivals_python: The interpreter that runs them.
+        workers: Numbers of worker processes to try, for loaders that have them.
+        our_sizes: Numbers of samples at which Evenkeel's start is measured.
+        rivals_sizes: The same for the others.
+
+    Raises:
+        RuntimeError: If Evenkeel's own loader fails.
     """
     with tempfile.TemporaryDirectory(prefix="bench_data_") as name:
         bench = _Bench(Path(name), rivals, rivals_python)
@@ -87,7 +105,7 @@ class _Bench:
         self._left_out = {rival: missing_modules(rivals_python, RIVALS[rival].needs) for rival in rivals}
 
     def write(self, tokens: int) -> None:
-        """Every loader's data set of the same tokens, in a folder of its name."""
+        """Write every loader's data set, of the same tokens, in a folder of its name."""
         samples = max(tokens // SEQ_LEN, 1)
         drawn = np.random.default_rng(0).integers(0, VOCAB_SIZE, samples * SEQ_LEN, dtype=np.uint16)
         drawn.tofile(self._folder / "tokens.bin")
@@ -102,14 +120,14 @@ class _Bench:
     def table_of_reading(self, rounds: int, seconds: float, workers: Sequence[int]) -> str:
         cases = [
             (loader, count)
-            for loader, facts in self._loaders.items()
-            for count in (workers if facts.worker_processes else [0])
+            for loader, contestant in self._loaders.items()
+            for count in (workers if contestant.worker_processes else [0])
         ]
         found: dict[tuple[str, int], list[tuple[dict, int]]] = {case: [] for case in cases}
         for number in range(rounds):
             for loader, count in cases:
-                asked = {"do": "read", "folder": loader, "seconds": seconds, "workers": count}
-                if (usage := self._run(loader, **asked)) is not None:
+                usage = self._run(loader, do="read", folder=loader, seconds=seconds, workers=count)
+                if usage is not None:
                     found[loader, count].append((_last_line(usage), usage.peak_bytes))
                     print(f"round {number + 1}: {loader}, {count} workers: {_last_line(usage)}", file=sys.stderr)
         return self._describe_reading(found, rounds, seconds)
@@ -117,11 +135,11 @@ class _Bench:
     def table_of_starting(self, rounds: int, our_sizes: Sequence[int], rivals_sizes: Sequence[int]) -> str:
         rows = []
         for size in our_sizes:
-            for loader, facts in self._loaders.items():
+            for loader, contestant in self._loaders.items():
                 row = (
                     self._start(loader, size, rounds) if loader == OURS or size in rivals_sizes else ["not run", *"---"]
                 )
-                rows.append((f"{size:.0e}", facts.label, *row))
+                rows.append((f"{size:.0e}", contestant.label, *row))
         resumed_at = ", ".join(f"{MIDDLES[size]:.0e} of {size:.0e}" for size in our_sizes)
         explanation = (
             f"To the first batch of a data set of so many samples, shuffled, on one rank, no worker processes; medians over "
@@ -132,7 +150,7 @@ class _Bench:
         return f"{explanation}\n\n{render(header, rows)}"
 
     def _start(self, loader: str, size: int, rounds: int) -> list[object]:
-        """CPU seconds, and megabytes beyond what the small data set takes: from the first sample, and from the middle."""
+        """Return CPU seconds and megabytes beyond the small data set's: from the first sample, and from the middle."""
         with tempfile.TemporaryDirectory(dir=self._folder) as name:
             grown, small = Path(name) / "grown", self._folder / loader
             shutil.copytree(small, grown)
@@ -146,8 +164,10 @@ class _Bench:
             found: dict[str, list[Usage]] = {case: [] for case in cases}
             for _ in range(rounds):
                 for case, (folder, position) in cases.items():
-                    asked = {"folder": str(folder), "small": str(small), "workers": 0, "position": position}
-                    if (usage := self._run(loader, do="start", **asked)) is None:
+                    usage = self._run(
+                        loader, do="start", folder=str(folder), small=str(small), workers=0, position=position
+                    )
+                    if usage is None:
                         return [self._left_out[loader], *"---"]
                     found[case].append(usage)
         peaks = {case: median(usage.peak_bytes for usage in usages) for case, usages in found.items()}
@@ -160,7 +180,7 @@ class _Bench:
         return row if "middle" in found else [*row, *"--"]
 
     def _run(self, loader: str, *, folder: str, **asked: object) -> Usage | None:
-        """None where a rival is left out, now or before."""
+        """Return the cost of one process, or None where a rival is left out, now or before."""
         if self._left_out.get(loader):
             return None
         asked |= {"folder": str(self._folder / folder), "seq_len": SEQ_LEN}
@@ -178,7 +198,7 @@ class _Bench:
             return None
 
     def _describe_reading(self, found: dict, rounds: int, seconds: float) -> str:
-        rows = []
+        rows: list[tuple[object, ...]] = []
         ours = [_speed(read) for read, _ in found[OURS, 0]]
         for (loader, count), results in found.items():
             label = self._loaders[loader].label

@@ -1,13 +1,12 @@
-"""What drawing a LLaMA-7B's initial weights costs each of R ranks, without starting them.
+"""Measure the cost of drawing a LLaMA-7B's initial weights on each of R ranks, without starting them.
 
 The pieces of one rank after another are filled, weight by weight, into one buffer of the size of the largest. Blocks
-have equal shapes: some are filled, and counted for all. Seconds are one thread's processor time, so that other work on
-the machine hardly counts. Each case has a process of its own; its peak is what resident memory rose by.
+have equal shapes, so some are filled, and counted for all. Seconds are one thread's processor time, so that other work on
+the machine hardly counts. Each case has a process of its own; its peak is the rise of resident memory.
 """
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -44,9 +43,15 @@ class Case:
 
 @dataclass(frozen=True)
 class Cost:
-    """seconds: of each rank. elements: that all ranks own together. buffer, peak: bytes.
+    """The cost of a case.
 
-    column_seconds, column_elements: the part in slices of columns, of all ranks together.
+    Attributes:
+        seconds: Of each rank.
+        elements: The number that all ranks own together.
+        column_seconds: The part of the seconds of all ranks that went into slices of columns.
+        column_elements: The number of elements in them.
+        buffer: Bytes of the largest piece.
+        peak: Bytes.
     """
 
     seconds: list[float]
@@ -58,15 +63,17 @@ class Cost:
 
 
 def bench_fill(world_sizes: tuple[int, ...], blocks: int) -> str:
-    """A table: ranks, then distributions, then tensor parallelism. `blocks` of the model's 32 are filled."""
+    """Return a table: ranks, then distributions, then tensor parallelism. `blocks` of the model's 32 are filled."""
     weights, cases = _weights(), _cases(world_sizes)
     rows = []
     with get_context("fork").Pool(1, maxtasksperchild=1) as pool:
         costs = pool.imap(partial(_measure, weights, blocks), cases)
         for case, cost in zip(cases, tqdm(costs, total=len(cases), desc="cases"), strict=True):
             rows.append(_row(case, cost))
-    header = ["distribution", "ranks", "of them tensor-parallel", "rank 0 s", "slowest rank s", "ns per element"]
-    header += ["in column slices", "largest piece MiB", "peak MiB"]
+    header = [
+        *("distribution", "ranks", "of them tensor-parallel", "rank 0 s", "slowest rank s", "ns per element"),
+        *("in column slices", "largest piece MiB", "peak MiB"),
+    ]
     return render(header, rows)
 
 
@@ -99,7 +106,8 @@ def _measure(weights: list[Weight], blocks: int, case: Case) -> Cost:
     fill_slice_(torch.empty(2000), case.draw, 0, "warm-up", Slice((1000, 3), 1, 0, 2), 0)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak counts from here
     before, buffer = _resident("VmRSS"), torch.empty(largest)
-    seconds, elements, columns = [0.0] * case.ranks, 0.0, [0.0, 0.0]
+    seconds = [0.0] * case.ranks
+    elements = column_seconds = column_elements = 0.0
     for rank in range(case.ranks):
         for weight in sampled:
             part, start, count = _piece(weight, case, rank)
@@ -111,12 +119,13 @@ def _measure(weights: list[Weight], blocks: int, case: Case) -> Cost:
             seconds[rank] += spent
             elements += times * count
             if part.dim == 1:
-                columns = [columns[0] + spent, columns[1] + times * count]
-    return Cost(seconds, elements, *columns, 4 * largest, _resident("VmHWM") - before)
+                column_seconds += spent
+                column_elements += times * count
+    return Cost(seconds, elements, column_seconds, column_elements, 4 * largest, _resident("VmHWM") - before)
 
 
 def _piece(weight: Weight, case: Case, rank: int) -> tuple[Slice, int, int]:
-    """What rank `rank` owns: a slice, the first element in it and their number. Consecutive ranks share a cut."""
+    """Return the part of rank `rank`: a slice, the first element in it and their number. Consecutive ranks share a cut."""
     dim = CUT_DIM.get(weight.role) if case.tensor > 1 else None
     if dim is None:
         part = Slice(weight.shape)
@@ -130,5 +139,6 @@ def _piece(weight: Weight, case: Case, rank: int) -> tuple[Slice, int, int]:
 
 
 def _resident(kind: str) -> int:
-    """VmRSS: bytes of this process in memory; VmHWM: the most there ever were."""
-    return 1024 * int(re.search(rf"{kind}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1])
+    """Return the bytes of this process in memory (VmRSS), or the most there ever were (VmHWM)."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
+    return 1024 * int(status[kind].split()[0])

@@ -17,7 +17,7 @@ from pretrain.optim.param_groups import build_optimizer
 from pretrain.sharded import ShardedWeights
 
 SEQ_LEN = 256
-STD = 0.02  # of the weights at the start
+STD = 0.02  # standard deviation of the weights at the start
 _VOCABULARY = 4096
 
 
@@ -31,14 +31,27 @@ class _Tokenizer:
 
 
 class Llama:
-    """The model of `hidden_size` and `layers`; heads are 64 wide, micro-batches at most 8 sequences a rank.
+    """A LLaMA in an engine. Heads are 64 wide, micro-batches at most 8 sequences a rank.
 
-    tokens: of one optimizer step, a multiple of SEQ_LEN times the number of ranks. changes: of the run's configuration.
+    Attributes:
+        config: The run's configuration.
+        engine: DeepSpeed's engine.
+        weights: The engine's weights.
+        tokens: The micro-batch of every step, (micro_batch_size, SEQ_LEN + 1), int64.
     """
 
     def __init__(
         self, hidden_size: int, layers: int, tokens: int, deepspeed_json: dict[str, Any], changes: dict | None = None
     ) -> None:
+        """Build and fill the model.
+
+        Args:
+            hidden_size: Width of the model.
+            layers: Number of blocks.
+            tokens: Tokens of one optimizer step, a multiple of SEQ_LEN times the number of ranks.
+            deepspeed_json: The content of DeepSpeed's file.
+            changes: The run's `optim` keys and `methods`, where they differ from AdamW without methods.
+        """
         import deepspeed
 
         config = _config(hidden_size, layers, tokens, deepspeed_json, changes or {})
@@ -55,11 +68,11 @@ class Llama:
         self.tokens = torch.randint(0, _VOCABULARY, shape, device=self.engine.device)
 
     def fill(self) -> None:
-        """Give every weight its first value again."""
+        """Set every weight to its first value."""
         initialize_weights(self.weights, self.config, STD)
 
     def settle(self) -> None:
-        """Gather ZeRO-3's resident copies where its hooks have dropped them: the state in which a step leaves the engine."""
+        """Gather ZeRO-3's resident copies where its hooks have dropped them, as at the end of a step."""
         if resident := self.engine.optimizer.persistent_parameters:
             resident[0].all_gather(resident)
 

@@ -1,4 +1,4 @@
-"""Evenkeel's loader, measured as the others are in bench/rivals/loaders.py, and the data sets for it; see bench/data.py."""
+"""Evenkeel's loader, measured like the others in rivals/loaders.py, and the data sets for it. Started by data.py."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from pretrain.data.tokens.manifest import write_manifest
 DOCUMENT_TOKENS = 1000
 SHARD_TOKENS = 1 << 25
 GROWN_SHARD_TOKENS = 1 << 30
-FACTS = {"text_bytes": 0, "vocab_size": 1 << 15, "eos_id": 0, "tokenizer_fingerprint": "0" * 32}
+DESCRIPTION = {"text_bytes": 0, "vocab_size": 1 << 15, "eos_id": 0, "tokenizer_fingerprint": "0" * 32}
 
 
 def main() -> None:
@@ -35,12 +36,13 @@ def write(tokens: np.ndarray, folder: Path) -> None:
     writer = ShardWriter(folder, tokens.dtype, SHARD_TOKENS)
     ends = np.arange(DOCUMENT_TOKENS, len(tokens) + DOCUMENT_TOKENS, DOCUMENT_TOKENS)
     writer.append(tokens, np.minimum(ends, len(tokens)))
-    writer.finish(FACTS)
+    writer.finish(DESCRIPTION)
 
 
 def grow(folder: Path, samples: int, seq_len: int) -> None:
-    """Shards that are holes, of one document each."""
-    entries, left = [], samples * seq_len
+    """Make shards that are holes in files, of one document each."""
+    entries: list[dict[str, Any]] = []
+    left = samples * seq_len
     while left > 0:
         tokens = min(left, GROWN_SHARD_TOKENS)
         file, ends_file = (f"hole_{len(entries):05}.{suffix}" for suffix in ("bin", "ends"))
@@ -51,15 +53,16 @@ def grow(folder: Path, samples: int, seq_len: int) -> None:
         checksums = {"xxh3_128": "0" * 32, "ends_xxh3_128": "0" * 32, "blocks_xxh3_64": []}
         entries.append({"file": file, "ends_file": ends_file, **sizes, **checksums})
         left -= tokens
-    write_manifest(folder, np.dtype(np.uint16), entries, FACTS)
+    write_manifest(folder, np.dtype(np.uint16), entries, DESCRIPTION)
 
 
-def read(folder: Path, *, seq_len: int, batch_size: int, position: int = 0, **_) -> Iterator[torch.Tensor]:
-    """What a run on one rank does, after the check of the checksums; the inputs of one micro-batch a step."""
+def read(folder: Path, *, seq_len: int, batch_size: int, position: int = 0, **_: object) -> Iterator[torch.Tensor]:
+    """Read like a run on one rank, without the check of checksums; yield the inputs of one micro-batch a step."""
     samples = Concatenated(open_shards(folder, verify="size"), seq_len)
     feed = Feed([Stream(samples, GlobalOrder(samples.counts, SEED))])
-    sizes = {"global_batch_size": batch_size, "micro_batch_size": batch_size}
-    loader = Loader(feed, **sizes, rank=0, world_size=1, position=position)
+    loader = Loader(
+        feed, global_batch_size=batch_size, micro_batch_size=batch_size, rank=0, world_size=1, position=position
+    )
     try:
         while True:
             yield loader.next_batch()[0].inputs

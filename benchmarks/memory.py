@@ -1,4 +1,4 @@
-"""The most memory that a call holds beyond what was allocated before it, to the byte, from torch's allocators."""
+"""The peak memory of a call beyond what was allocated before it, to the byte, from torch's allocators."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 
 def peak_extra_bytes(call: Callable[[], object]) -> int:
-    """Peak of the memory that torch allocated during `call()` and had not yet freed, temporary buffers included.
+    """Return the peak of the memory, in bytes, that torch allocated during `call()` and had not yet freed.
 
-    On a GPU the GPU's memory, else the CPU's: there, every allocation and release is taken from torch's profiler, gloo's
-    buffers among them. Slow; do not time the same call.
+    Temporary buffers count. With a GPU it is the GPU's memory. Without one it is the CPU's: every allocation and release is
+    taken from torch's profiler, gloo's buffers among them. This is slow; do not time the same call.
     """
     if torch.cuda.is_available():
         before = torch.cuda.memory_allocated()

@@ -1,8 +1,9 @@
-"""What each method costs, as a share of a training step of the same model without it."""
+"""Measure the cost of each method as a share of a training step of the same model without it."""
 
 from __future__ import annotations
 
 from statistics import median
+from typing import Any
 
 from benchmarks.ranks import run_ranks
 from benchmarks.table import render
@@ -12,12 +13,18 @@ HIDDEN_SIZE, LAYERS = 256, 10  # 9.9M parameters
 
 
 def bench_methods(names: list[str], ranks: int, rounds: int, tokens: int) -> str:
-    """A table of the methods called `names` (all if empty) and of Muon, dearest first.
+    """Return a table of the methods called `names`, or of all methods and Muon if it is empty, most expensive first.
 
-    Each round takes one step without and one with each method, one right after the other; the cost is the median of the
+    Each round takes one step without and one with each method, one right after the other. The cost is the median of the
     ratios, less one.
+
+    Args:
+        names: Names of the registry.
+        ranks: How many ranks to start.
+        rounds: How many pairs of steps to take for each method.
+        tokens: Tokens of a training step.
     """
-    found = measure_methods(names, ranks, rounds, tokens)
+    measured = measure_methods(names, ranks, rounds, tokens)
     rows = sorted(
         (
             (
@@ -25,7 +32,7 @@ def bench_methods(names: list[str], ranks: int, rounds: int, tokens: int) -> str
                 f"{100 * (median(ratios) - 1):+.1f}%",
                 f"{100 * (min(ratios) - 1):+.1f} .. {100 * (max(ratios) - 1):+.1f}%",
             )
-            for name, ratios in found.items()
+            for name, ratios in measured.items()
         ),
         key=lambda row: -float(row[1].rstrip("%")),
     )
@@ -37,13 +44,13 @@ def bench_methods(names: list[str], ranks: int, rounds: int, tokens: int) -> str
 
 
 def measure_methods(names: list[str], ranks: int, rounds: int, tokens: int) -> dict[str, list[float]]:
-    """The ratio of each round, by method; see methods_worker.measure."""
-    rivals = {name: {"methods": [_options(name)]} for name in names or sorted(REGISTRY)}
+    """Return the ratio of each round, by method, as methods_worker.measure describes them."""
+    rivals: dict[str, dict[str, Any]] = {name: {"methods": [_options(name)]} for name in names or sorted(REGISTRY)}
     if not names:
         rivals["optim.name: muon"] = {"optim": {"name": "muon", "grad_clip": None}}
     asked = {"rivals": rivals, "hidden_size": HIDDEN_SIZE, "layers": LAYERS, "rounds": rounds, "tokens": tokens}
     return {row["name"]: row["ratios"] for row in run_ranks("benchmarks.methods_worker", asked, ranks)}
 
 
-def _options(name: str) -> dict:
+def _options(name: str) -> dict[str, Any]:
     return {"name": name, "interval_steps": 1} if name == "tvr" else {"name": name}

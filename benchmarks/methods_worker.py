@@ -1,4 +1,4 @@
-"""One rank of bench/methods.py: steps with and without each method, interleaved; prints the ratios of their times."""
+"""One rank of benchmarks/methods.py: steps with and without each method, interleaved; prints the ratios of their times."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ZERO3 = {"zero_optimization": {"stage": 3}}
 
 
 def measure(asked: dict) -> None:
-    """Print {"name", "ratios"} of each rival: time of a step with it over that of the plain step before it."""
+    """Print {"name", "ratios"} for each rival: the time of a step with it over that of the plain step before it."""
     size = asked["hidden_size"], asked["layers"], asked["tokens"]
     plain = Llama(*size, _ZERO3)
     for name, changes in asked["rivals"].items():
@@ -36,7 +36,7 @@ def measure(asked: dict) -> None:
 
 
 def _seconds(llama: Llama, number: int) -> float:
-    """Of one step and of what the methods do after it, on the slowest rank."""
+    """Return the seconds, on the slowest rank, of one step and of the methods' work after it."""
     dist.barrier()
     began = time.perf_counter()
     llama.step()

@@ -1,4 +1,4 @@
-"""The yardstick of the trainer: the same model in a plain PyTorch loop, one process. Started by bench/trainer.py.
+"""The yardstick of the trainer: the same model in a plain PyTorch loop, one process. Started by benchmarks/trainer.py.
 
     python -m benchmarks.plain CONFIG STEPS
 

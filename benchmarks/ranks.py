@@ -1,4 +1,4 @@
-"""Starts the ranks of a measurement on this machine and collects what the first of them prints."""
+"""Start the ranks of a measurement on this machine and collect what the first of them prints."""
 
 from __future__ import annotations
 
@@ -12,9 +12,15 @@ from pretrain.processes import own_package
 
 
 def run_ranks(module: str, argument: Any, ranks: int) -> list[dict[str, Any]]:
-    """The JSON objects that `python -m module ARGUMENT` prints, started as `ranks` processes that share the cores.
+    """Start `python -m module ARGUMENT` on ranks that share the cores, and return the JSON objects that they print.
 
-    argument: whatever JSON can hold. Raises RuntimeError if a rank fails.
+    Args:
+        module: The module to run.
+        argument: Any value that JSON can hold.
+        ranks: How many processes to start.
+
+    Raises:
+        RuntimeError: If a rank fails.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", module, json.dumps(argument)]

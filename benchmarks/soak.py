@@ -1,12 +1,18 @@
-"""A run that is struck at random moments, again and again, and must end with the losses of one that was not.
+"""Kill a run at random moments, again and again, and compare its losses with those of a run that was left alone.
 
-The soak is its own launcher: it starts the ranks, strikes some of them, waits for the rest to end by themselves, looks at
-what is left, and starts the same command again. Ranks that have not met yet cannot know of each other: of those it ends
-the rest, as every launcher does. Nothing is injected into the ranks: they get signals, as from a cluster.
+    python tools/soak.py --config configs/tiny_tvr.yaml --out soak [--set key=value ...] [--kills 50] [--minutes 60]
+
+Give it a short run with checkpoints every few steps. A broken promise ends the soak with code 2 and a sentence. What
+happened to each kill is in OUT/soak.json.
+
+The soak is its own launcher. It starts the ranks, strikes some of them, waits for the others to end by themselves, checks
+what is left, and starts the same command again. Ranks that have not met yet cannot notice each other's end, so the soak
+ends them, as every launcher does. Nothing is injected into the ranks: they get signals, as from a cluster.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
@@ -16,19 +22,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from pretrain.checkpoints.folders import complete_checkpoints
 from pretrain.checkpoints.manifest import verify
+from pretrain.cli import argument_types
 from pretrain.errors import MACHINE_FAULT, UserError
+from pretrain.files import write_json
 from pretrain.monitor.phase import read_mirror
 from pretrain.paths import REPOSITORY
 
 SOON_S = 30
-_HANGS_UP_TO_S = 60  # of silence of one rank, with the watchdog's limit of WATCHDOG_S
+_HANGS_UP_TO_S = 60  # while one rank is silent; the watchdog's limit is WATCHDOG_S
 WATCHDOG_S = 15
 _NOT_MET = "starting"
 STRUCK_AT_START = 0.2  # the share of faults before the ranks have met
@@ -36,8 +44,15 @@ _TRAIN = REPOSITORY / "pretrain/train.py"
 
 
 @dataclass(frozen=True)
-class Fault:
-    """What is done to some ranks: each gets `numbers`, a second apart. weight: how often it is chosen."""
+class Strike:
+    """A fault: signals to one rank or to all, a second apart.
+
+    Attributes:
+        name: As the table calls it.
+        numbers: The signals that each struck rank gets, in this order.
+        to_all: Whether all ranks get them.
+        weight: How often this fault is chosen, relative to the others.
+    """
 
     name: str
     numbers: tuple[signal.Signals, ...]
@@ -46,22 +61,30 @@ class Fault:
 
     @property
     def saves(self) -> bool:
-        """Whether the struck ranks are to save and end by themselves."""
+        """Return whether the struck ranks are to save and end by themselves."""
         return self.numbers == (signal.SIGTERM,)
 
 
-FAULTS = (
-    Fault("SIGKILL to one rank", (signal.SIGKILL,), False, 5),
-    Fault("SIGKILL to all ranks", (signal.SIGKILL,), True, 4),
-    Fault("SIGTERM to one rank", (signal.SIGTERM,), False, 2),
-    Fault("SIGTERM to all ranks, SIGKILL a second later", (signal.SIGTERM, signal.SIGKILL), True, 2),
-    Fault("SIGSTOP to one rank", (signal.SIGSTOP,), False, 1),
+STRIKES = (
+    Strike("SIGKILL to one rank", (signal.SIGKILL,), False, 5),
+    Strike("SIGKILL to all ranks", (signal.SIGKILL,), True, 4),
+    Strike("SIGTERM to one rank", (signal.SIGTERM,), False, 2),
+    Strike("SIGTERM to all ranks, SIGKILL a second later", (signal.SIGTERM, signal.SIGKILL), True, 2),
+    Strike("SIGSTOP to one rank", (signal.SIGSTOP,), False, 1),
 )
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One fault. phase: what the struck rank was doing. seconds: until the other ranks had ended. codes: of those."""
+    """One fault and what followed.
+
+    Attributes:
+        fault: The name of the `Strike`.
+        phase: The phase that the struck rank was in.
+        step: The last step that the run had logged.
+        seconds: Time until the other ranks had ended.
+        codes: The exit codes of the ranks that were not killed.
+    """
 
     fault: str
     phase: str
@@ -71,17 +94,32 @@ class Trial:
 
 
 class Soak:
-    """Runs of one command line, on `ranks` local CPU ranks (or as many GPUs), in folders below `out`."""
+    """Runs of one command line, in folders below `out`, that are struck and compared.
+
+    Attributes:
+        trials: The faults so far.
+    """
 
     def __init__(self, words: list[str], out: Path, ranks: int, seed: int) -> None:
-        """words: the command line after train.py, without `out` and `name`."""
+        """Take a run to strike.
+
+        Args:
+            words: The command line after train.py, without `out` and `name`.
+            out: The folder of the runs.
+            ranks: How many local ranks to start, on the CPU or on as many GPUs.
+            seed: Decides the moments and the faults.
+        """
         self.words, self.out, self.ranks = words, out, ranks
         self._random = random.Random(seed)
         self._startup_s = 10.0
         self.trials: list[Trial] = []
 
     def run(self, kills: int, deadline: float) -> None:
-        """Strike `kills` times, or until the monotonic clock says `deadline`. UserError where a promise is broken."""
+        """Strike `kills` times, or until the monotonic clock passes `deadline`.
+
+        Raises:
+            UserError: If a promise is broken: other losses, a damaged checkpoint, ranks that hang or end with another code.
+        """
         whole = self._undisturbed()
         number = 0
         with tqdm(total=kills, unit="kill", disable=not sys.stderr.isatty()) as progress:
@@ -107,8 +145,8 @@ class Soak:
         return _losses(folder)
 
     def _strike(self, folder: Path) -> Trial | None:
-        """One start of the run, and one fault; None where the run has ended before it."""
-        (fault,) = self._random.choices(FAULTS, [fault.weight for fault in FAULTS])
+        """Start the run and strike it once. Return None if the run ended before that."""
+        (fault,) = self._random.choices(STRIKES, [fault.weight for fault in STRIKES])
         struck = list(range(self.ranks)) if fault.to_all else [self._random.randrange(self.ranks)]
         mirror = folder / f"logs/pulses/rank_{struck[0]}.phase"
         mirror.unlink(missing_ok=True)
@@ -136,10 +174,10 @@ class Soak:
         return Trial(fault.name, phase, max(_losses(folder), default=0), seconds, codes)
 
     @staticmethod
-    def _send(fault: Fault, processes: list[subprocess.Popen]) -> None:
+    def _send(fault: Strike, processes: list[subprocess.Popen]) -> None:
         for number in fault.numbers:
             for process in processes:
-                process.send_signal(number)  # nothing happens to one that has ended
+                process.send_signal(number)  # harmless if the rank has ended
             if number != fault.numbers[-1]:
                 time.sleep(1)
 
@@ -179,12 +217,12 @@ class Soak:
 
 
 def table(trials: list[Trial]) -> str:
-    """What happened, by fault: how often, the longest wait for the other ranks, in which phases, exit codes."""
+    """Return a table by fault: how often, the longest wait for the other ranks, the phases, the exit codes."""
     rows = [
         "| fault | trials | longest wait | phases that were hit | exit codes of the others |",
         "|---|---|---|---|---|",
     ]
-    for fault in FAULTS:
+    for fault in STRIKES:
         mine = [trial for trial in trials if trial.fault == fault.name]
         if not mine:
             continue
@@ -210,8 +248,8 @@ def _losses(folder: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows if row["kind"] == "train"}
 
 
-def _wait_for_the_rest(fault: Fault, processes: list[subprocess.Popen], struck: list[int]) -> float:
-    """The seconds until the ranks that were not stopped have ended. UserError if it takes too long."""
+def _wait_for_the_rest(fault: Strike, processes: list[subprocess.Popen], struck: list[int]) -> float:
+    """Return the seconds until the ranks that were not stopped have ended. Raise UserError if it takes too long."""
     began, stopped = time.monotonic(), signal.SIGSTOP in fault.numbers
     limit = _HANGS_UP_TO_S if stopped else SOON_S
     waited_for = [process for rank, process in enumerate(processes) if not (stopped and rank in struck)]
@@ -240,3 +278,36 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def main() -> None:
+    """Strike the run of the command line; print and write what happened."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, type=argument_types.path, help="the run file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the run file"
+    )
+    parser.add_argument("--out", required=True, type=argument_types.path, help="folder for the runs; must not exist")
+    parser.add_argument(
+        "--kills", type=argument_types.whole(1), default=50, help="how many faults (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--minutes", type=argument_types.number(above=0), default=60.0, help="at most so long (default: %(default)s)"
+    )
+    parser.add_argument("--ranks", type=argument_types.whole(1), default=2, help="default: %(default)s")
+    parser.add_argument(
+        "--seed", type=argument_types.whole(), default=0, help="of the moments and faults (default: %(default)s)"
+    )
+    options = parser.parse_args()
+    if options.out.exists():
+        raise UserError(f"{options.out} exists: name a new folder.")
+    words = ["--config", str(options.config), *(word for setting in options.set for word in ("--set", setting))]
+    soak = Soak(words, options.out.absolute(), options.ranks, options.seed)
+    try:
+        soak.run(options.kills, time.monotonic() + 60 * options.minutes)
+    finally:
+        write_json(options.out / "soak.json", [asdict(trial) for trial in soak.trials])
+        print(table(soak.trials))
+    if len(soak.trials) < options.kills:
+        raise UserError(f"only {len(soak.trials)} of {options.kills} faults in {options.minutes:g} minutes.")
+    print(f"\n{len(soak.trials)} faults; every run ended with the losses of one that was left alone, bit for bit")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def render(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table; floats keep three digits."""
+    """Return a Markdown table; floats keep three digits."""
     cells = [list(header), *([_cell(value) for value in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = [

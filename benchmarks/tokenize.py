@@ -1,7 +1,7 @@
-"""Text to token files: Evenkeel's tools/prepare_data.py beside other pipelines, on the same files, interleaved.
+"""Compare pipelines from text to token files: tools/prepare_data.py and others, on the same files, interleaved.
 
-Every pipeline is a command of its own (bench/rivals/pipelines.py for the others), and what its whole process tree costs is
-counted, imports included. Each runs on all documents and on the first few of them; the difference is net of start-up.
+Every pipeline is a command of its own (rivals/pipelines.py for the others). The cost of its whole process tree is counted,
+imports included. Each runs on all documents and on the first few of them; the difference is net of start-up.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ SEPARATOR = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Pipeline:
-    """needs: modules to import, and how pip names what brings them. output: the token files, in order by name."""
+    """A way from text to token files.
+
+    Attributes:
+        label: Its name in the table.
+        needs: The modules that it imports, each with pip's name of the package.
+        output: A pattern of the token files, which are in order by name.
+    """
 
     label: str
     needs: tuple[tuple[str, str], ...]
@@ -40,7 +46,14 @@ class Pipeline:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The same documents in a file for each worker, by kind of file; few: the first documents alone. text_bytes: UTF-8."""
+    """The same documents by kind of file.
+
+    Attributes:
+        files: All documents, in a file for each worker.
+        few: The first documents alone.
+        text_bytes: Size of all texts in UTF-8.
+        documents: How many there are.
+    """
 
     files: dict[str, list[str]]
     few: dict[str, list[str]]
@@ -50,6 +63,8 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Result:
+    """One run of a pipeline: its cost on all documents and on a few, and its tokens' digest and number."""
+
     whole: Usage
     few: Usage
     digest: str
@@ -87,11 +102,22 @@ def bench_tokenize(
     rivals_python: str,
     workers: int,
 ) -> str:
-    """A table of CPU time, speed, memory and the tokens' digest by pipeline, medians over `rounds` interleaved rounds.
+    """Return a table of CPU time, speed, memory and the tokens' digest by pipeline, medians over interleaved rounds.
 
-    megabytes: 10^6 bytes of text, the source's first, or its texts over and over. tokenizer: a folder with
-    tokenizer.json; None trains a byte-level BPE of 32,000 on the text. A rival that rivals_python cannot import, or that
-    fails, is in the table with the reason; RuntimeError where Evenkeel's own command fails.
+    A rival that `rivals_python` cannot import, or that fails, is in the table with the reason.
+
+    Args:
+        rounds: How often each pipeline is measured.
+        megabytes: 10^6 bytes of text: the source's first, or its texts over and over.
+        source: As tools/prepare_data.py takes it.
+        tokenizer: A folder with tokenizer.json; None trains a byte-level BPE of 32,000 on the text.
+        rivals: Keys of RIVALS.
+        rivals_python: The interpreter that runs them.
+        workers: Processes or threads of each pipeline.
+
+    Raises:
+        RuntimeError: If Evenkeel's own command fails.
+        UserError: If the source has no text, or the tokenizer no tokenizer.json.
     """
     with tempfile.TemporaryDirectory(prefix="bench_tokenize_") as name:
         folder = Path(name)
@@ -141,21 +167,23 @@ class _Bench:
 
     def _command(self, key: str, files: list[str], out: Path) -> list[str]:
         if key in OURS:
-            options = {"--tokenizer": self._tokenizer, "--out": out, "--val-fraction": 0, "--workers": self._workers}
-            words = [str(word) for option in options.items() for word in option]
+            words = ["--tokenizer", str(self._tokenizer), "--out", str(out)]
+            words += ["--val-fraction", "0", "--workers", str(self._workers)]
             return [sys.executable, str(REPOSITORY / "tools/prepare_data.py"), "--source", *files, *words]
         out.mkdir()
-        asked = {"rival": key, "tokenizer": str(self._tokenizer), "files": files, "out": str(out)}
-        asked |= {"dtype": self._dtype, "workers": self._workers, **self._eos}
+        asked = {
+            **{"rival": key, "tokenizer": str(self._tokenizer), "files": files, "out": str(out)},
+            **{"dtype": self._dtype, "workers": self._workers, **self._eos},
+        }
         return [self._rivals_python, str(PIPELINES), json.dumps(asked)]
 
     def _environment(self, folder: Path) -> dict[str, str]:
-        """As many threads as workers, no network, and caches in a folder that goes."""
+        """Return variables: as many threads as workers, no network, and caches in a temporary folder."""
         threads = {name: str(self._workers) for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS")}
         return {**threads, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "TMPDIR": str(folder)}
 
     def _digest(self, files: list[Path]) -> tuple[str, int]:
-        """Of all tokens in order: the first digits of their SHA-1, and how many there are."""
+        """Return the first digits of the SHA-1 of all tokens in order, and how many there are."""
         digest, size = hashlib.sha1(), 0
         for file in files:
             digest.update(file.read_bytes())
@@ -164,7 +192,7 @@ class _Bench:
 
 
 def _texts(source: Sequence[str], size: int) -> Iterator[str]:
-    """The source's texts, from the start again at its end, until they hold `size` bytes of UTF-8."""
+    """Yield the source's texts, again from the start at its end, until they hold `size` bytes of UTF-8."""
     from pretrain.data.text.sources import open_source
 
     taken = 0
@@ -182,10 +210,11 @@ def _texts(source: Sequence[str], size: int) -> Iterator[str]:
 
 
 def _write_corpus(texts: Iterator[str], folder: Path, workers: int) -> Corpus:
-    """Documents in stretches of equal bytes, a file for each worker, as .jsonl, .jsonl.zst and .parquet."""
+    """Write the documents in stretches of equal bytes, a file for each worker, as .jsonl, .jsonl.zst and .parquet."""
     documents = list(texts)
     sizes = [len(text.encode()) for text in documents]
-    share, parts, taken = sum(sizes) / workers, [[] for _ in range(workers)], 0
+    parts: list[list[str]] = [[] for _ in range(workers)]
+    share, taken = sum(sizes) / workers, 0
     for text, size in zip(documents, sizes, strict=True):
         parts[min(int(taken / share), workers - 1)].append(text)
         taken += size
@@ -213,7 +242,7 @@ def _write_kinds(parts: list[list[str]], folder: Path) -> dict[str, list[str]]:
 
 
 def _train(corpus: Corpus, folder: Path) -> Path:
-    """A byte-level BPE as GPT-2's, the kind that all of the rivals are made for."""
+    """Train a byte-level BPE like GPT-2's, the kind that all of the rivals are made for."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -234,7 +263,7 @@ def _train(corpus: Corpus, folder: Path) -> Path:
 def _report(results: dict[str, list[Result]], left_out: dict, corpus: Corpus, workers: int, rounds: int) -> str:
     megabytes = corpus.text_bytes / 1e6
     reference = results["evenkeel-jsonl"]
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for key, measured in results.items():
         label = (OURS.get(key) or RIVALS[key]).label
         if left_out.get(key):
@@ -261,8 +290,10 @@ def _report(results: dict[str, list[Result]], left_out: dict, corpus: Corpus, wo
                 "/".join(dict.fromkeys(result.digest for result in measured)),
             )
         )
-    header = ("pipeline", "CPU-s (range)", "MB per CPU-s", "CPU-s / Evenkeel's", "start-up CPU-s", "net MB per CPU-s")
-    header += ("net / Evenkeel's", "wall s", "peak MB", "tokens", "SHA-1 of tokens")
+    header = [
+        *("pipeline", "CPU-s (range)", "MB per CPU-s", "CPU-s / Evenkeel's", "start-up CPU-s", "net MB per CPU-s"),
+        *("net / Evenkeel's", "wall s", "peak MB", "tokens", "SHA-1 of tokens"),
+    ]
     explanation = (
         f"{megabytes:.1f} MB of text in {corpus.documents:,} documents, {workers} worker(s), {os.cpu_count()} cores; "
         f"medians over {rounds} round(s), interleaved. CPU-s: the whole process tree, imports included. "

@@ -1,4 +1,4 @@
-"""Tokens per second of the trainer on 1 and 2 ranks against a plain PyTorch loop, on the same cores, interleaved."""
+"""Compare the trainer on 1 and 2 ranks with a plain PyTorch loop: tokens/s on the same cores, interleaved."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ TRAIN = REPOSITORY / "pretrain/train.py"
 
 
 def bench_trainer(config: str, rounds: int, steps: int) -> str:
-    """A table of median tokens/s over `rounds` rounds, each of which runs every rival once for `steps` steps."""
+    """Return a table of median tokens/s over `rounds` rounds, each of which runs every rival once for `steps` steps.
+
+    Raises:
+        RuntimeError: If one of them fails.
+    """
     cores = os.cpu_count() or 1
     rivals = {
         f"plain PyTorch, 1 process x {cores} threads": lambda: _plain(config, steps, cores),
@@ -49,7 +53,7 @@ def _plain(config: str, steps: int, threads: int) -> float:
 
 
 def _evenkeel(config: str, steps: int, ranks: int, threads: int) -> float:
-    """Median tokens/s of the run's own log, past the first third. Evaluates and saves only at the end."""
+    """Return the median tokens/s in the run's metrics after its first third. The run evaluates and saves only at its end."""
     with tempfile.TemporaryDirectory() as out:
         never = [f"{key}.interval_steps=1000000" for key in ("eval", "checkpoint")]
         settings = [f"out={out}", f"steps={steps}", "log.interval_steps=1", "optim.schedule.warmup_steps=0", *never]

@@ -1,4 +1,4 @@
-"""What the published TVR callback does under DeepSpeed, and ways around it: the numbers of docs/sharded_weights.md."""
+"""Measure the published TVR callback under DeepSpeed, and ways around its trap: the numbers of docs/sharded_weights.md."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from benchmarks.table import render
 
 
 def bench_trap() -> str:
-    """A table: the deviation of one matrix before, after and one step after each way to bring it down to half."""
+    """Return a table: the deviation of one matrix before, after and one step after each way to halve it."""
     rows = measure_trap()
     header = ("ZeRO", "way", "std it sees", "working copy after", "master after", "working copy after the next step")
     cells = [
@@ -22,5 +22,5 @@ def bench_trap() -> str:
 
 
 def measure_trap() -> list[dict]:
-    """One row per ZeRO stage and way; see trap_worker.measure."""
+    """Return a row for each ZeRO stage and way, as trap_worker.measure describes them."""
     return run_ranks("benchmarks.trap_worker", [1, 3], 2)

@@ -1,4 +1,4 @@
-"""One rank of the trap measurement; started by bench/trap.py. The first rank prints one JSON line per way."""
+"""One rank of the trap measurement; started by trap.py. The first rank prints one JSON line per way."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Way = Callable[[Llama, str], float]
 
 
 def published(llama: Llama, name: str) -> float:
-    """The published callback: statistics and rescale of `module.weight.data`."""
+    """Apply the published callback: statistics and rescale of `module.weight.data`."""
     weight = _parameter(llama, name).data
     std, mean = weight.std(), weight.mean()
     if std / TARGET > RATIO:
@@ -31,7 +31,7 @@ def published(llama: Llama, name: str) -> float:
 
 
 def published_in_gathered_parameters(llama: Llama, name: str) -> float:
-    """The same within DeepSpeed's context, which gives the full weight and keeps rank 0's changes of it."""
+    """Apply it within DeepSpeed's context, which gives the full weight and keeps rank 0's changes of it."""
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([_parameter(llama, name)], modifier_rank=0):
@@ -39,7 +39,7 @@ def published_in_gathered_parameters(llama: Llama, name: str) -> float:
 
 
 def published_on_the_master(llama: Llama, name: str) -> float:
-    """The same arithmetic on the full fp32 master, through DeepSpeed's `safe_get_` and `safe_set_full_fp32_param`."""
+    """Apply it to the full fp32 master, through DeepSpeed's `safe_get_` and `safe_set_full_fp32_param`."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 
     parameter = _parameter(llama, name)
@@ -51,12 +51,12 @@ def published_on_the_master(llama: Llama, name: str) -> float:
 
 
 def evenkeel(llama: Llama, name: str) -> float:
-    """TVR as shipped."""
+    """Apply TVR as shipped."""
     (method,) = llama.config.methods
     return float(method.after_step(1, llama.weights)[name]["std"])
 
 
-# ZeRO stage -> (what the table calls it, the way, the weight)
+# ZeRO stage -> (title in the table, the way, the weight)
 WAYS: dict[int, list[tuple[str, Way, str]]] = {
     1: [
         ("published", published, LARGE),
@@ -75,7 +75,7 @@ WAYS: dict[int, list[tuple[str, Way, str]]] = {
 
 
 def measure(llama: Llama, way: Way, name: str) -> dict[str, float]:
-    """Deviations of one weight, as the way saw it, and of both copies after it and after a step that moves nothing."""
+    """Return deviations of one weight: as the way saw it, and of both copies after it and after a step that moves nothing."""
     llama.fill()
     llama.step(lr=0.0)
     seen = way(llama, name)
@@ -89,7 +89,7 @@ def _parameter(llama: Llama, name: str) -> torch.nn.Parameter:
 
 
 def _working_std(llama: Llama, name: str) -> float:
-    """Of the full weight that forward reads."""
+    """Return the deviation of the full weight that forward reads."""
     import deepspeed
 
     parameter = _parameter(llama, name)

@@ -1,10 +1,10 @@
-"""What one application of TVR costs, beside a training step, by scheme, number of ranks and model size.
+"""Measure one application of TVR beside a training step, by scheme, number of ranks and model size.
 
 Three schemes do the same arithmetic on the same ZeRO-3 weights, interleaved in one run, and are checked to agree:
 
     sharded     Evenkeel's engine: each rank reads its pieces, one small collective for all matrices
     gathered    DeepSpeed's public hooks: each full weight on every rank, one after another
-    released    the published callback's: two all-reduces per matrix, on the pieces (bench/tvr_released.py)
+    released    the published callback's: two all-reduces per matrix, on the pieces (tvr_released.py)
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ SCHEMES = ("sharded", "gathered", "released")
 
 
 def bench_tvr(world_sizes: Sequence[int], rounds: int, tokens: int, resident_below: int) -> str:
-    """Two tables: every quantity at every size, and the power of the parameters with which each of them grows."""
+    """Return two tables: every quantity at every size, and the power of the parameters with which each of them grows.
+
+    Args: as of `measure_tvr`.
+    """
     rows = measure_tvr(world_sizes, rounds, tokens, resident_below)
     distance = max(row["distance"] for row in rows)
     explanation = (
@@ -43,9 +46,17 @@ def measure_tvr(
     resident_below: int,
     sizes: Sequence[tuple[int, int]] = SIZES,
 ) -> list[dict[str, float]]:
-    """One row per number of ranks and model size; see tvr_worker.measure.
+    """Return a row for each number of ranks and model size, as tvr_worker.measure describes them.
 
-    resident_below: DeepSpeed's stage3_param_persistence_threshold. Raises UserError if the ranks cannot share the tokens.
+    Args:
+        world_sizes: Numbers of ranks.
+        rounds: How many training steps to take at each size.
+        tokens: Tokens of a training step.
+        resident_below: DeepSpeed's stage3_param_persistence_threshold, in elements.
+        sizes: Hidden size and layers of each model.
+
+    Raises:
+        UserError: If the ranks cannot share the tokens.
     """
     for ranks in world_sizes:
         if tokens % (ranks * SEQ_LEN):
@@ -55,15 +66,17 @@ def measure_tvr(
 
 
 def growth_exponent(sizes: Sequence[float], values: Sequence[float]) -> float | None:
-    """a of the least-squares fit of log value = a log size + b; None where the values are not all positive."""
+    """Return a of the least-squares fit of log value = a log size + b; None where the values are not all positive."""
     if len(sizes) < 2 or min(values) <= 0:
         return None
     return linear_regression([log(size) for size in sizes], [log(value) for value in values]).slope
 
 
 def _costs(rows: list[dict[str, float]]) -> str:
-    header = ("ranks", "parameters", "step s", "scheme", "all ms", "all / step", "none ms", "none / step")
-    header += ("collectives", "received KiB", "peak KiB")
+    header = [
+        *("ranks", "parameters", "step s", "scheme", "all ms", "all / step", "none ms", "none / step"),
+        *("collectives", "received KiB", "peak KiB"),
+    ]
     cells = [
         (
             row["ranks"],
@@ -85,7 +98,7 @@ def _costs(rows: list[dict[str, float]]) -> str:
 
 
 def _growth(rows: list[dict[str, float]]) -> str:
-    cells = []
+    cells: list[tuple[object, ...]] = []
     for ranks in dict.fromkeys(row["ranks"] for row in rows):
         mine = [row for row in rows if row["ranks"] == ranks]
 

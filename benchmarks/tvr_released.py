@@ -1,9 +1,9 @@
 """A yardstick: the scheme of the released TVR callback, made to act on ZeRO's shards.
 
-As the release does under FSDP: one module after another, two all-reduces each (sum and count, then squared deviations
-about the mean), all in the dtype of the storage, temporaries as large as the shard. Unlike the release, which under
-DeepSpeed changes nothing, it works on each rank's piece of the master, and the working copies follow as they do for
-Evenkeel's own engine. Source: bluorion-com/weight_rescaling, callbacks/tvr.py, written anew from its description.
+Like the release under FSDP, it takes one module after another, with two all-reduces each (sum and count, then squared
+deviations about the mean), in the dtype of the storage and with temporaries as large as the shard. The release changes
+nothing under DeepSpeed. This code works on each rank's piece of the master, and the working copies follow as they do for
+Evenkeel's own engine. Source: bluorion-com/weight_rescaling, callbacks/tvr.py, written again from its description.
 """
 
 from __future__ import annotations
@@ -20,9 +20,13 @@ from pretrain.sharded import ShardedWeights
 def apply_released(
     weights: ShardedWeights, names: Iterable[str], target_std: float, ratio_threshold: float
 ) -> set[str]:
-    """Rescale each named weight whose deviation exceeds ratio_threshold * target_std; returns their names. Collective."""
-    found = {piece.name: _mean_and_std(piece.master) for piece in weights.pieces(names)}
-    high = {name: (mean, std) for name, (mean, std) in found.items() if std / target_std > ratio_threshold}
+    """Rescale each named weight whose deviation exceeds ratio_threshold * target_std. Collective.
+
+    Returns:
+        The names of the weights that were rescaled.
+    """
+    statistics = {piece.name: _mean_and_std(piece.master) for piece in weights.pieces(names)}
+    high = {name: (mean, std) for name, (mean, std) in statistics.items() if std / target_std > ratio_threshold}
     if high:
         stale = set(high)
         for piece in weights.placement.edit(high.keys()):
@@ -38,7 +42,7 @@ def apply_released(
 
 
 def _mean_and_std(local: torch.Tensor) -> tuple[float, float]:
-    """Of the full weight of which this rank has the piece `local`."""
+    """Return the mean and deviation of the full weight of which this rank has the piece `local`."""
     total = torch.tensor([local.sum(), local.numel()], dtype=local.dtype, device=local.device)
     dist.all_reduce(total)
     mean = total[0] / total[1]

@@ -1,4 +1,4 @@
-"""One rank of the TVR measurement; started by bench/tvr.py. The first rank prints one JSON line per model size."""
+"""One rank of the TVR measurement; started by tvr.py. The first rank prints one JSON line per model size."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import median
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,16 +21,18 @@ from benchmarks.tvr_released import apply_released
 from pretrain import quiet  # noqa: F401
 from pretrain.distributed.ranks import all_gather_object, initialize
 
-APPLICATIONS = 3  # of each scheme after each training step
-AGREEMENT = 1e-6  # relative distance of two fp32 results
+APPLICATIONS = 3  # number of them, for each scheme after each training step
+AGREEMENT = 1e-6  # largest relative distance of two fp32 results
 _TVR = {"name": "tvr", "ratio_threshold": 1, "interval_steps": 1}
 
-# Applies TVR with a target and says how many matrices it rescaled.
+T = TypeVar("T")
+
+# Applies TVR with a target and returns how many matrices it rescaled.
 Scheme = Callable[[float], int]
 
 
 def measure(hidden_size: int, layers: int, tokens: int, rounds: int, resident_below: int) -> dict:
-    """Seconds, traffic and memory of every scheme, and seconds of a training step, on the slowest or largest rank."""
+    """Return seconds, traffic and memory of every scheme, and seconds of a training step, of the slowest or largest rank."""
     zero = {"stage": 3, "stage3_param_persistence_threshold": resident_below}
     llama = Llama(hidden_size, layers, tokens, {"zero_optimization": zero}, {"methods": [_TVR]})
     matrices = [name for name, weight in llama.weights.layout.items() if weight.in_block_matrix]
@@ -52,17 +56,17 @@ def measure(hidden_size: int, layers: int, tokens: int, rounds: int, resident_be
         note(f"{name} received", traffic.received)
         note(f"{name} collectives", traffic.collectives)
         llama.settle()
-        note(f"{name} peak", peak_extra_bytes(lambda scheme=scheme: scheme(next(targets))))
+        note(f"{name} peak", peak_extra_bytes(partial(_apply, scheme, targets)))
     for _ in range(rounds):
         note("step", _seconds(llama.step)[0])
         for _ in range(APPLICATIONS):
             for name, scheme in schemes.items():
                 llama.settle()
-                seconds, rescaled = _seconds(lambda scheme=scheme: scheme(next(targets)))
+                seconds, rescaled = _seconds(partial(_apply, scheme, targets))
                 _expect(len(matrices), rescaled)
                 note(f"{name} all", seconds)
                 llama.settle()
-                seconds, rescaled = _seconds(lambda scheme=scheme: scheme(1.0))
+                seconds, rescaled = _seconds(partial(scheme, 1.0))
                 _expect(0, rescaled)
                 note(f"{name} none", seconds)
     parameters = sum(weight.numel for weight in llama.weights.layout.values())
@@ -70,9 +74,10 @@ def measure(hidden_size: int, layers: int, tokens: int, rounds: int, resident_be
 
 
 def check_agreement(llama: Llama, schemes: dict[str, Scheme]) -> float:
-    """The largest relative distance of a weight after one scheme from the same weight after the first scheme.
+    """Return the largest relative distance of a weight after one scheme from the same weight after the first scheme.
 
-    Raises RuntimeError if it is more than fp32 rounding: the schemes would not be doing the same work.
+    Raises:
+        RuntimeError: If it is more than fp32 rounding: the schemes would not be doing the same work.
     """
     largest, reference = 0.0, None
     for name, scheme in schemes.items():
@@ -89,14 +94,18 @@ def check_agreement(llama: Llama, schemes: dict[str, Scheme]) -> float:
     return largest
 
 
+def _apply(scheme: Scheme, targets: Iterator[float]) -> int:
+    return scheme(next(targets))
+
+
 def _by_method(llama: Llama, engine: str, target: float) -> int:
     (method,) = llama.config.methods
-    facts = method.model_copy(update={"engine": engine, "target_std": target}).after_step(1, llama.weights)
-    return sum(seen["rescaled"] for seen in facts.values())
+    statistics = method.model_copy(update={"engine": engine, "target_std": target}).after_step(1, llama.weights)
+    return sum(weight["rescaled"] for weight in statistics.values())
 
 
 def _falling(target: float) -> Iterator[float]:
-    """Targets of which each is below the deviation that the one before left, so that every matrix is rescaled."""
+    """Yield targets, each below the deviation that the one before left, so that every matrix is rescaled."""
     while True:
         target *= 0.99
         yield target
@@ -107,8 +116,8 @@ def _expect(due: int, rescaled: int) -> None:
         raise RuntimeError(f"{rescaled} matrices were rescaled where {due} were due")
 
 
-def _seconds(call: Callable[[], object]) -> tuple[float, object]:
-    """Seconds of this rank from a common start, and the result. What other ranks are waited for counts."""
+def _seconds(call: Callable[[], T]) -> tuple[float, T]:
+    """Return the seconds of this rank from a common start, waits for other ranks included, and the result."""
     dist.barrier()
     _finish()
     began = time.perf_counter()
@@ -123,7 +132,7 @@ def _finish() -> None:
 
 
 def _worst_of_ranks(samples: dict[str, list[float]]) -> dict[str, float]:
-    """The median over the samples of the largest value over the ranks."""
+    """Return the median over the samples of the largest value over the ranks."""
     ranks = all_gather_object(samples)
     return {key: median(map(max, zip(*(rank[key] for rank in ranks), strict=True))) for key in samples}
 

@@ -1,4 +1,4 @@
-"""What a command costs: the CPU time and the memory of its whole process tree, orphans included. Linux only."""
+"""Measure a command: the CPU time and the memory of its whole process tree, orphans included. Linux only."""
 
 from __future__ import annotations
 
@@ -19,9 +19,15 @@ _SAMPLED_EVERY_S = 0.05
 
 @dataclass(frozen=True)
 class Usage:
-    """cpu_s: user and system time of all processes together. peak_bytes: the most anonymous and shared memory that they
-    held together among samples taken every 50 ms; a page that n processes share counts 1/n in each, and the pages of
-    mapped files, which the kernel can drop, do not count. output: standard output."""
+    """The cost of a command.
+
+    Attributes:
+        cpu_s: User and system time of all processes together.
+        wall_s: Seconds from its start to the end of its last process.
+        peak_bytes: The most anonymous and shared memory that the processes held together, among samples taken every 50 ms.
+            A page that n processes share counts 1/n in each. Pages of mapped files, which the kernel can drop, do not count.
+        output: Its standard output.
+    """
 
     cpu_s: float
     wall_s: float
@@ -30,8 +36,8 @@ class Usage:
 
 
 def measure(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Usage:
-    """Run `command` to its end, and what it leaves behind. RuntimeError where the command fails."""
-    # Pools leave servers behind that are nobody's children when the command ends: they become ours, and their time too.
+    """Run `command` to its end and wait for the processes it leaves behind. Raise RuntimeError if it fails."""
+    # Pools leave servers behind that have no parent when the command ends. They become our children, so their time counts.
     ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1)
     others = set(_children(os.getpid()))
     before, began = _cpu_of_children(), time.perf_counter()
@@ -79,7 +85,7 @@ def _descendants(pid: str) -> Iterator[str]:
 
 def _children(pid: int | str) -> list[str]:
     found = []
-    with suppress(OSError):  # a process or a thread that has ended meanwhile
+    with suppress(OSError):  # the process or thread has ended meanwhile
         for children in list(Path(f"/proc/{pid}/task").glob("*/children")):
             found += children.read_text(encoding="utf-8").split()
     return found

@@ -1,4 +1,4 @@
-"""What the side-by-side measurements of the data path share: rivals that may be absent, and how figures are written."""
+"""Parts that the measurements of the data path share: rivals that may be absent, and the format of figures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FIND = "import importlib.util as u, sys; print(*[n for n in sys.argv[1:] if not
 
 
 def missing_modules(python: str, needs: Sequence[tuple[str, str]]) -> str:
-    """Empty where the interpreter `python` has all modules of `needs` ((module, pip's name)...), else what to install."""
+    """Return what the interpreter `python` lacks of `needs`, pairs of module and pip's name; "" if it lacks nothing."""
     command = [python, "-c", _FIND, *(module for module, _ in needs)]
     absent = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.split()
     names = [pip for module, pip in needs if module in absent]
@@ -20,7 +20,7 @@ def missing_modules(python: str, needs: Sequence[tuple[str, str]]) -> str:
 
 
 def known_rivals(asked: Sequence[str] | None, known: Collection[str]) -> list[str]:
-    """All of `known` where none was asked for. UserError at a name that is not among them."""
+    """Return the rivals asked for, all of `known` for None. Raise UserError at a name that is not among them."""
     if unknown := set(asked or ()) - set(known):
         raise UserError(f"--rivals {' '.join(sorted(unknown))}: there are {', '.join(known)}.")
     return list(known if asked is None else asked)
@@ -31,7 +31,7 @@ def short_error(error: RuntimeError) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Median (range)."""
+    """Return the median, and the range in brackets."""
     return f"{_short(median(values))} ({_short(min(values))}-{_short(max(values))})"
 
 

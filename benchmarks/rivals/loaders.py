@@ -1,4 +1,4 @@
-"""How others read shuffled sequences of tokens: one loader a run, started by bench/data.py.
+"""How others read shuffled sequences of tokens: one loader a run, started by benchmarks/data.py.
 
     python loaders.py '{"do": "read", "loader": "litdata", "folder": "made/by/write", "batch_size": 8, ...}'
 
@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,13 +40,16 @@ def main() -> None:
         report(do, globals()[f"read_{loader}"], asked)
 
 
-def report(do: str, read: Callable[..., Iterator[torch.Tensor]], asked: dict) -> None:
+def report(do: str, read: Callable[..., Iterator[torch.Tensor]], asked: dict[str, Any]) -> None:
     """Print what `reading` or `starting` measures of `read`, as the last line of output."""
-    print(json.dumps({"read": reading, "start": starting}[do](read, **asked)))
+    measure = reading if do == "read" else starting
+    print(json.dumps(measure(read, **asked)))
 
 
-def reading(read: Callable, *, folder: str, seconds: float, **options) -> dict:
-    """Read for `seconds` after the first batch; CPU time of this process and its worker processes."""
+def reading(
+    read: Callable[..., Iterator[torch.Tensor]], *, folder: str, seconds: float, **options: Any
+) -> dict[str, float]:
+    """Read for `seconds` after the first batch; measure the CPU time of this process and its worker processes."""
     began = time.perf_counter()
     batches = read(Path(folder), **options)
     next(batches)
@@ -66,8 +70,10 @@ def reading(read: Callable, *, folder: str, seconds: float, **options) -> dict:
     }
 
 
-def starting(read: Callable, *, small: str, folder: str, **options) -> dict:
-    """CPU time to the first batch of the data set in `folder`, after one from `small` has loaded the libraries."""
+def starting(
+    read: Callable[..., Iterator[torch.Tensor]], *, small: str, folder: str, **options: Any
+) -> dict[str, float]:
+    """Measure the CPU time to the first batch of the data set in `folder`, after one from `small` has loaded the libraries."""
     next(read(Path(small), **{**options, "position": 0}))
     gc.collect()
     cpu = _cpu(resource.RUSAGE_SELF)
@@ -89,8 +95,8 @@ def grow_gather(folder: Path, samples: int, seq_len: int) -> None:
     os.truncate(folder / "tokens.bin", samples * seq_len * 2)
 
 
-def read_gather(folder: Path, *, seq_len: int, batch_size: int, **_) -> Iterator[torch.Tensor]:
-    """The limit: one NumPy gather a batch from a memory map, by a permutation in memory."""
+def read_gather(folder: Path, *, seq_len: int, batch_size: int, **_: object) -> Iterator[torch.Tensor]:
+    """Gather each batch from a memory map by a permutation in memory: NumPy alone, the limit."""
     tokens = np.memmap(folder / "tokens.bin", np.uint16, mode="r").reshape(-1, seq_len)
     random = np.random.default_rng(SEED)
     while True:
@@ -113,7 +119,7 @@ class MappedSequences(torch.utils.data.Dataset):
         return torch.from_numpy(self._tokens[index].astype(np.int64))
 
 
-def read_memmap(folder: Path, *, seq_len: int, batch_size: int, workers: int, **_) -> Iterator[torch.Tensor]:
+def read_memmap(folder: Path, *, seq_len: int, batch_size: int, workers: int, **_: object) -> Iterator[torch.Tensor]:
     yield from _data_loader(MappedSequences(folder, seq_len), batch_size, workers)
 
 
@@ -125,7 +131,7 @@ def grow_datatrove(folder: Path, samples: int, seq_len: int) -> None:
     os.truncate(folder / "00000.ds", samples * seq_len * 2)
 
 
-def read_datatrove(folder: Path, *, seq_len: int, batch_size: int, workers: int, **_) -> Iterator[torch.Tensor]:
+def read_datatrove(folder: Path, *, seq_len: int, batch_size: int, workers: int, **_: object) -> Iterator[torch.Tensor]:
     from datatrove.utils.dataset import DatatroveFolderDataset
 
     # Its windows are seq_len + 1 long.
@@ -152,7 +158,7 @@ def grow_datasets(folder: Path, samples: int, seq_len: int) -> None:
     (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
 
-def read_datasets(folder: Path, *, batch_size: int, workers: int, **_) -> Iterator[torch.Tensor]:
+def read_datasets(folder: Path, *, batch_size: int, workers: int, **_: object) -> Iterator[torch.Tensor]:
     import datasets
 
     for batch in _data_loader(datasets.load_from_disk(str(folder)).with_format("torch"), batch_size, workers):
@@ -180,7 +186,9 @@ def grow_mosaicml(folder: Path, samples: int, seq_len: int) -> None:
     (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-def read_mosaicml(folder: Path, *, batch_size: int, workers: int, position: int = 0, **_) -> Iterator[torch.Tensor]:
+def read_mosaicml(
+    folder: Path, *, batch_size: int, workers: int, position: int = 0, **_: object
+) -> Iterator[torch.Tensor]:
     from streaming import StreamingDataLoader, StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
 
@@ -196,7 +204,7 @@ def _collate(samples: list[dict]) -> torch.Tensor:
     return torch.from_numpy(np.stack([sample["tokens"] for sample in samples]).astype(np.int64))
 
 
-def write_litdata(tokens: np.ndarray, folder: Path) -> None:
+def write_litdata(tokens: np.memmap, folder: Path) -> None:
     # `optimize` deletes the folders `data` and `chunks` of the temporary folder unless it is given others.
     for name in ("CACHE", "DATA_CACHE"):
         os.environ[f"DATA_OPTIMIZER_{name}_FOLDER"] = str(folder.parent / f"litdata_{name.lower()}")
@@ -215,7 +223,7 @@ def write_litdata(tokens: np.ndarray, folder: Path) -> None:
 
 
 class _Stretch:
-    """A stretch of the tokens by its number; a class, since it is sent to a worker process."""
+    """A function from a number to that stretch of the tokens. It is a class because it is sent to a worker process."""
 
     def __init__(self, file: str, tokens: int) -> None:
         self._file, self._tokens = file, tokens
@@ -237,7 +245,7 @@ def grow_litdata(folder: Path, samples: int, seq_len: int) -> None:
 
 
 def read_litdata(
-    folder: Path, *, seq_len: int, batch_size: int, workers: int, position: int = 0, **_
+    folder: Path, *, seq_len: int, batch_size: int, workers: int, position: int = 0, **_: object
 ) -> Iterator[torch.Tensor]:
     import litdata
 
@@ -253,9 +261,15 @@ def read_litdata(
 
 
 def _data_loader(dataset: torch.utils.data.Dataset, batch_size: int, workers: int) -> Iterator:
-    options = {"num_workers": workers, "persistent_workers": workers > 0}
-    generator = torch.Generator().manual_seed(SEED)
-    return _epochs(torch.utils.data.DataLoader(dataset, batch_size, shuffle=True, generator=generator, **options))
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        batch_size,
+        shuffle=True,
+        num_workers=workers,
+        generator=torch.Generator().manual_seed(SEED),
+        persistent_workers=workers > 0,
+    )
+    return _epochs(loader)
 
 
 def _epochs(loader: Iterable) -> Iterator:

@@ -1,4 +1,4 @@
-"""How others turn .jsonl files into token files: one pipeline a run, started by bench/tokenize.py.
+"""How others turn .jsonl files into token files: one pipeline a run, started by benchmarks/tokenize.py.
 
     python pipelines.py '{"rival": "datatrove", "tokenizer": "folder", "files": [...], ...}'
 
@@ -11,8 +11,12 @@ from __future__ import annotations
 import json
 import multiprocessing
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 BATCH = 1000  # documents that go to an encoder at a time
 
@@ -23,8 +27,8 @@ def main() -> None:
     globals()[f"run_{rival}"](**{**asked, "out": Path(asked["out"])})
 
 
-def run_tokenizers(tokenizer: str, files: list[str], out: Path, dtype: str, eos_id: int, **_) -> None:
-    """One process; the library encodes a batch in threads."""
+def run_tokenizers(tokenizer: str, files: list[str], out: Path, dtype: str, eos_id: int, **_: object) -> None:
+    """Encode in one process; the library encodes a batch in threads."""
     import numpy as np
     from tokenizers import Tokenizer
 
@@ -35,8 +39,10 @@ def run_tokenizers(tokenizer: str, files: list[str], out: Path, dtype: str, eos_
                 file.write(np.array([*encoded.ids, eos_id], dtype).tobytes())
 
 
-def run_datasets(tokenizer: str, files: list[str], out: Path, dtype: str, eos_id: int, workers: int, **_) -> None:
-    """nanoGPT's way: `map` in processes, then the Arrow table into one memory map."""
+def run_datasets(
+    tokenizer: str, files: list[str], out: Path, dtype: str, eos_id: int, workers: int, **_: object
+) -> None:
+    """Encode as nanoGPT does: `map` in processes, then the Arrow table into one memory map."""
     import numpy as np
     from datasets import load_dataset
     from tokenizers import Tokenizer
@@ -58,8 +64,8 @@ def run_datasets(tokenizer: str, files: list[str], out: Path, dtype: str, eos_id
     tokens.flush()
 
 
-def run_datatrove(tokenizer: str, files: list[str], out: Path, eos: str, workers: int, **_) -> None:
-    """DocumentTokenizer without shuffling, one task a file."""
+def run_datatrove(tokenizer: str, files: list[str], out: Path, eos: str, workers: int, **_: object) -> None:
+    """Run DocumentTokenizer without shuffling, one task a file."""
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.tokens import DocumentTokenizer
@@ -70,9 +76,14 @@ def run_datatrove(tokenizer: str, files: list[str], out: Path, eos: str, workers
     LocalPipelineExecutor(pipeline, tasks=len(files), workers=workers, logging_dir=str(out / "logs")).run()
 
 
-def run_megatron(tokenizer: str, files: list[str], out: Path, dtype: str, eos_id: int, workers: int, **_) -> None:
-    """As Megatron-LM's tools/preprocess_data.py, which megatron-core's package does not hold: transformers' tokenizer in a
-    pool, lines by 32, megatron-core's writer. The script itself imports more of Megatron-LM before it starts."""
+def run_megatron(
+    tokenizer: str, files: list[str], out: Path, dtype: str, eos_id: int, workers: int, **_: object
+) -> None:
+    """Encode as Megatron-LM's tools/preprocess_data.py, which is not in megatron-core's package.
+
+    It takes transformers' tokenizer in a pool, lines by 32, and megatron-core's writer. The script itself imports more of
+    Megatron-LM before it starts.
+    """
     import numpy as np
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -87,8 +98,8 @@ def run_megatron(tokenizer: str, files: list[str], out: Path, dtype: str, eos_id
     builder.finalize(str(out / "text.idx"))
 
 
-def run_megatron_gigatoken(tokenizer: str, files: list[str], out: Path, dtype: str, eos_id: int, **_) -> None:
-    """As that script's --use-gigatoken: whole files in gigatoken's threads, megatron-core's writer."""
+def run_megatron_gigatoken(tokenizer: str, files: list[str], out: Path, dtype: str, eos_id: int, **_: object) -> None:
+    """Encode as that script's --use-gigatoken: whole files in gigatoken's threads, megatron-core's writer."""
     import numpy as np
     import transformers  # noqa: F401 - the script loads its tokenizer for the vocabulary; here it costs the same import
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -100,19 +111,19 @@ def run_megatron_gigatoken(tokenizer: str, files: list[str], out: Path, dtype: s
     builder.finalize(str(out / "text.idx"))
 
 
-def run_gigatoken(tokenizer: str, files: list[str], out: Path, dtype: str, eos_id: int, **_) -> None:
-    """The encoder alone, straight from the files; everything in memory at once, no document ends kept."""
+def run_gigatoken(tokenizer: str, files: list[str], out: Path, dtype: str, eos_id: int, **_: object) -> None:
+    """Run the encoder alone, straight from the files; everything in memory at once, no document ends kept."""
     tokens, _ends = _gigatoken(tokenizer, files, dtype, eos_id)
     tokens.tofile(out / "tokens.bin")
 
 
-def _gigatoken(tokenizer: str, files: list[str], dtype: str, eos_id: int) -> tuple:
-    """All tokens of the files, separators included, and where each document ends."""
+def _gigatoken(tokenizer: str, files: list[str], dtype: str, eos_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return all tokens of the files, separators included, and where each document ends."""
     import awkward
     import gigatoken
     import numpy as np
 
-    encoded = gigatoken.Tokenizer(tokenizer).encode_files(gigatoken.JsonlFileSource(files))
+    encoded = gigatoken.Tokenizer(tokenizer).encode_files(gigatoken.JsonlFileSource([*files]))
     ends = np.cumsum(awkward.to_numpy(awkward.num(encoded)) + 1)
     tokens = np.full(int(ends[-1]), eos_id, dtype)
     inside = np.ones(len(tokens), bool)
@@ -131,6 +142,9 @@ def _batches(files: list[str]) -> Iterator[list[str]]:
                     yield texts
                     texts = []
     yield texts
+
+
+_encoder: Callable[..., Any]  # of a process of the pool
 
 
 def _load_encoder(tokenizer: str) -> None:
