@@ -1,4 +1,4 @@
-"""Side-by-side figures: rivals interleaved in one run.
+"""Print side-by-side figures: rivals interleaved in one run. `python -m benchmarks` is the same in the repository.
 
 python tools/bench.py trainer --config configs/tiny_tvr.yaml
 python tools/bench.py tvr
@@ -21,13 +21,100 @@ from pretrain.cli.parser import tool_parser
 
 
 def main() -> None:
+    options = _parser().parse_args()
+    print(_SUBJECTS[options.subject](options))
+
+
+# The modules of the subjects are imported when they are measured: some take seconds.
+
+
+def _trainer(options: argparse.Namespace) -> str:
+    from benchmarks.trainer import bench_trainer
+
+    return bench_trainer(str(options.config), options.rounds, options.steps)
+
+
+def _tvr(options: argparse.Namespace) -> str:
+    from benchmarks.tvr import bench_tvr
+
+    return bench_tvr(options.ranks, options.rounds, options.tokens, options.resident_below)
+
+
+def _trap(options: argparse.Namespace) -> str:
+    from benchmarks.trap import bench_trap
+
+    return bench_trap()
+
+
+def _methods(options: argparse.Namespace) -> str:
+    from benchmarks.methods import bench_methods
+
+    return bench_methods(options.methods, options.ranks, options.rounds, options.tokens)
+
+
+def _fill(options: argparse.Namespace) -> str:
+    from benchmarks.fill import bench_fill
+
+    return bench_fill(tuple(options.ranks), options.blocks)
+
+
+def _convert(options: argparse.Namespace) -> str:
+    from benchmarks.convert import bench_convert
+
+    return bench_convert(options.checkpoint, options.rounds)
+
+
+def _tokenize(options: argparse.Namespace) -> str:
+    from benchmarks.rivals import known_rivals
+    from benchmarks.tokenize import RIVALS, bench_tokenize
+
+    return bench_tokenize(
+        rounds=options.rounds,
+        megabytes=options.megabytes,
+        source=options.source,
+        tokenizer=options.tokenizer,
+        rivals=known_rivals(options.rivals, RIVALS),
+        rivals_python=options.rivals_python,
+        workers=options.workers,
+    )
+
+
+def _data(options: argparse.Namespace) -> str:
+    from benchmarks.data import RIVALS, bench_data
+    from benchmarks.rivals import known_rivals
+
+    return bench_data(
+        rounds=options.rounds,
+        tokens=int(options.tokens),
+        seconds=options.seconds,
+        rivals=known_rivals(options.rivals, RIVALS),
+        rivals_python=options.rivals_python,
+        workers=options.workers,
+    )
+
+
+_SUBJECTS = {
+    "trainer": _trainer,
+    "tvr": _tvr,
+    "trap": _trap,
+    "methods": _methods,
+    "fill": _fill,
+    "convert": _convert,
+    "tokenize": _tokenize,
+    "data": _data,
+}
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = tool_parser(__doc__)
-    what = parser.add_subparsers(dest="what", required=True)
-    trainer = what.add_parser("trainer", help="tokens/s against a plain PyTorch loop")
+    subjects = parser.add_subparsers(dest="subject", required=True)
+    trainer = subjects.add_parser("trainer", help="tokens/s against a plain PyTorch loop")
     trainer.add_argument("--config", type=argument_types.path, default="configs/tiny_tvr.yaml")
     trainer.add_argument("--steps", type=argument_types.whole(1), default=15)
     trainer.add_argument("--rounds", type=argument_types.whole(1), default=3)
-    tvr = what.add_parser("tvr", help="cost of one TVR application: Evenkeel's two engines and the release's scheme")
+    tvr = subjects.add_parser(
+        "tvr", help="cost of one TVR application: Evenkeel's two engines and the release's scheme"
+    )
     tvr.add_argument("--ranks", type=argument_types.whole(1), nargs="+", default=[1, 2, 4])
     tvr.add_argument("--rounds", type=argument_types.whole(1), default=5)
     tvr.add_argument(
@@ -39,21 +126,23 @@ def main() -> None:
     tvr.add_argument(
         "--resident-below", type=argument_types.whole(0), default=100_000, help="stage3_param_persistence_threshold"
     )
-    what.add_parser("trap", help="what the published TVR callback does under DeepSpeed")
-    methods = what.add_parser("methods", help="cost of each method as a share of a step")
+    subjects.add_parser("trap", help="what the published TVR callback does under DeepSpeed")
+    methods = subjects.add_parser("methods", help="cost of each method as a share of a step")
     methods.add_argument("--methods", nargs="*", default=[], help="names (default: all, and Muon)")
     methods.add_argument("--ranks", type=argument_types.whole(1), default=1)
     methods.add_argument("--rounds", type=argument_types.whole(1), default=7)
     methods.add_argument("--tokens", type=argument_types.whole(1), default=4096, help="of the training step")
-    fill = what.add_parser("fill", help="drawing a 7B model's initial weights, by ranks and distribution")
+    fill = subjects.add_parser("fill", help="drawing a 7B model's initial weights, by ranks and distribution")
     fill.add_argument("--ranks", type=argument_types.whole(1), nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     fill.add_argument(
         "--blocks", type=argument_types.whole(1), default=1, help="of the model's 32, filled and counted for all"
     )
-    convert = what.add_parser("convert", help="conversion against DeepSpeed's zero_to_fp32")
+    convert = subjects.add_parser("convert", help="conversion against DeepSpeed's zero_to_fp32")
     convert.add_argument("--checkpoint", required=True, type=argument_types.path)
     convert.add_argument("--rounds", type=argument_types.whole(1), default=3)
-    tokenize = what.add_parser("tokenize", help="text to token files: tools/prepare_data.py against other pipelines")
+    tokenize = subjects.add_parser(
+        "tokenize", help="text to token files: tools/prepare_data.py against other pipelines"
+    )
     tokenize.add_argument("--rounds", type=argument_types.whole(1), default=3)
     tokenize.add_argument("--megabytes", type=argument_types.number(above=0), default=50, help="of text (default: 50)")
     tokenize.add_argument(
@@ -68,7 +157,7 @@ def main() -> None:
     )
     tokenize.add_argument("--workers", type=argument_types.whole(1), default=len(os.sched_getaffinity(0)))
     _add_rivals(tokenize)
-    data = what.add_parser("data", help="shuffled batches: the loader against others, speed, start-up and memory")
+    data = subjects.add_parser("data", help="shuffled batches: the loader against others, speed, start-up and memory")
     data.add_argument("--rounds", type=argument_types.whole(1), default=3)
     data.add_argument(
         "--tokens", type=argument_types.number(above=0), default=100e6, help="of the data set (default: 100e6)"
@@ -87,61 +176,7 @@ def main() -> None:
         help="the others' worker processes (default: 0 2)",
     )
     _add_rivals(data)
-    arguments = parser.parse_args()
-
-    if arguments.what == "trainer":
-        from benchmarks.trainer import bench_trainer
-
-        print(bench_trainer(str(arguments.config), arguments.rounds, arguments.steps))
-    elif arguments.what == "tvr":
-        from benchmarks.tvr import bench_tvr
-
-        print(bench_tvr(arguments.ranks, arguments.rounds, arguments.tokens, arguments.resident_below))
-    elif arguments.what == "trap":
-        from benchmarks.trap import bench_trap
-
-        print(bench_trap())
-    elif arguments.what == "methods":
-        from benchmarks.methods import bench_methods
-
-        print(bench_methods(arguments.methods, arguments.ranks, arguments.rounds, arguments.tokens))
-    elif arguments.what == "fill":
-        from benchmarks.fill import bench_fill
-
-        print(bench_fill(tuple(arguments.ranks), arguments.blocks))
-    elif arguments.what == "convert":
-        from benchmarks.convert import bench_convert
-
-        print(bench_convert(arguments.checkpoint, arguments.rounds))
-    elif arguments.what == "tokenize":
-        from benchmarks.rivals import known_rivals
-        from benchmarks.tokenize import RIVALS, bench_tokenize
-
-        print(
-            bench_tokenize(
-                rounds=arguments.rounds,
-                megabytes=arguments.megabytes,
-                source=arguments.source,
-                tokenizer=arguments.tokenizer,
-                rivals=known_rivals(arguments.rivals, RIVALS),
-                rivals_python=arguments.rivals_python,
-                workers=arguments.workers,
-            )
-        )
-    else:
-        from benchmarks.data import RIVALS, bench_data
-        from benchmarks.rivals import known_rivals
-
-        print(
-            bench_data(
-                rounds=arguments.rounds,
-                tokens=int(arguments.tokens),
-                seconds=arguments.seconds,
-                rivals=known_rivals(arguments.rivals, RIVALS),
-                rivals_python=arguments.rivals_python,
-                workers=arguments.workers,
-            )
-        )
+    return parser
 
 
 def _add_rivals(parser: argparse.ArgumentParser) -> None:

@@ -12,7 +12,6 @@ ends them, as every launcher does. Nothing is injected into the ranks: they get 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -30,6 +29,7 @@ from tqdm import tqdm
 from pretrain.checkpoints.folders import complete_checkpoints
 from pretrain.checkpoints.manifest import verify
 from pretrain.cli import argument_types
+from pretrain.cli.parser import tool_parser
 from pretrain.errors import MACHINE_FAULT, UserError
 from pretrain.files import write_json
 from pretrain.monitor.phase import read_mirror
@@ -282,7 +282,7 @@ def _free_port() -> int:
 
 def main() -> None:
     """Strike the run of the command line; print and write what happened."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tool_parser(__doc__)
     parser.add_argument("--config", required=True, type=argument_types.path, help="the run file")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the run file"

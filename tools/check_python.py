@@ -1,4 +1,4 @@
-"""Says in one line what this machine lacks for `make setup`. Runs on any Python 3."""
+"""Print in one line what this machine lacks for `make setup`. Runs on any Python 3."""
 
 import sys
 

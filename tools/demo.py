@@ -1,6 +1,6 @@
-"""The whole way once, small: text -> tokenizer -> shards -> variance-controlled training -> HF model -> report.
+"""Run every step once, small: text -> tokenizer -> shards -> variance-controlled training -> HF model -> report.
 
-Each step is a command that you could type yourself; it is printed before it runs. Started again, every step goes on
+Each step is a command that you could type yourself; it is printed before it runs. Started again, every step continues
 from what is already there.
 """
 
@@ -30,7 +30,7 @@ PROMPT = "def read_lines(path):"
 
 
 def commands() -> list[tuple[str, str]]:
-    """What a step is for, and its command."""
+    """Return each step's purpose and command."""
     deepspeed = f"deepspeed --num_gpus {number_of_ranks()}"
     return [
         (
@@ -56,7 +56,7 @@ def commands() -> list[tuple[str, str]]:
 
 
 def number_of_ranks() -> int:
-    """Two ranks on CPU; one per GPU where there are GPUs, two at most: the demo's batch is small."""
+    """Return 2 on a CPU; the number of GPUs where there are any, at most 2, as the demo's batch is small."""
     return min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
 
 
@@ -65,7 +65,7 @@ def main() -> None:
     began = time.monotonic()
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     if not torch.accelerator.is_available():
-        environment["DS_ACCELERATOR"] = "cpu"  # or the launcher warns that it looked for others
+        environment["DS_ACCELERATOR"] = "cpu"  # else the launcher warns that it looked for others
     for number, (purpose, command) in enumerate(commands(), start=1):
         if "convert_to_hf" in command and MODEL.exists():
             if MODEL.stat().st_mtime < (RUN / "checkpoints/latest").stat().st_mtime:

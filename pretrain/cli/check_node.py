@@ -1,11 +1,11 @@
-"""Whether this node is fit to train: one line for each thing that is wrong, on every node before the ranks start.
+"""Check whether this node is fit to train, before the ranks start, and print one line for each thing that is wrong.
 
     python tools/check_node.py --folder runs/1b
     srun --ntasks-per-node=1 python tools/check_node.py --folder runs/1b --gpus 8 --min-free-gb 200
 
-It looks at the run folder (takes data and gives it back, room, files, clock), temporary space, memory, the open-file limit
-and the GPUs (number, other processes, memory, throttling, errors of memory), and multiplies matrices on each device. It
-changes nothing. Exit code 0: nothing is wrong; 1: something is; 2: the arguments are.
+It looks at the run folder (writes and reads back data; free space, files, clock), temporary space, memory, the open-file
+limit and the GPUs (number, other processes, memory, throttling, memory errors), and multiplies matrices on each device.
+It changes nothing. Exit codes: 0 if nothing is wrong, 1 if something is, 2 for wrong arguments.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> None:
         healthy = False
     if not healthy:
         sys.exit(1)
-    if "SLURM_STEP_ID" not in os.environ:  # from many nodes at once only what is wrong is of interest
+    if "SLURM_STEP_ID" not in os.environ:  # of many nodes, only those with a fault are of interest
         print(f"{host}: nothing is wrong")
 
 

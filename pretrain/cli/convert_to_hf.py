@@ -3,8 +3,8 @@
     python tools/convert_to_hf.py --checkpoint runs/1b_tvr/checkpoints/latest --out hf/1b_tvr
     python tools/convert_to_hf.py --checkpoint runs/1b_tvr/checkpoints/step_00000500 --out hf/step_500 --dtype float32
 
-The folder loads with `transformers` as it is, but for models that no stock class can hold: those bring their modelling
-file and load with trust_remote_code=True. It appears only once its logits are proved equal to the trainer's.
+The folder loads with `transformers` as it is. Only models that no stock class can hold bring a modelling file and load
+with trust_remote_code=True. The folder appears once its logits are proved equal to the trainer's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import sys
 import torch
 from transformers.utils import logging as transformers_logging
 
-from pretrain import quiet  # noqa: F401  (before the libraries that would speak)
+from pretrain import quiet  # noqa: F401  (before the libraries that it silences)
 from pretrain.cli.argument_types import path
 from pretrain.cli.parser import tool_parser
 from pretrain.export.card import is_own
@@ -40,14 +40,14 @@ def main() -> None:
 
 
 def _choice(model: Written) -> str:
-    """The class of the exported model and why it is this one, a line for each method that has a say."""
-    whose = (
-        "its own, no stock class holds it: trust_remote_code=True" if is_own(model.hf_config) else "stock transformers"
-    )
-    said = [f"  {name}: {reason}" for name, reason in model.reasons.items()] or [
-        "  nothing to fold: the weights are plain"
-    ]
-    return "\n".join([f"class: {model.hf_config.architectures[0]} ({whose})", *said])
+    """Return the class of the exported model and the reason for it, a line for each method that affects it."""
+    architecture = model.hf_config.architectures[0] if model.hf_config.architectures else "unnamed"
+    own = is_own(model.hf_config)
+    whose = "its own, no stock class holds it: trust_remote_code=True" if own else "stock transformers"
+    reasons = [f"  {name}: {reason}" for name, reason in model.reasons.items()]
+    if not reasons:
+        reasons = ["  nothing to fold: the weights are plain"]
+    return "\n".join([f"class: {architecture} ({whose})", *reasons])
 
 
 def _parse() -> argparse.Namespace:

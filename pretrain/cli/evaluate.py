@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from pretrain import quiet  # noqa: F401  (before the libraries that would speak)
+from pretrain import quiet  # noqa: F401  (before the libraries that it silences)
 from pretrain.cli.argument_types import path
 from pretrain.cli.parser import tool_parser
 from pretrain.data.tokenizer import fingerprint, load_tokenizer
@@ -64,7 +64,7 @@ def main() -> None:
     }
     try:
         _write(file, content)
-    finally:  # a full disk loses the file alone, a closed terminal the table alone
+    finally:  # a full disk loses only the file, a closed terminal only the table
         print(make_table(results))
         if "groups" in results:
             print(make_table(results, "groups"))
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def _results_file(folder: Path) -> Path:
-    """results.json in `folder`, which is made if need be; UserError if it is there already, or cannot be."""
+    """Return the path of results.json, its folder made. Raise UserError if the file exists or the folder cannot be made."""
     file = folder / "results.json"
     if file.exists():
         raise UserError(f"{file} is there already. Move it away, or give another --out.")

@@ -1,12 +1,12 @@
-"""Look into a corpus, or at what a run reads of it. Nothing is trained and nothing is changed.
+"""Look into a corpus, or at the samples that a run reads from it. Nothing is trained and nothing is changed.
 
 Which documents were in step 100 of a run, on the second of eight data-parallel ranks; one sample, decoded:
 
     python tools/inspect_data.py --config runs/tiny/config.yaml --step 100 --rank 1 --ranks 8
     python tools/inspect_data.py --config runs/tiny/config.yaml --sample 812 --text
 
-What a corpus holds, whether its files are whole (exit code 2 and a list of all that are not), and one document, by its
-number in the corpus or in a shard (SHARD:D, as the tables print it):
+What a corpus holds; whether its files are undamaged (else exit code 2 and a list of those that are not); and one document,
+by its number in the corpus or in a shard (SHARD:D, as the tables print it):
 
     python tools/inspect_data.py --corpus data/stdlib/train --tokenizer data/tokenizer
     python tools/inspect_data.py --corpus data/stdlib/train --verify
@@ -38,7 +38,7 @@ from pretrain.errors import UserError
 if TYPE_CHECKING:
     from pretrain.config.schema import Config
 
-# What an option has no meaning without.
+# Each option here needs another one.
 _NEEDS = {
     "step": "config",
     "sample": "config",
@@ -57,18 +57,18 @@ def main() -> None:
     options = _parser().parse_args()
     _refuse_contradictions(options)
     if options.config:
-        _of_a_run(options)
+        _show_run(options)
     elif options.verify:
         _verify(options)
     elif options.document:
         _document(options)
     else:
         shards = open_shards(options.corpus, verify="size", cache=_cache(options))
-        facts = describe_corpus(shards, _decoder(options, shards))
-        _show(options, facts, tables.corpus_tables(facts))
+        statistics = describe_corpus(shards, _decoder(options, shards))
+        _show(options, statistics, tables.corpus_tables(statistics))
 
 
-def _of_a_run(options: argparse.Namespace) -> None:
+def _show_run(options: argparse.Namespace) -> None:
     from pretrain.config.schema import load_config  # these take seconds to import
     from pretrain.data.tokenizer import load_tokenizer
     from pretrain.trainer.corpora import open_corpora
@@ -109,7 +109,7 @@ def _samples(options: argparse.Namespace, config: Config) -> range:
 
 
 def _positions(options: argparse.Namespace, config: Config) -> Positions:
-    """From the metrics beside the configuration, if it is that of a run folder."""
+    """Return the positions by the metrics beside the configuration, if it lies in a run folder."""
     return Positions(Path(options.config).with_name("metrics.jsonl"), config.data.global_batch_size)
 
 
@@ -130,17 +130,18 @@ def _verify(options: argparse.Namespace) -> None:
 
 def _document(options: argparse.Namespace) -> None:
     shards = open_shards(options.corpus, verify="size", cache=_cache(options))
-    decoder, documents = _decoder(options, shards), Documents(shards)
+    documents = Documents(shards)
     shard, number = documents.find(options.document)
-    found = documents.describe(shard, number, *documents.bounds(shard, number))
-    add_texts([found], shards.open_tokens(shard), decoder)
+    document = documents.describe(shard, number, *documents.bounds(shard, number))
+    if decoder := _decoder(options, shards):
+        add_texts([document], shards.open_tokens(shard), decoder)
     file = shards.shards[shard].file
-    _show(options, {"file": file, **found}, f"{file}\n{tables.document_text(found, options.max_characters)}")
+    _show(options, {"file": file, **document}, f"{file}\n{tables.document_text(document, options.max_characters)}")
 
 
-def _show(options: argparse.Namespace, found: dict, text: str) -> None:
+def _show(options: argparse.Namespace, content: dict, text: str) -> None:
     if options.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(content, indent=2))
     elif text:
         print(text)
 
@@ -154,7 +155,7 @@ def _decoder(options: argparse.Namespace, shards: TokenShards) -> Decoder | None
 
 
 def _cache(options: argparse.Namespace) -> CacheSettings | None:
-    """Of a run that says nothing else; a local corpus needs none."""
+    """Return the cache of a run with the default settings. A local corpus needs none."""
     if not is_remote(options.corpus):
         return None
     from pretrain.config.schema import CacheSection

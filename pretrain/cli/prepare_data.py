@@ -9,12 +9,12 @@ The same in parts, on as many machines as there are (slurm/prepare_data.sbatch),
     python tools/prepare_data.py --source 'corpus/*.parquet' --tokenizer data/tokenizer --out data/corpus --part 0/16
     python tools/prepare_data.py --merge --out data/corpus
 
-Token files of others become shards, and shards become theirs, without loss:
+Token files of other trainers become shards, and shards become theirs, without loss:
 
     python tools/prepare_data.py --import megatron --source old/corpus_text --tokenizer data/tokenizer --out data/corpus
     python tools/prepare_data.py --export megatron --source data/corpus/train --out data/megatron
 
-Run the same command again after an interruption: it goes on where it stopped and ends with the same bytes.
+Run the same command again after an interruption: it continues where it stopped and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from pretrain.cli import argument_types, command
@@ -33,7 +34,7 @@ from pretrain.data.tokens import TokenShards, open_shards
 from pretrain.data.tokens.formats import FORMATS
 from pretrain.errors import UserError
 
-# What must be given with what is done, and what may be; text is prepared if none of these is asked for.
+# Which options each of these modes needs, and which it takes besides. Without a mode, text is prepared.
 _NEEDS = {
     "merge": {"out"},
     "import": {"source", "tokenizer", "out"},
@@ -42,7 +43,7 @@ _NEEDS = {
 _TAKES = {
     "merge": {"workers", "shuffle"},
     "import": {"shard_tokens", "dtype"},
-    "export": set(),
+    "export": set[str](),
 }
 _TEXT_NEEDS = {"source", "tokenizer", "out"}
 
@@ -105,14 +106,15 @@ def _export(options: argparse.Namespace) -> None:
 def _summarise(out: Path, shards: dict[str, TokenShards]) -> None:
     print(f"complete: {out}")
     for split, held in shards.items():
-        bytes_per_token = held.text_bytes / max(held.tokens, 1)
+        bytes_per_token = (held.text_bytes or 0) / max(held.tokens, 1)
         print(
             f"  {split:8} {held.tokens:>15,} tokens {held.documents:>12,} documents {len(held.shards):>6} shards "
             f"{bytes_per_token:.2f} bytes of text per token"
         )
     manifest = shards["train"].manifest
     if gone := in_words(manifest.get("left_out", {})):
-        print(f"  {gone}{' (named in the manifests, under `unreadable`)' if manifest.get('unreadable') else ''}")
+        where = " (named in the manifests, under `unreadable`)" if manifest.get("unreadable") else ""
+        print(f"  {gone}{where}")
     for split in shards.keys() - {"train"}:
         if not shards[split].tokens:
             option = f"--{split.replace('_', '-')}-fraction"
@@ -206,5 +208,5 @@ def _only(source: list[str], flag: str) -> Path:
     return Path(source[0])
 
 
-def _flags(names) -> str:
+def _flags(names: Iterable[str]) -> str:
     return ", ".join(f"--{name.replace('_', '-').replace('filters', 'filter')}" for name in sorted(names))

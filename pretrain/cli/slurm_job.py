@@ -1,10 +1,10 @@
-"""What slurm/job.sh asks of Python; Slurm's variables say for which job.
+"""Prepare a Slurm job's run, and decide what follows its end. slurm/job.sh calls it; Slurm's variables name the job.
 
     python tools/slurm_job.py prepare --config configs/1b_tvr.yaml --set seed=1     (or: --list sweep.txt --line 3)
     python tools/slurm_job.py verdict --run runs/1b_tvr --code 1
 
 `prepare` prints the folder with the code that the job runs, or nothing where there is nothing to do. `verdict` prints
-"requeue [NODES TO EXCLUDE]" or "end CODE". What a person shall read goes to stderr.
+"requeue [NODES TO EXCLUDE]" or "end CODE". Messages for people go to stderr.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     job = Job.from_environment(os.environ)
     act = _prepare if options.command == "prepare" else _verdict
-    with redirect_stdout(sys.stderr):  # libraries speak when they are imported; the script reads the answer only
+    with redirect_stdout(sys.stderr):  # libraries print while they are imported; the script reads stdout
         answer = act(options, job)
     print(answer)
 
@@ -68,7 +68,7 @@ def _prepare(options: argparse.Namespace, job: Job) -> str:
 
 
 def _parse_line(words: list[str], options: argparse.Namespace) -> argparse.Namespace:
-    """A line's run file and settings; those of the command line come on top."""
+    """Return the options with the run file and settings of a line of the list. The command line's settings come after."""
     parser = argparse.ArgumentParser(prog=f"{options.list}, run {options.line}")
     parser.add_argument("config", type=argument_types.path)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
@@ -80,6 +80,6 @@ def _verdict(options: argparse.Namespace, job: Job) -> str:
     from pretrain.cluster.requeue import decide
 
     attempts = Attempts(options.run, job)
-    found = decide(attempts, options.code, options.told_to_stop, options.nodes, options.max_restarts)
-    print(f"{found.outcome}: {found.reason}")
-    return f"requeue {','.join(found.exclude)}" if found.requeue else f"end {found.code}"
+    decision = decide(attempts, options.code, options.told_to_stop, options.nodes, options.max_restarts)
+    print(f"{decision.outcome}: {decision.reason}")
+    return f"requeue {','.join(decision.exclude)}" if decision.requeue else f"end {decision.code}"

@@ -1,9 +1,9 @@
-"""Brings runs up to date in wandb from their metrics.jsonl: what a live tracker could not send, or never tried to.
+"""Bring runs up to date in wandb from their metrics.jsonl: send what a live tracker could not send, or never tried to.
 
     python tools/sync_wandb.py runs/1b_tvr [runs/1b_lir ...]
 
-Each goes on in the wandb run that the trainer uses, after the rows that are there already: started twice it sends nothing
-twice. With WANDB_MODE=offline the rows go into files below the run folder, for `wandb sync`.
+Rows are added to the wandb run that the trainer uses, after the rows that are there already. Started twice, the command
+sends nothing twice. With WANDB_MODE=offline the rows go into files below the run folder, for `wandb sync`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,15 @@ from pretrain.monitor.wandb_session import Session, alone, asked_mode, reason_of
 
 
 def bring_up_to_date(folder: Path, mode: str) -> None:
-    """Send the rows of one run folder that wandb lacks. UserError where that does not work, which changes nothing here."""
+    """Send the rows of one run folder that wandb lacks.
+
+    Args:
+        folder: The run folder, which stays as it is.
+        mode: As in WANDB_MODE.
+
+    Raises:
+        UserError: If `folder` is no run folder, or wandb does not take the rows.
+    """
     for name in ("config.yaml", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise UserError(f"{folder} is no run folder: it has no {name}.")

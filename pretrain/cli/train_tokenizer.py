@@ -39,7 +39,7 @@ def main() -> None:
         return
     omissions = Omissions(source.files, options.max_bad_records)
     try:
-        texts = _sample(source, settings["max_bytes"], omissions, options.skip_unreadable)
+        texts = _sample(source, options.max_bytes, omissions, options.skip_unreadable)
         model = train_bpe(texts, options.vocab_size)
     except Fault as error:
         raise advice_on(error, omissions.good + error.before) from error
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def _is_made(out: Path, settings: dict) -> bool:
-    """Whether `out` holds the result of this very command; UserError when it holds anything else."""
+    """Return whether `out` holds the result of this very command. Raise UserError if it holds anything else."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if (out / RECORD).is_file() and read_json(out / RECORD) == settings:
@@ -61,7 +61,7 @@ def _is_made(out: Path, settings: dict) -> bool:
 
 
 def _sample(source: Source, max_bytes: int, omissions: Omissions, skip_unreadable: bool) -> Iterator[str]:
-    """Texts from the start of the source until they add up to `max_bytes` of UTF-8."""
+    """Yield texts from the start of the source until they add up to `max_bytes` of UTF-8."""
     print(source.listing, file=sys.stderr, flush=True)
     taken = 0
     for block in source.blocks():
@@ -80,7 +80,7 @@ def _sample(source: Source, max_bytes: int, omissions: Omissions, skip_unreadabl
 
 
 def _export(model: bytes, settings: dict, out: Path) -> None:
-    """Write the folder beside `out`, then rename it, so that `out` is complete or as it was."""
+    """Write the folder beside `out`, then rename it, so that `out` is either complete or untouched."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with unfinished(out.with_name(f".{out.name}.{os.getpid()}.tmp")) as folder:
@@ -92,7 +92,7 @@ def _export(model: bytes, settings: dict, out: Path) -> None:
             os.replace(folder, out)
     except OSError as error:
         raise UserError(
-            f"cannot write the tokenizer to '{out}': {error}. Make room or mend the permissions."
+            f"cannot write the tokenizer to '{out}': {error}. Free disk space or correct the permissions."
         ) from error
 
 
