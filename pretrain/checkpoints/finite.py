@@ -1,4 +1,4 @@
-"""Whether a model is one still: neither its weights nor what it computes hold NaN or infinity. If not, no step mends it."""
+"""Checks that a model has not diverged: neither its weights nor its logits hold NaN or infinity."""
 
 from __future__ import annotations
 
@@ -15,31 +15,37 @@ from pretrain.sharded import Moments, ShardedWeights
 
 
 def fault_of_model(weights: ShardedWeights, moments: Mapping[str, Moments], logits: torch.Tensor) -> str | None:
-    """Name what is not finite in the masters, in the working copies, or in the probe's logits; None: all is finite.
+    """Name the first fault: NaN or infinity in the masters, the working copies, or the probe's logits. Collective.
 
-    moments: of all `weights`, as they are. logits: on the probe, in the precision of the working copies, beyond whose
-    range a finite master becomes infinity. Collective, with the same answer on every rank.
+    Args:
+        weights: the weights of the engine.
+        moments: the present moments of all `weights`.
+        logits: on the probe, in the precision of the working copies. Beyond its range a finite master becomes infinity.
+
+    Returns:
+        A clause for a message, the same on every rank. None if everything is finite.
     """
     largest = torch.finfo(logits.dtype).max
-    suspects = [name for name, found in moments.items() if not sqrt(abs(found.squared_norm)) <= largest]
+    suspects = [name for name, each in moments.items() if not sqrt(abs(each.squared_norm)) <= largest]
     tails = weights.statistics(suspects)
-    beyond = [name for name, found in tails.items() if not found.absolute_maximum <= largest]
-    found = _told(beyond) if beyond else _fault_of_logits(logits)
-    return next(filter(None, all_gather_object(found)), None)
+    beyond = [name for name, each in tails.items() if not each.absolute_maximum <= largest]
+    fault = _fault_of_weights(beyond) if beyond else _fault_of_logits(logits)
+    return next(filter(None, all_gather_object(fault)), None)
 
 
 def refuse_unless_finite(checkpoint: Path) -> None:
-    """UserError for a checkpoint of a model with NaN or infinity. One without a probe is not looked at."""
+    """Raise UserError for a checkpoint of a model with NaN or infinity. A checkpoint without a probe is not checked."""
     if not has_probe(checkpoint):
         return
-    bad = [name for name, found in load_moments(checkpoint).items() if not isfinite(found.squared_norm)]
-    if fault := _told(bad) if bad else _fault_of_logits(load_probe(checkpoint)[1]):
+    bad = [name for name, each in load_moments(checkpoint).items() if not isfinite(each.squared_norm)]
+    if fault := _fault_of_weights(bad) if bad else _fault_of_logits(load_probe(checkpoint)[1]):
         raise UserError(f"{checkpoint} holds a model that has diverged: {fault}. Take an older checkpoint.")
 
 
-def _told(names: Iterable[str]) -> str:
+def _fault_of_weights(names: Iterable[str]) -> str:
     first, *more = names
-    return f"there is NaN or infinity in {first}" + f" and {len(more)} more weights" * bool(more)
+    others = f" and {len(more)} more weights" if more else ""
+    return f"there is NaN or infinity in {first}{others}"
 
 
 def _fault_of_logits(logits: torch.Tensor) -> str | None:

@@ -1,4 +1,4 @@
-"""The folders of a run's checkpoints: their names, their age, and how one goes."""
+"""The folders of a run's checkpoints: their names, their age, their replacement and deletion."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ _COMPLETE = re.compile(r"step_(\d{8,})", re.ASCII)
 
 
 def folder_of(step: int) -> str:
-    """The name of the checkpoint of `step`."""
+    """Return the name of the checkpoint of `step`."""
     return f"step_{step:08d}"
 
 
 def step_of(path: Path) -> int:
+    """Return the step of the checkpoint at `path`, from its name."""
     return int(path.name.removeprefix("step_"))
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint folder that `path` means: itself, or the one beside it that a `latest` file names.
+    """Return the checkpoint folder that `path` means: itself, or the one beside it that a `latest` file names.
 
-    Raises UserError if there is none.
+    Raises:
+        UserError: there is no complete checkpoint.
     """
     if path.name == "latest" and path.is_file():
         path = path.parent / _named_by(path)
@@ -38,21 +40,21 @@ def resolve(path: Path) -> Path:
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in `folder`, oldest first: by when they were saved, as a run may have begun anew."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted((path for path in found if _COMPLETE.fullmatch(path.name)), key=_age)
+    """Return the complete checkpoints in `folder` in the order in which they were saved: a run may have started again."""
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in entries if _COMPLETE.fullmatch(path.name)), key=_age)
 
 
-def put_in_place(aside: Path, final: Path) -> None:
-    """Give a whole folder its name. One that has it already goes, and not before the new one is in its place.
+def put_in_place(temporary: Path, final: Path) -> None:
+    """Rename the whole folder `temporary` to `final`. An older `final` is deleted once the new one is in its place.
 
-    May be called again where it has failed, or only seemed to.
+    It may be called again after it has failed, or has only seemed to fail.
     """
     doomed = _doomed(final)
-    if aside.exists() and final.exists():
+    if temporary.exists() and final.exists():
         os.rename(final, doomed)
-    if aside.exists():
-        os.rename(aside, final)
+    if temporary.exists():
+        os.rename(temporary, final)
     _delete(doomed)
 
 
@@ -65,9 +67,9 @@ def retire(path: Path) -> None:
 
 
 def delete_leftovers(folder: Path) -> None:
-    """What killed runs have left half written or half deleted; but one that was being replaced gets its name back."""
-    for aside in folder.glob(".step_*.incomplete"):
-        final = folder / aside.name.removeprefix(".").removesuffix(".incomplete")
+    """Delete what killed runs have left half written or half deleted. One that was being replaced gets its name back."""
+    for temporary in folder.glob(".step_*.incomplete"):
+        final = folder / temporary.name.removeprefix(".").removesuffix(".incomplete")
         if _doomed(final).exists() and not final.exists():
             os.rename(_doomed(final), final)
     for leftover in folder.glob(".step_*"):
@@ -79,7 +81,7 @@ def _doomed(path: Path) -> Path:
 
 
 def _delete(path: Path) -> None:
-    """Of a link only the link. What a file system does not let go of now is a leftover, which goes another time."""
+    """Delete a folder, of a link only the link. What the file system does not release now is deleted at a later call."""
     if path.is_symlink():
         path.unlink()
     shutil.rmtree(path, ignore_errors=True)
@@ -96,5 +98,5 @@ def _named_by(latest: Path) -> str:
 
 
 def _age(path: Path) -> tuple[float, int]:
-    """When a checkpoint was saved, and its step."""
+    """Return when a checkpoint was saved, and its step."""
     return saved_at(path), step_of(path)

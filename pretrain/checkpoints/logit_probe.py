@@ -1,8 +1,8 @@
-"""What a checkpoint remembers of the trainer's model so that conversion can prove itself.
+"""Figures of the trainer's model that a checkpoint stores, so that a conversion can be checked against them.
 
-The logits on a fixed batch: sampled positions keep the file small, the full vocabulary at a few positions of every
-probe sequence. And the moments of every full fp32 weight, because the logits of a bf16 model move less for a small
-error in one weight than for rounding.
+They are the logits on a fixed batch, over the full vocabulary at a few positions of every probe sequence to keep the file
+small, and the moments of every full fp32 weight, because a small error in one weight changes the logits of a bf16 model
+less than rounding does.
 """
 
 from __future__ import annotations
@@ -25,17 +25,23 @@ _PROBE, _MOMENTS = "probe.safetensors", "moments.json"
 
 
 def probe_batch(tokens: torch.Tensor, seq_len: int) -> torch.Tensor:
-    """(2, length) int64 token ids from the flat `tokens`, length at most 256."""
+    """Return (2, length) int64 token ids from the flat `tokens`, length at most 256."""
     length = min(seq_len, MAX_LENGTH, tokens.numel() // SEQUENCES)
     return tokens[: SEQUENCES * length].view(SEQUENCES, length).long()
 
 
 @torch.no_grad()
 def probe_logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """(2, positions, vocab_size) logits on the CPU, at evenly spaced positions. Collective under ZeRO-3.
+    """Return logits at evenly spaced positions. Collective under ZeRO-3.
 
-    Their dtype is the precision that the model computes in. The model is put in eval mode for the pass; attention masks
-    and caches are left out.
+    The model is in evaluation mode for the pass. Attention masks and caches are left out.
+
+    Args:
+        model: the model, without a wrapper.
+        input_ids: (2, length) int64, on the model's device.
+
+    Returns:
+        (2, positions, vocab_size) on the CPU, in the precision that the model computes in.
     """
     was_training = model.training
     model.eval()
@@ -45,7 +51,7 @@ def probe_logits(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tenso
 
 
 def probe_positions(length: int) -> torch.Tensor:
-    """The positions whose logits are kept: evenly spaced up to the last."""
+    """Return the positions whose logits are kept: evenly spaced up to the last."""
     return torch.linspace(0, length - 1, min(POSITIONS, length)).long()
 
 
@@ -53,21 +59,21 @@ def save_probe(folder: Path, input_ids: torch.Tensor, logits: torch.Tensor, mome
     """Write `probe.safetensors` and `moments.json` into a checkpoint folder."""
     stored = {"input_ids": input_ids.cpu().contiguous(), "logits": logits.contiguous()}
     write_bytes(folder / _PROBE, save(stored))
-    write_json(folder / _MOMENTS, {name: asdict(found) for name, found in moments.items()})
+    write_json(folder / _MOMENTS, {name: asdict(each) for name, each in moments.items()})
 
 
 def has_probe(folder: Path) -> bool:
-    """Whether `save_probe` has written to this checkpoint folder."""
+    """Return whether `save_probe` has written to this checkpoint folder."""
     return (folder / _PROBE).exists()
 
 
 def load_probe(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """(input_ids, logits) as stored by `save_probe`. UserError if they cannot be read."""
+    """Return (input_ids, logits) as stored by `save_probe`. Raises UserError if they cannot be read."""
     stored = read_tensors(folder / _PROBE, "input_ids", "logits")
     return stored["input_ids"], stored["logits"]
 
 
 def load_moments(folder: Path) -> dict[str, Moments]:
-    """The moments of every weight as stored by `save_probe`."""
+    """Return the moments of every weight as stored by `save_probe`."""
     stored = json.loads((folder / _MOMENTS).read_bytes())
     return {name: Moments(**fields) for name, fields in stored.items()}

@@ -1,4 +1,4 @@
-"""The checkpoints of one run: saved, found, verified, loaded and retired by all ranks together."""
+"""Saves, finds, verifies, loads and retires the checkpoints of one run, on all ranks together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from pretrain.checkpoints.disk_space import bytes_of
+from pretrain.checkpoints.disk_space import checkpoint_bytes_of
 from pretrain.checkpoints.folders import (
     complete_checkpoints,
     delete_leftovers,
@@ -27,11 +27,11 @@ from pretrain.checkpoints.folders import (
 from pretrain.checkpoints.manifest import save_manifest, saved_at, verify
 from pretrain.checkpoints.rng import random_states, restore_random_states
 from pretrain.checkpoints.safe_load import read_safely
-from pretrain.checkpoints.shard_metadata import notes_on, save_notes
+from pretrain.checkpoints.shard_metadata import metadata_of, save_shard_metadata
 from pretrain.checkpoints.shards import gather_shards, load_shards, read_shards
 from pretrain.checkpoints.staging import host_copy
 from pretrain.checkpoints.state import TrainerState, read_matching_state, save_state
-from pretrain.checkpoints.writer import Entries, Writing, told
+from pretrain.checkpoints.writer import Entries, Writing, explaining_failures
 from pretrain.config.schema import CheckpointSection
 from pretrain.distributed.ranks import Ranks, all_gather_object, control_group, from_first_rank, on_every_rank
 from pretrain.errors import MachineFault, SharedUserError, UserError
@@ -43,7 +43,14 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that is complete now. seconds: since its save began. stall_s: for how many of them training stood still."""
+    """A checkpoint that has just become complete.
+
+    Attributes:
+        path: its folder.
+        step: optimizer steps done.
+        seconds: since its save began.
+        stall_s: seconds for which training stood still.
+    """
 
     path: Path
     step: int
@@ -53,10 +60,18 @@ class Saved:
 
 @dataclass(frozen=True)
 class _UnderWay:
-    """A save that is not published yet. began: on the clock of `perf_counter`, as `copied`, when training could go on."""
+    """A save that is not published yet.
+
+    Attributes:
+        step: optimizer steps done.
+        temporary: the folder that is written.
+        began: when the save began, on the clock of `perf_counter`.
+        copied: when training could continue, on the same clock.
+        writing: the thread that writes the files.
+    """
 
     step: int
-    aside: Path
+    temporary: Path
     began: float
     copied: float
     writing: Writing
@@ -73,69 +88,93 @@ class Checkpoints:
         say: Callable[[str], None],
         check: Callable[[Path], None] = lambda path: None,
     ) -> None:
-        """check: raises UserError for a checkpoint whose files are as they were saved but that none may go on from."""
+        """Manage the checkpoints in `folder`.
+
+        Args:
+            folder: the run's `checkpoints`.
+            config: the section `checkpoint` of the run file.
+            ranks: this rank's place among all.
+            say: logs one line.
+            check: raises UserError for a checkpoint whose files are whole but that no run may resume from.
+        """
         self.folder, self.config, self.ranks, self.say, self.check = folder, config, ranks, say, check
         self._under_way: _UnderWay | None = None
         self._damaged: set[Path] = set()
-        self._of_others: set[Path] = set()  # what an earlier history of this folder left, where a rule says to leave it
+        self._of_others: set[Path] = set()  # left by an earlier history of the folder, which `resume` says to ignore
 
     def save(self, engine: Engine, state: TrainerState, add_files: Callable[[Path], None]) -> Saved | None:
-        """Write the checkpoint of `state`; `add_files` runs on rank 0 and adds the trainer's own files.
+        """Write the checkpoint of `state`. Older checkpoints are never touched before the new one is complete.
 
-        With `asynchronous` the large files are only copied here, and None is returned: `advance` publishes the checkpoint.
-        The one before must be published. Raises UserError, on every rank, when there is no room or a file cannot be
-        written. Older checkpoints are never touched before the new one is complete.
+        With `asynchronous` the large files are only copied here, and `advance` publishes the checkpoint. The checkpoint
+        before it must be published.
+
+        Args:
+            engine: the engine whose weights and optimizer states are saved.
+            state: the trainer's state.
+            add_files: called on rank 0 with the folder, to add the trainer's own files.
+
+        Returns:
+            The checkpoint; None with `asynchronous`.
+
+        Raises:
+            UserError: on every rank, if there is no room or a file cannot be written.
         """
-        began, aside = time.perf_counter(), self.folder / f".{folder_of(state.step)}.incomplete"
-        with self._or_nothing(aside):
-            return self._save(engine, state, add_files, aside, began)
+        began, temporary = time.perf_counter(), self.folder / f".{folder_of(state.step)}.incomplete"
+        with self._or_nothing(temporary):
+            return self._save(engine, state, add_files, temporary, began)
 
     def _save(
-        self, engine: Engine, state: TrainerState, add_files: Callable[[Path], None], aside: Path, began: float
+        self, engine: Engine, state: TrainerState, add_files: Callable[[Path], None], temporary: Path, began: float
     ) -> Saved | None:
-        on_every_rank(lambda: self._prepare(aside, engine))
-        contents = gather_shards(engine, aside)
-        contents[aside / _random_file(self.ranks)] = random_states()
+        on_every_rank(lambda: self._prepare(temporary, engine))
+        contents = gather_shards(engine, temporary)
+        contents[temporary / _random_file(self.ranks)] = random_states()
         if self.config.asynchronous:
             contents = host_copy(contents)
 
         def write_small_files() -> list[str]:
             if not self.ranks.is_first:
                 return []
-            add_files(aside)
-            save_notes(aside, notes_on(engine))
-            save_state(aside, state)
-            return [path.relative_to(aside).as_posix() for path in aside.rglob("*") if path.is_file()]
+            add_files(temporary)
+            save_shard_metadata(temporary, metadata_of(engine))
+            save_state(temporary, state)
+            return [path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file()]
 
-        present = on_every_rank(lambda: self._told(write_small_files, aside))
-        writing = Writing(aside, contents, present, self.ranks.rank)
-        self._under_way = _UnderWay(state.step, aside, began, time.perf_counter(), writing)
+        present = on_every_rank(lambda: self._explaining(write_small_files, temporary))
+        writing = Writing(temporary, contents, present, self.ranks.rank)
+        self._under_way = _UnderWay(state.step, temporary, began, time.perf_counter(), writing)
         return None if self.config.asynchronous else self.advance(wait=True)
 
     def advance(self, *, wait: bool = False) -> Saved | None:
-        """Publish the save under way if every rank has written its files; `wait` for them.
+        """Publish the save under way if every rank has written its files; with `wait`, wait for them.
 
-        None where there is none or it goes on. UserError, on every rank, if a file could not be written.
+        Returns:
+            The checkpoint; None if no save is under way or it is not finished.
+
+        Raises:
+            UserError: on every rank, if a file could not be written.
         """
         save, called = self._under_way, time.perf_counter()
         if save is None or not (wait or _all(save.writing.done)):
             return None
         self._under_way = None
         final = self.folder / folder_of(save.step)
-        with self._or_nothing(save.aside):
+        with self._or_nothing(save.temporary):
             entries: Entries = {}
             for part in all_gather_object(on_every_rank(save.writing.entries)):
                 entries.update(part)
-            from_first_rank(lambda: self._publish(save.aside, final, entries))
+            from_first_rank(lambda: self._publish(save.temporary, final, entries))
         now = time.perf_counter()
         return Saved(final, save.step, seconds=now - save.began, stall_s=save.copied - save.began + now - called)
 
     def find(self) -> Path | None:
-        """The checkpoint to start from under the run's `resume` rule, verified; None to start from scratch.
+        """Return the checkpoint to start from under the run's `resume` rule, verified; None to start from scratch.
 
-        `auto` takes the run's newest and falls back to an older one when it is damaged, and says so; when all are
-        damaged, or the one that was named is, UserError. A job that Slurm has requeued goes on from its own newest
-        checkpoint whatever the rule, which was meant for its first start.
+        `auto` takes the run's newest. If it is damaged, that is logged and an older one is taken. A job that Slurm has
+        requeued continues from its own newest checkpoint under every rule, which was meant for its first start.
+
+        Raises:
+            UserError: all checkpoints are damaged, or the one that the rule names.
         """
         rule = "auto" if int(os.environ.get("SLURM_RESTART_COUNT", 0)) and self._own() else self.config.resume
         if rule != "auto":
@@ -147,28 +186,35 @@ class Checkpoints:
             self._verify(chosen)
             self._of_others -= {path for path in self._of_others if path.samefile(chosen)}
             return chosen
-        found, damage = self._newest_whole(self._own())
-        if found is None and damage:
+        newest, damage = self._newest_whole(self._own())
+        if newest is None and damage:
             raise SharedUserError(
                 f"no checkpoint in {self.folder} is whole: {' '.join(damage)} "
                 "Start from scratch with --set checkpoint.resume=never and another --set name=..."
             )
-        return found
+        return newest
 
     def find_before(self, step: int) -> Path | None:
-        """The run's newest whole checkpoint of `step` or an earlier one, verified; None if there is none.
+        """Return the run's newest whole checkpoint of `step` or an earlier one, verified; None if there is none.
 
-        Those that the start has left alone by its `resume` rule are not the run's.
+        Checkpoints that the `resume` rule has ignored at the start are not the run's.
         """
         own = [path for path in self._own() if path not in self._of_others]
         return self._newest_whole([path for path in own if step_of(path) <= step])[0]
 
     def load(self, path: Path, engine: Engine, expected: TrainerState) -> TrainerState:
-        """Load weights, optimizer and random states into an engine, new or under way; returns the stored state.
+        """Load weights, optimizer and random states into an engine, new or under way, and return the stored state.
 
-        The optimizer's options (weight decay, betas, ...) stay those of this run. Raises UserError, on every rank and
-        before anything is loaded, naming the first difference where the checkpoint belongs to another run than `expected`
-        (whose step and samples are not compared), or the file that cannot be read safely.
+        The optimizer's options (weight decay, betas, ...) stay those of this run.
+
+        Args:
+            path: the checkpoint, verified.
+            engine: the engine to load into.
+            expected: the state of this run. Its step and samples are not compared.
+
+        Raises:
+            UserError: on every rank and before anything is loaded, if the checkpoint belongs to another run than
+                `expected`, or a file cannot be read safely.
         """
         state = on_every_rank(lambda: read_matching_state(path, expected))
         files = on_every_rank(lambda: read_shards(engine, path))
@@ -178,52 +224,52 @@ class Checkpoints:
         return state
 
     @contextmanager
-    def _or_nothing(self, aside: Path) -> Iterator[None]:
-        """Leave nothing of a save that all ranks know to have failed: the status is to be written yet, and needs room."""
+    def _or_nothing(self, temporary: Path) -> Iterator[None]:
+        """Remove a save that has failed on all ranks: the run's status must still be written, and needs room."""
         try:
             yield
         except (UserError, MachineFault):
             if self.ranks.is_first:
-                shutil.rmtree(aside, ignore_errors=True)
+                shutil.rmtree(temporary, ignore_errors=True)
             raise
 
-    def _prepare(self, aside: Path, engine: Engine) -> None:
-        """Room for the new checkpoint and an empty folder; what killed runs left half written goes."""
+    def _prepare(self, temporary: Path, engine: Engine) -> None:
+        """Check for room and make an empty folder for the new checkpoint. What killed runs left half written is deleted."""
         if not self.ranks.is_first:
             return
         try:
             delete_leftovers(self.folder)
             free = free_bytes(self.folder.parent)
-            if free is not None and free < (needed := bytes_of(engine)):
+            if free is not None and free < (needed := checkpoint_bytes_of(engine)):
                 raise UserError(
                     f"the checkpoint needs {needed / 1e9:.2f} GB but {self.folder} has {free / 1e9:.2f} GB free. "
                     "The older checkpoints are intact; free space and start the same command again."
                 )
-            patiently(lambda: aside.mkdir(parents=True), f"making {aside}")
+            patiently(lambda: temporary.mkdir(parents=True), f"making {temporary}")
         except OSError as error:
             raise UserError(f"cannot write checkpoints to {self.folder}: {error.strerror}.") from error
 
-    def _told(self, write: Callable[[], Result], aside: Path) -> Result:
-        return told(lambda: patiently(write, f"writing to {aside}"), aside, self.ranks.rank)
+    def _explaining(self, write: Callable[[], Result], temporary: Path) -> Result:
+        return explaining_failures(lambda: patiently(write, f"writing to {temporary}"), temporary, self.ranks.rank)
 
-    def _publish(self, aside: Path, final: Path, entries: Entries) -> None:
+    def _publish(self, temporary: Path, final: Path, entries: Entries) -> None:
         def complete() -> None:
-            save_manifest(aside, entries, after=max(map(saved_at, complete_checkpoints(self.folder)), default=0.0))
-            for folder in [aside, *(path for path in aside.rglob("*") if path.is_dir())]:
+            save_manifest(temporary, entries, after=max(map(saved_at, complete_checkpoints(self.folder)), default=0.0))
+            for folder in [temporary, *(path for path in temporary.rglob("*") if path.is_dir())]:
                 sync_folder(folder)
 
         def name() -> None:
             sync_folder(self.folder)
             write_text(self.folder / "latest", final.name + "\n")
 
-        for part in (complete, lambda: put_in_place(aside, final), name):
-            self._told(part, aside)
+        for part in (complete, lambda: put_in_place(temporary, final), name):
+            self._explaining(part, temporary)
         self._damaged.discard(final)
         self._of_others.discard(final)
         self._retire_old()
 
     def _retire_old(self) -> None:
-        """Delete what is older than the newest `keep_last` whole ones, but for the multiples of `keep_every_steps`."""
+        """Delete checkpoints older than the newest `keep_last` whole ones, except multiples of `keep_every_steps`."""
         own, every = complete_checkpoints(self.folder), self.config.keep_every_steps
         oldest = [path for path in own if path not in self._damaged][-self.config.keep_last :][0]
         for path in own[: own.index(oldest)]:
@@ -235,7 +281,7 @@ class Checkpoints:
                 self.say(f"could not delete the old checkpoint {path}: {error.strerror}")
 
     def _newest_whole(self, paths: list[Path]) -> tuple[Path | None, list[str]]:
-        """The last of `paths` that is whole, and what is wrong with those after it, which is said too."""
+        """Return the last of `paths` that is whole, and the damage of those after it, which is logged."""
         damage: list[str] = []
         for path in reversed(paths):
             try:
@@ -249,12 +295,12 @@ class Checkpoints:
         return None, damage
 
     def _verify(self, path: Path) -> None:
-        """`verify`, the ranks sharing the reading, and `check`. UserError on every rank if a file differs or it is refused."""
+        """Verify a checkpoint, sharing the reading among ranks, and `check` it. Raises UserError on every rank at a fault."""
         on_every_rank(lambda: verify(path, self.ranks.rank, self.ranks.world_size))
         from_first_rank(lambda: self.check(path))
 
     def _own(self) -> list[Path]:
-        """The complete checkpoints of the run's folder as rank 0 sees them, oldest first."""
+        """Return the complete checkpoints of the run's folder as rank 0 sees them, oldest first."""
         return from_first_rank(lambda: complete_checkpoints(self.folder))
 
 
@@ -263,7 +309,7 @@ def _random_file(ranks: Ranks) -> str:
 
 
 def _all(mine: bool) -> bool:
-    """Whether it is so on every rank."""
+    """Return whether `mine` is true on every rank."""
     every = torch.tensor(mine, dtype=torch.int32)
     if dist.is_initialized():
         dist.all_reduce(every, op=dist.ReduceOp.MIN, group=control_group())

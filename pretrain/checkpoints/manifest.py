@@ -1,4 +1,4 @@
-"""`manifest.json`: the size and checksum of every file of a checkpoint, and whether its files are still those."""
+"""`manifest.json` holds the size and checksum of every file of a checkpoint, to verify them."""
 
 from __future__ import annotations
 
@@ -16,32 +16,39 @@ MANIFEST = "manifest.json"
 
 
 def describe(folder: Path, name: str) -> dict[str, Any]:
-    """What the manifest says of the file `name`, which is flushed to disk. Raises OSError."""
+    """Return the manifest's entry for the file `name`, which is flushed to disk. Raises OSError."""
     path = folder / name
     return {"bytes": path.stat().st_size, "xxh3_128": checksum(path, sync=True)}
 
 
 def save_manifest(folder: Path, entries: dict[str, dict[str, Any]], after: float) -> None:
-    """Write what `describe` has said of each file. after: the newest `saved_at` so far, which a clock may lag behind."""
+    """Write the manifest.
+
+    Args:
+        folder: the checkpoint.
+        entries: `describe` of each file, by name.
+        after: the newest `saved_at` of the older checkpoints, in seconds since the epoch. The clock may be behind it.
+    """
     now = max(time.time(), after + 1e-3)
     write_json(folder / MANIFEST, {"schema_version": 1, "saved_at": now, "files": dict(sorted(entries.items()))})
 
 
 def verify(folder: Path, rank: int = 0, world_size: int = 1) -> None:
-    """Compare the files of a checkpoint with its manifest: every `world_size`-th from number `rank` on.
+    """Compare the files of a checkpoint with its manifest: every `world_size`-th file from number `rank` on.
 
-    Raises UserError that names a file which is missing, has another size or content, lies elsewhere, or is not listed.
+    Raises:
+        UserError: a file is missing, has another size or content, lies elsewhere, or is not listed.
     """
     files = _read_manifest(folder)
     if rank == 0:
         _refuse_unlisted(folder, files)
     for name in sorted(files)[rank::world_size]:
-        enter(current().name)  # it goes on: for the watchdog
+        enter(current().name)  # the watchdog sees progress
         _check(_inside(folder, name), *files[name])
 
 
 def saved_at(folder: Path) -> float:
-    """When the checkpoint was saved, in seconds since the epoch: when its folder last changed, if the manifest is damaged."""
+    """Return when the checkpoint was saved, in seconds since the epoch; of a damaged one, when its folder last changed."""
     try:
         return float(_read(folder)["saved_at"])
     except (UserError, KeyError, TypeError, ValueError):
@@ -50,18 +57,18 @@ def saved_at(folder: Path) -> float:
 
 def _check(file: Path, expected_bytes: int, expected_sum: str) -> None:
     def look() -> tuple[int | None, str | None]:
-        """Size and checksum; the checksum only of what has the right size."""
+        """Return size and checksum, the checksum only of a file of the right size."""
         size = file.stat().st_size if file.is_file() else None
         return size, checksum(file) if size == expected_bytes else None
 
     try:
-        size, found_sum = patiently(look, f"reading {file}")
+        size, actual_sum = patiently(look, f"reading {file}")
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error}.") from error
     if size != expected_bytes:
-        found = "is missing" if size is None else f"has {size} bytes instead of {expected_bytes}"
-        raise UserError(f"{file} {found}.")
-    if found_sum != expected_sum:
+        fault = "is missing" if size is None else f"has {size} bytes instead of {expected_bytes}"
+        raise UserError(f"{file} {fault}.")
+    if actual_sum != expected_sum:
         raise UserError(f"{file} does not match its checksum: its content has changed since it was saved.")
 
 
@@ -74,7 +81,7 @@ def _read(folder: Path) -> Any:
 
 
 def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
-    """Bytes and checksum of every file of the checkpoint, by name."""
+    """Return bytes and checksum of every file of the checkpoint, by name."""
     manifest = _read(folder)
     try:
         return {name: (entry["bytes"], entry["xxh3_128"]) for name, entry in manifest["files"].items()}
@@ -83,7 +90,7 @@ def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The file `name` of a checkpoint. UserError if it would lie anywhere but in `folder`."""
+    """Return the file `name` of a checkpoint. Raises UserError if it would lie anywhere but in `folder`."""
     pure = PurePosixPath(name)
     if pure.is_absolute() or ".." in pure.parts or "\0" in name:
         raise UserError(f"{folder / MANIFEST} names {name!r}, which is no file of this checkpoint. Do not trust it.")
@@ -100,7 +107,7 @@ def _refuse_unlisted(folder: Path, files: dict[str, tuple[int, str]]) -> None:
 
 
 def _names_in(folder: Path) -> Iterator[str]:
-    """Every file and link but hidden ones, which nobody reads and file systems make for themselves."""
+    """Yield every file and link except hidden ones: nothing reads them, and some file systems create their own."""
     for path in sorted(folder.rglob("*")):
         if (path.is_symlink() or path.is_file()) and not path.name.startswith("."):
             yield path.relative_to(folder).as_posix()

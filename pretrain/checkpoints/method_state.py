@@ -1,4 +1,4 @@
-"""What methods keep besides the weights (power-iteration vectors, say): one file of each checkpoint."""
+"""State that methods keep besides the weights, such as power-iteration vectors: one file of each checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FILE = "method_state.safetensors"
 
 
 def save_method_state(folder: Path, methods: Sequence[Method], model: torch.nn.Module) -> None:
-    """Write what the methods keep into the checkpoint `folder`; no file where they keep nothing."""
+    """Write the state of the methods into the checkpoint `folder`. Without state there is no file."""
     tensors: dict[str, torch.Tensor] = {}
     for method in methods:
         tensors |= method.state(model)
@@ -26,13 +26,13 @@ def save_method_state(folder: Path, methods: Sequence[Method], model: torch.nn.M
 
 
 def load_method_state(folder: Path, methods: Sequence[Method], model: torch.nn.Module) -> None:
-    """Give the methods back what they kept, every method that of all; nothing where the file is missing."""
+    """Load the stored state of all methods into every method. Without a file, the state is empty."""
     state = read_method_state(folder)
     for method in methods:
         method.load_state(model, state)
 
 
 def read_method_state(folder: Path) -> dict[str, torch.Tensor]:
-    """What was saved, by name; empty where the methods of the run keep nothing. UserError if it cannot be read."""
+    """Return the stored tensors by name, empty without a file. Raises UserError if the file cannot be read."""
     path = folder / _FILE
     return read_tensors(path) if path.exists() else {}

@@ -10,7 +10,7 @@ import torch
 
 
 def random_states() -> dict[str, Any]:
-    """The states of Python's, NumPy's, torch's and this rank's GPU's global generators."""
+    """Return the states of the global generators of Python, NumPy, torch and this rank's GPU."""
     numpy = np.random.get_state(legacy=False)
     numpy["state"]["key"] = torch.from_numpy(numpy["state"]["key"].astype(np.int64))
     states = {"python": random.getstate(), "numpy": numpy, "torch": torch.get_rng_state()}
@@ -20,7 +20,7 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    """Undo what happened to the generators since `random_states` gave `states`."""
+    """Set the generators back to `states`, from `random_states`."""
     random.setstate(states["python"])
     numpy = states["numpy"]
     np.random.set_state({**numpy, "state": {**numpy["state"], "key": numpy["state"]["key"].numpy()}})

@@ -1,7 +1,8 @@
-"""Files read such that nothing in them is run: tensors and plain values, or nothing."""
+"""Reads files without running anything in them: they hold tensors and plain values, or they are refused."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
 from pkgutil import resolve_name
@@ -15,7 +16,7 @@ from torch.serialization import safe_globals
 from pretrain.errors import UserError
 from pretrain.files import patiently
 
-# What DeepSpeed stores besides tensors and plain values: an enumeration and three records of numbers.
+# DeepSpeed stores these besides tensors and plain values: an enumeration and three records of numbers.
 _CLASSES = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
@@ -25,12 +26,19 @@ _CLASSES = (
 
 
 def read_safely(path: Path, device: str = "cpu", stand_in: type | None = None) -> Any:
-    """What `torch.save` wrote into `path`, its tensors on `device`.
+    """Return the object that `torch.save` wrote into `path`.
 
-    stand_in: a class whose objects take the place of those of DeepSpeed's classes, which are then not imported. Raises
-    UserError if the file cannot be read, or holds anything that would have to be run to be read.
+    Args:
+        path: the file.
+        device: where its tensors go.
+        stand_in: a class whose objects take the place of those of DeepSpeed's classes, which are then not imported.
+
+    Raises:
+        UserError: the file cannot be read, or holds anything that would have to be run to be read.
     """
-    classes = [(stand_in or resolve_name(":".join(name.rsplit(".", 1))), name) for name in _CLASSES]
+    classes: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
+        (stand_in or resolve_name(":".join(name.rsplit(".", 1))), name) for name in _CLASSES
+    ]
 
     def read() -> Any:
         with safe_globals(classes):
@@ -48,7 +56,7 @@ def read_safely(path: Path, device: str = "cpu", stand_in: type | None = None) -
 
 
 def read_tensors(path: Path, *names: str) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file by name. UserError if it cannot be read or has none of one of `names`."""
+    """Return the tensors of a safetensors file by name. Raises UserError if it cannot be read or lacks one of `names`."""
     try:
         tensors = patiently(lambda: load_file(path), f"reading {path}")
     except (OSError, SafetensorError) as error:
@@ -59,6 +67,6 @@ def read_tensors(path: Path, *names: str) -> dict[str, torch.Tensor]:
 
 
 def _reason(error: Exception) -> str:
-    """The heart of torch's message, which goes on to tell how to read the file all the same."""
-    told = error.__context__ if isinstance(error, UnpicklingError) and error.__context__ else error
-    return f"{type(told).__name__}: {told}".split(". ")[0].splitlines()[0]
+    """Return the first sentence of torch's message. The rest advises to read the file unsafely."""
+    cause = error.__context__ if isinstance(error, UnpicklingError) and error.__context__ else error
+    return f"{type(cause).__name__}: {cause}".split(". ")[0].splitlines()[0]

@@ -1,9 +1,4 @@
-"""What DeepSpeed's files leave unsaid about the weights in them, kept beside them as `shards.json`.
-
-tensor_ranks    how many tensor-parallel ranks the weights were cut among
-cut_along       weight -> the dimension it was cut along; weights that are whole on each of them are not listed
-whole_masters   stage 0 in half precision: the weights whose fp32 masters follow one another in each parameter group
-"""
+"""Metadata of the weights that DeepSpeed's files lack, kept beside them as `shards.json`."""
 
 from __future__ import annotations
 
@@ -20,38 +15,45 @@ _FILE = "shards.json"
 
 
 @dataclass(frozen=True)
-class ShardNotes:
-    """See the module. The defaults say what a checkpoint without the file means."""
+class ShardMetadata:
+    """The content of `shards.json`. The defaults hold for a checkpoint without the file.
+
+    Attributes:
+        tensor_ranks: the number of tensor-parallel ranks that the weights were cut among.
+        cut_along: the dimension that each cut weight was cut along, by name. Weights that are whole on each are not listed.
+        whole_masters: only at stage 0 in half precision: names of the weights whose fp32 masters follow one another in
+            each parameter group.
+    """
 
     tensor_ranks: int = 1
     cut_along: dict[str, int] = field(default_factory=dict)
     whole_masters: list[list[str]] = field(default_factory=list)
 
 
-def notes_on(engine: Engine) -> ShardNotes:
-    """The notes on the files that `engine` saves. The same on every rank."""
+def metadata_of(engine: Engine) -> ShardMetadata:
+    """Return the metadata of the files that `engine` saves. The same on every rank."""
     parameters = dict(engine.module.named_parameters())
     cuts = {name: tensor_slice(parameter, name).dim for name, parameter in parameters.items()}
     names = {id(parameter): name for name, parameter in parameters.items()}
     half_stage0 = engine.zero_optimization_stage() == 0 and hasattr(engine.optimizer, "fp32_groups")
-    return ShardNotes(
+    return ShardMetadata(
         tensor_ranks=max(1, engine.autotp_size()),
         cut_along={name: dim for name, dim in cuts.items() if dim is not None},
         whole_masters=[[names[id(p)] for p in group] for group in engine.optimizer.fp16_groups] if half_stage0 else [],
     )
 
 
-def save_notes(folder: Path, notes: ShardNotes) -> None:
-    """Write the notes into a checkpoint folder."""
-    write_json(folder / _FILE, asdict(notes))
+def save_shard_metadata(folder: Path, metadata: ShardMetadata) -> None:
+    """Write the metadata into a checkpoint folder."""
+    write_json(folder / _FILE, asdict(metadata))
 
 
-def load_notes(folder: Path) -> ShardNotes:
-    """The notes of a checkpoint folder. Raises UserError if they cannot be read."""
+def load_shard_metadata(folder: Path) -> ShardMetadata:
+    """Return the metadata of a checkpoint folder. Raises UserError if the file cannot be read."""
     path = folder / _FILE
     if not path.exists():
-        return ShardNotes()
+        return ShardMetadata()
     try:
-        return ShardNotes(**json.loads(path.read_bytes()))
+        return ShardMetadata(**json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error

@@ -1,7 +1,7 @@
 """DeepSpeed's files of a checkpoint, which DeepSpeed itself neither writes nor reads.
 
-It hands over what each file is to hold, and is handed what each file holds. Between its writes lie barriers: a rank whose
-disk fails there would leave the others waiting for ever. And its reads would run whatever a file tells them to.
+DeepSpeed passes the content of each file in memory, in both directions. There are barriers between its own writes, so a
+rank whose disk fails would leave the others waiting for ever. Its own reads would run code that a file contains.
 """
 
 from __future__ import annotations
@@ -18,14 +18,21 @@ _FOLDER = "deepspeed"
 
 
 def gather_shards(engine: Engine, folder: Path) -> dict[Path, Any]:
-    """What this rank's files in the checkpoint `folder` are to hold, tensors being those of `engine`. Collective."""
+    """Return the content of each of this rank's files in the checkpoint `folder`, by path. Collective.
+
+    The tensors are those of `engine`, not copies.
+    """
     with _in_memory(engine, {}) as files:
         engine.save_checkpoint(str(folder), tag=_FOLDER, save_latest=False)
     return {Path(path): content for path, content in files.items()}
 
 
 def read_shards(engine: Engine, folder: Path) -> dict[str, Any]:
-    """This rank's files in the checkpoint `folder`. UserError if one cannot be read safely."""
+    """Return the content of this rank's files in the checkpoint `folder`, by path.
+
+    Raises:
+        UserError: a file cannot be read safely.
+    """
     paths = {engine._get_ckpt_name(folder, _FOLDER), *engine._get_all_ckpt_names(folder, _FOLDER)[:1]}
     if engine.zero_optimization():
         paths.add(engine._get_zero_ckpt_name(folder, _FOLDER))
@@ -33,7 +40,7 @@ def read_shards(engine: Engine, folder: Path) -> dict[str, Any]:
 
 
 def load_shards(engine: Engine, folder: Path, files: dict[str, Any]) -> None:
-    """Give `engine` the weights and optimizer states of `read_shards`; its optimizer's options stay. Collective."""
+    """Load the weights and optimizer states of `read_shards` into `engine`. Collective. Its optimizer's options stay."""
     groups = engine.optimizer.param_groups
     options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
     with _in_memory(engine, files):
@@ -44,7 +51,7 @@ def load_shards(engine: Engine, folder: Path, files: dict[str, Any]) -> None:
 
 @contextmanager
 def _in_memory(engine: Engine, files: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """DeepSpeed's writes go to `files`, by path, and its reads come from there."""
+    """Redirect DeepSpeed's writes to `files`, by path, and its reads from there."""
     own, engine.checkpoint_engine = engine.checkpoint_engine, _Memory(files)
     engine._copy_recovery_script = lambda folder: None  # it writes past the checkpoint engine
     try:
@@ -55,7 +62,7 @@ def _in_memory(engine: Engine, files: dict[str, Any]) -> Iterator[dict[str, Any]
 
 
 class _Memory:
-    """As deepspeed.runtime.checkpoint_engine.CheckpointEngine, without importing it."""
+    """A stand-in for DeepSpeed's `CheckpointEngine`, which is not imported."""
 
     def __init__(self, files: dict[str, Any]) -> None:
         self.files = files

@@ -1,4 +1,4 @@
-"""A copy of what a checkpoint will hold, in the host's memory: training changes the original while the copy is written."""
+"""Copies the content of a checkpoint to the host's memory: training changes the original while the copy is written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def host_copy(state: Any) -> Any:
-    """`state` as it is now, all tensors on the CPU; those that share their memory share it in the copy too."""
+    """Return a copy of `state` with all tensors on the CPU. Tensors that share memory share it in the copy too."""
     rest = io.BytesIO()
     pickler = _WithoutTensors(rest)
     pickler.dump(state)
@@ -23,7 +23,7 @@ def host_copy(state: Any) -> Any:
 
 
 class _WithoutTensors(pickle.Pickler):
-    """Pickles everything but tensors, for which it leaves their numbers."""
+    """Pickles everything but tensors, for which it writes their numbers."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
@@ -48,7 +48,7 @@ class _WithTensors(pickle.Unpickler):
 
 
 def _copy_once(storage: torch.UntypedStorage, copied: dict[int, torch.UntypedStorage]) -> torch.UntypedStorage:
-    key = storage._cdata  # as torch.save tells storages apart
+    key = storage._cdata  # torch.save also distinguishes storages by it
     if key not in copied:
         on_gpu = storage.device.type == "cuda"
         copied[key] = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=on_gpu).untyped_storage()
@@ -57,8 +57,8 @@ def _copy_once(storage: torch.UntypedStorage, copied: dict[int, torch.UntypedSto
 
 
 def _over(storage: torch.UntypedStorage, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that lies in `storage` as `tensor` does in its own."""
+    """Return a tensor with the layout of `tensor` in `storage`."""
     copy = torch.empty(0, dtype=tensor.dtype)
     copy.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
-    vars(copy).update(vars(tensor))  # the names that DeepSpeed gives tensors, say
+    vars(copy).update(vars(tensor))  # such as the names that DeepSpeed gives to tensors
     return copy.requires_grad_(tensor.requires_grad)

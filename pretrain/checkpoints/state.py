@@ -1,4 +1,4 @@
-"""What the trainer itself must remember, and whether a run may go on from what another has remembered."""
+"""The trainer's own state in a checkpoint, and the check whether a run may resume from it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,19 @@ _DATA_KEYS = ("data.train", "data.shuffle", "data.packing", "data.document_atten
 
 @dataclass(frozen=True)
 class TrainerState:
-    """What the trainer itself must remember; everything else is a function of it, the configuration and the weights.
+    """The trainer's own state. Everything else is a function of it, the configuration and the weights.
 
-    step: optimizer steps done. samples: samples of the run's order consumed by all ranks. The rest identifies the
-    run, so that a checkpoint of another one is refused; None: an older trainer did not write it down. forward: a digest of
-    what forward computes with besides `model`: names and shapes of all weights, methods that act there. evaluation_due:
-    a stop has cut short the evaluation of this step. guard: what the guard against bad steps remembers. bos_id: the token
-    before every document, None: no other than the separator that ended the one before.
+    The fields after `samples` identify the run, so that a checkpoint of another run is refused. Where they are None, an
+    older trainer did not store them.
+
+    Attributes:
+        step: optimizer steps done.
+        samples: samples of the run's order consumed by all ranks.
+        forward: a digest of what forward computes with besides `model`: names and shapes of all weights, and the methods
+            that act there.
+        evaluation_due: whether a stop has cut short the evaluation of this step.
+        guard: the state of the step gate.
+        bos_id: the token before every document. None: only the separator that ended the document before.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
@@ -74,9 +80,15 @@ def save_state(folder: Path, state: TrainerState) -> None:
 
 
 def read_matching_state(folder: Path, expected: TrainerState, changed: Sequence[str] = ()) -> TrainerState:
-    """The state in a checkpoint folder. UserError names the first thing that makes it another run's than `expected`.
+    """Return the state in a checkpoint folder.
 
-    changed: what the run file asks otherwise than the checkpoint's, to explain a refusal.
+    Args:
+        folder: the checkpoint.
+        expected: the state of this run. Its step and samples are not compared.
+        changed: differences between the checkpoint's run file and this one, to explain a refusal.
+
+    Raises:
+        UserError: the checkpoint belongs to another run than `expected`; the message names the first difference.
     """
     state = read_state(folder)
     for key, reason in _WHY_EQUAL.items():
@@ -85,33 +97,33 @@ def read_matching_state(folder: Path, expected: TrainerState, changed: Sequence[
             continue
         if key == "forward":
             of_methods = [change for change in changed if change.startswith(_FORWARD_KEYS)]
-            found = f"it was trained with other methods ({'; '.join(of_methods) or 'in another order'})"
+            difference = f"it was trained with other methods ({'; '.join(of_methods) or 'in another order'})"
         elif key == "data_fingerprint":
             of_data = [change for change in changed if change.startswith(_DATA_KEYS)]
-            found = f"it was trained on other data ({'; '.join(of_data) or 'at the same place'})"
+            difference = f"it was trained on other data ({'; '.join(of_data) or 'at the same place'})"
         else:
-            found = _difference(key, stored, wanted)
-        raise UserError(f"cannot resume from {folder}: {found}; {reason}.")
+            difference = _difference(key, stored, wanted)
+        raise UserError(f"cannot resume from {folder}: {difference}; {reason}.")
     return state
 
 
 def _compared(value: Any) -> Any:
-    """A model's fields without the token that begins a text: forward does not know it, and older trainers named another."""
-    return (
-        {name: field for name, field in value.items() if name != "bos_token_id"} if isinstance(value, dict) else value
-    )
+    """Return a model's fields without the token that begins a text: forward ignores it, and older trainers set another."""
+    if not isinstance(value, dict):
+        return value
+    return {name: field for name, field in value.items() if name != "bos_token_id"}
 
 
 def read_state(folder: Path) -> TrainerState:
-    """The state in a checkpoint folder. UserError if it cannot be read."""
+    """Return the state in a checkpoint folder. Raises UserError if it cannot be read."""
     path = folder / _FILE
     try:
         return TypeAdapter(TrainerState).validate_json(patiently(path.read_bytes, f"reading {path}"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
     except ValidationError as error:
-        found = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise UserError(f"{path} was written by another version of the trainer: {found}.") from error
+        mistakes = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise UserError(f"{path} was written by another version of the trainer: {mistakes}.") from error
 
 
 def _difference(key: str, stored: Any, wanted: Any) -> str:

@@ -1,4 +1,4 @@
-"""One save under way: this rank's files, written by a thread."""
+"""Writes this rank's files of a checkpoint in a thread."""
 
 from __future__ import annotations
 
@@ -16,14 +16,21 @@ from pretrain.files import TRANSIENT, error_number, patiently
 from pretrain.monitor.phase import enter
 
 Result = TypeVar("Result")
-Entries = dict[str, dict[str, Any]]  # of the manifest
+Entries = dict[str, dict[str, Any]]  # of the manifest, by file
 
 
 class Writing:
-    """Writes this rank's files from construction on. Nothing raises before `entries`."""
+    """Writes this rank's files from construction on. Errors are raised by `entries`."""
 
     def __init__(self, folder: Path, contents: dict[Path, Any], present: list[str], rank: int) -> None:
-        """folder: the checkpoint's. contents: what is to be in a file, by path. present: files that are there already."""
+        """Start to write.
+
+        Args:
+            folder: the checkpoint, under its temporary name.
+            contents: the content of each file, by path. It is emptied as files are written.
+            present: names of the files that are there already.
+            rank: this rank, for messages.
+        """
         self._folder, self._rank = folder, rank
         self._files_done = 0
         executor = ThreadPoolExecutor(1, "checkpoint")
@@ -32,14 +39,18 @@ class Writing:
 
     @property
     def done(self) -> bool:
-        """Whether all is written, or writing has failed."""
+        """Return whether all is written, or writing has failed."""
         return self._entries.done()
 
     def entries(self) -> Entries:
-        """What the manifest is to say of this rank's files. Waits for them; UserError if one could not be written."""
+        """Return the manifest's entries for this rank's files. Waits for them.
+
+        Raises:
+            UserError, MachineFault: as in `explaining_failures`.
+        """
         seen = -1
         while not self._entries.done():
-            if seen != self._files_done:  # it goes on: for the watchdog
+            if seen != self._files_done:  # the watchdog sees progress
                 seen = self._files_done
                 enter("saving")
             wait([self._entries], timeout=1)
@@ -48,7 +59,7 @@ class Writing:
     def _write(self, contents: dict[Path, Any], present: list[str]) -> Entries:
         def write() -> Entries:
             names = list(present)
-            while contents:  # each goes as it is written: it may be a copy
+            while contents:  # frees each once it is written: it may be a copy
                 path, content = contents.popitem()
                 _save(path, content)
                 names.append(path.relative_to(self._folder).as_posix())
@@ -59,13 +70,15 @@ class Writing:
                 self._files_done += 1
             return entries
 
-        return told(write, self._folder, self._rank)
+        return explaining_failures(write, self._folder, self._rank)
 
 
-def told(write: Callable[[], Result], folder: Path, rank: int) -> Result:
-    """`write()`, which writes to the checkpoint `folder`.
+def explaining_failures(write: Callable[[], Result], folder: Path, rank: int) -> Result:
+    """Return `write()`, which writes to the checkpoint `folder`, and raise failures of the storage with advice.
 
-    Where it cannot because of the storage: MachineFault for what may pass, UserError for what only a person can mend.
+    Raises:
+        MachineFault: the failure may pass by itself.
+        UserError: a person must free space or mend the folder.
     """
     try:
         return write()
@@ -73,14 +86,15 @@ def told(write: Callable[[], Result], folder: Path, rank: int) -> Result:
         number = error_number(error)
         if number is None:
             raise
-        told = f"rank {rank} could not write the checkpoint {folder}: {os.strerror(number)}. The older checkpoints are intact; "
+        reason = os.strerror(number)
+        message = f"rank {rank} could not write the checkpoint {folder}: {reason}. The older checkpoints are intact; "
         if number in TRANSIENT:
-            raise MachineFault(told + "the same command goes on from the newest.") from error
-        raise UserError(told + "free space or fix the folder and start the same command again.") from error
+            raise MachineFault(message + "the same command continues from the newest.") from error
+        raise UserError(message + "free space or fix the folder and start the same command again.") from error
 
 
 def _save(path: Path, content: Any) -> None:
-    """`torch.save`, flushed to disk: what a failing disk has lost of one attempt the next one writes again."""
+    """Write a file with `torch.save`, flushed to disk. Each attempt writes the whole file."""
 
     def save() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

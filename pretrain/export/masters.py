@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from pretrain.checkpoints.shard_metadata import ShardNotes, load_notes
+from pretrain.checkpoints.shard_metadata import ShardMetadata, load_shard_metadata
 from pretrain.errors import UserError
 from pretrain.export.stored import SideBySide, Span, StoredWeight, one_below_the_other, open_stored, span
 
@@ -37,9 +37,9 @@ def master_weights(folder: Path) -> dict[str, StoredWeight | SideBySide]:
 
     No weight is read. Raises UserError if the files are not those of one checkpoint.
     """
-    notes = load_notes(folder.parent)
-    ranks = [_of_tensor_rank(folder, rank, notes) for rank in range(notes.tensor_ranks)]
-    return {name: _join([rank[name] for rank in ranks], notes.cut_along.get(name)) for name in ranks[0]}
+    metadata = load_shard_metadata(folder.parent)
+    ranks = [_of_tensor_rank(folder, rank, metadata) for rank in range(metadata.tensor_ranks)]
+    return {name: _join([rank[name] for rank in ranks], metadata.cut_along.get(name)) for name in ranks[0]}
 
 
 def _join(parts: list[StoredWeight], dimension: int | None) -> StoredWeight | SideBySide:
@@ -49,7 +49,7 @@ def _join(parts: list[StoredWeight], dimension: int | None) -> StoredWeight | Si
     return one_below_the_other(parts) if dimension == 0 else SideBySide(tuple(parts))
 
 
-def _of_tensor_rank(folder: Path, tensor_rank: int, notes: ShardNotes) -> dict[str, StoredWeight]:
+def _of_tensor_rank(folder: Path, tensor_rank: int, metadata: ShardMetadata) -> dict[str, StoredWeight]:
     """What one tensor-parallel rank holds of every weight."""
     files = f"*mp_rank_{tensor_rank:02d}"
     model_file = next(iter(sorted(folder.glob(f"{files}_model_states.pt"), key=_rank)), None)
@@ -58,8 +58,8 @@ def _of_tensor_rank(folder: Path, tensor_rank: int, notes: ShardNotes) -> dict[s
     model = open_stored(model_file)
     rank_files = sorted(folder.glob(f"{files}_optim_states.pt"), key=_rank)
     states = [open_stored(path)["optimizer_state_dict"] for path in rank_files]
-    if not states and notes.whole_masters:
-        return dict(_whole_masters(model_file, model["optimizer"]["fp32_groups"], notes.whole_masters))
+    if not states and metadata.whole_masters:
+        return dict(_whole_masters(model_file, model["optimizer"]["fp32_groups"], metadata.whole_masters))
     if not states:
         return dict(_whole(model_file, model["module"]))
     if len(states) != (ranks := _rank_count(states[0])):

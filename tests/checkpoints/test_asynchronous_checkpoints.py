@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on, and storage that fails meanwhile."""
+"""Checkpoints that are written during training, and storage that fails meanwhile."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ STEPS = 9
 
 
 def settings(folder: Path, **more: object) -> dict:
-    """Nine steps, a checkpoint every third, written in the background."""
+    """Return a run of nine steps with a checkpoint every third, written in the background."""
     chosen = {"out": str(folder.parent), "name": folder.name, "steps": STEPS, "checkpoint.interval_steps": 3}
     return chosen | {"checkpoint.asynchronous": True, "data.val": None, "log.activations_interval_steps": 100} | more
 
 
 def on_disk(change: Callable[[str, Callable[[], None]], None]) -> None:
-    """For `prepare`: what torch writes to a file of this rank goes through `change(name, write)`."""
+    """Pass what torch writes to a file of this rank through `change(name, write)`. For `prepare`."""
     save = torch.save
     torch.save = lambda content, file: change(file.name, lambda: save(content, file))
 
@@ -59,14 +59,14 @@ def slowly(name: str, write: Callable[[], None]) -> None:
 
 
 def never_at_step_6(name: str, write: Callable[[], None]) -> None:
-    """The disk hangs in the midst of the second save."""
+    """Make the disk hang in the middle of the second save."""
     write()
     if "step_00000006" in name:
         time.sleep(1000)
 
 
 def fail(number: int, at: str, counter: list[int], times: int, name: str, write: Callable[[], None]) -> None:
-    """The first `times` writes to names with `at` in them fail as the system says it."""
+    """Make the first `times` writes to names with `at` in them fail with an error of the system."""
     if at in name and len(counter) < times:
         counter.append(1)
         raise OSError(number, os.strerror(number), name)
@@ -82,7 +82,7 @@ def failing(number: int, at: str, times: int = 1000) -> Callable[[], None]:
     params=[name if name == "zero2_bf16" else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS],
 )
 def saved(request, run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path, Path]:
-    """A layout, and the folders of the same run with its checkpoints written at once and, slowly, in the background."""
+    """Return a layout, and the folders of its run with checkpoints written at once and, slowly, in the background."""
     out, layout = tmp_path_factory.mktemp("saved"), LAYOUTS[request.param]
     at_once = settings(out / "at_once", **layout, **{"checkpoint.asynchronous": False})
     in_background = settings(out / "in_background", **layout)
@@ -93,7 +93,7 @@ def saved(request, run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_what_is_written_in_the_background_is_the_state_of_the_step_of_the_save(saved: tuple) -> None:
-    """Byte for byte, though the weights, optimizer and random states have changed under the writer."""
+    """The files are the same byte for byte, though weights, optimizer and random states changed during the write."""
     _, at_once, in_background = saved
     assert losses(in_background) == losses(at_once)
     for step in (3, 6, 9):
@@ -186,7 +186,7 @@ def test_storage_that_stays_away_is_a_fault_of_the_machine_on_every_rank(run_fil
     left = status(tmp_path / "run")
     assert (left["status"], left["exit_code"]) == ("failed", 3)
     assert FULL in left["reason"]
-    assert "the same command goes on" in left["reason"]
+    assert "the same command continues" in left["reason"]
     assert run_ranks(words, tmp_path / "logs").code == 0
 
 

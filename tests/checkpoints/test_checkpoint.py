@@ -1,4 +1,4 @@
-"""Which checkpoint a run starts from, and what verification sees, on one rank and without a model."""
+"""The choice of the checkpoint that a run starts from, and verification, on one rank and without a model."""
 
 import builtins
 import errno
@@ -102,7 +102,7 @@ def test_a_run_goes_back_to_the_newest_whole_checkpoint_of_a_step_or_before(tmp_
 
 
 def test_a_checkpoint_takes_the_place_of_one_of_the_same_step(tmp_path):
-    """Also where an attempt has got as far as the first rename, or has done everything and been told that it failed."""
+    """It also works after an attempt that did only the first rename, or did everything and seemed to fail."""
     for stage in range(3):
         folder = tmp_path / str(stage)
         old = make_checkpoint(folder, 5)

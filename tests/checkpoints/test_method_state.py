@@ -1,4 +1,4 @@
-"""What methods keep besides the weights survives a kill, and moves once a step however often forward runs."""
+"""The state of methods survives a kill, and changes once a step however often forward runs."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_run_that_is_killed_ends_with_the_bits_of_one_that_is_not(
 
 @pytest.mark.parametrize("method", ["sigma_reparam"], indirect=True, scope="module")
 def test_singular_vectors_take_one_iteration_a_step_on_the_weights_before_it(whole: Path, method: str) -> None:
-    """From one checkpoint to the next, by the formula."""
+    """Compare the states of two checkpoints by the formula."""
     for step in range(1, STEPS):
         weights, before = masters(whole, step), read_method_state(checkpoint(whole, step))
         after = read_method_state(checkpoint(whole, step + 1))

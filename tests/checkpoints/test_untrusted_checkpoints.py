@@ -1,4 +1,4 @@
-"""A checkpoint from somewhere else: nothing in it is run, nothing outside its folder is opened, and the message says why."""
+"""A checkpoint from elsewhere: nothing in it is run, nothing outside its folder is opened, and the message says why."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEPS = {"steps": 2, "checkpoint.interval_steps": 2, "data.val": None}
 
 
 class Trap:
-    """Makes `proof` where a pickle of it is loaded."""
+    """An object that creates `proof` when a pickle of it is loaded."""
 
     def __init__(self, proof: Path, call: Callable = os.mkdir) -> None:
         self.proof, self.call = proof, call
@@ -46,7 +46,7 @@ class Hidden(dict):
 
 
 def relist(checkpoint: Path) -> None:
-    """A manifest that fits the files, as whoever tampers with them would write it."""
+    """Write a manifest that fits the files, as an attacker would."""
     manifest = json.loads((checkpoint / MANIFEST).read_text())
     files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != MANIFEST]
     manifest["files"] = {
@@ -57,7 +57,7 @@ def relist(checkpoint: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of two steps on one rank."""
+    """Return the run folder of two steps on one rank."""
     out = tmp_path_factory.mktemp("trained")
     words = arguments(run_file, {"out": str(out), "name": "run", **STEPS})
     assert run_ranks(words, out / "logs", ranks=1).code == 0
@@ -66,7 +66,7 @@ def trained(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def checkpoint(trained: Path, tmp_path: Path) -> Path:
-    """A copy of the trained run's checkpoint."""
+    """Return a copy of the trained run's checkpoint."""
     return Path(shutil.copytree(trained, tmp_path / "run")) / "checkpoints/step_00000002"
 
 
@@ -102,7 +102,7 @@ TAMPERED = ("mp_rank_00_model_states.pt", "mp_rank_00_optim_states.pt", "rng_ran
 def test_a_run_started_from_a_checkpoint_with_a_trap_is_refused_and_runs_nothing(
     run_file: Path, trained: Path, tmp_path: Path
 ) -> None:
-    """Whether the checkpoint is the run's own or one that it was told of."""
+    """Return the run's own checkpoint, or one that it is started from by name."""
     commands, before = {}, {}
     for name in TAMPERED:
         folder = Path(shutil.copytree(trained, tmp_path / name / "run"))
@@ -195,7 +195,7 @@ TRICKS = {
 
 @pytest.mark.parametrize("trick", TRICKS, ids=lambda trick: trick.__name__)
 def test_files_that_are_not_the_checkpoints_own_are_refused(checkpoint: Path, tmp_path: Path, trick: Callable) -> None:
-    """The checksums are right throughout: it is the place that is wrong."""
+    """All checksums are right, but a file is at a wrong place."""
     secret = tmp_path / "secret"
     secret.write_text("not for the checkpoint to read")
     verify(checkpoint)
@@ -240,7 +240,7 @@ def test_latest_can_only_name_a_checkpoint_beside_it(checkpoint: Path, tmp_path:
 
 
 def test_of_a_checkpoint_that_is_a_link_only_the_link_is_retired(checkpoint: Path, tmp_path: Path) -> None:
-    """As someone does who has moved an old one to a larger disk."""
+    """A user may move an old checkpoint to a larger disk."""
     moved = shutil.move(checkpoint, tmp_path / "larger_disk")
     checkpoint.symlink_to(moved)
     verify(checkpoint)
