@@ -7,23 +7,25 @@ largest |h| alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
+from pretrain.monitor.rows import LayerActivations
 from pretrain.optional import optional
 
-Rows = list[dict[str, float]]
 
-
-def _statistics(hidden: torch.Tensor) -> dict[str, float]:
-    """hidden: (batch, seq_len, hidden_size) of any float dtype."""
+def _statistics(layer: int, hidden: torch.Tensor) -> LayerActivations:
+    """Return the values of one layer. hidden: (batch, seq_len, hidden_size) of any float dtype."""
     values = hidden.float()
     centred = values - values.mean(-1, keepdim=True)
     kurtosis = centred.pow(4).mean(-1) / centred.square().mean(-1).square() - 3.0
     magnitude = values.abs()
     return {
+        "layer": layer,
         "top": magnitude.max().item(),
         "median": magnitude.median().item(),
         "excess_kurtosis": kurtosis.mean().item(),
@@ -31,34 +33,39 @@ def _statistics(hidden: torch.Tensor) -> dict[str, float]:
 
 
 @contextmanager
-def record_activations(model: torch.nn.Module):
-    """While open, each forward pass appends one row per decoder block (`layer` counted from 1) to the yielded list.
+def record_activations(model: torch.nn.Module) -> Iterator[list[LayerActivations]]:
+    """Append the values of each decoder block to the yielded list at each forward pass, while the context is open.
 
     A block whose statistics fail is left out: other ranks may be in the same pass, and must not be left waiting.
     """
-    rows: Rows = []
+    layers: list[LayerActivations] = []
 
     def note(layer: int, hidden: torch.Tensor) -> None:
         with optional("activations", f"the activations of layer {layer} could not be measured"):
-            rows.append({"layer": layer, **_statistics(hidden)})
+            layers.append(_statistics(layer, hidden))
 
     handles = _after_blocks(model, note)
     try:
-        yield rows
+        yield layers
     finally:
         for handle in handles:
             handle.remove()
 
 
 class LargestActivations:
-    """The largest |h| after each block over the forward passes in training mode, from now on until it is taken."""
+    """The largest |h| after each block over the forward passes in training mode, until it is taken."""
 
     def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
+        """Measure from now on. The values are kept on `device`."""
         self._model = model
         self._largest = torch.zeros(len(_after_blocks(model, self._note)), device=device)
 
     def take(self) -> torch.Tensor:
-        """(blocks,) float32 on the device, of this rank; NaN where some h was. The next ones start from 0."""
+        """Return this rank's values and start again from 0.
+
+        Returns:
+            (blocks,) float32 on the device. NaN for a block with a NaN in h.
+        """
         taken, self._largest = self._largest, torch.zeros_like(self._largest)
         return taken
 
@@ -70,11 +77,12 @@ class LargestActivations:
             torch.maximum(place, torch.maximum(-lowest, highest).float(), out=place)
 
 
-def _after_blocks(model: torch.nn.Module, note: Callable[[int, torch.Tensor], None]) -> list:
-    """Call `note` with the layer, from 1, and the residual stream after each block; returns the hooks' handles."""
-    blocks = model.base_model.layers if hasattr(model.base_model, "layers") else model.base_model.h
+def _after_blocks(model: torch.nn.Module, note: Callable[[int, torch.Tensor], None]) -> list[RemovableHandle]:
+    """Have `note` called with the layer, from 1, and the residual stream after each block. Returns the hooks' handles."""
+    base = cast(torch.nn.Module, model.base_model)
+    blocks = cast(Iterable[torch.nn.Module], base.layers if hasattr(base, "layers") else base.h)
 
-    def hook(layer: int):
+    def hook(layer: int) -> Callable[[torch.nn.Module, tuple, torch.Tensor | tuple], None]:
         def record(module: torch.nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
             hidden = output if isinstance(output, torch.Tensor) else output[0]
             note(layer, hidden.detach())

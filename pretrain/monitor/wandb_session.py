@@ -29,6 +29,7 @@ import yaml
 from pretrain import startup
 from pretrain.errors import UserError
 from pretrain.files import write_text
+from pretrain.monitor.rows import AnyRow, parse_row
 from pretrain.monitor.wandb_files import steps_in_files
 
 INIT_S = 30  # that wandb may take to begin
@@ -57,14 +58,14 @@ def reason_of(error: BaseException) -> str:
     return shorten(str(error).rstrip("."), _LONGEST_REASON, placeholder=" ...") or type(error).__name__
 
 
-class Rows:
-    """The rows of `metrics.jsonl` but for events, numbered from 0, in the order in which they come."""
+class NumberedRows:
+    """The rows of `metrics.jsonl` except events, numbered from 0 in the order of the file."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._offset, self.count = path, 0, 0
 
-    def new(self, first: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield the rows that are whole and have not been looked at yet, from number `first` on."""
+    def new(self, first: int) -> Iterator[tuple[int, AnyRow]]:
+        """Yield the whole rows that no earlier call has passed, from number `first` on."""
         if not self._path.exists():
             return
         with open(self._path, "rb") as file:
@@ -77,7 +78,7 @@ class Rows:
                     continue
                 number, self.count = self.count, self.count + 1
                 if number >= first:
-                    yield number, json.loads(line)
+                    yield number, parse_row(line)
 
 
 class Session:
@@ -96,7 +97,7 @@ class Session:
         if not id_file.exists():
             write_text(id_file, uuid.uuid4().hex[:12])
         run_id = id_file.read_text(encoding="utf-8").strip()
-        self._rows = Rows(folder / "metrics.jsonl")
+        self._rows = NumberedRows(folder / "metrics.jsonl")
         self._run = wandb.init(
             project=config["log"]["wandb"]["project"],
             name=config["name"],
@@ -111,12 +112,10 @@ class Session:
         self.place = self._run.url if mode == "online" else Path(self._run.dir).parent
 
     def send(self) -> int:
-        """Give wandb the rows that it has not got yet; returns how many."""
+        """Log the rows that wandb does not have yet. Returns how many."""
         sent = 0
         for number, row in self._rows.new(self.first):
-            values = {key: value for key, value in row.items() if key not in ("kind", "step", "time")}
-            known = {"step": row["step"], "_timestamp": row["time"]}
-            self._run.log({**known, **flat({row["kind"]: values})}, step=number, commit=True)
+            self._run.log(values_of(row), step=number, commit=True)
             sent += 1
         return sent
 
@@ -125,8 +124,16 @@ class Session:
         self._run.finish(exit_code=exit_code)
 
 
+def values_of(row: AnyRow) -> dict[str, Any]:
+    """Return what wandb gets of a row: numbers under names that begin with the row's kind, such as `train/loss`."""
+    values = {key: value for key, value in row.items() if key not in ("kind", "step", "time")}
+    if row["kind"] == "weights":
+        values = {**row["weights"]}  # `weights/<name>/std`, without a second `weights`
+    return {"step": row["step"], "_timestamp": row["time"], **flat({row["kind"]: values})}
+
+
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested names joined by slashes, as wandb groups them; the rows of a list go by their layer."""
+    """Return nested values under names joined by slashes, as wandb groups them. Items of a list go by their layer."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, list):

@@ -35,7 +35,7 @@ def loss_picture(runs: list[Run]) -> Picture:
     for axes in (whole, late):
         compact_axis(axes.xaxis)
     _run_legend(figure, runs, [_key("training"), _key("validation", linestyle="none", marker="o")])
-    missing = [run.label for run in runs if not run.rows.get("eval")]
+    missing = [run.label for run in runs if not run.rows["eval"]]
     note = f" No evaluation was logged for {', '.join(missing)}." if missing else ""
     caption = "Faint: every logged value. Bold: running mean over 2% of the run. Dots: loss on the validation shards."
     return Picture("loss", "Loss", caption + note, figure)
@@ -93,11 +93,12 @@ def throughput_picture(runs: list[Run]) -> Picture:
 def activations_picture(runs: list[Run]) -> Picture:
     """Size and excess kurtosis of each block's output at the last measurement."""
     title = "Activations"
-    if not any(run.rows.get("activations") for run in runs):
+    if not any(run.rows["activations"] for run in runs):
         return Picture("activations", title, "No activations were logged.", None)
     figure, (size, kurtosis) = _figure(height=3.2, panels=2)
     for index, run in enumerate(runs):
-        layers = run.rows.get("activations", [{}])[-1].get("layers", [])
+        measured = run.rows["activations"]
+        layers = measured[-1]["layers"] if measured else []
         numbers = [layer["layer"] for layer in layers]
         dots = {"color": run_color(index), "marker": "o", "markersize": 3}
         for axes, key, style in ((size, "top", "-"), (size, "median", ":"), (kurtosis, "excess_kurtosis", "-")):
@@ -108,7 +109,7 @@ def activations_picture(runs: list[Run]) -> Picture:
     for axes in (size, kurtosis):
         axes.xaxis.get_major_locator().set_params(integer=True)
     _run_legend(figure, runs, [_key("largest"), _key("median", linestyle=":")])
-    missing = [run.label for run in runs if not run.rows.get("activations")]
+    missing = [run.label for run in runs if not run.rows["activations"]]
     note = f" None were logged for {', '.join(missing)}." if missing else ""
     return Picture("activations", title, "Outputs of each block at each run's last measurement." + note, figure)
 

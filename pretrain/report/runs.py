@@ -12,16 +12,24 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import yaml
 
 from pretrain.errors import UserError
-
-Row = dict[str, Any]
+from pretrain.monitor.rows import ActivationsRow, AnyEvent, AnyRow, EvalRow, TrainRow, WeightsRow, parse_row
 
 _BEGINNINGS = ("started", "resumed")  # the events that open an attempt: from scratch, or from a checkpoint
+
+
+class RowsByKind(TypedDict):
+    """The rows that hold, in the order of their steps, each step once."""
+
+    train: list[TrainRow]
+    eval: list[EvalRow]
+    weights: list[WeightsRow]
+    activations: list[ActivationsRow]
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class Run:
 
     label: what the report calls the run; unique among the runs of a page.
     config: the resolved configuration; status: `status.json` ({} where there is none).
-    rows: by kind (train, eval, weights, activations), in the order of their steps, each step once.
+    rows: those that no resume or rollback has taken back.
     events: every event row, in the order of the file.
     wall_time_s: seconds the run was up, all attempts together; None if its rows hold no time.
     """
@@ -39,13 +47,13 @@ class Run:
     folder: Path
     config: dict[str, Any]
     status: dict[str, Any]
-    rows: dict[str, list[Row]]
-    events: list[Row]
+    rows: RowsByKind
+    events: list[AnyEvent]
     wall_time_s: float | None
 
-    def series(self, kind: str, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values of `key` in the rows of `kind`, both (rows,); NaN where a row lacks the value."""
-        rows = self.rows.get(kind, [])
+    def series(self, kind: Literal["train", "eval"], key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the steps and the values of `key` in the rows of `kind`, both (rows,). NaN where a row lacks the value."""
+        rows = self.rows[kind]
         return np.array([row["step"] for row in rows], dtype=float), np.array([number(row.get(key)) for row in rows])
 
     def tokens_at(self, steps: np.ndarray) -> np.ndarray:
@@ -59,14 +67,13 @@ def read_runs(folders: Iterable[str | Path]) -> list[Run]:
 
     Raises UserError for a folder that is given twice, is missing, or holds no usable run.
     """
-    folders = [Path(folder) for folder in folders]
-    for folder in folders:
-        if [other.resolve() for other in folders].count(folder.resolve()) > 1:
-            raise UserError(f"the run folder {folder} is given more than once. Name each run once.")
-    names = [_name(folder, _read_config(folder)) for folder in folders]
+    paths = [Path(folder) for folder in folders]
+    for path in paths:
+        if [other.resolve() for other in paths].count(path.resolve()) > 1:
+            raise UserError(f"the run folder {path} is given more than once. Name each run once.")
+    names = [_name(path, _read_config(path)) for path in paths]
     return [
-        read_run(folder, name if names.count(name) == 1 else str(folder))
-        for folder, name in zip(folders, names, strict=True)
+        read_run(path, name if names.count(name) == 1 else str(path)) for path, name in zip(paths, names, strict=True)
     ]
 
 
@@ -77,7 +84,7 @@ def read_run(folder: Path, label: str) -> Run:
     history = _read_rows(path)
     events = [row for row in history if row["kind"] == "event"]
     rows = _surviving(history)
-    if not rows.get("train"):
+    if not rows["train"]:
         raise UserError(
             f"{path} holds no train row, so there is nothing to draw. Wait until the run has logged its first "
             "interval, or leave this folder out."
@@ -127,7 +134,7 @@ def _read_status(folder: Path) -> dict[str, Any]:
     return status
 
 
-def _read_rows(path: Path) -> list[Row]:
+def _read_rows(path: Path) -> list[AnyRow]:
     """Every row of the file. A last line without its newline is a write that was cut short and may be broken."""
     try:
         lines = path.read_bytes().split(b"\n")
@@ -138,7 +145,7 @@ def _read_rows(path: Path) -> list[Row]:
         if not line.strip():
             continue
         try:
-            rows.append(_parse(line))
+            rows.append(parse_row(line))
         except ValueError as error:
             if index == len(lines) - 1:
                 break
@@ -149,16 +156,9 @@ def _read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _parse(line: bytes) -> Row:
-    row = json.loads(line)
-    if not isinstance(row, dict) or not isinstance(row.get("kind"), str) or not isinstance(row.get("step"), int):
-        raise ValueError("it is no JSON object with a kind and a whole-numbered step")
-    return row
-
-
-def _surviving(history: list[Row]) -> dict[str, list[Row]]:
-    """The rows that no later row takes back, by kind; of two rows of one kind and step the later one."""
-    kept: list[Row] = []
+def _surviving(history: list[AnyRow]) -> RowsByKind:
+    """Return the rows that no later row takes back. Of two rows of one kind and step the later one counts."""
+    kept: list[AnyRow] = []
     for row in history:
         is_event = row["kind"] == "event"
         if is_event and row.get("event") not in _BEGINNINGS:
@@ -167,14 +167,16 @@ def _surviving(history: list[Row]) -> dict[str, list[Row]]:
             kept.pop()
         if not is_event:
             kept.append(row)
-    last = {(row["kind"], row["step"]): row for row in kept}
-    rows: dict[str, list[Row]] = {}
-    for (kind, _), row in last.items():
-        rows.setdefault(kind, []).append(row)
-    return rows
+    last = list({(row["kind"], row["step"]): row for row in kept}.values())
+    return {
+        "train": [row for row in last if row["kind"] == "train"],
+        "eval": [row for row in last if row["kind"] == "eval"],
+        "weights": [row for row in last if row["kind"] == "weights"],
+        "activations": [row for row in last if row["kind"] == "activations"],
+    }
 
 
-def _wall_time(history: list[Row]) -> float | None:
+def _wall_time(history: list[AnyRow]) -> float | None:
     """Time between consecutive rows, without the gaps in which the run was down."""
     timed = [row for row in history if isfinite(number(row.get("time")))]
     if len(timed) < 2:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, isfinite
 from typing import Any
 
 import numpy as np
 
-from pretrain.report.runs import Row, Run, number
+from pretrain.report.runs import Run, number
 from pretrain.report.units import compact, duration
 
 UNKNOWN = "–"
@@ -29,7 +30,7 @@ class Fact:
 def facts(run: Run) -> list[Fact]:
     """The figures of `run`, the same labels in the same order for every run."""
     train = run.rows["train"][-1]
-    evaluation = run.rows.get("eval", [{}])[-1]
+    evaluation: Mapping[str, object] = run.rows["eval"][-1] if run.rows["eval"] else {}
     _, rates = run.series("train", "tokens_per_s")
     rate = float(np.nanmedian(rates)) if np.isfinite(rates).any() else float("nan")
     return [
@@ -87,7 +88,7 @@ def _steps(done: int, planned: Any) -> str:
     return f"{done:,} of {planned:,}" if isinstance(planned, int) and planned != done else f"{done:,}"
 
 
-def _loss(label: str, row: Row, key: str, form: str) -> Fact:
+def _loss(label: str, row: Mapping[str, object], key: str, form: str) -> Fact:
     if key not in row:
         return Fact(label, UNKNOWN, "not logged")
     value = number(row[key])  # the trainer writes null for a loss that is not finite

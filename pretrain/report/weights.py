@@ -9,6 +9,7 @@ import numpy as np
 
 from pretrain.errors import UserError
 from pretrain.model.layout import MATRIX_ROLES, role_and_layer
+from pretrain.monitor.rows import WeightsRow
 from pretrain.report.runs import Run, number
 
 OTHER = "other"
@@ -66,26 +67,26 @@ class WeightSeries:
 
 def read_weights(run: Run) -> list[WeightSeries]:
     """Every weight named in the run's weights rows, in the order of their appearance; [] if it logged none."""
-    rows = run.rows.get("weights", [])
-    names = dict.fromkeys(name for row in rows for name, facts in row.items() if isinstance(facts, dict))
+    rows = run.rows["weights"]
+    names = dict.fromkeys(name for row in rows for name in row["weights"])
     return [_series(name, rows, run.config.get("methods") or []) for name in names]
 
 
-def _series(name: str, rows: list[dict], methods: list[dict]) -> WeightSeries:
+def _series(name: str, rows: list[WeightsRow], methods: list[dict]) -> WeightSeries:
     role, layer = _role_and_layer(name)
-    facts = [(row["step"], row[name]) for row in rows if name in row]
-    limits = {key: np.array([number(fact.get(key)) for _, fact in facts]) for key in _LIMITS}
+    measured = [(row["step"], row["weights"][name]) for row in rows if name in row["weights"]]
+    limits = {key: np.array([number(values.get(key)) for _, values in measured]) for key in _LIMITS}
     if not any(np.isfinite(values).any() for values in limits.values()):
-        limits = {key: np.full(len(facts), value) for key, value in _old_limits(name, role, layer, methods).items()}
+        limits = {key: np.full(len(measured), value) for key, value in _old_limits(name, role, layer, methods).items()}
     return WeightSeries(
         name=name,
         role=role,
         matrix=_role_and_layer(f"{name.rpartition('.')[0]}.weight")[0] if role == FACTOR else None,
         layer=layer,
-        steps=np.array([step for step, _ in facts], dtype=float),
-        values=np.array([number(fact.get("std")) for _, fact in facts]),
-        mean=np.array([number(fact.get("mean")) for _, fact in facts]),
-        rescaled=np.array([bool(fact.get("rescaled")) for _, fact in facts]),
+        steps=np.array([step for step, _ in measured], dtype=float),
+        values=np.array([number(values.get("std")) for _, values in measured]),
+        mean=np.array([number(values.get("mean")) for _, values in measured]),
+        rescaled=np.array([bool(values.get("rescaled")) for _, values in measured]),
         target=limits["target"],
         thresholds=tuple(limits[key] for key in _LIMITS[1:] if np.isfinite(limits[key]).any()),
     )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import asdict, replace
-from math import exp, inf
+from dataclasses import replace
+from math import inf
 from pathlib import Path
+from typing import Literal, cast
 
 import torch
 
 from pretrain.autopsy import Autopsies, Recorder
-from pretrain.checkpoints import Checkpoints, Saved, TrainerState
+from pretrain.checkpoints import Checkpoints, TrainerState
 from pretrain.checkpoints.finite import fault_of_model, refuse_unless_finite
 from pretrain.checkpoints.logit_probe import probe_logits, save_probe
 from pretrain.checkpoints.method_state import load_method_state, save_method_state
@@ -29,13 +30,11 @@ from pretrain.engine.validation import validation_loss
 from pretrain.errors import Diverged
 from pretrain.files import write_text
 from pretrain.model.config_json import save_config
-from pretrain.model.loss import CROSS_ENTROPY
 from pretrain.monitor.activations import record_activations
-from pretrain.monitor.console import memory_bytes, progress_line
 from pretrain.monitor.logs import log
-from pretrain.monitor.metrics import Metrics
 from pretrain.monitor.phase import enter
-from pretrain.monitor.throughput import Pace, Throughput
+from pretrain.monitor.rows import WeightValues
+from pretrain.monitor.throughput import Throughput
 from pretrain.monitor.tracker import Tracker, mode_of
 from pretrain.monitor.weights import WeightMonitor
 from pretrain.optim.schedule import learning_rate
@@ -50,6 +49,7 @@ from pretrain.trainer.plan import Plan, fixed_probe, training_batches, validatio
 from pretrain.trainer.plan_summary import describe_plan
 from pretrain.trainer.resume_changes import changes, check_length, environment_changes
 from pretrain.trainer.run_folder import RunFolder
+from pretrain.trainer.run_record import RunRecord
 from pretrain.trainer.startup_facts import facts_of_checkpoint
 from pretrain.trainer.weight_table import describe_weights
 
@@ -61,7 +61,8 @@ def train(plan: Plan, folder: RunFolder, ranks: Ranks) -> None:
     if ranks.is_first:
         log.info(describe_plan(plan))
     requests = StopRequests(folder.path, ranks, signals.catch())
-    if request := requests.now():
+    request = requests.now()
+    if request is not None and request.stop is not None:
         folder.not_started(request.stop, requested=request.requested)
         return
     Trainer(plan, folder, ranks, requests).train()
@@ -97,14 +98,14 @@ class Trainer:
         for method in config.methods:
             method.prepare(self.weights)
         folder.begin(config, state.step)
-        self.step, self.saved = state.step, state.step
+        self.step = state.step
+        self.saved: int | None = state.step
         self.evaluation_due = state.evaluation_due and plan.corpora.val is not None
-        self.metrics = Metrics(folder.path, enabled=ranks.is_first)
-        listen(lambda kind, reason: self.metrics.event(folder.step, "went_without", what=kind, reason=reason))
-        begun = "resumed" if state.step else "started"
-        differences = {"changes": [asdict(change) for change in changed]} if changed else {}
-        self.metrics.event(state.step, begun, parameters=plan.parameters, world_size=ranks.world_size, **differences)
-        self.tracker = self._start_tracker()
+        self.record = RunRecord(plan, folder)
+        listen(self.record.went_without)
+        self.record.started(state.step, changed)
+        mode = mode_of(config.log.wandb) if ranks.is_first else "disabled"
+        self.tracker = Tracker(folder.path, mode, self.record.tracking_changed)
         self.loader = training_batches(plan, ranks.rank, state.samples)
         self.probe = on_every_rank(lambda: fixed_probe(plan)).to(ranks.device)
         self.throughput = Throughput(config.tokens_per_step, plan.flops_per_token, ranks.world_size, state.step)
@@ -151,12 +152,12 @@ class Trainer:
         measured = self.weight_monitor.after_step(step)
         for method in config.methods:
             for name, values in method.after_step(step, self.weights).items():
-                measured.setdefault(name, {}).update(values)
-        if measured:
-            self.metrics.write("weights", step, **measured)
+                measured.setdefault(name, {}).update(cast(WeightValues, values))
+        self.record.weights(step, measured)
         if due(step, config.log.interval_steps, total):
             with optional("report", "a report could not be made"):
-                self.report(result, lr, self.throughput.lap(step, total, self.loader.wait_s))
+                pace = self.throughput.lap(step, total, self.loader.wait_s)
+                self.record.progress(step, self.samples, result, lr, pace, self.engine.skipped_steps)
         self.throughput.pause()
         if self._examine(result, batches):
             return
@@ -176,41 +177,6 @@ class Trainer:
         if due(step, config.checkpoint.interval_steps, total) and not self.gate.guard.streak:
             self.save()
 
-    def report(self, result: StepResult, lr: float, pace: Pace) -> None:
-        """Write one console line and one `train` row for the interval that ends at this step.
-
-        `first_sample` and `last_sample` are those of this very step, `epochs` how often each source has been read.
-        `loss` is the plain cross-entropy; `loss_terms` holds what methods add to it. fp16 adds the loss scale of this
-        step, and how many steps have been skipped so far because a gradient overflowed.
-        """
-        plan = self.plan
-        terms = {name: float(value) for name, value in result.losses.items() if name != "total"}
-        loss = terms.pop(CROSS_ENTROPY)
-        log.info(progress_line(self.step, plan.config.total_steps, loss, result.norm, lr, pace))
-        added = {"loss_terms": terms} if terms else {}
-        clipped = {"zclip": result.clip_factor} if plan.config.optim.zclip else {}
-        scaling = {}
-        if plan.precision == "fp16":
-            scaling = {"loss_scale": result.loss_scale, "skipped": self.engine.skipped_steps}
-        self.metrics.write(
-            "train",
-            self.step,
-            tokens=self.step * plan.config.tokens_per_step,
-            **self._samples_of_step(),
-            epochs=plan.corpora.epochs(self.samples.stop),
-            loss=loss,
-            grad_norm=result.norm,
-            lr=lr,
-            tokens_per_s=pace.tokens_per_s,
-            step_time_s=pace.step_time_s,
-            data_wait=pace.data_wait,
-            mfu=pace.mfu,
-            memory_bytes=memory_bytes(),
-            **added,
-            **clipped,
-            **scaling,
-        )
-
     def evaluate(self) -> None:
         """Report validation loss and perplexity, on the console and as an `eval` row; due again if a stop cuts it short."""
         batches = validation_batches(self.plan, self.ranks.rank)
@@ -218,9 +184,7 @@ class Trainer:
         self.evaluation_due = loss is None
         if loss is None:
             return
-        perplexity = exp(min(loss, 700.0))
-        self.metrics.write("eval", self.step, loss=loss, perplexity=perplexity)
-        log.info(f"step {self.step:>7,}  validation loss {loss:.4f}  perplexity {perplexity:.2f}")
+        self.record.evaluation(self.step, loss)
 
     def measure_activations(self) -> None:
         """Write an `activations` row: the extremes of the residual stream on the fixed probe, for layers that can be hooked."""
@@ -232,8 +196,7 @@ class Trainer:
                 return
             if together(kind, failing, lambda: probe_logits(self.engine.module, self.probe)) is None:
                 return
-        if rows:
-            self.metrics.write("activations", self.step, layers=rows)
+        self.record.activations(self.step, rows)
 
     def save(self) -> None:
         """Save a checkpoint of this step, unless there is one, with the files that conversion needs and must prove equal.
@@ -247,8 +210,7 @@ class Trainer:
         plan, config, model = self.plan, self.plan.config, self.engine.module
         moments, logits = self.weights.moments(), probe_logits(model, self.probe)
         if fault := fault_of_model(self.weights, moments, logits):
-            log.warning(f"step {self.step:>7,}  not saved: {fault}")
-            self.metrics.event(self.step, "not_saved", reason=fault)
+            self.record.not_saved(self.step, fault)
             return
 
         def add_files(folder: Path) -> None:
@@ -260,7 +222,8 @@ class Trainer:
 
         state = plan.state_at(self.step, self.loader.position)
         state = replace(state, evaluation_due=self.evaluation_due, guard=self.gate.state())
-        self._announce(self.checkpoints.save(self.engine, state, add_files))
+        if saved := self.checkpoints.save(self.engine, state, add_files):
+            self.record.saved(saved)
         self.saved = self.step
 
     def publish(self, wait: bool = False) -> None:
@@ -271,42 +234,22 @@ class Trainer:
         """
         if wait:
             enter("saving")
-        self._announce(self.checkpoints.advance(wait=wait))
-
-    def _announce(self, saved: Saved | None) -> None:
-        if saved is not None:
-            times = {"seconds": saved.seconds, "stall_s": saved.stall_s}
-            self.metrics.event(saved.step, "checkpoint_saved", checkpoint=str(saved.path), **times)
-            waited = f", training waited for {saved.stall_s:.1f} s" if self.plan.config.checkpoint.asynchronous else ""
-            log.info(f"step {saved.step:>7,}  saved {saved.path} in {saved.seconds:.1f} s{waited}")
+        if saved := self.checkpoints.advance(wait=wait):
+            self.record.saved(saved)
 
     def _examine(self, result: StepResult, batches: list[MicroBatch]) -> bool:
         """Record a step that was not as it should be. Returns whether the run was rolled back because of it."""
         if result.verdict.kind in ("spike", "not finite"):
-            self._write_autopsy(result, batches)
+            enter("autopsy")
+            reason, failing = result.verdict.reason, f"the autopsy of step {self.step} failed"
+            path = together("autopsy", failing, lambda: self.autopsies.write(self.engine, reason, batches))
+            self.record.bad_step(self.step, self.samples, result, path)
         if 0 < result.clip_factor < 1:
-            norm = {"factor": result.clip_factor, "grad_norm": result.norm}
-            self.metrics.event(self.step, "zclip", **norm, **self._samples_of_step())
+            self.record.clipped(self.step, self.samples, result)
         if not self.gate.guard.must_go_back(last=self.step == self.plan.config.total_steps):
             return False
         self.roll_back()
         return True
-
-    def _write_autopsy(self, result: StepResult, batches: list[MicroBatch]) -> None:
-        enter("autopsy")
-        found, failing = result.verdict, f"the autopsy of step {self.step} failed"
-        path = together("autopsy", failing, lambda: self.autopsies.write(self.engine, found.reason, batches))
-        skipped = ", update skipped" if result.skipped else ""
-        pointer = "" if path is None else f"; see {path}"
-        log.warning(f"step {self.step:>7,}  {found.kind}{skipped}: {found.reason}{pointer}")
-        self.metrics.event(
-            self.step,
-            found.kind.replace(" ", "_"),
-            reason=found.reason,
-            skipped=result.skipped,
-            **self._samples_of_step(),
-            autopsy=path and str(path),
-        )
 
     def roll_back(self) -> None:
         """Load the newest whole checkpoint from before the skipped steps, and continue with the data after theirs.
@@ -317,7 +260,9 @@ class Trainer:
             Diverged: going back has not helped before, or there is no such checkpoint.
         """
         enter("rolling back")
-        guard, first, last = self.gate.guard, self.gate.guard.streak_start, self.step
+        guard, last = self.gate.guard, self.step
+        first = guard.streak_start
+        assert first is not None, "there are skipped steps to go back from"
         skipped = f"the updates of steps {first:,} to {last:,} were skipped"
         if first == last:
             skipped = f"the update of step {last:,} was skipped"
@@ -332,13 +277,7 @@ class Trainer:
         self.recorder.forget()
         self.folder.step = self.step = state.step
         left_out = range(state.samples, self.samples.stop)
-        self.metrics.event(
-            last, "rolled_back", to_step=state.step, first_sample=left_out.start, last_sample=left_out.stop - 1
-        )
-        log.warning(
-            f"step {last:>7,}  {skipped}: back to step {state.step:,}, on without the samples {left_out.start:,} to "
-            f"{left_out.stop - 1:,}"
-        )
+        self.record.rolled_back(last, state.step, left_out, skipped)
         # Saved with the new place in the data, or a run that is killed now would read the bad samples again.
         self.saved = None
         self.save()
@@ -354,24 +293,21 @@ class Trainer:
         self.loader.close()
         if request.stop is None and self.saved != self.step:
             raise Diverged(f"step {self.step:,} was the last one and is not saved: NaN or infinity in the model")
-        if request.stop is None:
-            status, reason = "finished", "all steps done"
-        else:
+        status: Literal["finished", "stopped", "preempted"] = "finished"
+        reason = "all steps done"
+        if request.stop is not None:
             status, reason = "stopped" if request.requested else "preempted", f"stopped by {request.stop}"
             if self.step > 0:
                 saved = self.saved == self.step
                 reason += " after saving" if saved else " without saving, as the model holds NaN or infinity"
-        self.metrics.event(self.step, status, reason=reason)
+        self.record.ended(self.step, status, reason)
         self.folder.status(status, reason)
         with optional("tracking", "the end of tracking has failed"):
             stopped, watchdog_s = request.stop is not None, self.plan.config.resilience.watchdog_s
             patience_s = STOPPED_S if stopped else FINISHED_S  # whoever stops a run may kill it soon
             self.tracker.close(min(patience_s, (watchdog_s or inf) / 2), linger=stopped)
-        self.metrics.close()
+        self.record.close()
         log.info(f"{status} at step {self.step:,}: {reason}. Run folder: {self.folder.path}")
-
-    def _samples_of_step(self) -> dict[str, int]:
-        return {"first_sample": self.samples.start, "last_sample": self.samples.stop - 1}
 
     def _resume(self) -> tuple[TrainerState, list[Change]] | None:
         """Load the checkpoint that the run resumes from, and log what has changed since; None to start from scratch."""
@@ -401,20 +337,6 @@ class Trainer:
         if self.ranks.is_first:
             log.info("\n" + describe_weights(plan.weights, plan.config, default_std, measured) + "\n")
         return plan.state_at(0, 0)
-
-    def _start_tracker(self) -> Tracker:
-        """The run's tracker, which does nothing on ranks other than 0."""
-        messages = {
-            "tracking_off": "tracking is off: {}. The run goes on, its rows are in metrics.jsonl; tried again now and then",
-            "tracking_on": "tracking is on again: {}",
-        }
-
-        def announce(event: str, about: str) -> None:
-            log.warning(messages[event].format(about.rstrip(".")))
-            self.metrics.event(self.folder.step, event, reason=about)
-
-        mode = mode_of(self.plan.config.log.wandb) if self.ranks.is_first else "disabled"
-        return Tracker(self.folder.path, mode, announce)
 
 
 def due(step: int, interval: int, last: int) -> bool:

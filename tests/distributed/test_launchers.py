@@ -131,8 +131,8 @@ def test_the_metrics_hold_the_rows_and_fields_that_the_contract_says(launched: t
     assert list(last_rows(folder, "eval")) == [4, STEPS]
     assert last_rows(folder, "eval")[4].keys() >= {"loss", "perplexity"}
     assert list(last_rows(folder, "weights")) == [3, 6]
-    facts = last_rows(folder, "weights")[3]["model.layers.1.mlp.up_proj.weight"]
-    assert facts.keys() >= {"std", "mean", "update_ratio", "rescaled"}
+    values = last_rows(folder, "weights")[3]["weights"]["model.layers.1.mlp.up_proj.weight"]
+    assert values.keys() >= {"std", "mean", "update_ratio", "rescaled"}
     assert list(last_rows(folder, "activations")) == [4, STEPS]
     layers = last_rows(folder, "activations")[4]["layers"]
     assert [layer["layer"] for layer in layers] == [1, 2]

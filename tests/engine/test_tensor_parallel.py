@@ -124,13 +124,13 @@ def test_losses_gradients_and_weights_are_those_of_data_parallel_ranks_alone(tra
             expected = {key: same(row[key]) for key in keys}
             assert {key: found[key] for key in keys} == expected
     for step, row in last_rows(theirs, "weights").items():
-        found = last_rows(ours, "weights")[step]
-        assert found.keys() == row.keys()
-        for weight, facts in row.items():
+        found = last_rows(ours, "weights")[step]["weights"]
+        assert found.keys() == row["weights"].keys()
+        for weight, values in row["weights"].items():
             # Softmax does not depend on a key's bias. Its gradient is only rounding, which Adam makes as large as any other.
-            if isinstance(facts, dict) and not weight.endswith("k_proj.bias"):
-                assert found[weight]["std"] == pytest.approx(facts["std"], rel=50 * layout.tolerance, abs=1e-7), weight
-                assert found[weight]["rescaled"] == facts["rescaled"], weight
+            if not weight.endswith("k_proj.bias"):
+                assert found[weight]["std"] == pytest.approx(values["std"], rel=50 * layout.tolerance, abs=1e-7), weight
+                assert found[weight]["rescaled"] == values["rescaled"], weight
     assert len(last_rows(theirs, "weights")) == 2
 
 

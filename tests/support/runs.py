@@ -21,9 +21,14 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
 
 from pretrain import processes
+from pretrain.monitor.rows import AnyRow
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TRAIN = "pretrain/train.py"
@@ -270,11 +275,22 @@ def free_port(first: int = 10_000, last: int = 19_999) -> int:
 
 
 def rows(folder: Path, kind: str) -> list[dict]:
-    """The rows of one kind in metrics.jsonl, in the order in which they were written."""
+    """Return the rows of one kind in metrics.jsonl, in the order of the file. Every row of the file must fit its type."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    found = [checked_row(json.loads(line)) for line in lines if line.endswith("\n")]
     return [row for row in found if row["kind"] == kind]
+
+
+def checked_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of metrics.jsonl. ValidationError unless it has the fields of one of the types, and no others."""
+    _row_types().validate_python(row, strict=True, extra="forbid")
+    return row
+
+
+@cache
+def _row_types() -> TypeAdapter[AnyRow]:
+    return TypeAdapter(AnyRow)
 
 
 def last_rows(folder: Path, kind: str) -> dict[int, dict]:

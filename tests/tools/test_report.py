@@ -90,7 +90,7 @@ def run_rows(run: dict, names: dict[str, int] | None = None, seed: int = 0) -> l
         if step % 50 == 0:
             held = {name for name, layer in names.items() if tvr and layer and variance[name] > 0.012**2}
             facts = {name: {"std": variance[name] ** 0.5, "mean": 0.0, "rescaled": name in held} for name in names}
-            rows.append({"kind": "weights", "step": step, **facts})
+            rows.append({"kind": "weights", "step": step, "weights": facts})
             variance |= dict.fromkeys(held, 0.01**2)
         if step % max(100, steps // 2000 * 100) == 0:
             loss = mean_loss + 0.05
@@ -324,7 +324,7 @@ def test_diverged_run_is_drawn_and_its_loss_called_not_finite(tmp_path):
         if row["kind"] == "train" and row["step"] > 300:
             row |= {"loss": None, "grad_norm": None}
         if row["kind"] == "weights" and row["step"] > 300:
-            row |= {name: {"std": None, "mean": None, "rescaled": False} for name in llama_weights(2)}
+            row["weights"] = {name: {"std": None, "mean": None, "rescaled": False} for name in llama_weights(2)}
     diverged = write_run(tmp_path / "diverged", run, rows)
     healthy = write_run(tmp_path / "healthy", run | {"name": "healthy"}, run_rows(run))
     assert drawn(diverged, out=tmp_path / "page.html").tiles["train loss"] == "not finite"
@@ -354,7 +354,7 @@ def test_weight_path_drops_to_the_target_of_its_layer_at_each_rescale(tmp_path):
     name, other = "model.layers.3.mlp.down_proj.weight", "model.layers.3.mlp.up_proj.weight"
     run = config(methods=[TVR | {"scale_with_depth": True, "exclude": [other]}])
     facts = [{"std": 0.004, "rescaled": False}, {"std": 0.007, "rescaled": True}, {"std": 0.0055, "rescaled": False}]
-    rows = [{"kind": "weights", "step": 50 * n, name: fact, other: fact} for n, fact in enumerate(facts, start=1)]
+    rows = [{"kind": "weights", "step": 50 * n, "weights": {name: f, other: f}} for n, f in enumerate(facts, start=1)]
     rows.append({"kind": "train", "step": 150, "tokens": 1, "loss": 1.0})
     held, left = read_weights(read_runs([write_run(tmp_path / "tiny", run, rows)])[0])
     assert (held.role, held.layer, held.target.tolist()) == ("down", 4, pytest.approx([0.005] * 3))
@@ -366,6 +366,21 @@ def test_weight_path_drops_to_the_target_of_its_layer_at_each_rescale(tmp_path):
     assert left.path()[0].tolist() == [50, 100, 150]
 
 
+def test_weights_of_an_older_file_are_drawn_like_those_of_a_new_one(tmp_path):
+    run = config()
+    rows = run_rows(run)
+    older = [{key: value for key, value in row.items() if key != "weights"} | row.get("weights", {}) for row in rows]
+    assert older != rows
+    folders = [write_run(tmp_path / name / "tiny", run, given) for name, given in (("new", rows), ("old", older))]
+    new, old = (read_weights(read_runs([folder])[0]) for folder in folders)
+    assert len(new) == len(llama_weights(2))
+    for ours, theirs in zip(new, old, strict=True):
+        assert (ours.name, ours.role, ours.layer) == (theirs.name, theirs.role, theirs.layer)
+        np.testing.assert_array_equal(ours.steps, theirs.steps)
+        np.testing.assert_array_equal(ours.values, theirs.values)
+        np.testing.assert_array_equal(ours.rescaled, theirs.rescaled)
+
+
 def test_targets_that_the_rows_hold_count_more_than_the_options(tmp_path):
     name = "model.layers.3.mlp.down_proj.weight"
     run = config(methods=[TVR | {"target_std": None, "relative_target": 0.3, "target_warmup_steps": 100}])
@@ -375,7 +390,7 @@ def test_targets_that_the_rows_hold_count_more_than_the_options(tmp_path):
         {"std": 0.007, "rescaled": True, **limits},
         {"std": 0.0055, "rescaled": False, **limits, "target": 0.005},
     ]
-    rows = [{"kind": "weights", "step": 50 * n, name: fact} for n, fact in enumerate(facts, start=1)]
+    rows = [{"kind": "weights", "step": 50 * n, "weights": {name: fact}} for n, fact in enumerate(facts, start=1)]
     rows.append({"kind": "train", "step": 150, "tokens": 1, "loss": 1.0})
     folder = write_run(tmp_path / "tiny", run, rows)
     (held,) = read_weights(read_runs([folder])[0])
@@ -396,7 +411,7 @@ def weight_run(folder: Path, facts_of: dict[str, list[dict]], name: str = "tiny"
     """A run that logged these facts of these weights at steps 50, 100, ..."""
     count = max(map(len, facts_of.values()))
     rows = [
-        {"kind": "weights", "step": 50 * (n + 1), **{weight: facts[n] for weight, facts in facts_of.items()}}
+        {"kind": "weights", "step": 50 * (n + 1), "weights": {weight: facts[n] for weight, facts in facts_of.items()}}
         for n in range(count)
     ]
     rows.append({"kind": "train", "step": 50 * count, "tokens": 1, "loss": 1.0})

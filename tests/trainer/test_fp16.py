@@ -84,7 +84,7 @@ def test_fp16_learns_as_fp32_does(run_file: Path, fp32: Path, tmp_path: Path, la
 def test_an_overflow_skips_the_step_halves_the_scale_and_is_no_error(overflowed, layout: str) -> None:
     folder = overflowed(layout)
     found = list(last_rows(folder, "train").values())
-    changes = [row["model.layers.0.mlp.up_proj.weight"]["update_ratio"] for row in rows(folder, "weights")]
+    changes = [row["weights"]["model.layers.0.mlp.up_proj.weight"]["update_ratio"] for row in rows(folder, "weights")]
     skipped_before = 0
     for row, change, after in zip(found, changes, [*found[1:], None], strict=True):
         was_skipped = row["skipped"] > skipped_before

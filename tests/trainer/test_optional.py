@@ -156,7 +156,7 @@ def probe_that_fails(rank: int) -> None:
             raise RuntimeError("no hooks today")
         return record(model)
 
-    def fail(_: object) -> None:
+    def fail(*_: object) -> None:
         raise ZeroDivisionError("no statistics today")
 
     trainer.record_activations, activations._statistics = record_or_fail, fail

@@ -111,9 +111,9 @@ def without_time(found: dict[int, dict]) -> dict[int, dict]:
 
 
 def rescaled_steps(folder: Path) -> set[int]:
-    """Steps at which TVR rescaled something."""
-    facts = last_rows(folder, "weights")
-    return {step for step, row in facts.items() if any(isinstance(f, dict) and f["rescaled"] for f in row.values())}
+    """Return the steps at which TVR rescaled something."""
+    found = last_rows(folder, "weights")
+    return {step for step, row in found.items() if any(values["rescaled"] for values in row["weights"].values())}
 
 
 @pytest.fixture(scope="module")
