@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from pretrain.autopsy.update_norms import Stepped
+from pretrain.autopsy.update_norms import UpdateNorms
 from pretrain.model.layout import Weight
 from pretrain.monitor.activations import LargestActivations
 from pretrain.sharded import ShardedWeights
@@ -25,7 +25,7 @@ from pretrain.sharded.engine_protocol import Engine
 class _Record:
     """One step, as this rank knows it; see `Recorder.end_step`.
 
-    gradients, steps: as from `Stepped`. activations: as from `LargestActivations`.
+    gradients, steps: as from `UpdateNorms`. activations: as from `LargestActivations`.
     """
 
     step: int
@@ -73,7 +73,7 @@ class Recorder:
 
     def __init__(self, engine: Engine, weights: ShardedWeights, steps: int) -> None:
         self.layout: dict[str, Weight] = weights.layout
-        self._stepped = Stepped(weights)
+        self._update_norms = UpdateNorms(weights)
         self._activations = LargestActivations(engine.module, engine.device)
         self._gradients: torch.Tensor | None = None
         self._records: deque[_Record] = deque(maxlen=steps + 1)
@@ -85,7 +85,7 @@ class Recorder:
 
     def gradients(self) -> None:
         """Between the last backward of a step and the engine's step, which drops the gradients."""
-        self._gradients = self._stepped.gradient_squares()
+        self._gradients = self._update_norms.gradient_squares()
 
     def end_step(self, step: int, samples: range, losses: Mapping[str, torch.Tensor], lr: float, factor: float) -> None:
         """After the engine's step, before anything else changes the weights. The arguments are those of `Figures`.
@@ -93,7 +93,7 @@ class Recorder:
         losses: scalars on the device.
         """
         gradients = self._gradients
-        steps = self._stepped.step_squares() if factor else gradients.new_zeros(len(gradients), 2)
+        steps = self._update_norms.step_squares() if factor else gradients.new_zeros(len(gradients), 2)
         self._records.append(_Record(step, samples, losses, lr, factor, gradients, steps, self._activations.take()))
 
     def forget(self) -> None:
@@ -122,7 +122,7 @@ class Recorder:
         """Of the full weights at each step: squares are summed over the ranks."""
         mine = torch.stack([torch.cat((record.gradients[:, None], record.steps), 1) for record in records])
         numbers = {name: number for number, name in enumerate(self.layout)}
-        where = torch.tensor([numbers[name] for name in self._stepped.names], device=mine.device)
+        where = torch.tensor([numbers[name] for name in self._update_norms.names], device=mine.device)
         squares = mine.new_zeros(len(records), len(numbers), 3).index_add_(1, where, mine)
         if dist.get_backend() == "nccl":
             squares = squares.cuda()  # an offloaded optimizer keeps its pieces on the CPU
@@ -133,5 +133,5 @@ class Recorder:
         ]
 
     def _known(self, weight: Weight, gradient: float, step: float, norm: float) -> Norms:
-        gradient_known, step_known = self._stepped.known(weight)
+        gradient_known, step_known = self._update_norms.known(weight)
         return Norms(gradient if gradient_known else None, step if step_known else None, norm)

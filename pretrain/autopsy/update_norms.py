@@ -23,9 +23,9 @@ import torch
 
 from pretrain.model.layout import Weight
 from pretrain.optim import muon
-from pretrain.sharded.stage0 import Stage0
+from pretrain.sharded.stepped_tensors import averaged_gradients, base_optimizer, stepped_tensors
 from pretrain.sharded.weights import ShardedWeights
-from pretrain.sharded.zero12 import BF16Optimizer, Zero12
+from pretrain.sharded.zero12 import Zero12
 
 BATCH = {"cpu": 1 << 20, "cuda": 1 << 25}  # elements whose steps are computed at a time, and in memory twice
 
@@ -68,7 +68,7 @@ class _Flat:
         return [(some.on(self.device), some.ranges) for some in _batches(self.pieces, BATCH[self.device.type])]
 
 
-class Stepped:
+class UpdateNorms:
     """This rank's pieces as the optimizer of an engine steps them.
 
     names: the weights that this rank counts something of, one for each value that the methods return. Sums of squares over
@@ -76,17 +76,15 @@ class Stepped:
     """
 
     def __init__(self, weights: ShardedWeights) -> None:
-        self.engine, self.placement = weights.engine, weights.placement
-        optimizer = self.engine.optimizer
-        self._base = getattr(optimizer, "optimizer", optimizer)
-        self._flats = [_Flat(tensor, group) for tensor, group in self._stepped()]
+        self._weights, self._base = weights, base_optimizer(weights)
+        self._flats = [_Flat(tensor, group) for tensor, group in stepped_tensors(weights)]
         self.names: list[str] = []
         self._find_pieces(weights)
 
     def known(self, weight: Weight) -> tuple[bool, bool]:
         """Whether the gradient of a weight, and its step, can be told on this engine."""
         by_muon = muon.steps(weight) and any(group.get("use_muon") for group in self._base.param_groups)
-        return not (by_muon and isinstance(self.placement, Zero12)), not by_muon
+        return not (by_muon and isinstance(self._weights.placement, Zero12)), not by_muon
 
     @torch.no_grad()
     def gradient_squares(self) -> torch.Tensor:
@@ -94,13 +92,13 @@ class Stepped:
 
         Call it between the last backward and the engine's step. Nothing waits for the device.
         """
-        engine = self.engine
+        engine = self._weights.engine
         scale = float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
         squares = torch.zeros(len(self.names), dtype=torch.float64, device=self._device)
         for number, flat in enumerate(self._flats):
             if flat.pieces.numbers:
                 where, ranges = flat.whole
-                _add_squares(squares, where, list(_cut(self._gradients(number), ranges)))
+                _add_squares(squares, where, list(_cut(averaged_gradients(self._weights, number, flat.tensor), ranges)))
         return squares / scale**2
 
     @torch.no_grad()
@@ -121,15 +119,6 @@ class Stepped:
                     _add_squares(squares[1], where, masters)
         return squares.T
 
-    def _stepped(self) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
-        """What the base optimizer steps. Between steps ZeRO-3 leaves its parameter groups empty."""
-        optimizer, groups = self.engine.optimizer, self._base.param_groups
-        if hasattr(optimizer, "fp32_partitioned_groups_flat"):
-            for number, tensor in enumerate(optimizer.fp32_partitioned_groups_flat):
-                yield tensor, groups[optimizer.sub_group_to_group_id[number]]
-        else:
-            yield from ((tensor, group) for group in groups for tensor in group["params"])
-
     def _find_pieces(self, weights: ShardedWeights) -> None:
         """A piece's master is a view of one of the flat tensors: its address says which, and where."""
         flats = sorted((flat for flat in self._flats if flat.tensor.numel()), key=lambda flat: flat.tensor.data_ptr())
@@ -140,21 +129,6 @@ class Stepped:
                 first = (piece.counted.data_ptr() - flat.tensor.data_ptr()) // flat.tensor.element_size()
                 flat.pieces.add(len(self.names), first, first + piece.counted.numel())
                 self.names.append(piece.name)
-
-    def _gradients(self, number: int) -> Sequence[torch.Tensor]:
-        """The averaged gradients of a flat tensor, end to end in its layout."""
-        optimizer, flat = self.engine.optimizer, self._flats[number].tensor
-        if isinstance(self.placement, Stage0):
-            parameters = [parameter for group, _ in self.placement.groups for parameter in group]
-            grad = parameters[number].grad
-            return [torch.zeros_like(flat) if grad is None else grad]
-        if isinstance(self.placement, BF16Optimizer):
-            return [optimizer.fp32_groups_gradient_flat_partition[number]]
-        if flat.grad is not None:  # offloaded to the CPU
-            if hasattr(optimizer, "_wait_for_offload_copies"):
-                optimizer._wait_for_offload_copies()
-            return [flat.grad]
-        return optimizer.averaged_gradients[number]
 
     @property
     def _device(self) -> torch.device:

@@ -34,7 +34,12 @@ class Placement(Protocol):
 
     `pieces` and `edit` give this rank's pieces of the named weights, in the same order on every rank. A piece holds until
     the next one is asked for: what is offloaded to NVMe is in memory only so long.
+
+    Attributes:
+        tensor_ranks: the number of tensor-parallel ranks that the weights are cut among.
     """
+
+    tensor_ranks: int
 
     def pieces(self, names: Set[str]) -> Iterator[Piece]:
         """The pieces, to be read."""

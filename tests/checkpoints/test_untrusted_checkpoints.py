@@ -102,7 +102,7 @@ TAMPERED = ("mp_rank_00_model_states.pt", "mp_rank_00_optim_states.pt", "rng_ran
 def test_a_run_started_from_a_checkpoint_with_a_trap_is_refused_and_runs_nothing(
     run_file: Path, trained: Path, tmp_path: Path
 ) -> None:
-    """Return the run's own checkpoint, or one that it is started from by name."""
+    """The checkpoint is the run's own, or one that the run is started from by name."""
     commands, before = {}, {}
     for name in TAMPERED:
         folder = Path(shutil.copytree(trained, tmp_path / name / "run"))

@@ -110,7 +110,7 @@ def test_one_flipped_bit_is_found_with_its_weight_and_its_rank(
             apart = f"working copy and master differ on {last}: {weight} in 1 element" in words
             unequal = f"{last} than on the {ranks - 1} others: {weight}" in words
             if ranks // tensor == 2:
-                unequal = f" than on {last}, and no majority tells which is right: {weight}" in words
+                unequal = f" than on {last}, and no majority shows which is right: {weight}" in words
             assert apart or unequal
             assert apart or one_copy or what not in ("working copy", "master")
             assert unequal or what != "range of another rank"

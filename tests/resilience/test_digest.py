@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pretrain.resilience.consistency import who_differs, who_holds_what
+from pretrain.distributed.rank_names import who_differs, who_holds_what
 from pretrain.resilience.digest import bit_digest, differing_elements
 
 
@@ -49,7 +49,7 @@ def test_the_minority_is_named_in_ranges_with_its_hosts() -> None:
     assert who_holds_what(values, hosts) == "2 on ranks 3, 8-15 (node0, node1), 1 on the 23 others"
     assert who_differs(values, hosts) == "ranks 3, 8-15 (node0, node1) than on the 23 others"
     assert who_differs({4: 1, 20: 0}, hosts) == (
-        "rank 4 (node0) than on rank 20 (node2), and no majority tells which is right"
+        "rank 4 (node0) than on rank 20 (node2), and no majority shows which is right"
     )
     assert (
         who_holds_what({0: 1, 8: 2, 16: 3}, hosts) == "1 on rank 0 (node0), 2 on rank 8 (node1), 3 on rank 16 (node2)"

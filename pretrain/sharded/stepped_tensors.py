@@ -1,0 +1,56 @@
+"""The flat tensors that the base optimizer steps, and the gradients that DeepSpeed has averaged for them.
+
+A flat tensor holds this rank's masters of many weights end to end, or one weight at stage 0. Adam's moments and the averaged
+gradients have its layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from pretrain.sharded.stage0 import Stage0
+from pretrain.sharded.weights import ShardedWeights
+from pretrain.sharded.zero12 import BF16Optimizer
+
+
+def base_optimizer(weights: ShardedWeights) -> torch.optim.Optimizer:
+    """Return the optimizer that DeepSpeed wraps. Its state is kept by flat tensor."""
+    optimizer = weights.engine.optimizer
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def stepped_tensors(weights: ShardedWeights) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+    """Yield each flat tensor that the base optimizer steps, with its parameter group."""
+    optimizer, groups = weights.engine.optimizer, base_optimizer(weights).param_groups
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # between steps ZeRO-3 leaves its parameter groups empty
+        for number, tensor in enumerate(optimizer.fp32_partitioned_groups_flat):
+            yield tensor, groups[optimizer.sub_group_to_group_id[number]]
+    else:
+        yield from ((tensor, group) for group in groups for tensor in group["params"])
+
+
+def averaged_gradients(weights: ShardedWeights, number: int, flat: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return the averaged gradients of a flat tensor, end to end in its layout.
+
+    Call it between the last backward and the engine's step. The gradients are neither clipped nor rejected then.
+
+    Args:
+        weights: the weights of the engine.
+        number: which of the `stepped_tensors` it is.
+        flat: that tensor.
+    """
+    optimizer, placement = weights.engine.optimizer, weights.placement
+    if isinstance(placement, Stage0):
+        parameters = [parameter for group, _ in placement.groups for parameter in group]
+        grad = parameters[number].grad
+        return [torch.zeros_like(flat) if grad is None else grad]
+    if isinstance(placement, BF16Optimizer):
+        return [optimizer.fp32_groups_gradient_flat_partition[number]]
+    if flat.grad is not None:  # offloaded to the CPU
+        if hasattr(optimizer, "_wait_for_offload_copies"):
+            optimizer._wait_for_offload_copies()
+        return [flat.grad]
+    return optimizer.averaged_gradients[number]
