@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import redirect_stdout
 from io import StringIO
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,9 @@ from pretrain.engine.deepspeed_config import deepspeed_config
 from pretrain.engine.initialize import initialize_weights
 from pretrain.optim.param_groups import build_optimizer
 from pretrain.sharded import ShardedWeights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SEQ_LEN = 256
 STD = 0.02  # standard deviation of the weights at the start
@@ -56,7 +59,7 @@ class Llama:
 
         config = _config(hidden_size, layers, tokens, deepspeed_json, changes or {})
         ds_config = deepspeed_config(config, dist.get_world_size())
-        model_config = hf_config(config, _Tokenizer())
+        model_config = hf_config(config, cast("PreTrainedTokenizerBase", _Tokenizer()))
         self.config = bind_methods(config, model_config)
         model = build_model(self.config, model_config, ds_config)
         optimizer = build_optimizer(model, self.config)

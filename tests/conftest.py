@@ -1,4 +1,4 @@
-"""What every test of a whole run starts from: a tiny tokenizer, token shards made with it, and a run file."""
+"""Fixtures for tests of whole runs: a tiny tokenizer, token shards made with it, and a run file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.corpus import Corpus, documents_of, make_corpus, tiny
 
 
 class Together(LoadScopeScheduling):
-    """The tests of a file go to one process, as they share its runs; those of the methods share theirs all."""
+    """A schedule that keeps the tests of a file in one process, as they share its runs; all tests of methods share theirs."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
@@ -30,22 +30,23 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Togethe
 
 @pytest.fixture(scope="session", autouse=True)
 def fork_server() -> None:
-    """There is one in a process, and the workers of the data path would start it with next to nothing loaded.
+    """Start this process's fork server with the libraries loaded.
 
-    Then each rank of each test would load the libraries by itself, for seconds and hundreds of megabytes.
+    Otherwise the workers of the data path would start it with almost nothing loaded, and each rank of each test would load
+    the libraries itself, for seconds and hundreds of megabytes.
     """
     runs.start_fork_server()
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    """Shared by all tests: copy what you mean to damage."""
+    """Return a corpus that all tests share: copy it before you damage it."""
     return make_corpus(tmp_path_factory.mktemp("corpus"), documents_of(400))
 
 
 @pytest.fixture(scope="session")
 def run_file(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of seconds: LIR and TVR on ZeRO-3 in fp32, two micro-batches a rank on two ranks. Override with --set."""
+    """Return the file of a run of seconds: LIR and TVR on ZeRO-3 in fp32, two micro-batches on each of two ranks."""
     path = tmp_path_factory.mktemp("run_file") / "tiny.yaml"
     path.write_text(yaml.safe_dump(tiny(corpus), sort_keys=False))
     return path

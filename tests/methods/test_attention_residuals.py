@@ -31,7 +31,7 @@ def test_any_number_of_blocks_computes_what_the_reference_does(corpus, tmp_path,
     plan, content = planned(corpus, tmp_path, {"name": "attention_residuals", "blocks": blocks})
     model = random_model(plan)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    dense = Reference(Run(tmp_path, content).facts(), weights, {"blocks": blocks})
+    dense = Reference(Run(tmp_path, content).settings(), weights, {"blocks": blocks})
     ids = torch.arange(40).view(2, 20)
     torch.testing.assert_close(model(ids).logits, dense.logits(dense.hidden(ids)), rtol=2e-5, atol=2e-5)
 

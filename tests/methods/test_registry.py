@@ -104,14 +104,14 @@ def test_every_weight_starts_as_the_formula_says(on_two, method, label):
     run, told = on_two.run(f"{method}-{label}"), reference(method)
     std_of, value_of = getattr(told, "initial_std", None), getattr(told, "initial_value", None)
     for name, weight in run.initial.items():
-        constant = value_of(name, run.facts()) if value_of else None
+        constant = value_of(name, run.settings()) if value_of else None
         if constant is None and weight.dim() == 1:
             constant = 0.0 if name.endswith("bias") else 1.0
         if constant is not None:
             torch.testing.assert_close(weight, torch.full_like(weight, constant), rtol=1e-6, atol=0, msg=name)
             continue
-        std = std_of(name, tuple(weight.shape), run.facts()) if std_of else None
-        expected = run.facts().std if std is None else std
+        std = std_of(name, tuple(weight.shape), run.settings()) if std_of else None
+        expected = run.settings().std if std is None else std
         values = weight.double().flatten()
         kurtosis = float(((values - values.mean()) ** 4).mean() / values.var() ** 2)
         error = 5 * sqrt(max(kurtosis - 1, 0.5) / (4 * values.numel()))

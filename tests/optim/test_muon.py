@@ -67,7 +67,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory):
             done = run_ranks([], out / "logs", ranks, prepare=partial(examine_all, todo, out))
             assert done.code == 0, done.stdout[-3000:] + done.stderr[-5000:]
             tables = {case: dict(np.load(out / f"{case}.npz")) for case in todo}
-            finished[ranks] = tables, json.loads((out / "facts.json").read_text())
+            finished[ranks] = tables, json.loads((out / "checks.json").read_text())
         return finished[ranks]
 
     return at

@@ -6,8 +6,9 @@ import json
 import string
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-TINY = {
+TINY: dict[str, Any] = {
     "name": "tiny",
     "seed": 7,
     "model": {
@@ -43,7 +44,7 @@ class Corpus:
 
 
 def documents_of(count: int) -> list[str]:
-    """English-looking text without any randomness: words of a fixed list in an order that does not repeat soon."""
+    """Return English-looking texts without any randomness: words of a fixed list in an order that does not repeat soon."""
     words = ["weight", "variance", "layer", "token", "shard", "step", "rank", "the", "of", "holds", "keeps", "a"]
     return [
         " ".join(words[(i * i + 3 * i * j + j * j) % len(words)] for j in range(40 + i % 17)) + f" {i}."
@@ -63,12 +64,12 @@ def make_corpus(folder: Path, documents: list[str], vocab_size: int = 320) -> Co
     load_tokenizer(folder / "tokenizer.model").save_pretrained(folder / "tokenizer")
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     source = open_source([str(folder / "text.jsonl")], text_field="text", subset=None, split="train")
-    facts = load_tokenizer_info(folder / "tokenizer")
-    prepare(source, facts, folder / "shards", val_fraction=0.15, shard_tokens=4000, workers=1)
+    info = load_tokenizer_info(folder / "tokenizer")
+    prepare(source, info, folder / "shards", val_fraction=0.15, shard_tokens=4000, workers=1)
     return Corpus(folder / "tokenizer", folder / "shards/train", folder / "shards/val")
 
 
-def tiny(corpus: Corpus) -> dict:
-    """The content of `run_file`."""
+def tiny(corpus: Corpus) -> dict[str, Any]:
+    """Return the content of `run_file`."""
     data = {"train": str(corpus.train), "val": str(corpus.val), **TINY["data"]}
     return {**TINY, "tokenizer": str(corpus.tokenizer), "data": data}

@@ -1,7 +1,7 @@
-"""A LLaMA in plain torch, float32, one process: what every method is compared with, written from the formulas alone.
+"""A LLaMA in plain torch, float32, one process: the reference for every method, written from the formulas alone.
 
-`tests/methods/references/<method>.py` describes one method to the tests that iterate over the registry. It holds what
-is not as usual (in brackets; method_suite.py):
+`tests/methods/references/<method>.py` describes one method to the tests that iterate over the registry. Each name has a
+default, given in brackets (method_suite.py), and only others need to stand there:
 
     OPTIONS    [{}] the method's options in the tests, such that it acts visibly within four steps
     EXPORTS    ["LlamaForCausalLM"] the stock class that an untied model is exported as; EXPORTS_TIED where that differs
@@ -9,9 +9,9 @@ is not as usual (in brackets; method_suite.py):
                FOLD_TIED where a tied model differs, FOLD_GPT2 where GPT-2, which is tied, differs from that
     CONTROL    [a matrix of the blocks] an exported weight that the fold has changed: scaled by 1%, the comparison must fail
     REFUSES_TIED  words of the refusal, for a method that cannot act on a tied model; leave it out otherwise
-    initial_std(name, shape, facts)    the deviation that a matrix should start with, from the formula; None: the
+    initial_std(name, shape, settings)    the deviation that a matrix should start with, from the formula; None: the
                method does not decide it. Left out: it decides none
-    initial_value(name, facts)    the constant that a weight should start with, where the method brings weights of its
+    initial_value(name, settings)    the constant that a weight should start with, where the method brings weights of its
                own or changes what norms (1) and biases (0) start with; None for the others. Left out: none
     class Reference(DenseLlama)    the method in training; overrides the pieces that it changes
 
@@ -33,8 +33,13 @@ IGNORED = -100
 
 
 @dataclass(frozen=True)
-class Facts:
-    """The run that is repeated. lrs: the learning rate of each step. std: the run's initializer_range."""
+class RunSettings:
+    """The settings of the run that is repeated.
+
+    Attributes:
+        lrs: The learning rate of each step.
+        std: The run's initializer_range.
+    """
 
     hidden: int
     intermediate: int
@@ -61,9 +66,9 @@ class Facts:
 class DenseLlama:
     """Weights by their Hugging Face names, and one method for each piece of the model and of a training step."""
 
-    def __init__(self, facts: Facts, initial: dict[str, torch.Tensor], options: dict[str, Any]) -> None:
-        """initial: every trained weight, float32. options: the method's, as in OPTIONS."""
-        self.facts, self.options = facts, options
+    def __init__(self, settings: RunSettings, initial: dict[str, torch.Tensor], options: dict[str, Any]) -> None:
+        """Take every trained weight, float32, and the method's options, as in OPTIONS."""
+        self.settings, self.options = settings, options
         self.weights = {name: value.clone().requires_grad_() for name, value in initial.items()}
         self.moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in initial.items()}
         self.steps = 0
@@ -71,8 +76,8 @@ class DenseLlama:
     # the model, in the order of its computation
 
     def matrix(self, module: str) -> torch.Tensor:
-        """What forward multiplies by: (outputs, inputs). module: "model.layers.0.mlp.up_proj", "lm_head", ..."""
-        if module == "lm_head" and self.facts.tied:
+        """Return the matrix of a module ("model.layers.0.mlp.up_proj", "lm_head", ...), (outputs, inputs)."""
+        if module == "lm_head" and self.settings.tied:
             return self.weights["model.embed_tokens.weight"]
         return self.weights[f"{module}.weight"]
 
@@ -83,8 +88,8 @@ class DenseLlama:
         return F.linear(x, self.matrix(module), self.bias(module))
 
     def norm(self, x: torch.Tensor, module: str) -> torch.Tensor:
-        """module: "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm", "model.norm"."""
-        return self.gain(module) * x / (x.square().mean(-1, keepdim=True) + self.facts.eps).sqrt()
+        """Normalize by a module: "model.layers.0.input_layernorm", "model.layers.0.post_attention_layernorm", "model.norm"."""
+        return self.gain(module) * x / (x.square().mean(-1, keepdim=True) + self.settings.eps).sqrt()
 
     def gain(self, module: str) -> torch.Tensor:
         return self.weights[f"{module}.weight"]
@@ -93,15 +98,15 @@ class DenseLlama:
         return self.matrix("model.embed_tokens")[ids]
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
-        """The final norm's output, (batch, seq_len, hidden)."""
+        """Return the final norm's output, (batch, seq_len, hidden)."""
         x = self.embed(ids)
-        for layer in range(self.facts.layers):
+        for layer in range(self.settings.layers):
             x = x + self.attention(self.norm(x, f"model.layers.{layer}.input_layernorm"), layer)
             x = x + self.mlp(self.norm(x, f"model.layers.{layer}.post_attention_layernorm"), layer)
         return self.norm(x, "model.norm")
 
     def attention(self, x: torch.Tensor, layer: int) -> torch.Tensor:
-        facts, (batch, length, _) = self.facts, x.shape
+        settings, (batch, length, _) = self.settings, x.shape
 
         def heads(role: str, count: int) -> torch.Tensor:
             return (
@@ -110,21 +115,21 @@ class DenseLlama:
                 .transpose(1, 2)
             )
 
-        q, k = self.queries_and_keys(heads("q", facts.heads), heads("k", facts.kv_heads), layer)
-        q, k, v = self.rotated(q), self.rotated(k), heads("v", facts.kv_heads)
-        k, v = (each.repeat_interleave(facts.heads // facts.kv_heads, dim=1) for each in (k, v))
-        scores = q @ k.transpose(-1, -2) / sqrt(facts.head_dim)
+        q, k = self.queries_and_keys(heads("q", settings.heads), heads("k", settings.kv_heads), layer)
+        q, k, v = self.rotated(q), self.rotated(k), heads("v", settings.kv_heads)
+        k, v = (each.repeat_interleave(settings.heads // settings.kv_heads, dim=1) for each in (k, v))
+        scores = q @ k.transpose(-1, -2) / sqrt(settings.head_dim)
         future = torch.ones(length, length, dtype=torch.bool).triu(1)
         mixed = scores.masked_fill(future, float("-inf")).softmax(-1) @ v
         return self.linear(mixed.transpose(1, 2).reshape(batch, length, -1), f"model.layers.{layer}.self_attn.o_proj")
 
     def queries_and_keys(self, q: torch.Tensor, k: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Before the rotation; each (batch, heads, seq_len, head_dim)."""
+        """Change queries and keys before the rotation; each (batch, heads, seq_len, head_dim)."""
         return q, k
 
     def rotated(self, x: torch.Tensor) -> torch.Tensor:
-        half = self.facts.head_dim // 2
-        frequencies = self.facts.theta ** (-torch.arange(half) / half)
+        half = self.settings.head_dim // 2
+        frequencies = self.settings.theta ** (-torch.arange(half) / half)
         angles = torch.arange(x.shape[2])[:, None] * frequencies
         first, second = x[..., :half], x[..., half:]
         cos, sin = angles.cos(), angles.sin()
@@ -141,11 +146,11 @@ class DenseLlama:
     # the loss
 
     def terms(self, logits: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What is added to the cross-entropy, by name. logits: (tokens, vocabulary)."""
+        """Return the terms that are added to the cross-entropy, by name. logits: (tokens, vocabulary)."""
         return {}
 
     def losses(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-        """tokens: (batch, seq_len + 1). `cross_entropy` and the terms."""
+        """Return `cross_entropy` and the terms. tokens: (batch, seq_len + 1)."""
         targets = tokens[:, 1:].flatten()
         logits = self.logits(self.hidden(tokens[:, :-1])).flatten(0, 1)
         return {"cross_entropy": F.cross_entropy(logits, targets), **self.terms(logits, targets)}
@@ -153,26 +158,26 @@ class DenseLlama:
     # a training step: AdamW with decoupled decay, the global gradient norm clipped
 
     def before_step(self) -> None:
-        """Before the forward pass of step self.steps, which counts from 1."""
+        """Act before the forward pass of step self.steps, which counts from 1."""
 
     def after_step(self) -> None:
-        """Once step self.steps is done. Edits go to `self.weights[name].data`."""
+        """Act after step self.steps. Edits go to `self.weights[name].data`."""
 
     def decay(self, name: str) -> float:
-        return self.facts.weight_decay if self.weights[name].dim() == 2 else 0.0
+        return self.settings.weight_decay if self.weights[name].dim() == 2 else 0.0
 
     def trained(self) -> dict[str, torch.Tensor]:
         return self.weights
 
     def step(self, tokens: torch.Tensor) -> dict[str, float]:
-        """One optimizer step on a global batch; returns the losses before it."""
+        """Take one optimizer step on a global batch and return the losses before it."""
         self.steps += 1
         self.before_step()
         losses = self.losses(tokens)
         trained = self.trained()
-        gradients = torch.autograd.grad(sum(losses.values()), list(trained.values()))
+        gradients = torch.autograd.grad(torch.stack([*losses.values()]).sum(), list(trained.values()))
         norm = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum().sqrt()
-        clip = min(1.0, self.facts.clip / (float(norm) + 1e-6))
+        clip = min(1.0, self.settings.clip / (float(norm) + 1e-6))
         with torch.no_grad():
             for (name, weight), gradient in zip(trained.items(), gradients, strict=True):
                 self.update(name, weight, gradient * clip)
@@ -180,9 +185,9 @@ class DenseLlama:
         return {name: loss.item() for name, loss in losses.items()}
 
     def update(self, name: str, weight: torch.Tensor, gradient: torch.Tensor) -> None:
-        facts, lr = self.facts, self.facts.lrs[self.steps - 1]
-        (beta1, beta2), (first, second) = facts.betas, self.moments[name]
+        settings, lr = self.settings, self.settings.lrs[self.steps - 1]
+        (beta1, beta2), (first, second) = settings.betas, self.moments[name]
         first.mul_(beta1).add_(gradient, alpha=1 - beta1)
         second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         mean, square = first / (1 - beta1**self.steps), second / (1 - beta2**self.steps)
-        weight.mul_(1 - lr * self.decay(name)).sub_(lr * mean / (square.sqrt() + facts.adam_eps))
+        weight.mul_(1 - lr * self.decay(name)).sub_(lr * mean / (square.sqrt() + settings.adam_eps))

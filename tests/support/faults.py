@@ -1,4 +1,4 @@
-"""Faults that strike a rank from within, at a chosen place: functions for `prepare` of tests/support/runs.py."""
+"""Faults inside a rank, at a chosen place: functions for `prepare` of tests/support/runs.py."""
 
 from __future__ import annotations
 
@@ -8,18 +8,29 @@ import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from pretrain.config.schema import OptimSection
 
 
 def at_phase(
     name: str, step: int, rank: int, action: Callable[[], None], after: str | None = None
 ) -> Callable[[], None]:
-    """`action` when `rank` first enters the phase `name` at `step` or a later one, once it has been in phase `after`."""
+    """Call `action` when `rank` first enters the phase `name` at `step` or later, after it has been in phase `after`."""
     return partial(_strike, name, step, rank, action, after)
 
 
 def send(*numbers: signal.Signals) -> Callable[[], None]:
-    """Signals to the rank itself, one after another."""
+    """Send signals to the rank itself, one after another."""
     return partial(_send, numbers)
+
+
+def replace(owner: object, name: str, function: Callable[..., Any]) -> None:
+    """Put `function` in the place of an attribute of a module or class, for the rest of the process."""
+    setattr(owner, name, function)
 
 
 def sleep_for_ever() -> None:
@@ -28,7 +39,7 @@ def sleep_for_ever() -> None:
 
 
 def storage_that_hangs(rank: int, after: int) -> Callable[[], None]:
-    """From its read number `after` on, whatever `rank` reads of its samples never comes."""
+    """Let the reads of samples on `rank` hang after the first `after` ones."""
     return partial(_hang_reads, rank, after)
 
 
@@ -37,7 +48,8 @@ def _strike(name: str, step: int, rank: int, action: Callable[[], None], after: 
 
     if int(os.environ["RANK"]) != rank:
         return
-    reflect, struck, been = phase._reflect, threading.Event(), {None}
+    reflect, struck = phase._reflect, threading.Event()
+    been: set[str | None] = {None}
 
     def reflect_and_strike() -> None:
         reflect()
@@ -47,7 +59,7 @@ def _strike(name: str, step: int, rank: int, action: Callable[[], None], after: 
             struck.set()
             action()
 
-    phase._reflect = reflect_and_strike
+    replace(phase, "_reflect", reflect_and_strike)
 
 
 def _send(numbers: tuple[signal.Signals, ...]) -> None:
@@ -62,17 +74,17 @@ def _hang_reads(rank: int, after: int) -> None:
         return
     read, calls = Feed.read, [0]
 
-    def read_or_hang(self: Feed, *arguments: object) -> None:
+    def read_or_hang(self: Feed, *arguments: Any) -> None:
         calls[0] += 1
         if calls[0] > after:
             sleep_for_ever()
         read(self, *arguments)
 
-    Feed.read = read_or_hang
+    replace(Feed, "read", read_or_hang)
 
 
 def bad_batches(first_sample: int, last_sample: int, factor: float) -> Callable[[], None]:
-    """The loss of every step that reads one of these samples of the run's order is multiplied by `factor`."""
+    """Multiply the loss of every step that reads one of these samples of the run's order by `factor`."""
     return partial(_spoil, range(first_sample, last_sample + 1), factor)
 
 
@@ -81,6 +93,8 @@ def together(*faults: Callable[[], None]) -> Callable[[], None]:
 
 
 def _spoil(samples: range, factor: float) -> None:
+    import torch
+
     from pretrain.data.batches.loader import Loader
     from pretrain.engine import step as engine
 
@@ -92,14 +106,13 @@ def _spoil(samples: range, factor: float) -> None:
         read[0] = range(before, self.position)
         return batches
 
-    def spoiled(*arguments: object, **named: object) -> dict:
+    def spoiled(*arguments: Any, **named: Any) -> dict[str, torch.Tensor]:
         found = losses(*arguments, **named)
         spoil = torch.is_grad_enabled() and not set(samples).isdisjoint(read[0])
         return {name: loss * factor for name, loss in found.items()} if spoil else found
 
-    import torch
-
-    Loader.next_batch, engine.losses_of = next_batch_and_note, spoiled
+    replace(Loader, "next_batch", next_batch_and_note)
+    replace(engine, "losses_of", spoiled)
 
 
 def _all(faults: tuple[Callable[[], None], ...]) -> None:
@@ -108,7 +121,7 @@ def _all(faults: tuple[Callable[[], None], ...]) -> None:
 
 
 def infinite_rate(first_step: int) -> Callable[[], None]:
-    """The learning rate of `first_step` and of all after it is infinite: one update makes every weight NaN or infinite."""
+    """Make the learning rate infinite from `first_step` on: one update makes every weight NaN or infinite."""
     return partial(_raise_rate, first_step)
 
 
@@ -117,7 +130,7 @@ def _raise_rate(first_step: int) -> None:
 
     learning_rate = trainer.learning_rate
 
-    def raised(config: object, step: int, total: int) -> float:
+    def raised(config: OptimSection, step: int, total: int) -> float:
         return float("inf") if step >= first_step else learning_rate(config, step, total)
 
-    trainer.learning_rate = raised
+    replace(trainer, "learning_rate", raised)

@@ -1,6 +1,6 @@
-"""An HTTP server with the objects and the faults that a test gives it; S3's GetObject speaks the same way.
+"""An HTTP server with the objects and the faults that a test gives it; S3's GetObject is such a request.
 
-Paths are `/bucket/key`, signatures are not looked at. It knows Range and keeps connections alive, as storage does.
+Paths are `/bucket/key`; signatures are not checked. It takes Range and keeps connections alive, as storage does.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ S3_CODES = {403: "AccessDenied", 404: "NoSuchKey", 429: "TooManyRequests", 500: 
 
 
 @dataclass
-class Fault:
-    """What the next `times` requests for an object get instead of it."""
+class StorageFault:
+    """The answer that the next `times` requests for an object get instead of it."""
 
     kind: Literal["status", "delay", "stall", "cut", "reset", "short", "flip", "whole"]
     status: int = 503
@@ -31,10 +31,16 @@ class Fault:
 
 @dataclass
 class FaultyServer:
-    """Context manager; `objects` and `faults` may be changed while it serves. `requests` are the paths asked for."""
+    """A server, as a context manager.
+
+    Attributes:
+        objects: The content of each path; may change while it serves.
+        faults: The fault of each path; may change while it serves.
+        requests: The paths that were requested.
+    """
 
     objects: dict[str, bytes] = field(default_factory=dict)
-    faults: dict[str, Fault] = field(default_factory=dict)
+    faults: dict[str, StorageFault] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
 
     def __enter__(self) -> FaultyServer:
@@ -55,8 +61,8 @@ class FaultyServer:
         self._http.shutdown()
         self._http.server_close()
 
-    def take_fault(self, path: str) -> Fault | None:
-        """Note the request; its fault, if it has one."""
+    def take_fault(self, path: str) -> StorageFault | None:
+        """Note the request, and return its fault if it has one."""
         with self.lock:
             self.requests.append(path)
             fault = self.faults.get(path)
@@ -80,12 +86,12 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(self.path.split("?")[0])
         fault = self.store.take_fault(path)
         kind = fault.kind if fault else None
-        if kind == "status":
+        if fault and kind == "status":
             return self._refuse(fault.status)
+        if fault and kind == "delay":
+            time.sleep(fault.delay_s)
         if kind == "reset":
             return self._reset()
-        if kind == "delay":
-            time.sleep(fault.delay_s)
         content = self.store.objects.get(path)
         if content is None:
             return self._refuse(404)
@@ -127,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def handle(self) -> None:
-        with suppress(OSError):  # the client went away, or was sent away
+        with suppress(OSError):  # the client closed the connection, or the server did
             super().handle()
 
     def finish(self) -> None:

@@ -1,4 +1,4 @@
-"""What the tests over the registry share: the cases of every method, started together on real ranks."""
+"""The cases of every method of the registry, started together on real ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pretrain.methods import REGISTRY
 from pretrain.optim.schedule import learning_rate
 from pretrain.trainer.plan import Plan, make_plan, training_batches
 from tests.support.corpus import Corpus
-from tests.support.dense import DenseLlama, Facts
+from tests.support.dense import DenseLlama, RunSettings
 from tests.support.runs import run_ranks
 from tests.support.workers.registry_worker import train_all
 
@@ -43,8 +43,8 @@ NOTHING_RESIDENT = {"stage3_param_persistence_threshold": 0}  # a module sees it
 STAGES_BELOW_3 = (0, 1, 2)
 SLOW_STAGES = (0, 1)  # their pieces are those of stage 2, or whole
 
-# What a reference file says if it says nothing; see dense.py.
-USUAL = {
+# Defaults of the names in a reference file; see dense.py.
+DEFAULTS: dict[str, Any] = {
     "OPTIONS": {},
     "EXPORTS": "LlamaForCausalLM",
     "FOLD": "bit",
@@ -53,11 +53,11 @@ USUAL = {
 
 
 def reference(method: str) -> ModuleType:
-    """The reference file of a method, with the usual for what it leaves out."""
-    told = importlib.import_module(f"tests.methods.references.{method}")
-    for name, usual in USUAL.items():
-        vars(told).setdefault(name, usual)
-    return told
+    """Return the reference file of a method, with the defaults for what it leaves out."""
+    module = importlib.import_module(f"tests.methods.references.{method}")
+    for name, default in DEFAULTS.items():
+        vars(module).setdefault(name, default)
+    return module
 
 
 def has_reference(method: str) -> bool:
@@ -69,7 +69,15 @@ METHODS = [name for name in os.environ.get("METHODS", ",".join(sorted(REGISTRY))
 
 @dataclass(frozen=True)
 class Case:
-    """One run. methods: names. label: what else is said about it. resident: whether ZeRO-3 leaves small weights whole."""
+    """One run.
+
+    Attributes:
+        methods: Names.
+        label: The rest of its name.
+        resident: Whether ZeRO-3 leaves small weights whole.
+        resume_at: The step that a second run starts from.
+        initial: Whether the initial weights are kept.
+    """
 
     methods: tuple[str, ...]
     label: str
@@ -87,7 +95,7 @@ class Case:
         return "-".join([*self.methods, self.label])
 
     def config(self, corpus: Corpus, out: Path, ranks: int = 2) -> dict[str, Any]:
-        """The content of the run file, with two micro-batches a step."""
+        """Return the content of the run file, with two micro-batches a step."""
         return {
             "name": self.name,
             "out": str(out),
@@ -114,16 +122,16 @@ class Case:
 
 
 def cases_of(method: str) -> list[Case]:
-    """Everything that one method is put through on two ranks."""
-    alone, cls, told = (method,), REGISTRY[method], reference(method)
+    """Return all cases of one method on two ranks."""
+    alone, cls, module = (method,), REGISTRY[method], reference(method)
     cases = [
         Case(alone, "zero3", initial=True, resume_at=2),
         Case(alone, "zero3_bf16", bf16=True, resident=False, resume_at=2),
         *(Case(alone, f"zero{stage}", stage=stage) for stage in STAGES_BELOW_3),
     ]
-    if not hasattr(told, "REFUSES_TIED"):
+    if not hasattr(module, "REFUSES_TIED"):
         cases.append(Case(alone, "zero3_tied", tied=True, resident=False, initial=True))
-    if "gpt2" in cls.families and not hasattr(told, "REFUSES_TIED"):
+    if "gpt2" in cls.families and not hasattr(module, "REFUSES_TIED"):
         cases.append(Case(alone, "zero2_gpt2", stage=2, gpt2=True))
     return cases
 
@@ -142,7 +150,7 @@ class Runs:
         self.ended = run_ranks([], folder / "logs", ranks, prepare=partial(train_all, todo))
 
     def run(self, case: str) -> Run:
-        """What the run of a case left; fails with what it raised."""
+        """Return the run of a case. Fail with the exception that it raised, if there was one."""
         folder = self.folder / "runs" / case
         error = Path(f"{folder}.error")
         assert not error.exists(), f"{case}: {error.read_text(encoding='utf-8')}"
@@ -180,14 +188,16 @@ class Run:
 
     @cached_property
     def losses(self) -> list[dict[str, float]]:
-        """Of each step: `cross_entropy` and the terms."""
+        """The losses of each step: `cross_entropy` and the terms."""
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
         rows = [row for row in map(json.loads, lines) if row["kind"] == "train"]
         return [{"cross_entropy": row["loss"], **row.get("loss_terms", {})} for row in rows]
 
-    def facts(self) -> Facts:
+    def settings(self) -> RunSettings:
+        """Return the settings that the reference repeats."""
         model, optim = self.plan.model_config, self.plan.config.optim
-        return Facts(
+        assert optim.grad_clip is not None
+        return RunSettings(
             hidden=model.hidden_size,
             intermediate=model.intermediate_size,
             layers=model.num_hidden_layers,
@@ -207,7 +217,7 @@ class Run:
         )
 
     def batches(self) -> list[torch.Tensor]:
-        """The global batch of each step, (sequences, seq_len + 1)."""
+        """Return the global batch of each step, (sequences, seq_len + 1)."""
         loader = training_batches(self.plan, rank=0, samples=0)
         try:
             return [torch.cat([batch.tokens for batch in loader.next_batch()]).long() for _ in range(STEPS)]
@@ -222,14 +232,14 @@ def masters(checkpoint: Path) -> dict[str, torch.Tensor]:
 def trained_densely(
     run: Run, method: str, initial: dict[str, torch.Tensor]
 ) -> tuple[DenseLlama, list[dict[str, float]]]:
-    """The reference after the run's steps, and its losses."""
-    told = reference(method)
-    dense = told.Reference(run.facts(), initial, told.OPTIONS)
+    """Return the reference after the run's steps, and its losses."""
+    module = reference(method)
+    dense = module.Reference(run.settings(), initial, module.OPTIONS)
     return dense, [dense.step(batch) for batch in run.batches()]
 
 
 def trainer_model(plan: Plan, weights: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """The very module that trains, unsharded, with given fp32 weights and method state, in the run's precision."""
+    """Return the module that trains, unsharded, with given fp32 weights and method state, in the run's precision."""
     model = build_model(plan.config, plan.model_config, {"zero_optimization": {"stage": 0}})
     _restore_rotary_tables(model)
     parameters = dict(model.named_parameters())
@@ -247,10 +257,10 @@ def trainer_model(plan: Plan, weights: dict[str, torch.Tensor], state: dict[str,
 
 
 @torch.no_grad()
-def assert_same_logits(found, expected, vocabulary: int, bit_equal: bool) -> None:
-    """Two causal models on three batches: a full context, a short one, a padded one.
+def assert_same_logits(found: torch.nn.Module, expected: torch.nn.Module, vocabulary: int, bit_equal: bool) -> None:
+    """Compare two causal models on three batches: a full context, a short one, a padded one.
 
-    What they give for the padding itself is not looked at: it attends to nothing, and the classes differ in what that is.
+    The logits of the padding itself are not compared: it attends to nothing, and the classes differ in the result of that.
     """
     generator = torch.Generator().manual_seed(5)
     full, short = (torch.randint(0, vocabulary, shape, generator=generator) for shape in ((2, 128), (3, 7)))
@@ -264,8 +274,8 @@ def assert_same_logits(found, expected, vocabulary: int, bit_equal: bool) -> Non
 
 
 @torch.no_grad()
-def generated(model, vocabulary: int) -> list[int]:
-    """64 tokens by greedy decoding, with the cache."""
+def generated(model: Any, vocabulary: int) -> list[int]:
+    """Return 64 tokens by greedy decoding, with the cache."""
     prompt = torch.randint(0, vocabulary, (1, 5), generator=torch.Generator().manual_seed(6))
     return model.generate(
         prompt, max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0, use_cache=True

@@ -1,4 +1,4 @@
-"""Tiny real runs for the tests: how they are started, signalled and killed, and what they leave behind.
+"""Tiny real runs for the tests: start, signal and kill them, and read their results.
 
 `launch` runs a whole command as a user types it. `start_ranks` starts the processes that such a command would start,
 forked from a server that has the libraries loaded already, so that a run on two ranks costs seconds.
@@ -52,13 +52,13 @@ _server = multiprocessing.get_context("forkserver")
 
 
 def start_fork_server() -> None:
-    """The process that has the libraries loaded, from which ranks are forked."""
+    """Start the process that has the libraries loaded, from which ranks are forked."""
     processes.start_fork_server(["pretrain.train", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer"])
 
 
 @dataclass(frozen=True)
 class Ended:
-    """What a command or a set of ranks left: exit codes in rank order, and everything they printed."""
+    """The result of a command or a set of ranks: exit codes in rank order, and everything they printed."""
 
     codes: list[int]
     stdout: str
@@ -73,7 +73,7 @@ class Ended:
 
 @dataclass
 class Job:
-    """Ranks under way."""
+    """Running ranks."""
 
     processes: list
     logs: list[tuple[Path, Path]]
@@ -92,7 +92,7 @@ class Job:
                 os.kill(process.pid, number)
 
     def wait(self) -> Ended:
-        """Wait for the end of every rank; the ranks of a run that hangs are killed, and their code is -9."""
+        """Wait for the end of every rank. The ranks of a run that hangs are killed, and their code is -9."""
         deadline = time.monotonic() + PATIENCE_S
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
@@ -106,7 +106,7 @@ class Job:
 
 
 def arguments(run_file: Path, settings: dict | None = None, *flags: str) -> list[str]:
-    """The command line after `train.py`."""
+    """Return the command line after `train.py`."""
     overrides = [word for key, value in (settings or {}).items() for word in ("--set", f"{key}={json.dumps(value)}")]
     return ["--config", str(run_file), *overrides, *flags]
 
@@ -121,11 +121,16 @@ def start_ranks(
     only: Collection[int] | None = None,
     variables: dict[str, str] | None = None,
 ) -> Iterator[Job]:
-    """`ranks` processes of `train.py` with the variables that torchrun would set; killed on the way out.
+    """Start processes of `train.py` with the variables that torchrun would set, and kill them at the end of the context.
 
-    limits: resource limits (`resource.RLIMIT_*` to a number) of each process. prepare: called in each process before
-    `train.py`, a function of a module that it can import. only: the ranks that are started. variables: besides or instead
-    of torchrun's; an empty one is as good as none.
+    Args:
+        words: The command line after `train.py`.
+        logs: The folder of their output.
+        ranks: How many ranks the run has.
+        limits: Resource limits (`resource.RLIMIT_*` to a number) of each process.
+        prepare: Called in each process before `train.py`; a function of a module that it can import.
+        only: The ranks that are started; None for all.
+        variables: Added to torchrun's, or in their place. An empty one counts as none.
     """
     port = free_port()
     logs.mkdir(parents=True, exist_ok=True)
@@ -134,7 +139,7 @@ def start_ranks(
     processes = []
     paths = [path for rank, path in enumerate(paths) if only is None or rank in only]
     for rank, (out, err) in zip(only or range(ranks), paths, strict=True):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        place: dict[str, object] = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = ENVIRONMENT | {key: str(value) for key, value in place.items()} | (variables or {})
         processes.append(
@@ -157,13 +162,13 @@ def run_ranks(
     limits: dict | None = None,
     prepare: Callable[[], None] | None = None,
 ) -> Ended:
-    """`start_ranks` and wait."""
+    """Start ranks and wait for their end."""
     with start_ranks(words, logs, ranks, limits, prepare) as job:
         return job.wait()
 
 
 def run_together(commands: dict[str, tuple[list[str], int]], logs: Path) -> dict[str, Ended]:
-    """Several (words, ranks) at once, each as `run_ranks`: refused runs spend their time waiting."""
+    """Run several (words, ranks) at once, each as `run_ranks`: refused runs spend their time waiting."""
     with ExitStack() as stack:
         jobs = {
             name: stack.enter_context(start_ranks(words, logs / name, ranks))
@@ -173,21 +178,21 @@ def run_together(commands: dict[str, tuple[list[str], int]], logs: Path) -> dict
 
 
 def assert_refused(ended: Ended, *parts: str) -> None:
-    """Exit code 2 on every rank, and one paragraph on stderr, printed once, that holds `parts`.
+    """Assert exit code 2 on every rank, and one paragraph on stderr, printed once, that holds `parts`.
 
-    Before it ranks may have said that they wait for others, which are slow to start on a loaded machine.
+    Messages of ranks that wait for others are ignored: ranks are slow to start on a loaded machine.
     """
-    said = "".join(line for line in ended.stderr.splitlines(keepends=True) if not _WAITS.match(line))
+    message = "".join(line for line in ended.stderr.splitlines(keepends=True) if not _WAITS.match(line))
     assert ended.code == 2
-    assert said.count("error: ") == 1
-    assert said.startswith("error: ")
+    assert message.count("error: ") == 1
+    assert message.startswith("error: ")
     assert "Traceback" not in ended.stdout + ended.stderr
     for part in parts:
-        assert part in said
+        assert part in message
 
 
 def allow_fp16_on_cpu() -> None:
-    """For `prepare`: DeepSpeed says that its CPU accelerator cannot do fp16; torch can, slowly."""
+    """Let DeepSpeed take fp16 on the CPU, which it refuses although torch can do it, slowly. For `prepare`."""
     import torch
     from deepspeed.accelerator import get_accelerator
 
@@ -221,7 +226,7 @@ def _be_rank(
 
 
 def launch(command: list[str], variables: dict[str, str] | None = None) -> Ended:
-    """Run `command` in the repository as a shell would, and wait; a command that hangs is killed with its children."""
+    """Run `command` in the repository as a shell would, and wait. A command that hangs is killed with its children."""
     return wait_for([open_process(command, variables)])
 
 
@@ -239,7 +244,7 @@ def open_process(command: list[str], variables: dict[str, str] | None = None) ->
 
 
 def wait_for(processes: list[subprocess.Popen]) -> Ended:
-    """Wait for processes of `open_process`; each leads its own session, which is killed if it hangs."""
+    """Wait for processes of `open_process`. Each leads its own session, which is killed if it hangs."""
     outputs = []
     for process in processes:
         try:
@@ -252,19 +257,19 @@ def wait_for(processes: list[subprocess.Popen]) -> Ended:
 
 
 def deepspeed(words: list[str]) -> list[subprocess.Popen]:
-    """`train.py` on two ranks under the deepspeed launcher."""
+    """Start `train.py` on two ranks under the deepspeed launcher."""
     return [open_process(["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), TRAIN, *words])]
 
 
 def torchrun(words: list[str]) -> list[subprocess.Popen]:
-    """`train.py` on two ranks under torchrun."""
+    """Start `train.py` on two ranks under torchrun."""
     return [open_process(["torchrun", "--standalone", "--nproc-per-node", "2", TRAIN, *words])]
 
 
 def free_port(first: int = 10_000, last: int = 19_999) -> int:
-    """A port on the loopback that nobody listens on, within first..last; each call starts after the one before.
+    """Return a free port on the loopback within first..last; each call starts after the one before.
 
-    Below the ports that systems hand out by themselves: one of those may be taken between this call and its use.
+    The defaults lie below the ports that systems hand out themselves, which may be taken between this call and their use.
     """
     for _ in range(first, last + 1):
         port = first + (next(_ports) % (last + 1 - first))
@@ -294,12 +299,12 @@ def _row_types() -> TypeAdapter[AnyRow]:
 
 
 def last_rows(folder: Path, kind: str) -> dict[int, dict]:
-    """The row that counts for each step: the last."""
+    """Return the row that counts for each step: the last."""
     return {row["step"]: row for row in rows(folder, kind)}
 
 
 def losses(folder: Path) -> dict[int, float]:
-    """Training loss by step."""
+    """Return the training loss by step."""
     return {step: row["loss"] for step, row in last_rows(folder, "train").items()}
 
 
@@ -308,14 +313,14 @@ def events(folder: Path, name: str) -> list[dict]:
 
 
 def status(folder: Path) -> dict:
-    """status.json without the time, {} if there is none."""
+    """Return status.json without the time, {} if there is none."""
     path = folder / "status.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     return {key: value for key, value in found.items() if key != "time"}
 
 
 def wait_until(condition: Callable[[], bool], job: Job, patience_s: float = PATIENCE_S) -> None:
-    """Poll until `condition` holds; fails if the job ends first, or after `patience_s`."""
+    """Poll until `condition` holds. Fail if the job ends first, or after `patience_s`."""
     deadline = time.monotonic() + patience_s
     while not condition():
         assert job.running, f"the run ended before what was waited for: {job.wait()}"
@@ -324,7 +329,7 @@ def wait_until(condition: Callable[[], bool], job: Job, patience_s: float = PATI
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """A digest of every file of a run folder but the logs and the lock: what a refused run must leave as it was."""
+    """Return a digest of every file of a run folder but the logs and the lock: a refused run must not change them."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     relative = {str(path.relative_to(folder)): path for path in files}
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -21,11 +21,14 @@ from pretrain.engine.tensor_parallel import data_rank, data_ranks
 from pretrain.optim.zclip import ZClip
 from pretrain.resilience.spike_guard import SpikeGuard
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 VOCABULARY, LENGTH = 101, 16
 
 
 class TinyTokenizer:
-    """What a model's configuration is made from."""
+    """The parts of a tokenizer that a model's configuration is made from."""
 
     bos_token_id, eos_token_id = 1, 2
 
@@ -36,8 +39,13 @@ class TinyTokenizer:
         return self.vocabulary
 
 
+def tiny_tokenizer() -> PreTrainedTokenizerBase:
+    """Return a stand-in with VOCABULARY tokens."""
+    return cast("PreTrainedTokenizerBase", TinyTokenizer())
+
+
 def tiny_config(case: dict, *, model: dict, sequences: int, micro_batch_size: int, steps: int, **parts: Any) -> Config:
-    """A run without files. case: {deepspeed, tensor}, what the cases of a file differ in."""
+    """Return the configuration of a run without files. case: {deepspeed, tensor}, in which the cases of a file differ."""
     data = {"seq_len": LENGTH, "global_batch_size": sequences, "micro_batch_size": micro_batch_size}
     return Config.model_validate(
         {
@@ -54,15 +62,15 @@ def tiny_config(case: dict, *, model: dict, sequences: int, micro_batch_size: in
 
 
 def tiny_plan(config: Config) -> SimpleNamespace:
-    """As much of a plan as an engine is built from; its configuration has methods that know the run."""
-    model_config = hf_config(config, TinyTokenizer())
+    """Return the part of a plan that an engine is built from, with methods bound to the run."""
+    model_config = hf_config(config, tiny_tokenizer())
     config = bind_methods(config, model_config)
     ds_config = deepspeed_config(config, dist.get_world_size())
     return SimpleNamespace(config=config, model_config=model_config, ds_config=ds_config)
 
 
 def gated(plan: SimpleNamespace) -> StepGate:
-    """The gate of a new engine, whose weights have no values yet."""
+    """Return the gate of a new engine, whose weights have no values yet."""
     zclip = plan.config.optim.zclip
     return StepGate(
         build_engine(plan.config, plan.model_config, plan.ds_config),
@@ -72,28 +80,31 @@ def gated(plan: SimpleNamespace) -> StepGate:
 
 
 def tokens(number: int, sequences: int) -> torch.Tensor:
-    """Those of batch `number`, (sequences, LENGTH + 1), the same on any number of ranks."""
+    """Return the tokens of batch `number`, (sequences, LENGTH + 1), the same on any number of ranks."""
     return torch.randint(0, VOCABULARY, (sequences, LENGTH + 1), generator=torch.Generator().manual_seed(number))
 
 
 def share(whole: MicroBatch, config: Config, ranks: Ranks) -> list[MicroBatch]:
-    """What one rank reads of a global batch."""
+    """Return the micro-batches that one rank reads of a global batch."""
     size = len(whole.tokens) // data_ranks(config, ranks.world_size)
     first, micro = data_rank(config, ranks.rank) * size, config.data.micro_batch_size
-    parts = (whole.tokens, whole.counted, whole.positions)
     return [
-        MicroBatch(*(None if part is None else part[row : row + micro] for part in parts))
+        MicroBatch(
+            whole.tokens[row : row + micro],
+            None if whole.counted is None else whole.counted[row : row + micro],
+            None if whole.positions is None else whole.positions[row : row + micro],
+        )
         for row in range(first, first + size, micro)
     ]
 
 
 def forget_garbage() -> None:
-    """What the next engine is spared: DeepSpeed has all garbage collected whenever it makes one, in the libraries too."""
+    """Freeze all live objects: DeepSpeed collects garbage whenever it makes an engine, which takes long with the libraries."""
     gc.collect()
     gc.freeze()
 
 
 def leave() -> NoReturn:
-    """The end of a rank that has had dozens of engines: gloo's teardown aborts such a process now and then."""
+    """End a rank that has had dozens of engines, without gloo's teardown, which sometimes aborts such a process."""
     dist.barrier()
     os._exit(0)

@@ -11,7 +11,7 @@ MEGATRON_CODES = {"uint16": 8, "int32": 4}
 
 
 def documents(seed: int, vocab_size: int, lengths: list[int], separator: int = 0) -> list[np.ndarray]:
-    """Random documents of these lengths, each but an empty one closed by the separator."""
+    """Return random documents of these lengths, each closed by the separator unless it is empty."""
     random = np.random.default_rng(seed)
     return [np.append(random.integers(1, vocab_size, max(0, length - 1)), separator)[:length] for length in lengths]
 
@@ -19,7 +19,7 @@ def documents(seed: int, vocab_size: int, lengths: list[int], separator: int = 0
 def write_megatron(
     prefix: Path, documents: list[np.ndarray], dtype: str, sequences: list[list[int]] | None = None
 ) -> None:
-    """PREFIX.bin and .idx; `sequences`: the lengths of each document's sequences, by default one for each with tokens."""
+    """Write PREFIX.bin and .idx. sequences: the lengths of each document's sequences; by default one if it has tokens."""
     sequences = sequences or [[len(document)] if len(document) else [] for document in documents]
     lengths = [length for document in sequences for length in document]
     pointers = np.cumsum([0, *lengths])[:-1] * np.dtype(dtype).itemsize
@@ -35,7 +35,7 @@ def write_megatron(
 
 
 def write_datatrove(path: Path, documents: list[np.ndarray], size: int, metadata: bool = True) -> None:
-    """PATH (.ds) with its index and metadata."""
+    """Write PATH (.ds) with its index and metadata."""
     ends = np.cumsum([len(document) for document in documents]).tolist()
     tokens = np.concatenate([np.empty(0, int), *documents]).tolist()
     path.write_bytes(struct.pack(f"<{len(tokens)}{'H' if size == 2 else 'I'}", *tokens))

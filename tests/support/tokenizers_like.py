@@ -1,4 +1,4 @@
-"""Small tokenizers in the shape of known ones, as their folders on the Hugging Face hub have it."""
+"""Small tokenizers in the shape of well-known ones, as their folders on the Hugging Face hub have it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\
 
 
 def write_gpt2(folder: Path, texts: Sequence[str]) -> Path:
-    """Bytes; one special token, which is bos, eos and unk."""
+    """Write a byte-level BPE with one special token, which is bos, eos and unk."""
     backend = _byte_level(texts, [END])
     named = {"bos_token": END, "eos_token": END, "unk_token": END}
     return _write(folder, backend, {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, **named})
 
 
 def write_neox(folder: Path, texts: Sequence[str]) -> Path:
-    """GPT-2's with NFC, and runs of spaces as added tokens that are not special."""
+    """Write GPT-2's with NFC, and runs of spaces as added tokens that are not special."""
     backend = _byte_level(texts, [END, "<|padding|>"])
     backend.normalizer = normalizers.NFC()
     backend.add_tokens(["   ", "  "])
@@ -31,7 +31,7 @@ def write_neox(folder: Path, texts: Sequence[str]) -> Path:
 
 
 def write_qwen(folder: Path, texts: Sequence[str]) -> Path:
-    """No bos_token at all; a class that transformers 5 rebuilds; additional special tokens."""
+    """Write one without bos_token, of a class that transformers 5 rebuilds, with additional special tokens."""
     more = ["<|im_start|>", "<|im_end|>"]
     backend = _byte_level(texts, [END, *more], WORDS.replace("{1,3}", ""))
     backend.normalizer = normalizers.NFC()
@@ -54,7 +54,7 @@ def write_qwen(folder: Path, texts: Sequence[str]) -> Path:
 
 
 def write_llama3(folder: Path, texts: Sequence[str]) -> Path:
-    """Its post-processor puts BOS before every text."""
+    """Write one whose post-processor puts BOS before every text."""
     backend = _byte_level(texts, [BEGIN, FINISH], WORDS)
     single, pair = f"{BEGIN}:0 $A:0", f"{BEGIN}:0 $A:0 {BEGIN}:1 $B:1"
     token = (BEGIN, backend.token_to_id(BEGIN))
@@ -66,7 +66,7 @@ def write_llama3(folder: Path, texts: Sequence[str]) -> Path:
 
 
 def write_llama2(folder: Path, own: Path) -> Path:
-    """The tokenizer of the folder `own` under a class of which `add_bos_token` alone says that texts begin with BOS."""
+    """Write the tokenizer of the folder `own` under a class for which only `add_bos_token` puts BOS before texts."""
     content = json.loads((own / "tokenizer.json").read_text()) | {"post_processor": None}
     named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True, "legacy": False}
     settings = {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False, **named}

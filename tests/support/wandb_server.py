@@ -1,4 +1,4 @@
-"""A stand-in for wandb's server on the loopback, as far as wandb's own client asks it: runs, and the rows of each."""
+"""A stand-in for wandb's server on the loopback, for the requests of wandb's own client: runs, and the rows of each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ KEY = "0123456789" * 4
 
 
 class WandbServer(ThreadingHTTPServer):
-    """Serves until it is closed. histories: the rows of each run by its id, as the client has sent them."""
+    """A server that runs until it is closed.
+
+    Attributes:
+        histories: The rows of each run by its id, as the client has sent them.
+    """
 
     daemon_threads = True
 
@@ -22,7 +26,7 @@ class WandbServer(ThreadingHTTPServer):
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables that lead wandb here, with a key."""
+        """The variables that point wandb to this server, with a key."""
         return {"WANDB_BASE_URL": f"http://127.0.0.1:{self.server_address[1]}", "WANDB_API_KEY": KEY}
 
     def __exit__(self, *_: object) -> None:
@@ -32,6 +36,7 @@ class WandbServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    server: WandbServer
 
     def log_message(self, *_: object) -> None:
         pass
@@ -54,7 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer({})
 
     def _take(self, run: str, files: dict) -> None:
-        """Rows at the place that the client names, as wandb's server does: what is sent again replaces what was there."""
+        """Keep rows at the offset that the client gives, as wandb's server does: rows sent again replace those before."""
         if rows := files.get("wandb-history.jsonl"):
             kept = self.server.histories[run][: rows["offset"]]
             self.server.histories[run] = kept + [json.loads(row) for row in rows["content"]]
@@ -95,7 +100,7 @@ class _Handler(BaseHTTPRequestHandler):
             "eventsTail": "[]",
             "config": "{}",
             "tags": [],
-            "wandbConfig": '{"t": 1}',  # it has begun
+            "wandbConfig": '{"t": 1}',  # the run has begun
         }
 
     def _answer(self, value: dict) -> None:

@@ -27,7 +27,7 @@ from pretrain.data.tokens.checksums import BLOCK_BYTES
 from pretrain.data.tokens.import_export import export_tokens
 from pretrain.trainer.corpora import open_corpora
 from tests.support.corpus import Corpus, tiny
-from tests.support.faulty_server import Fault, FaultyServer
+from tests.support.faulty_server import FaultyServer, StorageFault
 
 TOOL = Path(__file__).parents[2] / "tools/inspect_data.py"
 
@@ -256,7 +256,7 @@ def test_a_remote_corpus_is_read_through_the_cache(
         words = ["--corpus", f"{server.url}/train", "--cache-folder"]
         facts = _inside(capsys, *words, tmp_path / "one")
         assert facts | {"location": str(corpus.train)} == _inside(capsys, "--corpus", corpus.train)
-        server.faults |= {f"/train/shard_0000{number}.bin": Fault("flip") for number in (1, 4)}
+        server.faults |= {f"/train/shard_0000{number}.bin": StorageFault("flip") for number in (1, 4)}
         refusal = _refused(capsys, *words, tmp_path / "two", "--verify")
         assert refusal.count("came with the checksum") == 2
         for number in (1, 4):

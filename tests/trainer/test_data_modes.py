@@ -13,7 +13,7 @@ from pretrain.data import open_shards
 from pretrain.data.tokenizer import load_tokenizer_info
 from pretrain.data.tokens.import_export import export_tokens, import_tokens
 from tests.support.corpus import Corpus
-from tests.support.faulty_server import Fault, FaultyServer
+from tests.support.faulty_server import FaultyServer, StorageFault
 from tests.support.runs import arguments, assert_refused, last_rows, losses, rows, run_together
 
 STEPS, BATCH = 4, 8
@@ -33,8 +33,8 @@ class Mode:
 def server(corpus: Corpus) -> Iterator[FaultyServer]:
     """The training shards at /train; the first answer for one of them is damaged, for another slow."""
     with FaultyServer({f"/train/{path.name}": path.read_bytes() for path in corpus.train.iterdir()}) as server:
-        server.faults["/train/shard_00001.bin"] = Fault("flip", times=1)
-        server.faults["/train/shard_00002.bin"] = Fault("delay", delay_s=1.0, times=1)
+        server.faults["/train/shard_00001.bin"] = StorageFault("flip", times=1)
+        server.faults["/train/shard_00002.bin"] = StorageFault("delay", delay_s=1.0, times=1)
         yield server
 
 

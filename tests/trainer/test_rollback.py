@@ -41,7 +41,7 @@ def test_a_run_that_is_rolled_back_goes_on_as_it_did_and_as_a_resumed_one_does(s
         found = rank[case]
         assert found["loaded"] == BEFORE
         assert found["again"] == found["first"], "losses and random numbers"
-        assert found["anew"] == found["first"]
+        assert found["in_new_engine"] == found["first"]
         assert found["weights"] == [True, True]
         assert found["first"][:5] != found["before"][:5]
         assert found["earlier"] == "None"

@@ -24,7 +24,7 @@ from pretrain.data.remote import cache, folder
 from pretrain.data.remote.cache import CachedFiles, CacheSettings
 from pretrain.data.remote.folder import SharedFolder
 from pretrain.errors import UserError
-from tests.support.faulty_server import Fault, FaultyServer
+from tests.support.faulty_server import FaultyServer, StorageFault
 from tests.support.runs import REPOSITORY
 
 SIZE = 50_000
@@ -89,7 +89,7 @@ def start_reader(server: FaultyServer, corpus: dict, tmp_path: Path) -> Iterator
 
 
 def test_the_processes_of_a_node_share_one_download(server: FaultyServer, start_reader) -> None:
-    server.faults[f"/corpus/{A}"] = Fault("delay", delay_s=0.5)
+    server.faults[f"/corpus/{A}"] = StorageFault("delay", delay_s=0.5)
     readers = [start_reader([A]) for _ in range(3)]
     assert [reader.wait(WAIT_S) for reader in readers] == [0, 0, 0]
     assert server.requests == [f"/corpus/{A}"]
@@ -183,8 +183,8 @@ def test_room_that_another_process_holds_is_waited_for(open_files, start_reader,
 def test_a_killed_downloader_leaves_nothing_behind(
     server: FaultyServer, open_files, start_reader, tmp_path: Path
 ) -> None:
-    server.faults[f"/corpus/{A}"] = Fault("stall", times=1)
-    server.faults[f"/corpus/{B}"] = Fault("stall", times=1)
+    server.faults[f"/corpus/{A}"] = StorageFault("stall", times=1)
+    server.faults[f"/corpus/{B}"] = StorageFault("stall", times=1)
     victim = start_reader([A, B], ahead=1)
     _wait_until(lambda: len(server.requests) == 2)
     assert len(list((tmp_path / "cache").glob("*.part"))) == 2
@@ -205,7 +205,7 @@ def test_what_a_killed_reader_used_may_go(open_files, start_reader) -> None:
 
 
 def test_a_waiting_process_takes_over_from_a_killed_downloader(server: FaultyServer, start_reader) -> None:
-    server.faults[f"/corpus/{A}"] = Fault("stall", times=1)
+    server.faults[f"/corpus/{A}"] = StorageFault("stall", times=1)
     victim = start_reader([A])
     _wait_until(lambda: len(server.requests) == 1)
     heir = start_reader([A])
@@ -216,7 +216,7 @@ def test_a_waiting_process_takes_over_from_a_killed_downloader(server: FaultySer
 
 
 def test_a_corrupt_download_is_fetched_again(server: FaultyServer, open_files) -> None:
-    server.faults[f"/corpus/{A}"] = Fault("flip", times=2)
+    server.faults[f"/corpus/{A}"] = StorageFault("flip", times=2)
     assert open_files().path(A).read_bytes() == server.objects[f"/corpus/{A}"]
     assert len(server.requests) == 3
 
@@ -254,7 +254,7 @@ def test_a_file_that_was_damaged_in_the_cache_is_fetched_again(server: FaultySer
 
 
 def test_one_slow_object_does_not_hold_up_the_others(server: FaultyServer, open_files, tmp_path: Path) -> None:
-    server.faults[f"/corpus/{B}"] = Fault("stall")
+    server.faults[f"/corpus/{B}"] = StorageFault("stall")
     files = open_files(downloads=2)
     files.fetch_ahead(NAMES)
     _wait_until(lambda: _cached(files, tmp_path) == {*NAMES} - {B})
@@ -265,7 +265,7 @@ def test_one_slow_object_does_not_hold_up_the_others(server: FaultyServer, open_
 def test_an_object_that_fails_is_an_error_only_when_it_is_needed(
     server: FaultyServer, open_files, tmp_path: Path
 ) -> None:
-    server.faults[f"/corpus/{B}"] = Fault("status", status=404)
+    server.faults[f"/corpus/{B}"] = StorageFault("status", status=404)
     files = open_files()
     files.fetch_ahead([A, B, C])
     _wait_until(lambda: _cached(files, tmp_path) == {A, C} and not files._underway)
@@ -316,7 +316,7 @@ def test_fetching_ahead_evicts_only_what_is_needed_later_and_path_what_is_needed
 
 
 def test_path_does_not_wait_for_the_threads_that_fetch_ahead(server: FaultyServer, open_files) -> None:
-    server.faults.update({f"/corpus/{name}": Fault("stall") for name in (A, B)})
+    server.faults.update({f"/corpus/{name}": StorageFault("stall") for name in (A, B)})
     files = open_files(downloads=2)
     files.fetch_ahead([A, B, C, D])
     _wait_until(lambda: len(server.requests) == 2)
@@ -367,7 +367,7 @@ def test_a_reader_that_is_dropped_leaves_no_thread_and_no_claim(
     server: FaultyServer, corpus: dict, tmp_path: Path
 ) -> None:
     before = threading.enumerate()
-    server.faults[f"/corpus/{C}"] = Fault("status", status=404)
+    server.faults[f"/corpus/{C}"] = StorageFault("status", status=404)
 
     def opened() -> CachedFiles:
         return CachedFiles(f"{server.url}/corpus", corpus, CacheSettings(tmp_path / "cache", 24 * SIZE))
@@ -414,7 +414,7 @@ def test_without_locks_files_come_all_the_same(server: FaultyServer, open_files,
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    server.faults[f"/corpus/{A}"] = Fault("delay", delay_s=0.3)
+    server.faults[f"/corpus/{A}"] = StorageFault("delay", delay_s=0.3)
     one, other = open_files(limit=2), open_files(limit=2)
     other.fetch_ahead([A])
     _wait_until(lambda: len(server.requests) == 1)
@@ -427,7 +427,7 @@ def test_without_locks_files_come_all_the_same(server: FaultyServer, open_files,
 
 
 def test_a_process_ends_though_a_download_hangs(server: FaultyServer, start_reader) -> None:
-    server.faults[f"/corpus/{B}"] = Fault("stall")
+    server.faults[f"/corpus/{B}"] = StorageFault("stall")
     reader = start_reader([A], wanted=[B], wait=True)
     _wait_until(lambda: f"/corpus/{B}" in server.requests)
     reader.communicate("\n", timeout=WAIT_S)

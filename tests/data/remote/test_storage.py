@@ -12,7 +12,7 @@ import pytest
 from pretrain.data.remote import storage
 from pretrain.data.remote.storage import ATTEMPTS, ATTEMPTS_AT_FIRST, Storage, is_remote
 from pretrain.errors import UserError
-from tests.support.faulty_server import Fault, FaultyServer
+from tests.support.faulty_server import FaultyServer, StorageFault
 
 CONTENT = random.Random(0).randbytes(100_000)
 PATH = "/corpus/part/shard_00000.bin"
@@ -38,22 +38,22 @@ def test_the_whole_and_ranges_of_an_object_come_as_they_are(location: str, monke
 @pytest.mark.parametrize(
     "fault",
     [
-        Fault("status", status=500),
-        Fault("status", status=503),
-        Fault("status", status=429),
-        Fault("reset"),
-        Fault("cut"),
-        Fault("short"),
-        Fault("stall"),
+        StorageFault("status", status=500),
+        StorageFault("status", status=503),
+        StorageFault("status", status=429),
+        StorageFault("reset"),
+        StorageFault("cut"),
+        StorageFault("short"),
+        StorageFault("stall"),
     ],
     ids=lambda fault: f"{fault.kind}{fault.status if fault.kind == 'status' else ''}",
 )
 def test_a_failure_that_passes_is_tried_again(
-    server: FaultyServer, location: str, fault: Fault, monkeypatch: pytest.MonkeyPatch
+    server: FaultyServer, location: str, fault: StorageFault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if fault.kind == "stall":
         monkeypatch.setattr(storage, "TIMEOUT_S", 0.5)
-    server.faults[PATH] = Fault(fault.kind, status=fault.status, times=2)
+    server.faults[PATH] = StorageFault(fault.kind, status=fault.status, times=2)
     assert Storage(location).read_bytes(NAME, 10, 90_000) == CONTENT[10:90_000]
     assert server.faults[PATH].times == 0
 
@@ -71,7 +71,7 @@ def test_a_failure_that_passes_is_tried_again(
 def test_what_keeps_failing_is_given_up_with_what_was_seen(
     server: FaultyServer, location: str, kind: str, seen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server.faults[PATH] = Fault(kind)
+    server.faults[PATH] = StorageFault(kind)
     if kind == "stall":
         monkeypatch.setattr(storage, "TIMEOUT_S", 0.05)
     with pytest.raises(
@@ -88,7 +88,7 @@ def test_more_patience_is_had_with_what_has_once_answered_and_every_attempt_is_l
     monkeypatch.setattr(storage, "FIRST_WAIT_S", 1e-4)
     there = Storage(location)
     there.read_bytes(NAME, 0, 10)
-    server.faults[PATH] = Fault("status", times=ATTEMPTS - 1)
+    server.faults[PATH] = StorageFault("status", times=ATTEMPTS - 1)
     with caplog.at_level("WARNING", logger="evenkeel"):
         assert there.read_bytes(NAME, 0, 10) == server.objects[PATH][:10]
     assert len(server.requests) == 1 + ATTEMPTS
@@ -99,7 +99,7 @@ def test_more_patience_is_had_with_what_has_once_answered_and_every_attempt_is_l
 
 @pytest.mark.parametrize(("status", "advice"), [(404, "no such object"), (403, "credentials"), (401, "credentials")])
 def test_what_stays_as_it_is_is_told_at_once(server: FaultyServer, location: str, status: int, advice: str) -> None:
-    server.faults[PATH] = Fault("status", status=status)
+    server.faults[PATH] = StorageFault("status", status=status)
     with pytest.raises(UserError, match=f"{location}/{NAME} cannot be read: .*{advice}"):
         Storage(location).read_bytes(NAME, 0, 10)
     assert len(server.requests) == 1
@@ -112,7 +112,7 @@ def test_a_part_beyond_the_end_of_an_object_is_told_at_once(server: FaultyServer
 
 
 def test_a_server_that_sends_the_whole_for_a_part_is_refused(server: FaultyServer) -> None:
-    server.faults[PATH] = Fault("whole")
+    server.faults[PATH] = StorageFault("whole")
     with pytest.raises(UserError, match=r"came as a whole \(100000 bytes\).*ranges"):
         Storage(f"{server.url}/corpus").read_bytes(NAME, 0, 10)
 

@@ -18,7 +18,7 @@ from pretrain.data.batches.samples import Concatenated
 from pretrain.data.batches.stream import Stream
 from pretrain.data.remote.cache import CacheSettings
 from pretrain.errors import UserError
-from tests.support.faulty_server import Fault, FaultyServer
+from tests.support.faulty_server import FaultyServer, StorageFault
 
 STEPS = 50
 BATCH = 12
@@ -38,8 +38,8 @@ def local(make_shards: Callable[..., TokenShards], server: FaultyServer) -> Toke
         server.objects[f"/corpus/{path.name}"] = path.read_bytes()
         if number % 3 == 0:
             kind = ("status", "cut", "flip", "reset")[number // 3 % 4]
-            server.faults[f"/corpus/{path.name}"] = Fault(kind, times=1)
-    server.faults["/corpus/manifest.json"] = Fault("status", status=500, times=1)
+            server.faults[f"/corpus/{path.name}"] = StorageFault(kind, times=1)
+    server.faults["/corpus/manifest.json"] = StorageFault("status", status=500, times=1)
     return shards
 
 

@@ -13,14 +13,14 @@ OPTIONS = {"blocks": 4}
 EXPORTS = "EvenkeelLlamaForCausalLM"
 
 
-def initial_value(name, facts):
+def initial_value(name, settings):
     return 0.0 if name.endswith("query") else None
 
 
 class Reference(DenseLlama):
     def read(self, values, query):
         v = torch.stack(values)
-        keys = v / (v.square().mean(-1, keepdim=True) + self.facts.eps).sqrt()
+        keys = v / (v.square().mean(-1, keepdim=True) + self.settings.eps).sqrt()
         shares = torch.einsum("d,nbtd->nbt", self.weights[query], keys).softmax(0)
         return torch.einsum("nbt,nbtd->btd", shares, v)
 
@@ -31,7 +31,7 @@ class Reference(DenseLlama):
         return self.attention(self.norm(h, f"model.layers.{layer}.input_layernorm"), layer)
 
     def hidden(self, ids):
-        sublayers = 2 * self.facts.layers
+        sublayers = 2 * self.settings.layers
         values = [self.embed(ids)]
         for block in np.array_split(np.arange(sublayers), self.options["blocks"] or sublayers):
             partial = []
@@ -41,4 +41,4 @@ class Reference(DenseLlama):
                 output = self.sublayer(number, self.read(values + partial, query))
                 partial = [partial[0] + output] if partial else [output]
             values += partial
-        return self.norm(self.read(values, f"model.layers.{self.facts.layers - 1}.output_read.query"), "model.norm")
+        return self.norm(self.read(values, f"model.layers.{self.settings.layers - 1}.output_read.query"), "model.norm")

@@ -7,7 +7,7 @@ from tests.support.dense import DenseLlama
 OPTIONS = {"std": 0.05}
 
 
-def initial_std(name, shape, facts):
+def initial_std(name, shape, settings):
     if not name.endswith(("o_proj.weight", "down_proj.weight")):
         return 0.05
     block = int(name.split(".")[2]) + 1

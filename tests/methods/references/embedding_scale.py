@@ -11,4 +11,4 @@ CONTROL = "model.embed_tokens.weight"
 
 class Reference(DenseLlama):
     def embed(self, ids):
-        return sqrt(self.facts.hidden) * super().embed(ids)
+        return sqrt(self.settings.hidden) * super().embed(ids)

@@ -7,7 +7,7 @@ from tests.support.dense import DenseLlama
 OPTIONS = {"shape": 1.0, "gain": 1.5}
 
 
-def initial_std(name, shape, facts):
+def initial_std(name, shape, settings):
     outputs = shape[0]
     return sqrt(1.5 / outputs)
 

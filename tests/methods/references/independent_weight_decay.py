@@ -10,7 +10,7 @@ class Reference(DenseLlama):
         return 0.0
 
     def update(self, name, weight, gradient):
-        schedule = self.facts.lrs[self.steps - 1] / self.facts.peak_lr
+        schedule = self.settings.lrs[self.steps - 1] / self.settings.peak_lr
         taken = 0.03 * schedule * weight if weight.dim() == 2 else 0.0
         super().update(name, weight, gradient)
         weight -= taken

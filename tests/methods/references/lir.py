@@ -7,7 +7,7 @@ from tests.support.dense import DenseLlama
 OPTIONS = {"initializer_range": 0.03, "scale_factor": 1.5}
 
 
-def initial_std(name, shape, facts):
+def initial_std(name, shape, settings):
     if not name.startswith("model.layers."):
         return 0.03
     block = int(name.split(".")[2]) + 1

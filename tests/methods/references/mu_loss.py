@@ -7,5 +7,5 @@ OPTIONS = {"coefficient": 200.0}
 
 class Reference(DenseLlama):
     def terms(self, logits, targets):
-        mean_row = self.matrix("lm_head").sum(0) / self.facts.vocabulary
+        mean_row = self.matrix("lm_head").sum(0) / self.settings.vocabulary
         return {"mu_loss": self.options["coefficient"] * mean_row @ mean_row}

@@ -9,8 +9,8 @@ CONTROL = "model.embed_tokens.weight"
 REFUSES_TIED = "an embedding and a head of their own"
 
 
-def initial_std(name, shape, facts):
-    return 1 / sqrt(facts.hidden) if "projection" in name else None
+def initial_std(name, shape, settings):
+    return 1 / sqrt(settings.hidden) if "projection" in name else None
 
 
 class Reference(DenseLlama):

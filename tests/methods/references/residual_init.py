@@ -7,9 +7,9 @@ from tests.support.dense import DenseLlama
 OPTIONS = {"std": 0.05}
 
 
-def initial_std(name, shape, facts):
+def initial_std(name, shape, settings):
     writes = name.endswith(("o_proj.weight", "down_proj.weight"))
-    return sqrt(0.05**2 / (2 * facts.layers)) if writes else 0.05
+    return sqrt(0.05**2 / (2 * settings.layers)) if writes else 0.05
 
 
 class Reference(DenseLlama):

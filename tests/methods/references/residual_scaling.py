@@ -8,4 +8,4 @@ from tests.support.dense import DenseLlama
 class Reference(DenseLlama):
     def linear(self, x, module):
         y = super().linear(x, module)
-        return y / sqrt(2 * self.facts.layers) if module.endswith(("o_proj", "down_proj")) else y
+        return y / sqrt(2 * self.settings.layers) if module.endswith(("o_proj", "down_proj")) else y

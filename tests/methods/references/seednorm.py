@@ -8,16 +8,16 @@ OPTIONS = {"alpha_init": 0.7}
 EXPORTS = "EvenkeelLlamaForCausalLM"
 
 
-def initial_value(name, facts):
+def initial_value(name, settings):
     return {"alpha": 0.7, "beta": 0.0}.get(name.split(".")[-1])
 
 
 class Reference(DenseLlama):
     def norm(self, x, module):
         gamma, alpha, beta = (self.weights[f"{module}.{kind}"] for kind in ("weight", "alpha", "beta"))
-        size = (x.square().mean(-1, keepdim=True) + self.facts.eps).sqrt()
+        size = (x.square().mean(-1, keepdim=True) + self.settings.eps).sqrt()
         along = torch.einsum("btd,d->bt", x, beta)[..., None]
         return (along.tanh() * alpha + gamma) * (x / size)
 
     def decay(self, name):
-        return self.facts.weight_decay if name.endswith(("alpha", "beta")) else super().decay(name)
+        return self.settings.weight_decay if name.endswith(("alpha", "beta")) else super().decay(name)

@@ -9,13 +9,13 @@ from tests.support.dense import DenseLlama
 OPTIONS = {"variance": 9e-4}
 
 
-def initial_std(name, shape, facts):
+def initial_std(name, shape, settings):
     return sqrt(OPTIONS["variance"]) if name.startswith("model.layers.") else None
 
 
 class Reference(DenseLlama):
-    def __init__(self, facts, initial, options):
-        super().__init__(facts, initial, options)
+    def __init__(self, settings, initial, options):
+        super().__init__(settings, initial, options)
         modules = [name.removesuffix(".weight_scale") for name in initial if name.endswith(".weight_scale")]
         self.u = {module: torch.ones(len(initial[f"{module}.weight"]), dtype=torch.float64) for module in modules}
         self.v = {}

@@ -5,10 +5,10 @@ from math import sqrt
 from tests.support.dense import DenseLlama
 
 
-def initial_std(name, shape, facts):
-    variance = 2 / (5 * facts.hidden)
+def initial_std(name, shape, settings):
+    variance = 2 / (5 * settings.hidden)
     if "o_proj" in name or "down_proj" in name:
-        variance /= 2 * facts.layers
+        variance /= 2 * settings.layers
     return sqrt(variance)
 
 

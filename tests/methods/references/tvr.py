@@ -19,12 +19,12 @@ OPTIONS = {
 
 class Reference(DenseLlama):
     def target(self):
-        facts = self.facts
-        square = facts.std**2
-        for lr in facts.lrs:
-            square = square * (1 - lr * facts.weight_decay) ** 2 + lr**2
+        settings = self.settings
+        square = settings.std**2
+        for lr in settings.lrs:
+            square = square * (1 - lr * settings.weight_decay) ** 2 + lr**2
         final = self.options["relative_target"] * sqrt(square)
-        return facts.std + (final - facts.std) * min(1, self.steps / self.options["target_warmup_steps"])
+        return settings.std + (final - settings.std) * min(1, self.steps / self.options["target_warmup_steps"])
 
     def after_step(self):
         if self.steps % self.options["interval_steps"]:

@@ -7,16 +7,18 @@ from tests.support.dense import DenseLlama
 OPTIONS = {"variance": 9e-5}
 
 
-def initial_std(name, shape, facts):
+def initial_std(name, shape, settings):
     if name.startswith("model.layers."):
         return sqrt(OPTIONS["variance"])
-    return 1.0 if "embed" in name and not facts.tied else sqrt(1 / facts.hidden)
+    return 1.0 if "embed" in name and not settings.tied else sqrt(1 / settings.hidden)
 
 
-def initial_value(name, facts):
+def initial_value(name, settings):
     if not name.endswith("weight_scale"):
         return None
-    return {"o_proj": sqrt(1 / (2 * facts.layers)), "down_proj": sqrt(1 / facts.layers)}.get(name.split(".")[-2], 1.0)
+    return {"o_proj": sqrt(1 / (2 * settings.layers)), "down_proj": sqrt(1 / settings.layers)}.get(
+        name.split(".")[-2], 1.0
+    )
 
 
 class Reference(DenseLlama):

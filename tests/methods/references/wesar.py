@@ -11,18 +11,18 @@ OPTIONS = {"variance": 9e-5}
 FOLD_TIED = "round-off"
 
 
-def initial_std(name, shape, facts):
+def initial_std(name, shape, settings):
     return sqrt(OPTIONS["variance"])
 
 
-def initial_value(name, facts):
+def initial_value(name, settings):
     if not name.endswith("weight_scale"):
         return None
-    width = {"down_proj": facts.intermediate}.get(name.split(".")[-2], facts.hidden)
+    width = {"down_proj": settings.intermediate}.get(name.split(".")[-2], settings.hidden)
     target = {
         "embed_tokens": 1.0,
-        "o_proj": sqrt(1 / (2 * facts.layers * width)),
-        "down_proj": sqrt(2 / (2 * facts.layers * width)),
+        "o_proj": sqrt(1 / (2 * settings.layers * width)),
+        "down_proj": sqrt(2 / (2 * settings.layers * width)),
     }.get(name.split(".")[-2], sqrt(1 / width))
     return target / sqrt(OPTIONS["variance"])
 

@@ -5,7 +5,7 @@ from math import sqrt
 from tests.support.dense import DenseLlama
 
 
-def initial_std(name, shape, facts):
+def initial_std(name, shape, settings):
     return sqrt(2 / sum(shape))
 
 

@@ -1,4 +1,4 @@
-"""Installs other projects' tools and asks them questions.
+"""Install other projects' tools and ask them questions.
 
     make peers            # all of them; PEERS="transformers4 ctranslate2" some
 
@@ -28,7 +28,11 @@ PATIENCE_S = 3000
 class Peer:
     """The packages to install.
 
-    sources: the package that is built from its sources, which stay. without: packages that do not load here.
+    Attributes:
+        packages: Names with versions.
+        dependencies: Whether their dependencies are installed too.
+        sources: The package that is built from its sources, which are kept.
+        without: Packages that do not load here.
     """
 
     packages: tuple[str, ...]
@@ -48,24 +52,24 @@ PEERS = {
 
 
 def install(name: str) -> None:
-    """Put a peer into its folder, which appears when it is whole."""
+    """Put a peer into its folder, which appears when it is complete."""
     peer, folder = PEERS[name], FOLDER / name
-    aside = folder.with_name(f".{name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    partial = folder.with_name(f".{name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     words = [] if peer.dependencies else ["--no-deps"]
     for package in peer.packages:
-        what = str(_sources(package, aside)) if package == peer.sources else package
-        _pip("install", "--target", str(aside), *words, what)
+        what = str(_sources(package, partial)) if package == peer.sources else package
+        _pip("install", "--target", str(partial), *words, what)
     for package in peer.without:
-        for path in (*aside.glob(package), *aside.glob(f"{package}-*.dist-info")):
+        for path in (*partial.glob(package), *partial.glob(f"{package}-*.dist-info")):
             shutil.rmtree(path)
     shutil.rmtree(folder, ignore_errors=True)
-    aside.rename(folder)
+    partial.rename(folder)
 
 
 def _sources(package: str, folder: Path) -> Path:
-    """The sources of `package`, unpacked below `folder`."""
+    """Unpack the sources of `package` below `folder` and return their folder."""
     _pip("download", "--no-deps", "--no-binary", package.partition("==")[0], "--dest", str(folder), package)
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as sources:
@@ -80,7 +84,7 @@ def missing(names: tuple[str, ...]) -> list[str]:
 
 
 def ask(script: str, peers: tuple[str, ...], job: dict[str, Any], scratch: Path) -> dict[str, Any]:
-    """The answers of `peers/<script>.py` to a job, in a process that has these peers' packages."""
+    """Return the answers of `scripts/<script>.py` to a job, in a process that has these peers' packages."""
     asked, answers = scratch / f"{script}.job.json", scratch / f"{script}.answers.json"
     asked.write_text(json.dumps(job), encoding="utf-8")
     path = os.pathsep.join(str(FOLDER / name) for name in peers)

@@ -1,4 +1,4 @@
-"""What takes which export, and why the rest does not: the one statement that the tests prove and docs/exports.md shows.
+"""Which consumer takes which export, and why others do not: the tests prove this table and docs/exports.md shows it.
 
 python tests/support/peers/expected.py            # print the table of docs/exports.md
 python tests/support/peers/expected.py --write    # put it there
@@ -30,9 +30,15 @@ CONSUMERS = ("transformers 5", "transformers 4", "pipeline", "lm-eval", "llama.c
 
 @dataclass(frozen=True)
 class Failure:
-    """Cells that do not work as they are. says: a regular expression for all that is found wrong.
+    """Cells of the table that do not work as they are.
 
-    note: for the page. word: what the table says of them.
+    Attributes:
+        consumer: The column.
+        classes: The rows.
+        says: A regular expression for all errors that are found.
+        note: The explanation on the page.
+        tokenizers: The tokenizers with which they fail.
+        word: The cell's text.
     """
 
     consumer: str
@@ -129,7 +135,7 @@ FAILURES = (
 
 
 def failure(consumer: str, cls: str, tokenizer: str) -> Failure | None:
-    """Why a cell does not work; None if it does."""
+    """Return why a cell does not work; None if it does."""
     for known in FAILURES:
         if known.consumer == consumer and cls in known.classes and tokenizer in known.tokenizers:
             return known
@@ -137,7 +143,7 @@ def failure(consumer: str, cls: str, tokenizer: str) -> Failure | None:
 
 
 def table() -> str:
-    """A row for each class, a column for each consumer: "yes", or the number of the note that says why not."""
+    """Return a row for each class, a column for each consumer: "yes", or the number of the note that says why not."""
     rows = [f"| class (trained by) | {' | '.join(CONSUMERS)} |", "| --- " * (1 + len(CONSUMERS)) + "|"]
     for cls, how in CLASSES.items():
         rows.append(f"| {cls} ({how}) | {' | '.join(_cell(consumer, cls) for consumer in CONSUMERS)} |")
@@ -146,7 +152,7 @@ def table() -> str:
 
 
 def page_with_table(page: str) -> str:
-    """The page with what stands between its marks replaced by today's table."""
+    """Return the page with the text between its marks replaced by the current table."""
     before, rest = page.split(BEGIN)
     return before + BEGIN + table() + END + rest.split(END)[1]
 

@@ -1,4 +1,4 @@
-"""The tokenizers that exports are tried with, and the text."""
+"""The tokenizers and the texts that exports are tried with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pretrain.data.tokenizer import load_tokenizer
 from pretrain.data.tokenizer_files import portable_files, write_files
 from tests.support.tokenizers_like import write_gpt2, write_llama3, write_neox, write_qwen
 
-# llama.cpp's names of how they cut text into words; ours is a SentencePiece, which has none.
+# llama.cpp's names for the rules that cut text into words; ours is a SentencePiece, which has none.
 PRE_TOKENIZERS = {"own": None, "gpt2": "gpt-2", "neox": "olmo", "llama3": "llama-bpe", "qwen": "qwen2"}
 
 SCRIPTS = [
@@ -66,7 +66,7 @@ SPECIAL = [
 
 
 def texts() -> list[str]:
-    """About a hundred: scripts, symbols, runs of white space, and what looks like a special token."""
+    """Return about a hundred texts: scripts, symbols, runs of white space, and words that look like special tokens."""
     runs = [
         f"a{space * count}b" for space in (" ", "\n", "\t", "\r\n", "\u00a0", "\u3000") for count in (1, 2, 3, 4, 8)
     ]
@@ -77,12 +77,12 @@ def texts() -> list[str]:
 
 
 def write_tokenizer(shape: str, folder: Path, documents: list[str]) -> None:
-    """The files of a tokenizer of a shape in PRE_TOKENIZERS, trained on `documents`, printable characters and some of SCRIPTS."""
+    """Write a tokenizer of a shape in PRE_TOKENIZERS, trained on `documents`, printable characters and some of SCRIPTS."""
     _WRITERS[shape](folder, [*documents, string.printable, *SCRIPTS[:3]])
 
 
 def _own(folder: Path, documents: list[str]) -> None:
-    """As tools/train_tokenizer.py."""
+    """Write the tokenizer of tools/train_tokenizer.py."""
     folder.mkdir(parents=True)
     (folder / "tokenizer.model").write_bytes(train_bpe(documents, 420))
     write_files(portable_files(load_tokenizer(folder / "tokenizer.model"), folder), folder)

@@ -1,9 +1,9 @@
-"""A Slurm of its own on the loopback: one controller and "nodes" that are slurmd processes on this host. Needs no root.
+"""A separate Slurm on the loopback: one controller and "nodes" that are slurmd processes on this host. Needs no root.
 
     slurm = MiniSlurm(folder); slurm.start(); slurm.stop()
 
-auth/none trusts every local process: for tests only. Waiting times are cut to seconds; of a job's life, nothing else is
-different from a cluster's.
+auth/none trusts every local process: for tests only. Waiting times are cut to seconds; otherwise a job sees what it would
+see on a cluster.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"
 
 
 def missing() -> str | None:
-    """Why there can be no Slurm here, or None."""
+    """Return why there can be no Slurm here, or None."""
     absent = [program for program in PROGRAMS if shutil.which(program, path=_PATH) is None]
     if absent:
         return (
@@ -41,7 +41,7 @@ def missing() -> str | None:
 
 
 class MiniSlurm:
-    """Two nodes of four cores, which need not exist; partition `train`, and `urgent`, whose jobs take its nodes away."""
+    """Two nodes of four cores, which need not exist; a partition `train`, and `urgent`, whose jobs preempt its nodes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -53,7 +53,7 @@ class MiniSlurm:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         (self.folder / "slurm.conf").write_text(_configuration(self.folder))
         version = self.run("sinfo", "--version").split()[1]
-        if int(version.split(".")[0]) >= 24:  # probes cgroups even where it uses none
+        if int(version.split(".")[0]) >= 24:  # it probes cgroups even where it uses none
             (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
         self._spawn("slurmctld", "-c")
         for node in NODES:
@@ -73,7 +73,7 @@ class MiniSlurm:
         self._spawn("slurmd", "-N", node)
 
     def kill_node(self, node: str) -> None:
-        """As when the power fails: SIGKILL to its slurmd, to what it started, and to what that started."""
+        """Let a node fail as in a power cut: SIGKILL to its slurmd and to all its descendants."""
         doomed = [self._daemons[node].pid, *_descendants(self._daemons[node].pid)]
         doomed += [pid for pid in _stepds(node, self.folder) for pid in (pid, *_descendants(pid))]
         for pid in dict.fromkeys(doomed):
@@ -82,7 +82,7 @@ class MiniSlurm:
         self._daemons.pop(node).wait()
 
     def submit(self, *words: str | Path, cwd: Path, **variables: str) -> str:
-        """sbatch; returns the job's number."""
+        """Run sbatch and return the job's number."""
         command = ["sbatch", "--parsable", *map(str, words)]
         done = subprocess.run(
             command, cwd=cwd, env=self.environment | variables, text=True, capture_output=True, check=False
@@ -96,18 +96,18 @@ class MiniSlurm:
         return done.stdout.strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """What `scontrol show job` says of it."""
+        """Return the fields of `scontrol show job`."""
         return dict(re.findall(r"(?:^| )(\w[\w/:]*)=(\S*)", self.run("scontrol", "show", "job", "-o", number)))
 
     def node_states(self) -> dict[str, str]:
         return dict(line.split() for line in self.run("sinfo", "-h", "-N", "-p", "train", "-o", "%N %T").splitlines())
 
     def over(self, number: str) -> bool:
-        """Whether the job is neither running nor queued."""
+        """Return whether the job is neither running nor queued."""
         return self.job(number)["JobState"] in _OVER
 
     def wait_over(self, number: str) -> dict[str, str]:
-        """The job's last record."""
+        """Wait for the job's end and return its last record."""
         self.wait_for(lambda: self.over(number), f"the end of job {number}")
         return self.job(number)
 
@@ -130,7 +130,7 @@ def _descendants(pid: int) -> list[int]:
 
 
 def _stepds(node: str, folder: Path) -> list[int]:
-    """The slurmstepd processes of `node`: they are no children of its slurmd, but hold its spool folder's sockets."""
+    """Return the slurmstepd processes of `node`: not children of its slurmd, but holders of its spool folder's sockets."""
     spool = str(folder / "spool" / node)
     listening = Path("/proc/net/unix").read_text(encoding="utf-8").splitlines()
     inodes = {line.split()[6] for line in listening if line.split()[-1].startswith(spool)}
@@ -143,7 +143,7 @@ def _pgrep(*options: str) -> list[int]:
 
 
 def _sockets(pid: int) -> set[str]:
-    """Inodes of the sockets that a process holds; none if it has just ended."""
+    """Return the inodes of the sockets that a process holds; none if it has just ended."""
     links = []
     with suppress(OSError):
         links = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]

@@ -1,4 +1,4 @@
-"""Stands in for pretrain/train.py: "trains" until it is signalled, or ends as its run's name says. No library is loaded."""
+"""A stand-in for pretrain/train.py that "trains" until it is signalled, or ends as its run's name says. Loads no library."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 
 rank = os.environ["SLURM_PROCID"]
 text = Path(sys.argv[sys.argv.index("--config") + 1]).read_text(encoding="utf-8")
-out, name = (re.search(rf"^{key}: '?(.*?)'?$", text, re.MULTILINE)[1] for key in ("out", "name"))
+out, name = (re.findall(rf"^{key}: '?(.*?)'?$", text, re.MULTILINE)[0] for key in ("out", "name"))
 run = Path(out) / name
-told = []
+caught: list[int] = []
 for number in (signal.SIGUSR1, signal.SIGTERM):
-    signal.signal(number, lambda *caught: told.append(caught[0]))
+    signal.signal(number, lambda signalled, _: caught.append(signalled))
 
 
 def end(code: int, status: str | None = None, message: str = "") -> None:
@@ -37,7 +37,7 @@ if name == "refused":
     end(2, message="error: there is no token shard in data/none")
 if name.startswith("quick") or (name == "chained" and len((run / "starts.txt").read_text().splitlines()) == 2):
     end(0, "finished", "all steps done")
-while not told:
+while not caught:
     time.sleep(0.05)
 time.sleep(1)
 end(0, "preempted", "stopped after saving")

@@ -1,7 +1,8 @@
-"""What a rank does: train to the step that reads the poisoned document, and write its autopsy."""
+"""A rank that trains to the step that reads the poisoned document and writes its autopsy."""
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from pretrain.engine.step import train_step
 from pretrain.engine.step_gate import StepGate
 from pretrain.resilience.spike_guard import SpikeGuard
 from pretrain.sharded import ShardedWeights
+from pretrain.trainer.corpora import read_again
 from pretrain.trainer.plan import Plan, make_plan, training_batches
 from pretrain.trainer.run_folder import RunFolder
 
@@ -25,16 +27,16 @@ STEPS_BEFORE = 3
 
 
 def texts(plan: Plan, samples: range) -> list[str]:
-    """The inputs of samples of the run, decoded by transformers."""
+    """Return the inputs of samples of the run, decoded by transformers."""
     feed = plan.corpora.feed()
     rows = Rows.empty(len(samples), feed.seq_len, feed.dtype, feed.masked, feed.carries_documents)
     feed.read(feed.at(np.asarray(samples)), rows)
     tokenizer = load_tokenizer(Path(plan.config.tokenizer))
-    return [tokenizer.decode(tokens) for tokens in rows.tokens[:, :-1].tolist()]
+    return [str(tokenizer.decode(tokens)) for tokens in rows.tokens[:, :-1].tolist()]
 
 
 def examine(run_file: Path, settings: list[str], out: Path) -> None:
-    """The life of a rank: the autopsies are in the run's folder, and what is to be compared with them in `out`."""
+    """Be a rank: the autopsies are in the run's folder, and the figures to compare them with in `out`."""
     ranks = initialize()
     plan = make_plan(load_config(run_file, settings), ranks.world_size)
     config, size = plan.config, plan.config.data.global_batch_size
@@ -48,7 +50,7 @@ def examine(run_file: Path, settings: list[str], out: Path) -> None:
     initialize_weights(weights, config, 0.02)
     gate, recorder = StepGate(engine, SpikeGuard(config.resilience.guard)), Recorder(engine, weights, STEPS_BEFORE)
     gate.watchers.append(recorder.gradients)
-    written = Autopsies(folder.path / "autopsies", config, recorder, ranks)
+    written = Autopsies(folder.path / "autopsies", config, recorder, ranks, partial(read_again, config))
     loader = training_batches(plan, ranks.rank, position)
     paths = []
     for step in range(1, STEPS_BEFORE + 3):
@@ -58,7 +60,11 @@ def examine(run_file: Path, settings: list[str], out: Path) -> None:
         if step > STEPS_BEFORE:
             paths.append(written.write(engine, "the loss is 9.1, which is a made-up spike", micro_batches))
     (out / "no_folder").write_text("a file where the folder should be")
-    paths.append(Autopsies(out / "no_folder", config, recorder, ranks).write(engine, "not written", micro_batches))
+    paths.append(
+        Autopsies(out / "no_folder", config, recorder, ranks, partial(read_again, config)).write(
+            engine, "not written", micro_batches
+        )
+    )
     loader.close()
     if ranks.is_first:
         samples = range(position + STEPS_BEFORE * size, position + (STEPS_BEFORE + 1) * size)

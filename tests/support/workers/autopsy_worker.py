@@ -1,7 +1,8 @@
-"""What a rank does: train a few steps case by case, and write down what was recorded and what one process finds."""
+"""A rank that trains a few steps for each case and writes the recorded figures beside those of one process."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +27,17 @@ SEQUENCES, STEPS, LR = 8, 4, 0.01
 KEPT = 2  # steps before the newest, so that the first is forgotten
 BROKEN = 3  # the step whose gradients are not finite from layer 2 down; its weights stay
 # Two ranks cut these in the middle of a row.
-SIZES = {"hidden_size": 38, "intermediate_size": 52, "num_hidden_layers": 3, "num_attention_heads": 2, "head_dim": 6}
+SIZES: dict[str, Any] = {
+    "hidden_size": 38,
+    "intermediate_size": 52,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "head_dim": 6,
+}
 
 
 def run_config(case: dict) -> Config:
-    """The run of a case: {deepspeed, micro_batch_size, tensor, muon}."""
+    """Return the run of a case: {deepspeed, micro_batch_size, tensor, muon}."""
     optim = {"lr": LR, "weight_decay": 0.1, "eps": 1e-8, "grad_clip": 0.5}
     return tiny_config(
         case,
@@ -44,11 +51,11 @@ def run_config(case: dict) -> Config:
 
 
 def dense(start: dict[str, np.ndarray], dtype: torch.dtype, number: int) -> dict:
-    """Step `number` on one process, in float32, by transformers' own class and autograd: norms, extremes, losses."""
+    """Compute step `number` on one process, in float32, by transformers' own class and autograd: norms, extremes, losses."""
     config = LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, num_key_value_heads=2, **SIZES)
     model = LlamaForCausalLM(config)
     model.load_state_dict({name: torch.from_numpy(values).to(dtype).float() for name, values in start.items()})
-    largest = []
+    largest: list[float] = []
     for layer in model.model.layers:
         layer.register_forward_hook(lambda *seen: largest.append(float(seen[2].detach().abs().max())))
     whole = tokens(number, SEQUENCES)
@@ -56,16 +63,21 @@ def dense(start: dict[str, np.ndarray], dtype: torch.dtype, number: int) -> dict
     losses = F.cross_entropy(logits.transpose(1, 2), whole[:, 1:], reduction="none").mean(1)
     losses.mean().backward()
     return {
-        "gradients": {name: float(parameter.grad.norm()) for name, parameter in model.named_parameters()},
+        "gradients": {name: float(_gradient(parameter).norm()) for name, parameter in model.named_parameters()},
         "activations": largest,
         "losses": losses.tolist(),
     }
 
 
+def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
 def break_backward(engine: Engine) -> None:
     """Let the next backward meet infinity on its way out of the second block."""
 
-    def broken(module, args, output):
+    def broken(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
         if output.requires_grad:
             output.register_hook(lambda gradient: gradient * torch.inf)
         handle.remove()
@@ -94,7 +106,7 @@ def examine(case: dict, ranks: Ranks) -> dict:
         after = masters(engine)
         found = {
             "updates": {name: float(np.linalg.norm(after[name] - start[name])) for name in start},
-            "monitored": {name: facts["update_ratio"] for name, facts in monitor.after_step(number).items()},
+            "monitored": {name: statistics["update_ratio"] for name, statistics in monitor.after_step(number).items()},
             **(dense(start, dtype, number) if ranks.is_first else {}),
         }
         expected.append(found)
@@ -109,7 +121,7 @@ def examine(case: dict, ranks: Ranks) -> dict:
 
 
 def examine_all(cases: dict[str, dict], out: Path) -> None:
-    """The life of a rank: what each case found goes to `found.json` in the folder `out`."""
+    """Be a rank: the figures of each case go to `found.json` in the folder `out`."""
     allow_fp16_on_cpu()
     ranks = initialize()
     found = {name: examine(case, ranks) for name, case in cases.items()}

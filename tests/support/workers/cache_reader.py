@@ -1,8 +1,8 @@
 """A process that reads files through the cache, as a rank does: python cache_reader.py '<JSON of the arguments>'.
 
-It reads `names` in order, each for `hold_s` while the next `ahead` of them are fetched, compares them with the files in
-`originals`, and prints a line for each. With `wait`, it keeps the last one until a line comes in. `wanted` are fetched
-ahead and not read.
+It reads `names` in order, holds each for `hold_s` seconds while the next `ahead` of them are fetched, compares them with
+the files in `originals`, and prints a line for each. With `wait`, it holds the last one until a line comes in. `wanted`
+are fetched ahead and not read.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
-"""What a rank does: train tiny models in which some steps are harmed on purpose, case by case, and write down what became
-of them.
-"""
+"""A rank that trains tiny models, case by case, damages some steps on purpose, and writes down what followed."""
 
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,8 @@ from pretrain.engine.step import train_step
 from pretrain.engine.step_gate import StepGate
 from pretrain.sharded import ShardedWeights
 from pretrain.sharded.engine_protocol import Engine
+from tests.support.arrays import save_arrays
+from tests.support.faults import replace
 from tests.support.runs import allow_fp16_on_cpu
 from tests.support.tiny_engines import forget_garbage, gated, leave, share, tiny_config, tiny_plan, tokens
 from tests.support.workers.muon_worker import SEQUENCES, masters
@@ -28,7 +29,7 @@ SIZES = {**TWO_LAYERS, "num_hidden_layers": 1}
 LR = 1e-3
 ADAMW = {"lr": LR, "eps": 1e-6, "weight_decay": 0.1}
 
-# What a day may bring: the loss, and its gradient, are multiplied by these on the last rank's last micro-batch.
+# Kinds of damaged days: factors of the loss and of its gradient on the last rank's last micro-batch.
 HARM = {
     "NaN loss": (float("nan"), float("nan")),
     "loss spike": (30.0, 1.0),
@@ -36,24 +37,24 @@ HARM = {
     "infinite gradient": (1.0, float("inf")),
     "gradient spike": (1.0, 1000.0),
 }
-EVERYWHERE = 30.0  # what multiplies every gradient on the day of that name
+EVERYWHERE = 30.0  # factor of every gradient on the day of that name
 
 
 class Harmed(torch.autograd.Function):
     """A loss and its gradient, multiplied by factors of their own."""
 
     @staticmethod
-    def forward(ctx, loss, of_loss, of_gradient):
+    def forward(ctx: Any, loss: torch.Tensor, of_loss: float, of_gradient: float) -> torch.Tensor:
         ctx.factor = of_gradient
         return loss * of_loss
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return gradient * ctx.factor, None, None
 
 
 def run_config(case: dict, ranks: int) -> Config:
-    """The run of a case: {deepspeed, optim, guard, tensor}, two micro-batches a step and data-parallel rank."""
+    """Return the run of a case: {deepspeed, optim, guard, tensor}, two micro-batches a step and data-parallel rank."""
     tensor = case.get("tensor", 1)
     guard = {"spikes": "skip", "sigma": 20, "window_steps": 8, **case.get("guard", {})}
     return tiny_config(
@@ -75,15 +76,15 @@ def build(case: dict, ranks: Ranks) -> tuple[StepGate, Config]:
 
 
 def live(gate: StepGate, config: Config, days: list[str], ranks: Ranks) -> list[dict]:
-    """Train a step a day and tell what became of each. Good days have batches of their own, whatever lies between."""
-    told, good = [], 0
+    """Train a step a day and return the result of each. Good days have batches of their own, whatever lies between."""
+    results, good = [], 0
     for number, day in enumerate(days, start=1):
         good += day == "good"
         whole = tokens(good if day in ("good", "everywhere") else 1000 + number, SEQUENCES)
         micro_batches = share(MicroBatch(whole), config, ranks)
         with Harming(day, len(micro_batches), ranks):
             done = train_step(gate, number, micro_batches, LR, ranks, masked=False)
-        told.append(
+        results.append(
             {
                 "kind": done.verdict.kind,
                 "skipped": done.skipped,
@@ -93,11 +94,11 @@ def live(gate: StepGate, config: Config, days: list[str], ranks: Ranks) -> list[
                 "streak": gate.guard.streak,
             }
         )
-    return told
+    return results
 
 
 class Harming:
-    """Inside, the losses of the engine's forward are those of such a day."""
+    """A context in which the losses of the engine's forward are those of such a day."""
 
     def __init__(self, day: str, micro_batches: int, ranks: Ranks) -> None:
         self.day, self.last, self.calls = day, micro_batches, 0
@@ -106,12 +107,12 @@ class Harming:
     def __enter__(self) -> None:
         self.plain = pretrain.engine.step.losses_of
         if self.day != "good":
-            pretrain.engine.step.losses_of = self.losses
+            replace(pretrain.engine.step, "losses_of", self.losses)
 
-    def __exit__(self, *_) -> None:
-        pretrain.engine.step.losses_of = self.plain
+    def __exit__(self, *_: object) -> None:
+        replace(pretrain.engine.step, "losses_of", self.plain)
 
-    def losses(self, engine: Engine, *given):
+    def losses(self, engine: Engine, *given: Any) -> dict[str, torch.Tensor]:
         found, self.calls = self.plain(engine, *given), self.calls + 1
         if self.day == "everywhere":
             return {**found, "total": Harmed.apply(found["total"], 1.0, EVERYWHERE)}
@@ -121,7 +122,7 @@ class Harming:
 
 
 def digests(engine: Engine) -> list[str]:
-    """What each rank holds: masters, moments, momentum and step counters, and what forward reads."""
+    """Return a digest of each rank's state: masters, moments, momentum and step counters, and the working copies."""
     optimizer, found = engine.basic_optimizer, hashlib.sha256()
     held = [tensor for master, state in optimizer.state.items() for tensor in (master, *_tensors(state))]
     held += [
@@ -139,14 +140,14 @@ def _tensors(state: dict) -> list[torch.Tensor]:
 
 
 def examine(case: dict, ranks: Ranks) -> tuple[dict, dict[str, np.ndarray]]:
-    """What became of each day, what the ranks hold in the end and what they hold after the good days alone.
+    """Return the result of each day, the state of the ranks in the end, and their state after the good days alone.
 
-    Of a case that asks for it, the masters before and after too.
+    For a case that asks for it, also return the masters before and after.
     """
     gate, config = build(case, ranks)
     tables = {f"start/{name}": w for name, w in masters(gate.engine).items()} if case.get("tables") else {}
-    told = live(gate, config, case["days"], ranks)
-    found = {"days": told, "held": digests(gate.engine), "state": gate.state()}
+    days = live(gate, config, case["days"], ranks)
+    found = {"days": days, "held": digests(gate.engine), "state": gate.state()}
     if tables:
         return found, tables | {f"end/{name}": w for name, w in masters(gate.engine).items()}
     spared, config = build(case, ranks)
@@ -155,7 +156,7 @@ def examine(case: dict, ranks: Ranks) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def examine_all(cases: dict[str, dict], out: Path) -> None:
-    """The life of a rank: `found.json`, and the weights of cases that ask for them, go to the folder `out`."""
+    """Be a rank: `found.json`, and the weights of cases that ask for them, go to the folder `out`."""
     allow_fp16_on_cpu()
     ranks = initialize()
     found = {}
@@ -163,7 +164,7 @@ def examine_all(cases: dict[str, dict], out: Path) -> None:
         forget_garbage()
         found[name], tables = examine(case, ranks)
         if ranks.is_first and tables:
-            np.savez(out / f"{name}.npz", **tables)
+            save_arrays(out / f"{name}.npz", tables)
     if ranks.is_first:
         (out / "found.json").write_text(json.dumps(found))
     leave()

@@ -1,4 +1,4 @@
-"""What a rank does: train on batches whose targets do not all count, case by case, and write down the losses."""
+"""A rank that trains on batches whose targets do not all count, case by case, and writes down the losses."""
 
 import json
 from pathlib import Path
@@ -14,6 +14,7 @@ from pretrain.engine.initialize import initialize_weights
 from pretrain.engine.step import train_step
 from pretrain.engine.validation import validation_loss
 from pretrain.sharded import ShardedWeights
+from tests.support.arrays import save_arrays
 from tests.support.runs import allow_fp16_on_cpu
 from tests.support.tiny_engines import LENGTH, VOCABULARY, forget_garbage, gated, leave, share, tiny_config, tiny_plan
 from tests.support.workers.muon_worker import masters
@@ -26,7 +27,7 @@ OPTIM = {"lr": LR, "eps": 1.0, "weight_decay": 0.0, "grad_clip": None, "schedule
 
 
 def run_config(case: dict) -> Config:
-    """The run of a case: {deepspeed, micro_batch_size, tensor}."""
+    """Return the run of a case: {deepspeed, micro_batch_size, tensor}."""
     return tiny_config(
         case,
         model={**SIZES, "num_key_value_heads": 2},
@@ -40,7 +41,7 @@ def run_config(case: dict) -> Config:
 
 
 def batch(number: int) -> MicroBatch:
-    """The global batch of step `number`: two sequences without a target, one with one, the others with more and more.
+    """Return the global batch of step `number`: two sequences without a target, one with one, the others with ever more.
 
     Each holds two documents.
     """
@@ -54,7 +55,7 @@ def batch(number: int) -> MicroBatch:
 
 
 def examine(case: dict, ranks: Ranks) -> tuple[dict, dict[str, np.ndarray]]:
-    """The losses of each step, and of a validation afterwards; and the weights at the start."""
+    """Return the losses of each step and of a validation afterwards, and the weights at the start."""
     plan = tiny_plan(run_config(case))
     gate, config = gated(plan), plan.config
     initialize_weights(ShardedWeights(gate.engine), config, 0.02)
@@ -71,7 +72,7 @@ def examine(case: dict, ranks: Ranks) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def examine_all(cases: dict[str, dict], out: Path) -> None:
-    """The life of a rank: `found.json` and the initial weights of each case go to the folder `out`."""
+    """Be a rank: `found.json` and the initial weights of each case go to the folder `out`."""
     allow_fp16_on_cpu()
     pretrain.model.loss.CHUNK_LOGITS = 7 * VOCABULARY
     ranks = initialize()
@@ -80,7 +81,7 @@ def examine_all(cases: dict[str, dict], out: Path) -> None:
         forget_garbage()
         found[name], start = examine(case, ranks)
         if ranks.is_first and start:
-            np.savez(out / f"{name}.npz", **start)
+            save_arrays(out / f"{name}.npz", start)
     if ranks.is_first:
         (out / "found.json").write_text(json.dumps(found))
     leave()

@@ -1,4 +1,4 @@
-"""What a rank does: train tiny models with Muon, case by case, and write down what it sees.
+"""A rank that trains tiny models with Muon, case by case, and writes down their weights.
 
 Every weight is read through DeepSpeed's own API.
 """
@@ -17,6 +17,7 @@ from pretrain.engine.step import train_step
 from pretrain.engine.step_gate import StepGate
 from pretrain.sharded import ShardedWeights
 from pretrain.sharded.engine_protocol import Engine
+from tests.support.arrays import save_arrays
 from tests.support.tiny_engines import forget_garbage, gated, leave, share, tiny_config, tiny_plan, tokens
 
 SEQUENCES, STEPS = 12, 4
@@ -36,7 +37,7 @@ OPTIM = {"name": "muon", "lr": 4e-3, "eps": 1e-4, "grad_clip": None, "muon": {"l
 
 
 def run_config(case: dict, ranks: int) -> Config:
-    """The run of a case: {deepspeed, optim, accumulation, methods, idle, resume}."""
+    """Return the run of a case: {deepspeed, optim, accumulation, methods, idle, resume}."""
     return tiny_config(
         case,
         model=SIZES,
@@ -49,19 +50,19 @@ def run_config(case: dict, ranks: int) -> Config:
 
 
 def learning_rate(number: int, peak: float, idle: int) -> float:
-    """AdamW's at step `number`: another one at each step, none in the first `idle`, which only gather momentum."""
+    """Return AdamW's rate at step `number`: another one at each step, 0 in the first `idle`, which only gather momentum."""
     return 0.0 if number <= idle else peak / number
 
 
 def build(config: Config) -> tuple[StepGate, ShardedWeights, Config]:
-    """The gate of an engine without values, its weights, and the configuration with methods that know the run."""
+    """Return the gate of an engine without values, its weights, and the configuration with methods bound to the run."""
     plan = tiny_plan(config)
     gate = gated(plan)
     return gate, ShardedWeights(gate.engine), plan.config
 
 
 def masters(engine: Engine) -> dict[str, np.ndarray]:
-    """Every full fp32 weight; without ZeRO in fp32 the API knows no master but the parameter."""
+    """Return every full fp32 weight. Without ZeRO in fp32 the parameter itself is the master."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     found = {name: (safe_get_full_fp32_param(p), p) for name, p in engine.module.named_parameters()}
@@ -77,7 +78,7 @@ def train(gate: StepGate, weights: ShardedWeights, config: Config, ranks: Ranks,
 
 
 def edit(gate: StepGate, weights: ShardedWeights, config: Config, ranks: Ranks) -> dict[str, bool]:
-    """Whether `ShardedWeights` reads and changes the masters of this engine, and the change survives a step."""
+    """Return whether `ShardedWeights` reads and changes the masters of this engine, and the change survives a step."""
     before, moments = masters(gate.engine), weights.moments()
     read = [np.isclose(moments[name].std, w.std(ddof=1, dtype=np.float64), rtol=1e-9) for name, w in before.items()]
     weights.rescale_(dict.fromkeys(before, (0.5, 0.0)))
@@ -87,32 +88,34 @@ def edit(gate: StepGate, weights: ShardedWeights, config: Config, ranks: Ranks) 
 
 
 def examine(case: dict, ranks: Ranks, out: str) -> tuple[dict[str, np.ndarray], dict]:
-    """The weights before and after training (and after training on from a checkpoint), and facts."""
+    """Return the weights before and after training, and checks: of edits, and of a run resumed from a checkpoint."""
     idle = case.get("idle", 0)
     gate, weights, config = build(run_config(case, ranks.world_size))
     initialize_weights(weights, config, 0.02)
     tables = {f"start/{name}": w for name, w in masters(gate.engine).items()}
     train(gate, weights, config, ranks, range(1, 3), idle)
-    gate.engine.save_checkpoint(out, tag="two")
+    gate.engine.save_checkpoint(out, tag="two", save_latest=True)
     train(gate, weights, config, ranks, range(3, STEPS + 1), idle)
     tables |= {f"end/{name}": w for name, w in masters(gate.engine).items()}
-    facts = edit(gate, weights, config, ranks)
+    checks = edit(gate, weights, config, ranks)
     resumed, weights, _ = build(config)
     resumed.engine.load_checkpoint(out, tag="two")
     train(resumed, weights, config, ranks, range(3, STEPS + 1), idle)
-    facts["resume_exact"] = all(np.array_equal(w, tables[f"end/{name}"]) for name, w in masters(resumed.engine).items())
-    return tables, facts
+    checks["resume_exact"] = all(
+        np.array_equal(w, tables[f"end/{name}"]) for name, w in masters(resumed.engine).items()
+    )
+    return tables, checks
 
 
 def examine_all(cases: dict[str, dict], out: Path) -> None:
-    """The life of a rank: `facts.json`, and the weights of each case, go to the folder `out`."""
+    """Be a rank: `checks.json`, and the weights of each case, go to the folder `out`."""
     ranks = initialize()
-    facts = {}
+    checks = {}
     for name, case in cases.items():
         forget_garbage()
-        tables, facts[name] = examine(case, ranks, str(out / name))
+        tables, checks[name] = examine(case, ranks, str(out / name))
         if ranks.is_first:
-            np.savez(out / f"{name}.npz", **tables)
+            save_arrays(out / f"{name}.npz", tables)
     if ranks.is_first:
-        (out / "facts.json").write_text(json.dumps(facts))
+        (out / "checks.json").write_text(json.dumps(checks))
     leave()

@@ -1,4 +1,4 @@
-"""What a rank does: start models that have a padding token, train them, and write down their weights, case by case."""
+"""A rank that builds models with a padding token, trains them, and writes down their weights, case by case."""
 
 from pathlib import Path
 
@@ -11,17 +11,18 @@ from pretrain.distributed.ranks import Ranks, initialize
 from pretrain.engine.initialize import initialize_weights
 from pretrain.engine.step import train_step
 from pretrain.sharded import ShardedWeights
+from tests.support.arrays import save_arrays
 from tests.support.tiny_engines import VOCABULARY, forget_garbage, gated, leave, share, tiny_config, tiny_plan, tokens
 from tests.support.workers.muon_worker import masters
 
 SEQUENCES, STEPS, LR, STD = 4, 2, 1e-2, 0.02
-PADDING = VOCABULARY // 2  # of an odd number of rows: two ranks share out the elements of this one
+PADDING = VOCABULARY // 2  # the middle one of an odd number of rows: two ranks share its elements
 LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
 def run_config(case: dict) -> Config:
-    """The run of a case: {stage, gpt2, tied, methods, padding}."""
+    """Return the run of a case: {stage, gpt2, tied, methods, padding}."""
     llama = {**LLAMA, "tie_word_embeddings": case.get("tied", False)}
     padding = {"pad_token_id": PADDING if case.get("padding", True) else None}
     return tiny_config(
@@ -36,14 +37,14 @@ def run_config(case: dict) -> Config:
 
 
 def batch(number: int) -> torch.Tensor:
-    """The tokens of step `number`, the padding token among them."""
+    """Return the tokens of step `number`, the padding token among them."""
     whole = tokens(number, SEQUENCES)
     whole[:, number] = PADDING
     return whole
 
 
 def examine(case: dict, ranks: Ranks) -> dict[str, np.ndarray]:
-    """Every weight before and after training."""
+    """Return every weight before and after training."""
     plan = tiny_plan(run_config(case))
     gate = gated(plan)
     initialize_weights(ShardedWeights(gate.engine), plan.config, STD)
@@ -54,11 +55,11 @@ def examine(case: dict, ranks: Ranks) -> dict[str, np.ndarray]:
 
 
 def examine_all(cases: dict[str, dict], out: Path) -> None:
-    """The life of a rank: the weights of each case go to the folder `out`."""
+    """Be a rank: the weights of each case go to the folder `out`."""
     ranks = initialize()
     for name, case in cases.items():
         forget_garbage()
         tables = examine(case, ranks)
         if ranks.is_first:
-            np.savez(out / f"{name}.npz", **tables)
+            save_arrays(out / f"{name}.npz", tables)
     leave()

@@ -1,10 +1,10 @@
-"""One rank that runs many trainings after another.
+"""A rank that runs many trainings, one after another.
 
 Its cases: {name: {"config": run configuration, "resume_at": step or None, "initial": bool}}. Each is trained by
 `pretrain.trainer.trainer.train` in its run folder, with `initial` after the initial weights were written to
 <run folder>.initial.pt. With `resume_at`, a second run, called <name>_resumed, starts from the first one's checkpoint of
-that step in a new engine. What a run raises is written to <run folder>.error. After a refusal, which all ranks share, the
-next case is run; any other exception may have left the others in a collective, so it ends them all.
+that step in a new engine. An exception of a run is written to <run folder>.error. After a refusal, which all ranks share,
+the next case is run. Any other exception may have left the others in a collective, so it ends them all.
 """
 
 import os
@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from pretrain import quiet  # noqa: F401
 from pretrain.config.schema import Config
-from pretrain.distributed.ranks import initialize
+from pretrain.distributed.ranks import Ranks, initialize
 from pretrain.engine.build_engine import build_engine
 from pretrain.engine.initialize import initialize_weights
 from pretrain.errors import UserError
@@ -28,11 +28,11 @@ from pretrain.trainer.trainer import train
 from tests.support.tiny_engines import forget_garbage, leave
 
 
-def run(config: Config, ranks) -> None:
+def run(config: Config, ranks: Ranks) -> None:
     train(make_plan(config, ranks.world_size, ranks.rank), RunFolder(config.folder, ranks), ranks)
 
 
-def write_initial(config: Config, ranks) -> None:
+def write_initial(config: Config, ranks: Ranks) -> None:
     plan = make_plan(config, ranks.world_size, ranks.rank)
     weights = ShardedWeights(build_engine(plan.config, plan.model_config, plan.ds_config))
     initialize_weights(weights, plan.config, plan.model_config.initializer_range)
@@ -42,7 +42,7 @@ def write_initial(config: Config, ranks) -> None:
         torch.save(initial, f"{config.folder}.initial.pt")
 
 
-def resumed(config: Config, step: int, ranks) -> Config:
+def resumed(config: Config, step: int, ranks: Ranks) -> Config:
     again = config.model_copy(update={"name": f"{config.name}_resumed"})
     if ranks.is_first:
         shutil.copytree(config.folder / f"checkpoints/step_{step:08d}", again.folder / f"checkpoints/step_{step:08d}")
@@ -51,7 +51,7 @@ def resumed(config: Config, step: int, ranks) -> Config:
 
 
 def train_all(cases: dict[str, dict]) -> None:
-    """The life of a rank."""
+    """Be a rank."""
     ranks = initialize()
     for case in cases.values():
         forget_garbage()

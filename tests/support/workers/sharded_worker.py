@@ -1,4 +1,4 @@
-"""What a rank does: build engines over many (stage, precision, threshold) cases and write down what it sees.
+"""A rank that builds engines for many cases (stage, precision, threshold) and writes down what it measures.
 
 Every dense value here is read through DeepSpeed's own public API, not through `pretrain.sharded`, and every expected
 value is computed densely in float64 or float32 by numpy and torch.
@@ -6,14 +6,16 @@ value is computed densely in float64 or float32 by numpy and torch.
 
 import hashlib
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from pretrain import quiet  # noqa: F401
-from pretrain.config.schema import Config
+from pretrain.config.schema import Config, DataSection
 from pretrain.distributed.ranks import initialize
 from pretrain.engine.build_model import bind_methods, build_model, hf_config
 from pretrain.engine.deepspeed_config import deepspeed_config
@@ -22,8 +24,9 @@ from pretrain.optim.param_groups import build_optimizer
 from pretrain.sharded import GatheredWeights, ShardedWeights, gathered
 from pretrain.sharded.draws import Constant
 from pretrain.sharded.engine_protocol import Engine
+from tests.support.arrays import save_arrays
 from tests.support.runs import allow_fp16_on_cpu
-from tests.support.tiny_engines import VOCABULARY, TinyTokenizer, forget_garbage, leave
+from tests.support.tiny_engines import VOCABULARY, forget_garbage, leave, tiny_tokenizer
 
 # 37 is odd and prime, so no world size divides the weights and every last partition is padded; the others can be cut
 # by tensor parallelism, which wants heads and intermediate sizes that it divides
@@ -37,7 +40,7 @@ SHAPES = {
 
 
 def run_config(case: dict) -> Config:
-    """The run of a case: {zero, precision, family, shape, layers, tied, tensor, accumulate, methods}."""
+    """Return the run of a case: {zero, precision, family, shape, layers, tied, tensor, accumulate, methods}."""
     layers = case.get("layers", 1)
     llama = {"family": "llama", "num_hidden_layers": layers} | SHAPES[case.get("shape", "odd")]
     llama |= {"tie_word_embeddings": case.get("tied", False)}
@@ -68,21 +71,21 @@ def run_config(case: dict) -> Config:
             "deepspeed": deepspeed,
         }
     )
-    return bind_methods(config, hf_config(config, TinyTokenizer()))
+    return bind_methods(config, hf_config(config, tiny_tokenizer()))
 
 
-def accumulating(data):
-    """The same batch in micro-batches of one, so that an optimizer step takes several."""
+def accumulating(data: DataSection) -> DataSection:
+    """Return the same batch in micro-batches of one, so that an optimizer step takes several."""
     return data.model_copy(update={"micro_batch_size": 1})
 
 
-def build(config: Config, nvme_path: str | None = None):
+def build(config: Config, nvme_path: str | None = None) -> tuple[Engine, ShardedWeights]:
     import deepspeed
 
     ds_config = deepspeed_config(config, dist.get_world_size())
     if nvme_path is not None:  # the trainer refuses it because DeepSpeed cannot resume from there
         ds_config["zero_optimization"]["offload_optimizer"] = {"device": "nvme", "nvme_path": nvme_path}
-    model_config = hf_config(config, TinyTokenizer())
+    model_config = hf_config(config, tiny_tokenizer())
     model = build_model(config, model_config, ds_config)
     engine, *_ = deepspeed.initialize(model=model, optimizer=build_optimizer(model, config), config=ds_config)
     weights = ShardedWeights(engine)
@@ -91,7 +94,7 @@ def build(config: Config, nvme_path: str | None = None):
 
 
 def whole(parameter: torch.nn.Parameter, local: torch.Tensor) -> torch.Tensor:
-    """The full weight from the tensor-parallel slices of all ranks."""
+    """Return the full weight from the tensor-parallel slices of all ranks."""
     from deepspeed.utils import groups
 
     notes = getattr(parameter, "ds_autotp_universal_checkpoint_meta", None)
@@ -104,14 +107,14 @@ def whole(parameter: torch.nn.Parameter, local: torch.Tensor) -> torch.Tensor:
 
 
 def masters(engine: Engine) -> dict[str, np.ndarray]:
-    """Every full fp32 weight, by DeepSpeed's API."""
+    """Return every full fp32 weight, by DeepSpeed's API."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     if getattr(engine.optimizer, "round_robin_gradients", False):
         # the API reads the wrong ranges there; in fp32 the working copies are what the masters were at the last refresh
         return {name: copy.float().numpy().copy() for name, copy in working_copies(engine).items()}
-    # half precision without ZeRO: the API knows no master there
-    unfused = {}
+    # half precision without ZeRO: the API has no master there
+    unfused: dict[int, torch.Tensor] = {}
     if hasattr(engine.optimizer, "fp32_groups"):
         for parameters, copies in zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True):
             unfused |= {id(parameter): copy for parameter, copy in zip(parameters, copies, strict=True)}
@@ -125,7 +128,7 @@ def masters(engine: Engine) -> dict[str, np.ndarray]:
 
 
 def working_copies(engine: Engine) -> dict[str, torch.Tensor]:
-    """Every full weight as forward reads it: the resident copy where there is one, else the gathered partitions."""
+    """Return every full weight as forward reads it: the resident copy where there is one, else the gathered partitions."""
     import deepspeed
 
     found = {}
@@ -152,7 +155,7 @@ def step(engine: Engine, seed: int, lr: float) -> float:
 
 @torch.no_grad()
 def validation_loss(engine: Engine) -> float:
-    """Of one fixed batch, the same on every rank: a forward that no backward follows."""
+    """Return the loss of one fixed batch, the same on every rank: a forward that no backward follows."""
     engine.eval()
     tokens = torch.randint(0, VOCABULARY, (2, 17), generator=torch.Generator().manual_seed(99))
     loss = float(engine(tokens[:, :-1], tokens[:, 1:])["total"])
@@ -165,7 +168,7 @@ def kurtosis(values: np.ndarray) -> float:
     return float((away**4).mean() / (away**2).mean() ** 2)
 
 
-def largest(values) -> float:
+def largest(values: Iterable[float]) -> float:
     return float(np.max([float(value) for value in values]))  # NaN is the largest, unlike for max()
 
 
@@ -256,18 +259,18 @@ def center(engine: Engine, weights: ShardedWeights) -> dict:
 
 
 def centered(values: np.ndarray) -> np.ndarray:
-    """Less the mean row, or a vector's mean, which is computed in float64."""
+    """Subtract the mean row, or a vector's mean, which is computed in float64."""
     return values - values.astype(np.float64).mean(0).astype(np.float32)
 
 
 @torch.no_grad()
 def validation_logits(engine: Engine) -> torch.Tensor:
-    """Of one fixed batch, float64: a forward that no backward follows."""
+    """Return the logits of one fixed batch, float64: a forward that no backward follows."""
     engine.eval()
     tokens = torch.randint(0, VOCABULARY, (2, 16), generator=torch.Generator().manual_seed(98))
-    logits = engine(tokens, use_cache=False).logits.double().cpu()
+    output: Any = engine(tokens, use_cache=False)  # no targets: the model's own output instead of losses
     engine.train()
-    return logits
+    return output.logits.double().cpu()
 
 
 def compare_with_gathered(engine: Engine, weights: ShardedWeights, chosen: list[str], expected: dict) -> dict:
@@ -284,7 +287,7 @@ def compare_with_gathered(engine: Engine, weights: ShardedWeights, chosen: list[
 
 
 def misuse(config: Config) -> dict[str, str]:
-    """What each bad call raised on this rank; the weights must not have changed."""
+    """Return the exception of each bad call on this rank; the weights must not have changed."""
     engine, weights = build(config)
     name, other = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
     last = dist.get_rank() == dist.get_world_size() - 1
@@ -301,8 +304,8 @@ def misuse(config: Config) -> dict[str, str]:
         calls["different seeds"] = lambda: weights.fill_(int(last), lambda weight: Constant(0.0))
         calls["different factors"] = lambda: weights.rescale_({name: (0.5 if last else 0.25, 0.0)})
     before, raised = masters(engine), {}
-    for what, call in calls.items():
-        raised[what] = _raised_by(call)
+    for name_of_call, call in calls.items():
+        raised[name_of_call] = _raised_by(call)
     tokens = torch.zeros(1, 17, dtype=torch.long)
     engine.backward(engine(tokens[:, :-1], tokens[:, 1:])["total"])
     engine.step()
@@ -312,7 +315,7 @@ def misuse(config: Config) -> dict[str, str]:
 
 
 def raise_in_the_loop(config: Config) -> None:
-    """One rank fails on the way; the others must not wait for it for ever."""
+    """Fail on one rank on the way; the others must not wait for it for ever."""
     _, weights = build(config)
     for number, (_, full) in enumerate(gathered(weights)):
         full += 1.0
@@ -320,7 +323,7 @@ def raise_in_the_loop(config: Config) -> None:
             raise ArithmeticError("a method failed on the last rank")
 
 
-def _raised_by(call) -> str:
+def _raised_by(call: Callable[[], object]) -> str:
     try:
         call()
     except (ValueError, RuntimeError) as error:
@@ -329,14 +332,14 @@ def _raised_by(call) -> str:
 
 
 def _compare(engine: Engine, expected: dict[str, np.ndarray]) -> tuple[bool, bool]:
-    """Whether the masters are as expected, and whether every working copy is its master, rounded."""
+    """Return whether the masters are as expected, and whether every working copy is its master, rounded."""
     master, working = masters(engine), working_copies(engine)
     exact = all(np.array_equal(master[name], values) for name, values in expected.items())
     return exact, all(torch.equal(working[n], torch.from_numpy(master[n]).to(working[n].dtype)) for n in master)
 
 
 def train_with_methods(config: Config, path: str) -> None:
-    """Four steps with the run's methods; the weights before and after, losses and rescales go to `path`."""
+    """Take four steps with the run's methods; the weights before and after, losses and rescales go to `path`."""
     engine, weights = build(config)
     for method in config.methods:
         method.prepare(weights)
@@ -345,19 +348,19 @@ def train_with_methods(config: Config, path: str) -> None:
     for number in range(1, 5):
         losses.append(step(engine, number, 1e-3))
         for method in config.methods:
-            facts = method.after_step(number, weights)
-            rescaled += [f"{number} {name}" for name, seen in facts.items() if seen["rescaled"]]
+            statistics = method.after_step(number, weights)
+            rescaled += [f"{number} {name}" for name, row in statistics.items() if row["rescaled"]]
     end = masters(engine)
     if dist.get_rank() == 0:
         tables = {f"start/{n}": w for n, w in start.items()} | {f"end/{n}": w for n, w in end.items()}
-        np.savez(path, losses=np.array(losses), rescaled=np.array(rescaled), **tables)
+        save_arrays(path, {"losses": np.array(losses), "rescaled": np.array(rescaled), **tables})
 
 
 def examine_all(cases: dict[str, dict], out: Path) -> None:
-    """The life of a rank: what each case showed goes to the file `out`, what runs trained to `out`.<case>.npz."""
+    """Be a rank: the measurements of each case go to the file `out`, the weights of trainings to `out`.<case>.npz."""
     initialize()
     allow_fp16_on_cpu()
-    seen = {}
+    seen: dict[str, Any] = {}
     for name, case in cases.items():
         forget_garbage()
         config = run_config(case)

@@ -1,4 +1,4 @@
-"""How a peer is asked: `python ask_X.py JOB.json ANSWERS.json` answers for every folder of the job, in one process.
+"""The command line of a peer: `python ask_X.py JOB.json ANSWERS.json` answers for every folder of the job, in one process.
 
 An answer is a dictionary, or {"error": ...} where the peer raised. Arrays lie beside the answers and are named in them.
 """
@@ -16,7 +16,7 @@ import numpy as np
 
 
 def answer(one: Callable[[str, dict[str, Any]], dict[str, Any]]) -> None:
-    """Call `one(folder, job)` for each folder of the job and write what it returns, or raises."""
+    """Call `one(folder, job)` for each folder of the job and write its result, or the exception."""
     job, out = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), Path(sys.argv[2])
     answers = {}
     for name, folder in job["folders"].items():
@@ -29,6 +29,7 @@ def answer(one: Callable[[str, dict[str, Any]], dict[str, Any]]) -> None:
 
 
 def _without_arrays(found: dict[str, Any], out: Path, name: str) -> dict[str, Any]:
+    """Write the arrays of an answer to files and put their names in their place."""
     for key, value in found.items():
         if isinstance(value, np.ndarray):
             file = out.with_name(f"{out.stem}.{name}.{key}.npy")

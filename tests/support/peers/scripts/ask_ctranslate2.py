@@ -1,6 +1,7 @@
-"""CTranslate2: its converter, then its generator."""
+"""Ask CTranslate2: its converter, then its generator."""
 
 import tempfile
+from typing import Any
 
 import ctranslate2
 import numpy as np
@@ -9,7 +10,7 @@ from ctranslate2.converters import TransformersConverter
 from transformers import AutoTokenizer
 
 
-def one(folder, job):
+def one(folder: str, job: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as out:
         TransformersConverter(folder, trust_remote_code=job["own_code"][job["name"]]).convert(out, force=True)
         generator = ctranslate2.Generator(out, device="cpu", compute_type="float32", intra_threads=1)

@@ -1,9 +1,10 @@
-"""llama.cpp: convert_hf_to_gguf.py, then its own tokenizer and sampler on the GGUF file."""
+"""Ask llama.cpp: convert_hf_to_gguf.py, then its own tokenizer and sampler on the GGUF file."""
 
 import logging
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import llama_cpp
 import numpy as np
@@ -16,30 +17,40 @@ from conversion.base import TextModel
 DETECT = TextModel.get_vocab_base_pre
 
 
-def convert(folder, out, pre_tokenizer=None):
-    """`pre_tokenizer`: a name to use in place of the one that the converter detects by the ids of a text."""
+class Errors(logging.Handler):
+    """A handler that keeps the messages."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def convert(folder: str, out: str, pre_tokenizer: str | None = None) -> None:
+    """Convert `folder`. pre_tokenizer: a name in place of the one that the converter detects by the ids of a text."""
     TextModel.get_vocab_base_pre = DETECT if pre_tokenizer is None else lambda self, tokenizer: pre_tokenizer
     sys.argv = ["convert_hf_to_gguf.py", folder, "--outfile", out, "--outtype", "f32"]
-    said = []
-    logger = logging.getLogger("hf-to-gguf")
-    logger.handlers = [handler := logging.Handler(logging.ERROR)]
-    handler.emit = lambda record: said.append(record.getMessage())
+    errors = Errors(logging.ERROR)
+    logging.getLogger("hf-to-gguf").handlers = [errors]
     try:
         convert_hf_to_gguf.main()
     except SystemExit as error:
-        raise RuntimeError("; ".join(said)) from error
+        raise RuntimeError("; ".join(errors.messages)) from error
 
 
-def load(file, overrides=None, **settings):
+def load(file: str, overrides: dict[str, Any] | None = None, **settings: Any) -> llama_cpp.Llama:
     return llama_cpp.Llama(file, n_ctx=256, n_threads=1, verbose=False, kv_overrides=overrides, **settings)
 
 
-def ids(model, job):
+def ids(model: llama_cpp.Llama, job: dict[str, Any]) -> list[list[int]]:
     return [model.tokenize(text.encode(), add_bos=True, special=True) for text in job["texts"]]
 
 
-def one(folder, job):
-    found, named, overrides = {}, job["pre_tokenizers"].get(job["name"]), job["overrides"].get(job["name"])
+def one(folder: str, job: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    named, overrides = job["pre_tokenizers"].get(job["name"]), job["overrides"].get(job["name"])
     with tempfile.TemporaryDirectory() as scratch:
         out = f"{scratch}/model.gguf"
         try:

@@ -1,15 +1,17 @@
-"""lm-evaluation-harness by its own loader: log-likelihoods of a continuation and of a whole text."""
+"""Ask lm-evaluation-harness, with its own loader: log-likelihoods of a continuation and of a whole text."""
+
+from typing import Any
 
 from answering import answer
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 
-def one(folder, job):
+def one(folder: str, job: dict[str, Any]) -> dict[str, Any]:
     trust = {"trust_remote_code": True} if job["own_code"][job["name"]] else {}
     model = HFLM(pretrained=folder, device="cpu", batch_size=2, **trust)
 
-    def ask(kind, *arguments):
+    def ask(kind: str, *arguments: str) -> float:
         found = getattr(model, kind)([Instance(kind, {}, arguments, 0)], disable_tqdm=True)[0]
         return found[0] if isinstance(found, tuple) else found
 

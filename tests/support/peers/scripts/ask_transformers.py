@@ -1,4 +1,6 @@
-"""transformers, of whichever version is on the path, as a user types it."""
+"""Ask transformers, of whichever version is on the path, as a user types it."""
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,10 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 
 @torch.inference_mode()
-def one(folder, job):
-    trust = {"trust_remote_code": True} if job["own_code"][job["name"]] else {}
+def one(folder: str, job: dict[str, Any]) -> dict[str, Any]:
+    trust: dict[str, Any] = {"trust_remote_code": True} if job["own_code"][job["name"]] else {}
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, **trust)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, **trust)
     prompt = tokenizer(job["prompt"], return_tensors="pt")
     settings = {"max_new_tokens": job["new_tokens"], "do_sample": False}
     made = model.generate(**prompt, **settings)[0]

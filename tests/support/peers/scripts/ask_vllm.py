@@ -1,6 +1,7 @@
-"""vLLM on a CPU: its loader, the log-probabilities of a prompt, and greedy tokens."""
+"""Ask vLLM on a CPU: its loader, the log-probabilities of a prompt, and greedy tokens."""
 
 import os
+from typing import Any
 
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
@@ -8,7 +9,7 @@ from answering import answer
 from vllm import LLM, SamplingParams
 
 
-def one(folder, job):
+def one(folder: str, job: dict[str, Any]) -> dict[str, Any]:
     trust = {"trust_remote_code": True} if job["own_code"][job["name"]] else {}
     model = LLM(folder, dtype="float32", enforce_eager=True, disable_log_stats=True, **trust)
     input_ids = job["input_ids"][job["name"]][:-1]  # one token has to follow
