@@ -5,7 +5,6 @@ from math import sqrt
 import pytest
 import torch
 from pydantic import ValidationError
-from test_pairs import folded, random_model
 
 from pretrain.config.schema import Config
 from pretrain.engine.build_model import build_model
@@ -19,6 +18,7 @@ from pretrain.methods.qk_norm import QKNorm
 from pretrain.methods.small_init import SmallInit
 from pretrain.model.norms import Norm, NormKind
 from pretrain.trainer.plan import Plan, make_plan
+from tests.support.folded_models import folded, random_model
 from tests.support.method_suite import Case, assert_same_logits
 
 

@@ -7,15 +7,12 @@ from itertools import combinations
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import AutoModelForCausalLM
 
 from pretrain.config.schema import Config
-from pretrain.engine.build_model import build_model
-from pretrain.engine.initialize import initial_rule
 from pretrain.errors import UserError
 from pretrain.export.convert import convert
-from pretrain.model.export_edits import as_lazy
 from pretrain.trainer.plan import Plan, make_plan
+from tests.support.folded_models import folded, random_model
 from tests.support.method_suite import METHODS, STEPS, Case, Runs, assert_same_logits
 
 PAIRS = list(combinations(METHODS, 2))
@@ -33,39 +30,6 @@ def accepted(pair, tied, corpus, folder) -> Plan | None:
     assert any(name in message for name in pair), message
     assert len(message.split()) > 8, message
     return None
-
-
-def random_model(plan: Plan) -> torch.nn.Module:
-    """The model that trains, its weights off their initial values, so that no gain is 1 and nothing is symmetric."""
-    model = build_model(plan.config, plan.model_config, {"zero_optimization": {"stage": 0}})
-    generator = torch.Generator().manual_seed(3)
-    for weight, parameter in zip(plan.weights, model.parameters(), strict=True):
-        draw, _ = initial_rule(weight, plan.config, 0.05)
-        noise = torch.randn(weight.shape, generator=generator)
-        parameter.data.copy_(draw.mean + noise * (draw.std or 0.1 * max(abs(draw.mean), 0.5)))
-    return model
-
-
-def state_of(plan: Plan, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    state = {}
-    for method in plan.config.methods:
-        state |= method.state(model)
-    return state
-
-
-def folded(plan: Plan, model: torch.nn.Module) -> torch.nn.Module:
-    """The stock model that the methods' folds make of it."""
-    tensors = as_lazy(
-        {name: value.detach().clone() for name, value in model.named_parameters()} | state_of(plan, model)
-    )
-    config = plan.model_config
-    for method in sorted(plan.config.methods, key=lambda method: method.fold_order):
-        config = method.fold(tensors, config)
-    stock = AutoModelForCausalLM.from_config(config)
-    assert dict(stock.named_parameters()).keys() == tensors.keys()
-    for name, parameter in stock.named_parameters():
-        parameter.data.copy_(tensors[name]())
-    return stock.eval()
 
 
 @pytest.mark.parametrize("tied", TIED)

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_sharded_weights import cases
 
 from tests.support.corpus import Corpus, documents_of, make_corpus
 from tests.support.runs import (
@@ -33,6 +32,7 @@ from tests.support.runs import (
     status,
     wait_for,
 )
+from tests.support.sharded_cases import cases
 from tests.support.workers import consistency_worker
 
 HOST = socket.gethostname()

@@ -14,70 +14,12 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from tests.support.runs import Ended, run_ranks
+from tests.support.sharded_cases import SHAPE, cases, half, zero
 from tests.support.workers.sharded_worker import SHAPES, examine_all
 
 # (ranks, how many of them share a tensor-parallel cut); DeepSpeed keeps the cut for the life of a process
 WORLDS = [(1, 1), (2, 1), (3, 1), (4, 1), (2, 2), (3, 3), (4, 2), (4, 4)]
 SLOW_WORLDS = [(4, 1), (3, 3), (4, 4)]  # like (3, 1) and (2, 2), with more ranks than cores
-
-
-def zero(stage: int, **more) -> dict:
-    return {"zero": {"stage": stage, **more}}
-
-
-def half(precision: str, stage: int) -> dict:
-    """Without ZeRO DeepSpeed can only accumulate gradients in the precision of the weights."""
-    return {"precision": precision, **zero(stage), **({} if stage else {"accumulate": precision})}
-
-
-OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
-NOTHING_RESIDENT = {"stage3_param_persistence_threshold": 0}
-
-# what a rank may be given, whatever the number of ranks
-EVERYWHERE = {
-    **{f"zero{stage}_fp32": zero(stage) for stage in range(4)},
-    **{f"zero{stage}_{precision}": half(precision, stage) for stage in range(4) for precision in ("bf16", "fp16")},
-    **{f"zero{stage}_bf16_accumulated": {**half("bf16", stage), "accumulate": "bf16"} for stage in (1, 2, 3)},
-    **{f"zero{stage}_offloaded": {**half("bf16", stage), **zero(stage, **OFFLOAD)} for stage in (1, 2, 3)},
-    "zero3_fp32_offloaded": zero(3, **OFFLOAD),
-    "zero3_all_offloaded": {**half("bf16", 3), **zero(3, **OFFLOAD, offload_param={"device": "cpu"})},
-    "zero3_fp32_nothing_resident": zero(3, **NOTHING_RESIDENT),
-    "zero3_bf16_nothing_resident": {**half("bf16", 3), **zero(3, **NOTHING_RESIDENT)},
-    "zero3_sub_groups": zero(3, sub_group_size=2000),
-    "zero3_bf16_sub_groups_offloaded": {**half("bf16", 3), **zero(3, sub_group_size=2000, **OFFLOAD)},
-    "zero1_aligned": {**half("bf16", 1), **zero(1, parameter_alignment=True), "accumulate": "bf16"},
-    "zero2_aligned": zero(2, parameter_alignment=True),
-    "zero2_round_robin": {**zero(2, round_robin_gradients=True), "gathered": False},
-    **{f"zero{stage}_tied": {**zero(stage), "tied": True} for stage in range(4)},
-    "zero3_gpt2": {**half("bf16", 3), "family": "gpt2"},
-    "zero1_gpt2": {**zero(1), "family": "gpt2"},
-}
-
-# what tensor-parallel ranks are given, and the model that so many can cut
-SHAPE = {2: "six", 3: "six", 4: "four"}
-CUT = {
-    **{f"fp32_zero{stage}": zero(stage) for stage in range(4)},
-    **{f"bf16_zero{stage}": half("bf16", stage) for stage in (1, 2, 3)},
-    **{f"fp16_zero{stage}": half("fp16", stage) for stage in (1, 2, 3)},
-    "bf16_zero3_nothing_resident": {**half("bf16", 3), **zero(3, **NOTHING_RESIDENT)},
-    "bf16_zero2_offloaded": {**half("bf16", 2), **zero(2, **OFFLOAD)},
-    "fp32_zero3_tied": {**zero(3), "tied": True},
-}
-
-
-def cases(world: tuple[int, int]) -> dict[str, dict]:
-    """What is examined in a world, by name."""
-    ranks, tensor = world
-    if tensor > 1:
-        return {
-            name: {**case, "tensor": tensor, "shape": SHAPE[tensor], "gathered": False} for name, case in CUT.items()
-        }
-    found = EVERYWHERE | {f"{shape}_zero3": {**zero(3), "shape": shape} for shape in ("six", "four")}
-    if ranks % 2 == 0:
-        found["zero3_copy_within_nodes"] = {**half("bf16", 3), **zero(3, zero_hpz_partition_size=2)}
-    for name in ("zero0_bf16", "zero0_fp16"):
-        found[name] = {**found[name], "gathered": False}
-    return found
 
 
 MISUSED = {"misuse": {**half("bf16", 3), "layers": 2, "misuse": True}}
