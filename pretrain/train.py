@@ -91,7 +91,7 @@ def main() -> None:
             dry_run(config)
             return
     except UserError as error:
-        # Nothing connects the ranks yet. Those of a node see the same files, so the first of each node speaks.
+        # Nothing connects the ranks yet. Those of a node see the same files, so the first of each node reports.
         refuse(error if local_rank_from_environment() == 0 else SharedUserError(str(error)))
     run(config, meet(config))
 

@@ -37,7 +37,7 @@ def tool(name: str, *words: object, cwd: Path) -> subprocess.CompletedProcess:
 
 
 def test_sources_and_shards_may_have_any_name(sources: Path, corpus: Corpus) -> None:
-    """JSON holds a byte that is no UTF-8 as an escape, and gives it back."""
+    """JSON holds a byte that is not UTF-8 as an escape, and returns it unchanged."""
     words = ["--source", LATIN, "--tokenizer", corpus.tokenizer, "--out", f"{LATIN}_shards", "--val-fraction", 0]
     made = tool("prepare_data", *words, cwd=sources.parent)
     assert made.returncode == 0, made.stderr

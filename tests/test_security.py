@@ -1,4 +1,4 @@
-"""What comes from outside is data: nothing of it is run, leads out of its folder, or is a secret that gets recorded."""
+"""Input from outside is data: nothing in it is run or leads out of its folder, and no secret in it is recorded."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_no_batch_script_evaluates_a_string() -> None:
 
 
 def dangers(source: str) -> Iterator[tuple[int, str]]:
-    """The line and kind of everything in Python code that could run what came from outside."""
+    """Yield the line and kind of everything in Python code that could run input from outside."""
     tree = ast.parse(source)
     safe_loaders = {"yaml.SafeLoader", "yaml.CSafeLoader"}
     for node in ast.walk(tree):
@@ -228,7 +228,7 @@ def read_first_shard(location: str, cache: Path) -> None:
 
 
 def plant(path: Path, ran: Path) -> None:
-    """Python code that tells when it is run."""
+    """Return Python code that leaves a sign when it is run."""
     path.write_text(f"open({str(ran)!r}, 'w')\n", encoding="utf-8")
 
 
@@ -237,7 +237,7 @@ def change(path: Path, **values: object) -> None:
 
 
 def test_code_in_a_tokenizer_folder_is_not_run(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even where somebody, or `yes |`, would agree to it."""
+    """It is not run even if a person, or `yes |`, would agree to it."""
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     folder, ran = Path(shutil.copytree(corpus.tokenizer, tmp_path / "tokenizer")), tmp_path / "ran"
     plant(folder / "hostile.py", ran)
@@ -264,7 +264,7 @@ def test_a_configuration_cannot_name_the_class_that_a_conversion_loads(tmp_path:
 
 
 def test_a_forged_checkpoint_is_converted_by_our_own_code(runs: Runs, tmp_path: Path) -> None:
-    """Its manifest is right: who can write the files can write their checksums."""
+    """Its manifest is right: an attacker who can write the files can write their checksums."""
     checkpoint, ran = tmp_path / "checkpoint", tmp_path / "ran"
     shutil.copytree(resolve(runs.folder / "checkpoints/latest"), checkpoint)
     plant(tmp_path / "hostile.py", ran)
@@ -279,7 +279,7 @@ def test_a_forged_checkpoint_is_converted_by_our_own_code(runs: Runs, tmp_path: 
 
 
 def sign(checkpoint: Path) -> None:
-    """Write the manifest anew, for all files that are there."""
+    """Rewrite the manifest for all files that are there."""
     files = [path for path in checkpoint.rglob("*") if path.is_file() and path.name != "manifest.json"]
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest["files"] = {
@@ -293,7 +293,7 @@ def sign(checkpoint: Path) -> None:
 
 
 class Runs:
-    """Two runs with secrets in their environment and tracking on, of a name that no shell may see; one fails."""
+    """Train two runs with secrets in their environment, tracking, and a name that no shell may see. One run fails."""
 
     def __init__(self, corpus: Corpus, folder: Path) -> None:
         self.out = folder / HOSTILE_NAME
@@ -313,7 +313,7 @@ class Runs:
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    """wandb's process goes on by itself where the run has failed."""
+    """Wait for wandb's process, which continues by itself after the run has failed."""
     deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline

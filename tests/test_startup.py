@@ -1,4 +1,4 @@
-"""Command lines under environments that they do not choose: foreign modules, locales, closed streams, odd TMPDIR."""
+"""Command lines in hostile environments: foreign modules, locales, closed streams, an odd TMPDIR."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_start_of_command_lines_loads_no_library(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for PYTHONPATH with modules of others that are called as ours are, which are asked for at the end."""
+    """Return a folder for PYTHONPATH with foreign modules of the names of ours, which are imported at the end."""
     folder = tmp_path_factory.mktemp("foreign path")
     (folder / "pretrain.py").write_text("raise SystemExit('foreign pretrain')", encoding="utf-8")
     for name in ("distributed", "config", "report"):
@@ -73,7 +73,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("script", "safe_path"), [(TRAIN, ""), (REPOSITORY / "tools/report.py", "1")])
 def test_modules_of_others_are_not_mixed_up_with_ours(script: Path, safe_path: str, foreign: Path) -> None:
-    """Neither our package with another of its name, nor theirs with files of our folders."""
+    """Neither is our package confused with another of its name, nor are theirs with files of our folders."""
     ended = run([script, "--help"], foreign, {"PYTHONPATH": str(foreign), "PYTHONSAFEPATH": safe_path})
     assert ended.returncode == 0, ended.stderr
     ours, *theirs = ended.stdout.splitlines()[-4:]
@@ -94,7 +94,7 @@ if __name__ == "__main__":
 
 
 def test_workers_start_below_a_long_tmpdir_and_beside_foreign_modules(tmp_path: Path) -> None:
-    """The path of a socket has 107 bytes at most; the server that workers come from starts with `python -c`."""
+    """The path of a socket has at most 107 bytes, and the server of the workers starts with `python -c`."""
     beside = tmp_path / "beside"
     beside.mkdir()
     for name in ("random", "struct", "queue", "pretrain"):
@@ -122,7 +122,7 @@ def test_arguments_are_utf_8_in_any_locale(locale: str, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def document(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> list:
-    """The command that prints a text of many lines in Greek letters, which the tiny tokenizer has byte by byte."""
+    """Return the command that prints many lines in Greek letters, which the tiny tokenizer has byte by byte."""
     folder = tmp_path_factory.mktemp("greek")
     (folder / "text.txt").write_text("σ·–\n" * 20_000, encoding="utf-8")
     prepare = [REPOSITORY / "tools/prepare_data.py", "--source", folder / "text.txt", "--val-fraction", 0]
@@ -192,7 +192,7 @@ def test_no_path_leads_into_a_home_that_ends_with_its_process() -> None:
     )
     ended = launch([sys.executable, "-c", WITHOUT_HOME + ask])
     assert ended.stdout.startswith(refused), ended.stderr
-    empty = launch([sys.executable, "-c", ask], {"HOME": ""})  # Python would say /runs
+    empty = launch([sys.executable, "-c", ask], {"HOME": ""})  # Python would give /runs
     home = pwd.getpwuid(os.getuid()).pw_dir
     assert empty.stdout.splitlines()[0] == f"{home}/runs", empty.stderr
 
@@ -203,7 +203,7 @@ def test_a_home_that_is_there_stays(tmp_path: Path) -> None:
 
 
 def test_a_run_goes_to_its_end_where_everything_around_it_is_odd(run_file: Path, tmp_path: Path) -> None:
-    """Libraries read their own files as the locale says, warn, ask for a home and for names of users, and print."""
+    """Libraries read their own files in the locale's encoding, warn, ask for a home and for user names, and print."""
     (tmp_path / "odd.yaml").write_text(run_file.read_text(encoding="utf-8"), encoding="utf-8-sig")
     temporary = tmp_path / "/".join(["job_directory_of_the_scheduler"] * 4)
     temporary.mkdir(parents=True)

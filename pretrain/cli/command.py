@@ -15,7 +15,7 @@ import psutil
 
 from pretrain import startup
 from pretrain.cli import argument_types
-from pretrain.distributed.signal_listener import STOP_SIGNALS, Ear, is_ignored
+from pretrain.distributed.signal_listener import STOP_SIGNALS, SignalListener, is_ignored
 from pretrain.errors import OTHER, USER_ERROR, UserError
 from pretrain.files import remove_unfinished
 
@@ -123,7 +123,7 @@ class _Stop:
         for number in heard:
             signal.signal(number, self._end)
         # A library may keep the main thread to itself for minutes: then the ear's own thread cleans up.
-        Ear(heard, PATIENCE_S, lambda number: remove_unfinished())
+        SignalListener(heard, PATIENCE_S, lambda number: remove_unfinished())
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         if self.number:

@@ -1,1 +1,1 @@
-"""Ranks: how they meet, what they share, which launcher started them, and the signals that reach them."""
+"""Ranks: their meeting, the objects they exchange, the launcher that started them, and the signals that reach them."""

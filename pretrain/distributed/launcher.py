@@ -1,4 +1,4 @@
-"""The processes that started this rank, to notice when one of them is gone: nobody would end an orphaned run."""
+"""The processes that started this rank, to notice when one of them ends: nothing else would end an orphaned run."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _SIGNS = {  # variables that a launcher sets for its ranks
 
 
 def launcher() -> str | None:
-    """Name the launcher that has started this process as a rank among others, as far as it can be seen."""
+    """Return the name of the launcher that has started this process as one of several ranks; None if there is no sign of one."""
     if len(ancestors()) > 1:
         return "deepspeed"
     return next((name for sign, name in _SIGNS.items() if sign in os.environ), None)
 
 
 def ancestors() -> tuple[int, ...]:
-    """The process above this one, and the one above DeepSpeed's per-node launcher if it is that."""
+    """Return the parent process, and the parent of that one where it is DeepSpeed's per-node launcher."""
     parent = os.getppid()
     with suppress(OSError):  # no /proc here, or the parent has just gone
         if b"deepspeed.launcher.launch" in Path(f"/proc/{parent}/cmdline").read_bytes():
@@ -31,7 +31,6 @@ def ancestors() -> tuple[int, ...]:
 
 
 def _parent_of(process: int) -> int:
-    # The second field, in brackets, is a name that may hold anything.
-    return int(
-        Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1]
-    )
+    status = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    after_name = status.rpartition(")")[2]  # the name, in brackets, may hold anything
+    return int(after_name.split()[1])

@@ -1,7 +1,7 @@
-"""Who this process is among the ranks, under any launcher, and errors that reach every rank.
+"""This process's place among the ranks, under any launcher, and errors that reach every rank.
 
-`deepspeed` and `torchrun` set RANK and friends; `srun` (one task per rank) sets SLURM_*; plain `python` sets nothing
-and is one rank. All four end in the same environment variables.
+`deepspeed` and `torchrun` set RANK and similar variables. `srun` (one task per rank) sets SLURM_*. Plain `python` sets
+nothing and is one rank. All four are mapped to the same environment variables.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from pretrain.distributed.signals import StopFlag
 from pretrain.errors import MachineFault, SharedUserError, UserError
 
 Result = TypeVar("Result")
+T = TypeVar("T")
 
 _PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _WHO_SETS = "deepspeed, torchrun and srun set it; unset RANK, WORLD_SIZE and LOCAL_RANK to run alone."
@@ -34,7 +35,15 @@ _control_group: dist.ProcessGroup | None = None
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place in the run and the device it computes on. launched: by a launcher that watches over it."""
+    """This process's place in the run.
+
+    Attributes:
+        rank: its number among all ranks.
+        local_rank: its number among the ranks of its node.
+        world_size: the number of ranks.
+        device: the device that it computes on.
+        launched: whether a launcher that watches it has started it.
+    """
 
     rank: int
     local_rank: int
@@ -44,35 +53,39 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
+        """Return whether this is rank 0."""
         return self.rank == 0
 
 
 def rank_from_environment() -> int:
-    """This process's rank before any process group exists; 0 where the environment does not tell a number."""
+    """Return this process's rank before any process group exists; 0 where the environment holds no number."""
     return _number("RANK", "SLURM_PROCID")
 
 
 def local_rank_from_environment() -> int:
-    """This process's number on its node before any process group exists; 0 where the environment does not tell one."""
+    """Return this process's number on its node before any process group exists; 0 where the environment holds none."""
     return _number("LOCAL_RANK", "SLURM_LOCALID")
 
 
 def map_environment() -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the launcher did not.
 
-    Values that are set already win, so torchrun or deepspeed inside a Slurm job keep theirs. Slurm's variables count
-    only inside a job step (SLURM_STEP_ID): the batch shell itself has them too, and is not a rank. Raises UserError for
-    values that cannot be meant.
+    Values that are set already stay, so those of torchrun or deepspeed inside a Slurm job win. Slurm's variables count
+    only inside a job step (SLURM_STEP_ID): the batch shell has them too, and is not a rank.
+
+    Raises:
+        UserError: values that are no numbers, or contradict each other.
     """
     for name in _PLACE:
         if not os.environ.get(name, "unset").strip():
-            del os.environ[name]  # an empty one is one that is not set
+            del os.environ[name]  # an empty variable counts as not set
     if "RANK" in os.environ and "WORLD_SIZE" not in os.environ:
         raise UserError(
             f"RANK={os.environ['RANK']} is set and WORLD_SIZE is not. Set both, or unset RANK to run alone; deepspeed, "
             "torchrun and srun set them."
         )
-    slurm = os.environ if "SLURM_STEP_ID" in os.environ and "RANK" not in os.environ else {}
+    in_step = "SLURM_STEP_ID" in os.environ and "RANK" not in os.environ
+    slurm: Mapping[str, str] = os.environ if in_step else {}
     os.environ.setdefault("RANK", slurm.get("SLURM_PROCID", "0"))
     os.environ.setdefault("WORLD_SIZE", slurm.get("SLURM_NTASKS", "1"))
     os.environ.setdefault("LOCAL_RANK", slurm.get("SLURM_LOCALID", "0"))
@@ -92,14 +105,19 @@ def map_environment() -> None:
 def initialize(timeout_s: float | None = None, flag: StopFlag | None = None) -> Ranks:
     """Join the run's process group (NCCL on GPUs, gloo on CPU) and choose this rank's device and threads.
 
-    timeout_s: how long the others are waited for, and how long a collective may take before the library gives it up; None
-    for the library's own limit. flag: ends this process while it waits. Raises what `rendezvous.meet` raises.
+    Args:
+        timeout_s: seconds to wait for the other ranks, and that a collective may take before the library gives it up. None:
+            the library's own limit.
+        flag: ends this process while it waits.
+
+    Raises:
+        UserError, MachineFault: as in `rendezvous.meet`.
     """
     global _control_group
     launched = "RANK" in os.environ or "SLURM_STEP_ID" in os.environ
     map_environment()
     store = meet(Place.from_environment(), timeout_s or default_pg_timeout.total_seconds(), flag)
-    timeout = {} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}
+    timeout: dict[str, Any] = {} if timeout_s is None else {"timeout": timedelta(seconds=timeout_s)}
     import deepspeed
     import deepspeed.ops
 
@@ -110,8 +128,8 @@ def initialize(timeout_s: float | None = None, flag: StopFlag | None = None) -> 
         deepspeed.init_distributed(dist_backend="nccl", **timeout)
     else:
         device = torch.device("cpu")
-        # DeepSpeed would compile a shared-memory collective here, which needs a C++ compiler and minutes; gloo does
-        # without (docs/development.md).
+        # DeepSpeed would compile a shared-memory collective here, which needs a C++ compiler and minutes. gloo needs
+        # none (docs/development.md).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
@@ -122,53 +140,59 @@ def initialize(timeout_s: float | None = None, flag: StopFlag | None = None) -> 
 
 
 def control_group() -> dist.ProcessGroup | None:
-    """All ranks over gloo, for what they agree on between steps: small CPU tensors that no GPU is waited for.
+    """Return the group of all ranks over gloo, for small CPU tensors between steps that need no wait for a GPU.
 
-    None, the default group, before `initialize`.
+    Before `initialize` it is None, the default group.
     """
     return _control_group
 
 
 def on_every_rank(action: Callable[[], Result]) -> Result:
-    """Call `action` on each rank; if any meets a UserError or MachineFault, all ranks raise it, so none waits for others.
+    """Return the result of `action`, called on each rank. Collective.
 
-    Use it for whatever may go wrong on some ranks only (files of one node, say). The message names the rank at fault.
+    Use it for work that may fail on some ranks only, such as reading files of one node: no rank is left waiting.
+
+    Raises:
+        SharedUserError, MachineFault: on every rank, if `action` raises a UserError or MachineFault on any. The message
+            names the rank at fault.
     """
-    result, failure = None, None
+    result: Result | None = None
+    failure: tuple[type[SharedUserError | MachineFault], str] | None = None
     try:
         result = action()
     except (UserError, MachineFault) as error:
         failure = (SharedUserError if isinstance(error, UserError) else MachineFault, str(error))
     failures = all_gather_object(failure)
-    failed = [rank for rank, found in enumerate(failures) if found is not None]
+    failed = {rank: theirs for rank, theirs in enumerate(failures) if theirs is not None}
     if failed:
-        kind, message = failures[failed[0]]
+        kind, message = next(iter(failed.values()))
         others = "" if len(failed) == len(failures) else f" (on rank {', '.join(map(str, failed))})"
         raise kind(message + others)
-    return result  # type: ignore[return-value]
+    return cast(Result, result)
 
 
 def from_first_rank(action: Callable[[], Result]) -> Result:
-    """Rank 0's result of `action`, on every rank: what is looked up in a folder must not differ between nodes.
+    """Return rank 0's result of `action` on every rank. Collective. Nodes may see different contents of a folder.
 
-    A UserError of rank 0 is raised on every rank.
+    Raises:
+        SharedUserError, MachineFault: on every rank, if `action` raises a UserError or MachineFault on rank 0.
     """
     first = not dist.is_initialized() or dist.get_rank() == 0
-    result = on_every_rank(action if first else lambda: None)
-    return all_gather_object(result if first else None)[0]
+    result: Result | None = on_every_rank(action if first else lambda: None)
+    return cast(Result, all_gather_object(result)[0])
 
 
-def all_gather_object(value: object) -> list:
-    """`value` of every rank, in rank order."""
+def all_gather_object(value: T) -> list[T]:
+    """Return the `value` of every rank, in rank order. Collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
-    values: list = [None] * dist.get_world_size()
+    values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=control_group())
     return values
 
 
 def _bound_gpu(local_rank: int) -> torch.device:
-    """The GPU of this rank: the only one, where the launcher binds one per task, else the one of its number."""
+    """Return the GPU of this rank: the only one where the launcher binds one per task, else the one of its number."""
     visible = torch.cuda.device_count()
     if visible == 1:
         os.environ["LOCAL_RANK"] = "0"  # DeepSpeed chooses its device by it
@@ -181,8 +205,8 @@ def _bound_gpu(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _slurm_head_address(slurm: os._Environ | dict) -> str:
-    """The address of the job's first node, from the node record: node names need not resolve everywhere."""
+def _slurm_head_address(slurm: Mapping[str, str]) -> str:
+    """Return the address of the job's first node, from the node record: node names need not resolve everywhere."""
     nodes = slurm.get("SLURM_STEP_NODELIST", slurm.get("SLURM_JOB_NODELIST", ""))
     try:
         head = _scontrol("show", "hostnames", nodes).split()[0]
@@ -196,8 +220,8 @@ def _slurm_head_address(slurm: os._Environ | dict) -> str:
     return fields.get("NodeAddr", head)
 
 
-def _slurm_port(slurm: os._Environ | dict) -> int:
-    """A port for the job, and another when Slurm starts it again, as slurm/job.sh chooses them."""
+def _slurm_port(slurm: Mapping[str, str]) -> int:
+    """Return a port for the job, and another when Slurm starts it again, as slurm/job.sh chooses them."""
     return 20000 + (int(slurm["SLURM_JOB_ID"]) + 1009 * int(slurm.get("SLURM_RESTART_COUNT", "0"))) % 10000
 
 
@@ -207,13 +231,13 @@ def _scontrol(*words: str) -> str:
 
 
 def _number(*names: str) -> int:
-    """The first of these variables that is set, as a number."""
+    """Return the first of these variables that is set, as a number; 0 if it is none."""
     text = next((os.environ[name] for name in names if os.environ.get(name)), "0")
     return int(text) if text.isdecimal() else 0
 
 
 def _check_place() -> None:
-    """UserError unless the variables that say where this rank belongs are numbers that go together."""
+    """Raise UserError unless the variables of this rank's place are consistent numbers."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
         if not (os.environ[name].isascii() and os.environ[name].isdecimal()):
             raise UserError(f"{name}={os.environ[name]} is no whole number. {_WHO_SETS}")

@@ -1,9 +1,10 @@
 """The meeting of a run's ranks, before any library connects them.
 
-The communication library would wait in silence, deaf to signals, and its errors speak of sockets. So the ranks meet here
-first, at the very store that it uses afterwards: rank 0's (or torchrun's agent's) at MASTER_ADDR:MASTER_PORT. Each leaves its
-record there and rank 0 ends the waiting with a verdict for all, as does a rank that is stopped or finds a contradiction.
-Waiting is done between short looks, so a signal is heard at once; who is awaited where is said at growing intervals.
+The communication library would wait without a message and without reacting to signals, and its errors name sockets. So the
+ranks meet here first, at the store that the library uses afterwards: rank 0's (or the one of torchrun's agent) at
+MASTER_ADDR:MASTER_PORT. Each rank puts its record there. Rank 0 ends the waiting with a verdict for all, as does a rank that
+is stopped or finds a contradiction. The store is polled at short intervals, so a signal acts at once. The missing ranks are
+named at growing intervals.
 """
 
 from __future__ import annotations
@@ -18,21 +19,23 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import psutil
 import torch.distributed as dist
 
 from pretrain.distributed.launcher import launcher
+from pretrain.distributed.rank_names import spans
 from pretrain.distributed.signals import StopFlag, stop_before_start
 from pretrain.errors import MachineFault, SharedUserError, UserError, first_line
 
 LOOK_EVERY_S = 0.1
-FIRST_WORDS_S = 3.0  # doubles from one time to the next
-NAME_PATIENCE_S = 5.0  # a name of a machine that is just being started may become known
+FIRST_MESSAGE_S = 3.0  # doubles from one message to the next
+NAME_PATIENCE_S = 5.0  # the name of a machine that is just starting may become known
 PORT_PATIENCE_S = 5.0  # a rank 0 that has just been killed may still hold its port
-REACH_S = 5.0  # how long one attempt to reach rank 0 may take
-_LINGER_S = 1.0  # of the rank that has the store, until the others have read its last word
+REACH_S = 5.0  # of one attempt to reach rank 0
+_LINGER_S = 1.0  # the rank that has the store stays this long, so that the others can read the verdict
 _VERDICT, _SIZE = "verdict", "world size"
 
 
@@ -40,8 +43,13 @@ _VERDICT, _SIZE = "verdict", "world size"
 class Place:
     """A rank's place in the run, and where the ranks meet.
 
-    hosted: the store is the launcher's, and rank 0 but a client. attempt: how often the launcher has started all ranks again.
-    speaks: whether this rank says that it cannot reach the store; a launcher's ranks of one node have the same to say.
+    Attributes:
+        rank, world_size: this rank's number, and the number of ranks.
+        address, port: of the store.
+        hosted: whether the store is the launcher's, and rank 0 only a client.
+        attempt: how often the launcher has started all ranks again.
+        reports: whether this rank reports that it cannot reach the store. A launcher's ranks of one node would all report
+            the same.
     """
 
     rank: int
@@ -50,11 +58,11 @@ class Place:
     port: int
     hosted: bool
     attempt: str = "0"
-    speaks: bool = True
+    reports: bool = True
 
     @classmethod
     def from_environment(cls) -> Place:
-        """From the variables that `distributed.map_environment` has checked and completed."""
+        """Return the place from the variables that `map_environment` has checked and completed."""
         given = os.environ
         return cls(
             int(given["RANK"]),
@@ -68,23 +76,33 @@ class Place:
 
     @property
     def where(self) -> str:
+        """Return address and port of the store."""
         return f"{self.address}:{self.port}"
 
     @property
     def name(self) -> str:
+        """Return the name of this rank in messages."""
         return f"rank {self.rank} of {self.world_size}"
 
     @property
     def serves(self) -> bool:
+        """Return whether this rank has the store."""
         return self.rank == 0 and not self.hosted
 
 
 def meet(place: Place, limit_s: float, flag: StopFlag | None = None) -> dist.Store:
-    """Wait until all ranks have come; returns the store, which must be kept until the process group is made.
+    """Wait until all ranks have come, and return the store, which must be kept until the process group is made.
 
-    A signal that `flag` has caught ends this process with 128 + its number, and the others where they can be told.
-    Raises UserError for what the variables say wrongly (SharedUserError where another rank has found it), and
-    MachineFault when ranks have not come within `limit_s`, or rank 0 has left.
+    A signal that `flag` has caught ends this process with 128 + its number, and the others where they can be reached.
+
+    Args:
+        place: this rank's place.
+        limit_s: seconds to wait.
+        flag: the flag that signals set; None: signals have their usual effect.
+
+    Raises:
+        UserError: the variables are wrong or contradict each other; SharedUserError where another rank has found it.
+        MachineFault: ranks have not come within `limit_s`, or rank 0 has left.
     """
     waiting = _Waiting(place, limit_s, flag)
     _resolve(place, waiting)
@@ -94,41 +112,46 @@ def meet(place: Place, limit_s: float, flag: StopFlag | None = None) -> dist.Sto
 
 
 class _Waiting:
-    """The patience of one rank: its limit, and a line now and then."""
+    """The waiting of one rank: its limit, and messages at growing intervals."""
 
     def __init__(self, place: Place, limit_s: float, flag: StopFlag | None) -> None:
         self._place, self._limit_s, self._flag = place, limit_s, flag
         self._began = time.monotonic()
-        self._next_words_s = FIRST_WORDS_S
+        self._next_message_s = FIRST_MESSAGE_S
 
     @property
     def seconds(self) -> float:
+        """Return the seconds since the waiting began."""
         return time.monotonic() - self._began
 
     @property
     def signal(self) -> int:
-        """The number of the signal that has come; 0 if none has."""
+        """Return the number of the signal that has come; 0 if none has."""
         return self._flag.received if self._flag else 0
 
     def alone(self, awaited: Callable[[], str | None]) -> None:
-        """`look`, where there are no others yet that had to be told of a signal."""
+        """Do as `look`, while no other rank is connected that a signal would have to reach too."""
         if self.signal:
             stop_before_start(self.signal)
         self.look(awaited)
 
     def look(self, awaited: Callable[[], str | None]) -> None:
-        """Called again and again. awaited: who is awaited, said now and then; None if another rank says it."""
+        """Pause once, print a message when one is due, and raise MachineFault after the limit.
+
+        Args:
+            awaited: returns the missing ranks in words; None if another rank reports them.
+        """
         if self.seconds > self._limit_s:
             raise MachineFault(
                 f"{self._place.name} waited {self.seconds:.0f} s at {self._place.where} for {awaited() or 'the other ranks'}, "
                 f"in vain. Look for ranks that have not started, and at firewalls between the nodes{_hint(self._place)}."
             )
-        if self.seconds > self._next_words_s:
-            self._next_words_s *= 2
-            if words := awaited():
+        if self.seconds > self._next_message_s:
+            self._next_message_s *= 2
+            if missing := awaited():
                 so_far = f"{self.seconds:.0f} s so far, {self._limit_s:,.0f} s at most"
                 print(
-                    f"{self._place.name} waits at {self._place.where} for {words} ({so_far}){_hint(self._place)}",
+                    f"{self._place.name} waits at {self._place.where} for {missing} ({so_far}){_hint(self._place)}",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -142,6 +165,7 @@ class _Meeting:
         self._place, self._store, self._waiting = place, store, waiting
 
     def hold(self) -> None:
+        """Register this rank, and wait for the verdict."""
         try:
             self._arrive()
             while (verdict := self._verdict()) is None:
@@ -189,7 +213,7 @@ class _Meeting:
         return self._store.check([self._key(rank) for rank in range(self._place.world_size)])
 
     def _awaited(self) -> str | None:
-        """The ranks that have not come; the lowest of those that have speaks for all."""
+        """Return the missing ranks in words. The lowest rank that has come reports for all; the others return None."""
         if any(map(self._is_here, range(self._place.rank))):
             return None
         return _ranks([rank for rank in range(self._place.world_size) if not self._is_here(rank)])
@@ -229,7 +253,7 @@ def _resolve(place: Place, waiting: _Waiting) -> None:
 
 
 def _serve(place: Place, waiting: _Waiting) -> dist.Store:
-    """Rank 0's store, for all to come to."""
+    """Return the store of rank 0, which this process opens."""
     while True:
         try:
             store = _store(place, "127.0.0.1", is_master=True)
@@ -252,13 +276,13 @@ def _serve(place: Place, waiting: _Waiting) -> dist.Store:
 
 
 def _reach(place: Place, waiting: _Waiting) -> dist.Store:
-    """The store of rank 0 or of the launcher, once it is there."""
+    """Return the store of rank 0 or of the launcher, once it is there."""
     whose = "the launcher" if place.hosted else "rank 0"
     while True:
         found: list[dist.Store] = []
         trouble = _trouble(place)
         if trouble is None:
-            # In a thread: what listens there may be no store, and then the library waits for its first word for ever.
+            # In a thread: the listener may be no store, and then the library waits for its first byte for ever.
             attempt = threading.Thread(target=_try, args=(place, found), daemon=True)
             attempt.start()
             since = waiting.seconds
@@ -269,11 +293,15 @@ def _reach(place: Place, waiting: _Waiting) -> dist.Store:
             if found:
                 return found[0]
             trouble = "what listens there does not answer as a store does"
-        waiting.alone(lambda trouble=trouble: f"{whose}: {trouble}" if place.speaks else None)
+        waiting.alone(partial(_report, place, f"{whose}: {trouble}"))
+
+
+def _report(place: Place, awaited: str) -> str | None:
+    return awaited if place.reports else None
 
 
 def _trouble(place: Place) -> str | None:
-    """The reason why nothing can be reached at the place; None if something listens there."""
+    """Return the reason why nothing can be reached at the place; None if something listens there."""
     try:
         socket.create_connection((place.address, place.port), timeout=REACH_S).close()
     except ConnectionRefusedError:
@@ -286,7 +314,7 @@ def _trouble(place: Place) -> str | None:
 
 
 def _try(place: Place, found: list[dist.Store]) -> None:
-    with suppress(RuntimeError):  # the next attempt tells
+    with suppress(RuntimeError):  # the next attempt reports it
         found.append(_store(place, place.address, is_master=False))
 
 
@@ -304,38 +332,40 @@ def _store(place: Place, host: str, *, is_master: bool) -> dist.TCPStore:
 
 
 def _taken(place: Place) -> Exception:
-    """The port belongs to somebody else. In a Slurm job the next start takes another; elsewhere a person must choose."""
-    told = f"port {place.port} of {socket.gethostname()}, where the ranks are to meet, {_holder(place.port)}. "
+    """Return the error for a port in use. In a Slurm job the next start takes another; elsewhere a person must choose."""
+    message = f"port {place.port} of {socket.gethostname()}, where the ranks are to meet, {_holder(place.port)}. "
     if "SLURM_STEP_ID" in os.environ:
-        return MachineFault(told + "The job takes another when it starts again.")
+        return MachineFault(message + "The job takes another when it starts again.")
     return UserError(
-        told
+        message
         + "End that process, or choose another port: MASTER_PORT=... (deepspeed --master_port, torchrun --master-port)."
     )
 
 
 def _holder(port: int) -> str:
-    """'is in use by NAME (process N)', as far as the system tells."""
+    """Return 'is in use by process N (COMMAND)', as far as the system shows it."""
     with suppress(psutil.Error, OSError):
         for connection in psutil.net_connections("tcp"):
-            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            local = connection.laddr
+            if connection.status == psutil.CONN_LISTEN and local and local.port == port and connection.pid:
                 command = " ".join(" ".join(psutil.Process(connection.pid).cmdline()).split())[:80]
                 return f"is in use by process {connection.pid} ({command})"
     return "is in use by another process"
 
 
 def _is_here(address: str) -> bool:
-    """Whether an address that `address` stands for is one of this machine's."""
-    for family, kind, protocol, _, found in socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM):
+    """Return whether the name or number `address` stands for an address of this machine."""
+    for family, kind, protocol, _, socket_address in socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM):
         with suppress(OSError), socket.socket(family, kind, protocol) as probe:
-            probe.bind(found)
+            probe.bind(socket_address)
             return True
     return False
 
 
 def _leads_here(place: Place, store: dist.Store) -> bool:
-    """Whether the address, though not this machine's, is that of something that passes connections on to `store`."""
-    token, found = os.urandom(8).hex(), []
+    """Return whether the address, though not this machine's, forwards connections to `store`."""
+    token = os.urandom(8).hex()
+    found: list[dist.Store] = []
     store.set("token", token)
     if _trouble(place) is None:
         attempt = threading.Thread(target=_try, args=(place, found), daemon=True)
@@ -345,7 +375,7 @@ def _leads_here(place: Place, store: dist.Store) -> bool:
 
 
 def _is_gone(record: dict) -> bool:
-    """Whether the process of `record` ran here and has ended: the launcher has started its rank again."""
+    """Return whether the process of `record` ran here and has ended: the launcher has started its rank again."""
     if record["host"] != socket.gethostname():
         return False
     return record["process"] == os.getpid() or not psutil.pid_exists(record["process"])
@@ -356,19 +386,14 @@ def _who(record: dict) -> str:
 
 
 def _ranks(ranks: Sequence[int]) -> str:
-    """'rank 1', or 'ranks 1-7, 12'."""
-    spans: list[list[int]] = []
-    for rank in ranks:
-        if spans and rank == spans[-1][1] + 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    named = [str(first) if first == last else f"{first}-{last}" for first, last in spans]
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(named[:20])}{' ...' * (len(named) > 20)}"
+    """Return 'rank 1', or 'ranks 1-7, 12', at most 20 spans."""
+    noun, named = "ranks" if len(ranks) > 1 else "rank", spans(ranks)
+    more = " ..." if len(named) > 20 else ""
+    return f"{noun} {', '.join(named[:20])}{more}"
 
 
 def _hint(place: Place) -> str:
-    """Advice where no launcher seems to have set the variables: they are left over, most likely."""
+    """Return advice where no launcher seems to have set the variables: they are probably left over."""
     if place.world_size == 1 or launcher() is not None:
         return ""
     return f"; WORLD_SIZE={place.world_size} comes from the environment: unset it to run alone"

@@ -1,6 +1,6 @@
-"""Signals become a flag that is looked at where the run can stop; until training begins, they end the process soon.
+"""Turns signals into a flag that is checked where the run can stop. Until training begins, they soon end the process.
 
-This file imports no library, so that signals are caught before the libraries take their seconds to load.
+This file imports no library, so that signals are caught while libraries load.
 """
 
 from __future__ import annotations
@@ -12,15 +12,20 @@ from types import FrameType
 from typing import NoReturn
 
 from pretrain.distributed.launcher import ancestors
-from pretrain.distributed.signal_listener import STOP_SIGNALS, Ear, is_ignored
+from pretrain.distributed.signal_listener import STOP_SIGNALS, SignalListener, is_ignored
 
-PATIENCE_S = 5.0  # with which a signal is left to the run's own order of things before there is anything to lose
+PATIENCE_S = 5.0  # from a signal to the end of the process, before training begins
 
 
 class StopFlag:
-    """Set by SIGTERM, SIGINT, SIGUSR1 or SIGHUP on this process; processes forked from it leave stopping to it.
+    """The flag that SIGTERM, SIGINT, SIGUSR1 and SIGHUP set. Processes forked from this one do not set it.
 
-    A SIGHUP that is ignored from the start, as under `nohup`, stays so. ancestors: of this process, when it began.
+    A SIGHUP that is ignored from the start, as under `nohup`, stays ignored.
+
+    Attributes:
+        received: the number of the last signal, 0 if none has come.
+        owner: this process.
+        ancestors: the processes above it when it began.
     """
 
     def __init__(self) -> None:
@@ -29,11 +34,11 @@ class StopFlag:
         for number in STOP_SIGNALS:
             if number != signal.SIGHUP or not is_ignored(number):
                 signal.signal(number, self._note)
-        self._ear = Ear(STOP_SIGNALS, PATIENCE_S, say_stopped)
+        self._listener = SignalListener(STOP_SIGNALS, PATIENCE_S, say_stopped)
 
     def heed(self) -> None:
-        """Declare that the run looks at the flag from now on: nothing else happens when signals arrive."""
-        self._ear.close()
+        """Declare that the run checks the flag from now on: signals have no other effect."""
+        self._listener.close()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self.owner:
@@ -44,7 +49,7 @@ _flag: StopFlag | None = None
 
 
 def catch() -> StopFlag:
-    """This process's flag; from the first call on, signals that ask to stop no longer end it at once."""
+    """Return this process's flag. From the first call on, signals that ask to stop do not end the process at once."""
     global _flag
     if _flag is None or _flag.owner != os.getpid():
         _flag = StopFlag()
@@ -52,7 +57,7 @@ def catch() -> StopFlag:
 
 
 def release() -> None:
-    """Signals end this process again, as one of them does now if it has come already."""
+    """Let signals end this process again. One that has come already ends it now."""
     for number in STOP_SIGNALS:
         if signal.getsignal(number) not in (signal.SIG_IGN, signal.SIG_DFL):
             signal.signal(number, signal.SIG_DFL)
@@ -63,11 +68,12 @@ def release() -> None:
 
 
 def stop_before_start(number: int, where: str = "") -> NoReturn:
-    """End this process by a signal that came before there was anything to save, with 128 + its number."""
+    """End this process with 128 + the number of a signal that came before there was anything to save."""
     say_stopped(number, where)
     os._exit(128 + number)
 
 
 def say_stopped(number: int, where: str = "") -> None:
+    """Print that a signal has stopped the run before training began."""
     name = signal.Signals(number).name
     print(f"stopped by {name}{where} before training began: nothing was changed", file=sys.stderr, flush=True)

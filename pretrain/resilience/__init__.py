@@ -1,1 +1,1 @@
-"""Stopping and failing well."""
+"""Requests to stop, the watchdog, the consistency of ranks, and the guard against harmful steps."""

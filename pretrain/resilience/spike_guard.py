@@ -1,7 +1,7 @@
-"""Whether a step would harm the run: its loss or gradient norm is not finite, or lies far above those before it.
+"""Finds steps that would harm the run: the loss or gradient norm is not finite, or lies far above those before it.
 
-Pure decisions from two numbers a step, which all ranks have alike; nothing here talks to other ranks. The practice of the
-field: OLMo-core's SkipStepOptimizer skips steps more than 6 standard deviations off the last 128; PaLM restarted some
+The decisions follow from two numbers a step, which are the same on all ranks. There is no communication. The practice of
+the field: OLMo-core's SkipStepOptimizer skips steps more than 6 standard deviations off the last 128. PaLM restarted some
 100 steps before a spike and left out 200 to 500 batches (Chowdhery et al. 2022, arXiv:2204.02311, section 5.1).
 """
 
@@ -19,10 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepVerdict:
-    """What a step is found to be, and whether it is left out.
+    """The finding about a step.
 
-    `overflow` is how fp16's loss scale finds its place: DeepSpeed skips the step, and the guard does not count it.
-    reason: what was found, its value, and the mean and standard deviation it was held against; empty if fine.
+    Attributes:
+        kind: the finding. At an `overflow` fp16's loss scale adapts: DeepSpeed skips the step, and the guard does not
+            count it.
+        skip: whether the step is left out.
+        reason: the quantity, its value, and the mean and standard deviation it was compared with; empty if fine.
     """
 
     kind: Literal["fine", "not finite", "spike", "overflow"]
@@ -34,10 +37,14 @@ FINE = StepVerdict("fine")
 
 
 class SpikeGuard:
-    """Judges each step by the losses and gradient norms of the last `window_steps` steps that were taken.
+    """Compares each step with the losses and gradient norms of the last `window_steps` steps that were taken.
 
-    Spikes are looked for once the window is half full; before, only what is not finite is found. streak_start: the step
-    at which the present series of skipped steps began, None outside one. rollbacks: how often the run was rolled back.
+    Spikes are looked for once the window is half full. Before, only values that are not finite are found.
+
+    Attributes:
+        streak: the number of skipped steps in a row, up to now.
+        streak_start: the step at which the present series of skipped steps began, None outside one.
+        rollbacks: how often the run was rolled back.
     """
 
     def __init__(self, config: GuardSection) -> None:
@@ -45,12 +52,17 @@ class SpikeGuard:
         self.streak = 0
         self.streak_start: int | None = None
         self.rollbacks = 0
-        self._windows = {name: deque(maxlen=config.window_steps) for name in ("loss", "gradient norm")}
+        self._windows: dict[str, deque[float]] = {
+            name: deque(maxlen=config.window_steps) for name in ("loss", "gradient norm")
+        }
 
     def assess(self, step: int, loss: float, norm: float | None) -> StepVerdict:
-        """The verdict on optimizer step `step` by its mean loss and its gradient norm before clipping, None if unknown.
+        """Return the verdict on an optimizer step. Call it once for each step: the values of a step taken enter the window.
 
-        To be asked once for each step; the values of a step that is taken enter the window.
+        Args:
+            step: number of the step.
+            loss: mean over the global batch.
+            norm: of the global gradient before clipping, None if unknown.
         """
         seen = {"loss": loss} if norm is None else {"loss": loss, "gradient norm": norm}
         verdict = self._not_finite(seen) or self._spike(seen) or FINE
@@ -64,20 +76,21 @@ class SpikeGuard:
         return verdict
 
     def must_go_back(self, *, last: bool) -> bool:
-        """Whether the run must go back to before the steps that were skipped: `max_skips` in a row, or any at the end.
+        """Return whether the run must go back to before the steps that were skipped: `max_skips` in a row, or any at the end.
 
-        last: whether the step judged was the run's last. No step after it can show that the skips were for a moment.
+        Args:
+            last: whether the newest step is the run's last. No step after it can show that the skips were temporary.
         """
         return self.streak >= (1 if last else self.config.max_skips)
 
     def rolled_back(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint that holds `state`, and remember that this has happened once more."""
+        """Continue from a checkpoint that holds `state`, and count the rollback."""
         rollbacks = self.rollbacks + 1
         self.load_state(state)
         self.rollbacks = rollbacks
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs to decide alike, bit for bit: JSON numbers."""
+        """Return what a resumed run needs to make the same decisions, bit for bit: JSON numbers."""
         return {
             "windows": {name: list(window) for name, window in self._windows.items()},
             "streak": self.streak,
@@ -86,7 +99,7 @@ class SpikeGuard:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take up the `state` of an earlier guard; of a window that was longer, its newest values; {} starts anew."""
+        """Take up the `state` of an earlier guard. A longer window keeps its newest values. {} is the state of a new run."""
         for name, window in self._windows.items():
             window.clear()
             window.extend(state.get("windows", {}).get(name, ()))
@@ -115,6 +128,6 @@ class SpikeGuard:
 
 
 def _mean_and_std(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation with Bessel's correction. Sums are exact, so their order cannot matter."""
+    """Return mean and standard deviation with Bessel's correction. Sums are exact, so their order does not matter."""
     mean = fsum(values) / len(values)
     return mean, sqrt(fsum((value - mean) ** 2 for value in values) / (len(values) - 1))

@@ -1,7 +1,7 @@
-"""What all ranks do next, agreed between steps.
+"""Lets all ranks agree between steps whether the run stops, saves, or takes the next step.
 
-One small all-reduce over gloo before each step: has any rank been told to stop, has every rank its batch, has anybody
-failed to read one. So no rank is alone in a step that another never begins.
+One small all-reduce over gloo before each step answers three questions: was any rank asked to stop, does every rank have
+its batch, did any rank fail to read one. So no rank begins a step that another rank never begins.
 """
 
 from __future__ import annotations
@@ -29,7 +29,13 @@ _ROUND_S = 0.5
 
 @dataclass(frozen=True)
 class StopRequest:
-    """stop: why the run ends here, None to go on. requested: whether a person asked for it, by a file. save: save first."""
+    """A request to stop or save.
+
+    Attributes:
+        stop: the reason why the run ends here; None if it continues.
+        requested: whether a person asked for the end, by a file.
+        save: whether to save a checkpoint first.
+    """
 
     stop: str | None = None
     requested: bool = False
@@ -37,7 +43,7 @@ class StopRequest:
 
 
 class StopRequests:
-    """Hears signals, the files STOP and SAVE in the run folder, and the launcher's end, for all ranks."""
+    """Collects signals, the files STOP and SAVE in the run folder, and the end of the launcher, for all ranks."""
 
     def __init__(self, folder: Path, ranks: Ranks, flag: StopFlag) -> None:
         self._folder, self._ranks, self._flag = folder, ranks, flag
@@ -48,38 +54,40 @@ class StopRequests:
     def before_step(self, loader: Loader, step: int) -> StopRequest:
         """Wait until every rank has its next batch, or until the run is to stop. Collective.
 
-        Raises on every rank what any rank's loader has met.
+        Raises:
+            UserError, MachineFault: on every rank, if the loader of any rank has failed.
         """
         enter("waiting for data", step)
         while True:
             here = loader.wait(_ROUND_S)
-            stop, save, missing, failed = self._agree(self._heard(), self._asked(SAVE_FILE), not here, loader.failed)
-            if stop or self._stop:
-                return self._remember(stop)
+            stop, save, missing, failed = self._agree(self._received(), self._asked(SAVE_FILE), not here, loader.failed)
+            if request := self._remembered(stop):
+                return request
             if failed:
                 on_every_rank(lambda: loader.next_batch() if loader.failed else None)
             if not missing:
                 return StopRequest(save=bool(save))
 
     def now(self) -> StopRequest | None:
-        """The order to stop, if there is one, the same on every rank. Collective."""
-        (stop,) = self._agree(self._heard())
-        return self._remember(stop)
+        """Return the request to stop, if there is one; the same on every rank. Collective."""
+        (stop,) = self._agree(self._received())
+        return self._remembered(stop)
 
     def saved(self) -> None:
-        """What SAVE asked for is done."""
+        """Remove the file SAVE: the checkpoint is saved."""
         self._files[SAVE_FILE] = False
         if self._ranks.is_first:
             with suppress(OSError):
                 (self._folder / SAVE_FILE).unlink(missing_ok=True)
 
-    def _remember(self, stop: int) -> StopRequest | None:
-        """The order that was given first: what has been cut short for it is not taken up again."""
+    def _remembered(self, stop: int) -> StopRequest | None:
+        """Return the first request to stop: work that was cut short for it is not resumed."""
         if stop and self._stop is None:
             self._stop = _stop(stop)
         return self._stop
 
-    def _heard(self) -> int:
+    def _received(self) -> int:
+        """Return a signal's number or one of the codes above, 0 without a request."""
         if self._flag.received:
             return self._flag.received
         if self._ranks.launched and ancestors() != self._flag.ancestors:
@@ -87,7 +95,7 @@ class StopRequests:
         return _STOP_FILE_FOUND if self._asked(STOP_FILE) else 0
 
     def _asked(self, name: str) -> bool:
-        """Whether a person has left the file `name` in the run folder; rank 0 looks for all."""
+        """Return whether a person has left the file `name` in the run folder. Rank 0 looks for all ranks."""
         if self._ranks.is_first and time.monotonic() - self._looked > _LOOK_EVERY_S:
             with suppress(OSError):  # a file server that does not answer now will do so later
                 self._files = {file: (self._folder / file).exists() for file in self._files}
@@ -96,12 +104,12 @@ class StopRequests:
 
     @staticmethod
     def _agree(*values: int) -> list[int]:
-        """The largest of all ranks' values, of each."""
+        """Return the maximum of each value over all ranks."""
         agreed = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=control_group())
         return agreed.tolist()
 
 
-def _stop(heard: int) -> StopRequest:
+def _stop(received: int) -> StopRequest:
     own = {_STOP_FILE_FOUND: f"the file {STOP_FILE}", _LAUNCHER_GONE: "the end of its launcher"}
-    return StopRequest(own.get(heard) or signal.Signals(heard).name, requested=heard == _STOP_FILE_FOUND)
+    return StopRequest(own.get(received) or signal.Signals(received).name, requested=received == _STOP_FILE_FOUND)

@@ -1,9 +1,9 @@
-"""Ends a run that stands still, and says which rank is to blame.
+"""Ends a run that stands still, and names the rank that causes it.
 
-A thread on every rank looks at the phase that its rank is in. Now and then it leaves a pulse in `<run>/logs/pulses/`:
-the phase and the Python stacks. Where a phase takes longer than the limit, the first rank to notice says so by a file; all
-others leave a last pulse, and from the pulses follows who is to blame: a rank that leaves none is stopped or dead, and
-else the ranks that are the furthest behind are those the others wait for. The files need no rank to answer.
+A thread on every rank looks at the phase that its rank is in. At intervals it writes a pulse to `<run>/logs/pulses/`: the
+phase and the Python stacks. If a phase takes longer than the limit, the first rank to notice creates a file, and all others
+write a last pulse. The pulses show the cause: a rank without a last pulse is stopped or dead. If all have one, the ranks that
+are furthest behind are those that the others wait for. No rank has to answer a message.
 """
 
 from __future__ import annotations
@@ -26,14 +26,20 @@ from pretrain.errors import MACHINE_FAULT
 from pretrain.files import write_text
 from pretrain.monitor import phase
 
-ANSWER_S = 5.0  # beyond two ticks, for a rank to leave its last pulse
+ANSWER_S = 5.0  # a rank has two ticks and this time to write its last pulse
 
 
 @dataclass(frozen=True)
 class Pulse:
-    """What a rank left at `time` (seconds since the epoch): its phase, since how many seconds, and its stacks.
+    """The state of a rank at `time`.
 
-    waits: whether it waited for other ranks. last: whether it was left because the run stands still.
+    Attributes:
+        rank, host, pid: the process.
+        time: in seconds since the epoch.
+        phase, step, number, seconds: the phase that the rank was in, see `monitor.phase`.
+        stacks: the Python stacks of its threads.
+        waits: whether it waited for other ranks.
+        last: whether it was written because the run stands still.
     """
 
     rank: int
@@ -53,9 +59,13 @@ class Watchdog:
     """Watches this rank until `close`. Collective at construction."""
 
     def __init__(self, folder: Path, ranks: Ranks, limit_s: float, on_hang: Callable[[str], None]) -> None:
-        """folder: the run folder, shared by all ranks. limit_s: seconds that a phase may take.
+        """Start to watch.
 
-        on_hang: called on one rank with the verdict, before all ranks end.
+        Args:
+            folder: the run folder, shared by all ranks.
+            ranks: this rank's place among all.
+            limit_s: seconds that a phase may take.
+            on_hang: called on one rank with the verdict, before all ranks end.
         """
         self._pulses, self._report = folder / "logs/pulses", folder / "logs/hang.txt"
         self._ranks, self._limit_s, self._on_hang = ranks, limit_s, on_hang
@@ -63,14 +73,15 @@ class Watchdog:
         self._pulses.mkdir(parents=True, exist_ok=True)
         self._file(ranks.rank).unlink(missing_ok=True)
         phase.mirror(self._phase_file(ranks.rank))
-        # A name of this start's own: a rank that an earlier one has left behind must not end this one.
+        # The name belongs to this start: a rank that an earlier start has left behind must not end this one.
         self._hang = self._pulses / f"hang_{from_first_rank(time.time_ns)}"
         self._closed, self._pulsed = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
-        self._pulsed.wait()  # a rank that is stopped from here on has left its place and stacks once
+        self._pulsed.wait()  # so every rank has written its phase and stacks at least once
 
     def close(self) -> None:
+        """Stop to watch."""
         self._closed.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
@@ -82,7 +93,7 @@ class Watchdog:
             self._pulsed.set()
         pulsed = time.monotonic()
         while not self._closed.wait(self._tick_s):
-            # For what no thread of Python can notice: the interpreter's lock is never let go, or the folder does not answer.
+            # For hangs that no Python thread can notice: the interpreter's lock is never released, or the folder does not answer.
             faulthandler.dump_traceback_later(2 * self._limit_s + 30, exit=True)
             if phase.current().seconds > self._limit_s or self._called():
                 self._end_run()
@@ -96,18 +107,18 @@ class Watchdog:
         return False
 
     def _end_run(self) -> None:
-        """Whatever the run folder still takes: this rank ends."""
+        """Report the hang, as far as the run folder can be written, and end this rank."""
         try:
             with suppress(OSError):
                 self._hang.touch()
             self._leave_pulse(last=True)
             self._wait_for_the_others()
-            self._tell()
+            self._conclude()
         finally:
             os._exit(MACHINE_FAULT)
 
     def _wait_for_the_others(self) -> None:
-        """Until all have left their last pulses: they look once a tick, but a loaded machine takes its time."""
+        """Wait until all have written their last pulses. They look once a tick, or later on a loaded machine."""
         deadline = time.monotonic() + 2 * self._tick_s + ANSWER_S
         while time.monotonic() < deadline and not all(pulse and pulse.last for pulse in self._pulses_of_all()):
             time.sleep(min(self._tick_s, 0.5))
@@ -115,7 +126,8 @@ class Watchdog:
     def _pulses_of_all(self) -> list[Pulse | None]:
         return [self._read(rank) for rank in range(self._ranks.world_size)]
 
-    def _tell(self) -> None:
+    def _conclude(self) -> None:
+        """Write the report and call `on_hang`, on the first rank that answers."""
         pulses = [pulse for pulse in self._pulses_of_all() if pulse]
         phases = [phase.read_mirror(self._phase_file(rank)) for rank in range(self._ranks.world_size)]
         verdict, blamed = diagnose(pulses, phases)
@@ -158,7 +170,12 @@ class Watchdog:
 
 
 def diagnose(pulses: list[Pulse], phases: list[str]) -> tuple[str, list[int]]:
-    """Which ranks are to blame, in a sentence or two, and as numbers. phases: where each rank was last, by rank."""
+    """Return the cause of a hang in a sentence or two, and the numbers of the ranks to blame.
+
+    Args:
+        pulses: the newest pulses, at most one for each rank.
+        phases: the last known phase of each rank, empty where it is not known.
+    """
     answering = [pulse for pulse in pulses if pulse.last]
     known = {pulse.rank: pulse for pulse in pulses}
     silent = sorted(set(range(len(phases))) - {pulse.rank for pulse in answering})
@@ -182,32 +199,38 @@ def _describe_silent(rank: int, pulse: Pulse | None, last_phase: str) -> str:
 
 
 def describe(verdict: str, blamed: list[int], pulses: list[Pulse], phases: list[str]) -> str:
-    """The report: the verdict, a line a rank, and the stacks, those of the blamed ranks first and equal ones once.
+    """Return the report: the verdict, a line for each rank, and the stacks.
 
-    phases: where each rank was last, by rank. Every rank has its line and its part, also one that has left no pulse.
+    The stacks of the blamed ranks come first, and equal stacks are shown once. A rank without a pulse is listed too.
+
+    Args:
+        verdict: the cause of the hang, from `diagnose`.
+        blamed: the ranks to blame.
+        pulses: the newest pulses, at most one for each rank.
+        phases: the last known phase of each rank, empty where it is not known.
     """
     now, known = time.time(), {pulse.rank: pulse for pulse in pulses}
-    lines, alike = [], {}
+    lines: list[str] = []
+    ranks_with: dict[str, list[int]] = {}
     for rank in sorted(range(len(phases)), key=lambda rank: rank not in blamed):
         was = f"it was in {phases[rank]}" if phases[rank] else "nothing is known of it"
         stacks = known[rank].stacks if rank in known else f"it did not answer and has left no stacks; {was}\n"
-        alike.setdefault(stacks, []).append(rank)
+        ranks_with.setdefault(stacks, []).append(rank)
     for rank, last_phase in enumerate(phases):
         pulse = known.get(rank)
         if pulse is None:
             lines.append(f"rank {rank:>4}  SILENT from the start  {last_phase}")
             continue
+        state = "answers" if pulse.last else f"SILENT, {now - pulse.time:.0f} s ago:"
         lines.append(
-            f"rank {rank:>4}  {pulse.host}  "
-            + ("answers" if pulse.last else f"SILENT, {now - pulse.time:.0f} s ago:")
-            + f"  step {pulse.step:>7,}  {pulse.phase} for {pulse.seconds:.1f} s"
+            f"rank {rank:>4}  {pulse.host}  {state}  step {pulse.step:>7,}  {pulse.phase} for {pulse.seconds:.1f} s"
         )
-    stacks = [f"--- rank {', '.join(map(str, ranks))}\n{text}" for text, ranks in alike.items()]
-    return "\n".join([time.strftime("%Y-%m-%d %H:%M:%S"), verdict, "", *lines, "", *stacks])
+    parts = [f"--- rank {', '.join(map(str, ranks))}\n{stacks}" for stacks, ranks in ranks_with.items()]
+    return "\n".join([time.strftime("%Y-%m-%d %H:%M:%S"), verdict, "", *lines, "", *parts])
 
 
 def python_stacks() -> str:
-    """The stacks of this process's threads, the innermost call last."""
+    """Return the stacks of this process's threads, the innermost call last."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     parts = [
         f"thread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame))
@@ -218,7 +241,10 @@ def python_stacks() -> str:
 
 
 def waits_for_others() -> bool:
-    """Whether the main thread is within a collective operation."""
-    frame = sys._current_frames()[threading.main_thread().ident]
+    """Return whether the main thread is within a collective operation."""
+    main = threading.main_thread().ident
+    if main is None:
+        return False
+    frame = sys._current_frames()[main]
     innermost = traceback.extract_stack(frame)[-3:]
     return any("torch/distributed/" in call.filename for call in innermost)

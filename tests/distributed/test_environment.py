@@ -1,4 +1,4 @@
-"""Who a process is, from the variables of each launcher."""
+"""The rank of a process from the variables of each launcher."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SLURM = {
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """An environment without launcher's variables that `map_environment` reads and writes."""
+    """Return an environment without launchers' variables, which `map_environment` reads and writes."""
     fake: dict[str, str] = {"PATH": "/nowhere"}
     monkeypatch.setattr(ranks.os, "environ", fake)
     return fake

@@ -1,4 +1,4 @@
-"""What happens to the ranks when their launcher is signalled or killed: they save and end soon, and nothing is lost."""
+"""Ranks whose launcher is signalled or killed save and soon end, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_the_ranks_save_and_end_when_their_launcher_is_told_to(
 
 @pytest.mark.slow
 def test_a_run_whose_terminal_closes_saves(run_file: Path, tmp_path: Path) -> None:
-    """Nothing that it prints from then on is taken, either."""
+    """From then on its output is not read, either."""
     words, folder = arguments(run_file, settings(tmp_path) | {"steps": 100_000}), tmp_path / "run"
     process, terminal = pty.fork()
     if process == 0:
@@ -104,7 +104,7 @@ def test_a_run_whose_terminal_closes_saves(run_file: Path, tmp_path: Path) -> No
 
 
 def ranks_below(launcher: int) -> list[psutil.Process]:
-    """The processes below a launcher that run train.py themselves."""
+    """Return the processes below a launcher that run train.py themselves."""
     children = psutil.Process(launcher).children(recursive=True)
     ranks = [child for child in children if "LOCAL_RANK" in child.environ()]
     assert len(ranks) == 2

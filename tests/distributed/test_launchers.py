@@ -1,4 +1,4 @@
-"""The same run under every launcher, what it leaves in its folder, and what it leaves when it is refused."""
+"""The same run under every launcher, the content of its folder, and the folder of a run that is refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STEPS = 6
 
 
 def srun(words: list[str]) -> list:
-    """The variables that srun sets, one task per rank; MASTER_PORT comes from the job's number."""
+    """Return the variables that srun sets, one task per rank. MASTER_PORT comes from the job's number."""
     job = free_port(20000, 29999) - 20000
     common = {"SLURM_JOB_ID": job, "SLURM_STEP_ID": 0, "SLURM_NTASKS": 2, "SLURM_STEP_TASKS_PER_NODE": "2"}
     tasks = [common | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "MASTER_ADDR": "127.0.0.1"} for rank in range(2)]
@@ -51,7 +51,7 @@ LAUNCHERS = {function.__name__: function for function in (deepspeed, torchrun, s
 def launched(
     run_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Ended], dict[str, Ended]]:
-    """The same run under every launcher, in out/<launcher>; the same mistake under two."""
+    """Train the same run under every launcher, in out/<launcher>, and make the same mistake under two."""
     out = tmp_path_factory.mktemp("launched")
     done, refused = {}, {}
     for name, launcher in LAUNCHERS.items():
@@ -151,7 +151,7 @@ def test_wandb_offline_leaves_a_run_beside_the_metrics(launched: tuple) -> None:
 
 @pytest.fixture(scope="module")
 def variants(launched: tuple, run_file: Path) -> Path:
-    """The run of `launched` again: from its own config.yaml without its DeepSpeed file, and with recomputed activations."""
+    """Train the run of `launched` again: from its own config.yaml without its DeepSpeed file, and with recomputed activations."""
     out = launched[0]
     copy = out / "copy.yaml"
     copy.write_text((out / "deepspeed/config.yaml").read_text())

@@ -1,4 +1,4 @@
-"""Ranks that do not find each other say who is awaited where, hear signals, and name what is wrong with their place."""
+"""Ranks that do not find each other name the missing ranks, react to signals, and name the fault of their place."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def words(run_file: Path, tmp_path: Path) -> list[str]:
 
 @pytest.fixture
 def listener() -> Iterator[int]:
-    """The port of something that takes connections and says nothing."""
+    """Return the port of a listener that accepts connections and sends nothing."""
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", free_port()))
         silent.listen()
@@ -55,7 +55,7 @@ def listener() -> Iterator[int]:
 
 
 def test_a_rank_that_waits_says_for_whom_and_where_and_any_signal_ends_it(words: list[str], tmp_path: Path) -> None:
-    """Pairs of ranks of which one is started; each hears another signal."""
+    """One rank of each pair is started, and each gets another signal."""
     numbers = {signal.SIGTERM: 0, signal.SIGINT: 1, signal.SIGUSR1: 0, signal.SIGHUP: 1}
     awaited = {
         0: r"rank 0 of 2 waits at 127\.0\.0\.1:\d+ for rank 1 ",
@@ -86,7 +86,7 @@ def test_a_rank_that_is_stopped_takes_along_those_that_have_come(words: list[str
     assert "stopped by SIGTERM at rank 1 before training began" in ended.stderr
 
 
-def test_ranks_of_a_launcher_that_cannot_reach_rank_0_have_one_that_speaks_on_each_node(
+def test_ranks_of_a_launcher_that_cannot_reach_rank_0_have_one_that_reports_on_each_node(
     words: list[str], tmp_path: Path
 ) -> None:
     with start_ranks(words, tmp_path / "logs", ranks=4, only=[1, 2], variables={"PMI_RANK": "1"}) as job:
@@ -117,7 +117,7 @@ def as_under_nohup() -> None:
 def test_a_signal_is_heard_while_the_main_thread_is_in_a_library_that_does_not_return(
     words: list[str], listener: int, tmp_path: Path
 ) -> None:
-    """As in torch's own waiting: a store's client at a port where nobody speaks waits for its first word for ever."""
+    """As in torch's own waiting, a store's client waits for ever at a port whose listener sends nothing."""
     variables = {"MASTER_PORT": str(listener)}
     with start_ranks(words, tmp_path / "logs", only=[1], variables=variables, prepare=wait_in_the_library) as job:
         wait_for_words(job, 0, "now in the library")
@@ -213,7 +213,7 @@ def test_a_place_that_cannot_be_meant_is_refused_in_a_sentence(refused: dict[str
     assert_refused(refused[name], *WRONG[name][1])
 
 
-def test_a_dry_run_checks_the_place_and_waits_for_nobody(words: list[str], tmp_path: Path) -> None:
+def test_a_dry_run_checks_the_place_and_waits_for_no_rank(words: list[str], tmp_path: Path) -> None:
     with ExitStack() as stack:
         wrong = stack.enter_context(
             start_ranks([*words, "--dry-run"], tmp_path / "wrong", only=[0], variables={"WORLD_SIZE": "two"})

@@ -1,4 +1,4 @@
-"""A run that is told to stop saves first, on all ranks at the same step, and the same command then goes on."""
+"""A run that is asked to stop saves first, on all ranks at the same step, and the same command then resumes it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STOPS = {
 
 @pytest.fixture(scope="module")
 def stopped(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, dict]:
-    """An uninterrupted run's losses; what each signalled run left; what the same commands left when started again."""
+    """Return the losses of an uninterrupted run, the remains of each signalled run, and those after a second start."""
     out = tmp_path_factory.mktemp("signals")
 
     def words(name: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Ranks that disagree are found and named, at start and later; ranks that agree are never stopped for it."""
+"""Ranks that disagree are found and named, at start and later. Ranks that agree are never stopped."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ CHECKED = ("initial", "step 1", "step 2", "step 3", "rescaled", "evaluated")
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> Callable:
-    """What the ranks of a world said of its layouts: rank by rank, {layout: {check: words}}."""
+    """Return the messages of the ranks of a world, rank by rank: {layout: {check: message}}."""
     finished: dict = {}
 
     def of(world: tuple[int, int], layouts: list[str] | None) -> list[dict[str, dict[str, str]]]:
@@ -150,7 +150,7 @@ def other_libraries() -> None:
 
 @pytest.fixture(scope="module")
 def nodes(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The working directories of two nodes, with other data at the same place: same tokenizer, same size."""
+    """Return the working directories of two nodes, with different data of the same size and tokenizer at the same path."""
     first, second = (tmp_path_factory.mktemp("node") for _ in range(2))
     shutil.copytree(corpus.train, first / "shards")
     other = make_corpus(second / "other", documents_of(400)[::-1])
@@ -167,7 +167,7 @@ def stand_on(nodes: tuple[Path, Path]) -> None:
 
 @pytest.fixture(scope="module")
 def refused(run_file: Path, nodes: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
-    """Runs whose second rank is another one, each in its own way."""
+    """Return runs whose second rank differs, each in another way."""
     out = tmp_path_factory.mktemp("refused")
     ways = {
         "setting": partial(on_rank_1, other_setting),
@@ -227,7 +227,7 @@ DATA_PARALLEL = {"zero_optimization": {"stage": 0}}
 
 
 def flip_after(step: int) -> None:
-    """For `prepare`: when this step is done, a bit flips in the memory of one rank."""
+    """Flip a bit in the memory of one rank when this step is done. For `prepare`."""
     from pretrain.monitor.weights import WeightMonitor
 
     real = WeightMonitor.after_step

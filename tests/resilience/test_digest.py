@@ -1,4 +1,4 @@
-"""Digests of bits against exact integers, and the words for who differs."""
+"""Digests of bits against exact integers, and the names of ranks that differ."""
 
 from __future__ import annotations
 

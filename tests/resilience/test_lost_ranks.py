@@ -1,4 +1,4 @@
-"""A rank that is killed or stands still ends the run soon, with a reason, and the same command goes on as if nothing had been."""
+"""A rank that is killed or stands still soon ends the run, with a reason, and the same command resumes it with no trace."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ HANGS = {
 
 
 def settings(out: Path, name: str) -> dict:
-    """TVR acts at every second step, so at step 4; checkpoints at 3 and 6."""
+    """Return a run in which TVR acts at every second step, so at step 4, with checkpoints at 3 and 6."""
     chosen = {"out": str(out), "name": name, "steps": STEPS, "checkpoint.interval_steps": 3, "eval.interval_steps": 6}
     return chosen | {"methods.1.interval_steps": 2}
 
@@ -60,7 +60,7 @@ def whole(run_file: Path, out: Path) -> dict[int, float]:
 
 @pytest.fixture(scope="module")
 def killed(run_file: Path, out: Path) -> dict[str, tuple[Ended, float]]:
-    """What each run with a killed rank left, and the seconds from the death to the end of the others."""
+    """Return the remains of each run with a killed rank, and the seconds from its death to the end of the others."""
     found = {}
     with ExitStack() as stack:
         jobs = {
@@ -109,7 +109,7 @@ def test_killed_runs_go_on_with_the_losses_of_one_that_was_not_killed(
 
 @pytest.fixture(scope="module")
 def hung(run_file: Path, out: Path) -> dict[str, tuple[Ended, list[bool], float]]:
-    """What each run with a rank that stands still left, which ranks still lived after it, and its seconds."""
+    """Return the remains of each run with a rank that stands still, the ranks that survived it, and its seconds."""
     found, began = {}, time.monotonic()
     with ExitStack() as stack:
         jobs = {}

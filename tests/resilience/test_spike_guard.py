@@ -1,4 +1,4 @@
-"""The guard's decisions, against standard deviations by numpy: pure numbers, no ranks."""
+"""The guard's decisions against standard deviations by numpy, without ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def guard_of(**config) -> SpikeGuard:
 
 
 def day(number: int) -> tuple[float, float]:
-    """Loss and gradient norm of an uneventful step."""
+    """Return loss and gradient norm of an uneventful step."""
     noise = random.Random(number)
     return 3.0 + noise.gauss(0, 0.1), 1.0 + noise.gauss(0, 0.05)
 

@@ -1,4 +1,4 @@
-"""The report on a run that stands still has a line and a part for every rank, whatever it has left."""
+"""The report on a run that stands still has a line and a part for every rank, with or without a pulse."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_rank_without_a_pulse_has_its_part_of_the_report_all_the_same() -> Non
 
 
 def test_a_rank_has_left_its_stacks_when_its_watchdog_is_there(tmp_path: Path) -> None:
-    """Not a tick later, when it may have been stopped already."""
+    """A tick later the rank may already be stopped."""
     program = (
         "import os, sys, torch; from pathlib import Path; from pretrain.distributed.ranks import Ranks; "
         "from pretrain.resilience.watchdog import Watchdog\n"
