@@ -1,7 +1,7 @@
-"""Which documents share a sample: best-fit-decreasing bin packing of whole documents.
+"""Best-fit-decreasing bin packing: it decides which documents share a sample.
 
 From the longest document to the shortest, each goes into the sample with the least room that still takes it; where
-none does, into a new one. Documents of equal length, and samples with equal room, are interchangeable, so they are
+none does, into a new one. Documents of equal length are interchangeable, and so are samples with equal room. They are
 placed together: time is O(documents + distinct pairs of length and room), not O(documents · log).
 
 Source: Ding et al. 2024, "Fewer Truncations Improve Language Modeling" (arXiv 2404.10830).
@@ -9,15 +9,24 @@ Source: Ding et al. 2024, "Fewer Truncations Improve Language Modeling" (arXiv 2
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 
 def cut_into_pieces(ends: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """First token and length of what is to be packed, both int64 (pieces,), in the order of the shard.
+    """Cut the documents of a shard into the pieces that are packed.
 
-    ends: (documents,), the token after each. A document of at most `capacity` tokens is one piece. A longer one is cut
-    into pieces of `capacity` tokens, and a rest, each beginning with the last token of the one before: so every token but
-    the first is predicted once. A document of one token predicts nothing, and is left out.
+    A document of at most `capacity` tokens is one piece. A longer one is cut into pieces of `capacity` tokens, and a
+    rest, each beginning with the last token of the one before: so every token but the first is predicted once. A document
+    of one token predicts nothing, and is left out.
+
+    Args:
+        ends: (documents,), the token after each document.
+        capacity: The tokens of a sample.
+
+    Returns:
+        The first token and the length of each piece, both int64 (pieces,), in the order of the shard.
     """
     ends = ends.astype(np.int64)
     starts = np.concatenate(([0], ends[:-1]))
@@ -30,9 +39,14 @@ def cut_into_pieces(ends: np.ndarray, capacity: int) -> tuple[np.ndarray, np.nda
 
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
-    """The bin of each piece, int64 (pieces,), numbered in the order in which bins first occur.
+    """Pack pieces into bins.
 
-    lengths: (pieces,), 1 to `capacity`, which each bin holds at most.
+    Args:
+        lengths: (pieces,), 1 to `capacity`.
+        capacity: The sum of lengths that a bin holds at most.
+
+    Returns:
+        The bin of each piece, int64 (pieces,); bins are numbered in the order in which they first occur.
     """
     largest_first = np.argsort((capacity - lengths).astype(np.min_scalar_type(capacity)), kind="stable")
     bins = np.empty(len(lengths), dtype=np.int64)
@@ -43,8 +57,11 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
     return _numbered_by_first_occurrence(bins)
 
 
-def _placements(how_many: np.ndarray, capacity: int):
-    """Bins of the pieces from the longest to the shortest, some at a time, all of one length. how_many: by length."""
+def _placements(how_many: np.ndarray, capacity: int) -> Iterator[np.ndarray]:
+    """Yield the bins of the pieces from the longest to the shortest, some pieces of one length at a time.
+
+    how_many: the number of pieces of each length.
+    """
     by_room: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]  # bins by the room that they have
     has_bins = 0  # bit r: by_room[r] is not empty
     made = 0
@@ -72,7 +89,7 @@ def _placements(how_many: np.ndarray, capacity: int):
 
 
 def _take(stack: list[np.ndarray], wanted: int) -> np.ndarray:
-    """Up to `wanted` bins off the stack."""
+    """Take up to `wanted` bins off the stack."""
     taken = []
     while wanted and stack:
         bins = stack.pop()

@@ -1,7 +1,7 @@
-"""Where documents begin within samples: positions that restart there, and the targets that no document gives.
+"""Document boundaries within samples: positions restart there, and no target crosses one.
 
 A separator, the last token of its document, is followed by another document's first token. Where attention stays within
-documents that is nothing to be predicted.
+documents, that token is not to be predicted.
 """
 
 from __future__ import annotations
@@ -10,11 +10,18 @@ import numpy as np
 
 
 def restart(ends: np.ndarray, starts: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and counted targets of samples that begin at tokens `starts` of a shard.
+    """Return the positions and the counted targets of some samples of one shard.
 
-    ends: (documents,) int64 or uint64, ascending, the token after each document of the shard. starts: (samples,) int64.
-    Returns positions, (samples, seq_len) int64: tokens since the document's first one in the sample; and counted,
-    (samples, seq_len) bool: False where a document's last token is the input. Reads O(log(documents)) of `ends` a sample.
+    Reads O(log(documents)) of `ends` per sample.
+
+    Args:
+        ends: (documents,) int64 or uint64, ascending, the token after each document of the shard.
+        starts: (samples,) int64, the first token of each sample.
+        seq_len: The inputs of a sample.
+
+    Returns:
+        positions: (samples, seq_len) int64, tokens since the document's first one in the sample.
+        counted: (samples, seq_len) bool, False where a document's last token is the input.
     """
     starts = np.asarray(starts)
     tokens = starts.astype(ends.dtype)  # numpy would turn all of a uint64 `ends` to float64 to look for int64

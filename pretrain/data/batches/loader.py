@@ -1,13 +1,12 @@
 """The batches of one rank; the whole state is one integer, the samples that the run has consumed.
 
-A global batch is the next samples of the run, and rank r of R takes the r-th of R equal slices, so what a step trains on
-does not depend on the number of ranks. Ranks are data-parallel ranks throughout this file: under tensor parallelism
-several processes read the same slice.
+A global batch is the next samples of the run, and rank r of R takes the r-th of R equal slices. So the samples of a step
+do not depend on the number of ranks. Ranks are data-parallel ranks throughout this file: under tensor parallelism several
+processes read the same slice.
 """
 
 from __future__ import annotations
 
-import itertools
 import queue
 import threading
 import time
@@ -20,7 +19,7 @@ from pretrain.data.batches.batch import MicroBatch
 from pretrain.data.batches.feed import Feed, Slots
 from pretrain.data.batches.memory import Memory
 from pretrain.data.batches.order import FileOrder
-from pretrain.data.batches.samples import Rows, Samples
+from pretrain.data.batches.samples import SampleRows, Samples
 from pretrain.data.batches.stream import Stream
 from pretrain.errors import UserError
 
@@ -35,9 +34,11 @@ Step = list[MicroBatch]
 class Loader:
     """Endless training batches for one rank, read ahead by one background thread.
 
-    `position` is the number of samples all ranks together have taken through `next_batch`, whatever is read ahead;
-    a loader made with that position goes on from there, on any number of ranks. `wait_s` adds up the seconds that
-    `next_batch` had to wait.
+    Attributes:
+        feed: The samples of the run.
+        position: The number of samples that all ranks together have taken through `next_batch`, whatever is read ahead.
+            A loader made with that position continues from there, on any number of ranks.
+        wait_s: The seconds that `next_batch` had to wait, in all.
     """
 
     def __init__(
@@ -51,7 +52,20 @@ class Loader:
         position: int = 0,
         pin_memory: bool = False,
     ) -> None:
-        """Sizes are in samples; UserError when they do not fit together. The loader closes `feed` when it is closed."""
+        """Start to read ahead from `position`.
+
+        Args:
+            feed: The samples of the run; the loader closes it when it is closed.
+            global_batch_size: The samples of an optimizer step, over all ranks.
+            micro_batch_size: The samples of a forward pass on one rank.
+            rank: The data-parallel rank.
+            world_size: The number of data-parallel ranks.
+            position: The samples that the run has consumed.
+            pin_memory: Read into pinned memory, from which copies to a device overlap with computation.
+
+        Raises:
+            UserError: The sizes do not fit together.
+        """
         check_batch_sizes(global_batch_size, micro_batch_size, world_size)
         self.feed = feed
         self.position = position
@@ -69,30 +83,30 @@ class Loader:
         self._thread.start()
 
     def wait(self, timeout_s: float) -> bool:
-        """Return whether the next step's batches, or what went wrong with them, are here; waits at most `timeout_s`."""
+        """Wait at most `timeout_s` and return whether the next step's batches, or the error that replaces them, are here."""
         if not self._here and self._failure is None:
             self._receive(timeout_s)
         return bool(self._here) or self._failure is not None
 
     @property
     def failed(self) -> bool:
-        """Return whether `next_batch` would raise."""
+        """`next_batch` would raise."""
         return not self._here and self._failure is not None
 
     def next_batch(self) -> Step:
-        """This rank's micro-batches of the next optimizer step, on the CPU.
+        """Return this rank's micro-batches of the next optimizer step, on the CPU.
 
-        Whatever goes wrong while a sample is read is raised when its step is due, and at every later call.
+        An error while a sample is read is raised when its step is due, and at every later call.
         """
         while not self.wait(timeout_s=1.0):
             pass
-        if self.failed:
+        if not self._here and self._failure is not None:
             raise self._failure
         self.position += self._global_batch_size
         return self._here.pop()
 
     def close(self) -> None:
-        """Stop reading ahead and let go of the shards, unless storage that does not answer holds the reader up."""
+        """Stop reading ahead and release the shards, unless storage that does not answer holds the reader up."""
         self._closing.set()
         self._here.clear()
         deadline = time.monotonic() + CLOSE_S
@@ -157,7 +171,7 @@ class _Batches:
     """Reads micro-batches into memory that is used again."""
 
     def __init__(self, feed: Feed, samples: int, micro_batch_size: int, pin_memory: bool = False) -> None:
-        """samples: how many `read` is asked for at most."""
+        """samples: the most that one `read` is asked for."""
         self._feed = feed
         self._micro_batch_size = micro_batch_size
         shape = samples, feed.seq_len
@@ -166,12 +180,28 @@ class _Batches:
         self._positions = Memory(shape, torch.int64, pin_memory) if feed.carries_documents else None
 
     def read(self, slots: Slots) -> list[MicroBatch]:
-        """The samples of `slots`, in order."""
-        parts = [memory and memory.take(len(slots.places)) for memory in (self._tokens, self._counted, self._positions)]
-        self._feed.read(slots, Rows(*(None if part is None else part.numpy() for part in parts)))
-        tokens, counted, positions = (None if part is None else part.split(self._micro_batch_size) for part in parts)
-        nothing = itertools.repeat(None)
-        return [MicroBatch(*pieces) for pieces in zip(tokens, counted or nothing, positions or nothing, strict=False)]
+        """Return the samples of `slots`, in order."""
+        count = len(slots.places)
+        tokens = self._tokens.take(count)
+        counted = None if self._counted is None else self._counted.take(count)
+        positions = None if self._positions is None else self._positions.take(count)
+        rows = SampleRows(
+            tokens.numpy(),
+            None if counted is None else counted.numpy(),
+            None if positions is None else positions.numpy(),
+        )
+        self._feed.read(slots, rows)
+        micro_batches = [
+            slice(start, start + self._micro_batch_size) for start in range(0, count, self._micro_batch_size)
+        ]
+        return [
+            MicroBatch(
+                tokens[part],
+                None if counted is None else counted[part],
+                None if positions is None else positions[part],
+            )
+            for part in micro_batches
+        ]
 
 
 def eval_batches(
@@ -183,11 +213,22 @@ def eval_batches(
     world_size: int,
     batches: int,
 ) -> Iterator[MicroBatch]:
-    """This rank's micro-batches of the first samples in file order.
+    """Return this rank's micro-batches of the first samples in file order.
 
-    All ranks together read `batches` global batches, so the samples do not depend on the number of ranks; where the
-    shards hold fewer, as many as fill a micro-batch on every rank. Every rank gets the same number of micro-batches.
-    UserError, at the call, when not even one can be filled on all ranks.
+    All ranks together read `batches` global batches, so the samples do not depend on the number of ranks. Where the
+    shards hold fewer, they read as many as fill a micro-batch on every rank. Every rank gets the same number of
+    micro-batches.
+
+    Args:
+        samples: The samples of the validation corpus.
+        global_batch_size: The samples of a global batch.
+        micro_batch_size: The samples of a micro-batch.
+        rank: The data-parallel rank.
+        world_size: The number of data-parallel ranks.
+        batches: The number of global batches.
+
+    Raises:
+        UserError: Not even one micro-batch can be filled on all ranks; raised at the call.
     """
     together, num_samples = micro_batch_size * world_size, int(samples.counts.sum())
     if num_samples < together:
@@ -205,7 +246,7 @@ def eval_batches(
 
 
 def slice_of_rank(global_batch_size: int, rank: int, world_size: int) -> range:
-    """Which samples of each global batch `rank` takes."""
+    """Return the samples of each global batch that `rank` takes, counted from its first."""
     size = global_batch_size // world_size
     return range(rank * size, (rank + 1) * size)
 

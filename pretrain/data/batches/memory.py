@@ -1,4 +1,4 @@
-"""Memory that batches are read into, used again: fresh pages from the system cost more than the reading itself."""
+"""Reused memory for batches: fresh pages from the system cost more than the reading itself."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 
 class Memory:
-    """Tensors of one shape and dtype, each of which comes again once nothing refers to it or to a part of it.
+    """Tensors of one shape and dtype, each of which is reused when nothing refers to it or to a part of it.
 
-    Pinned ones come from torch's own pool, which knows when copies to a device have ended.
+    Pinned ones come from torch's own pool, which keeps track of the copies to a device.
     """
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> None:
@@ -21,7 +21,7 @@ class Memory:
         self._arrays: list[tuple[np.ndarray, weakref.ref]] = []  # and the view of it that the last tensor keeps alive
 
     def take(self, rows: int) -> torch.Tensor:
-        """A tensor of the first `rows` rows, with any content."""
+        """Return a tensor of the first `rows` rows, with any content."""
         if self._pinned:
             return torch.empty((rows, *self._shape[1:]), dtype=self._dtype, pin_memory=True)
         number = next((i for i, (_, user) in enumerate(self._arrays) if user() is None), len(self._arrays))

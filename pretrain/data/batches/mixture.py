@@ -1,6 +1,6 @@
-"""Which source each sample of a run comes from: exact by weight over any stretch, and computed, not drawn.
+"""The mixture of sources: each slot of a run belongs to one, exact by weight over any stretch, computed and not drawn.
 
-Slot p of the run belongs to one source. A source of weight w has taken w * p samples after p slots to within less than
+A source of weight w has taken w * p samples after p slots to within less than
 one, so any stretch of n slots holds within two of w * n of them. That is a P-fair schedule: sample i of a source belongs
 in slots floor(i / w) .. ceil((i + 1) / w) - 1, and the earliest deadline first keeps every one there (Baruah, Cohen,
 Plaxton and Varvel, "Proportionate Progress", 1996). It repeats after as many slots as the weights' common denominator.
@@ -21,14 +21,23 @@ LONGEST_PERIOD = 1 << 16
 
 
 class Mixture:
-    """Slot of the run -> source, and place in that source's own order, a pure function of the weights and the slot.
+    """Maps a slot of the run to a source and a place in that source's own order: a pure function of the weights.
 
-    `weights` are the shares in effect, which sum to 1: those given where their common denominator is at most 65,536,
-    else the nearest multiples of 1/65,536.
+    Attributes:
+        period: The slots after which the schedule repeats.
+        weights: The shares in effect, which sum to 1: those given where their common denominator is at most 65,536, else
+            the nearest multiples of 1/65,536.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
-        """weights: one positive number per source, in any unit. UserError where one is not, or is below the resolution."""
+        """Plan one period.
+
+        Args:
+            weights: One positive number per source, in any unit.
+
+        Raises:
+            UserError: A weight is not positive, or is below the resolution.
+        """
         parts = _whole_parts(weights)
         self.period = sum(parts)
         self.weights = [Fraction(part, self.period) for part in parts]
@@ -39,7 +48,7 @@ class Mixture:
             self._places[self._schedule == source] = np.arange(part)
 
     def at(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(sources, places) of any slots (int64), int64 both."""
+        """Return (sources, places) of any slots, all (slots,) int64."""
         if len(slots) and slots.min() < 0:
             raise IndexError(f"slots of the run start at 0, got {slots.min()}")
         rounds, within = np.divmod(slots, self.period)
@@ -47,13 +56,13 @@ class Mixture:
         return sources, rounds * self._parts[sources] + self._places[within]
 
     def taken(self, slots: int) -> np.ndarray:
-        """How many samples of each source the first `slots` slots of the run hold, int64 (sources,)."""
+        """Return the number of samples of each source in the first `slots` slots of the run, int64 (sources,)."""
         rounds, rest = divmod(slots, self.period)
         return rounds * self._parts + np.bincount(self._schedule[:rest], minlength=len(self._parts))
 
 
 def _whole_parts(weights: Sequence[float]) -> list[int]:
-    """Whole numbers in proportion to the weights, as small as they can be, with a sum of at most LONGEST_PERIOD."""
+    """Return the smallest whole numbers in proportion to the weights, with a sum of at most LONGEST_PERIOD."""
     for weight in weights:
         if not 0 < weight < float("inf"):
             raise UserError(f"the weight of a source is a positive number, got {weight}.")
@@ -72,7 +81,7 @@ def _whole_parts(weights: Sequence[float]) -> list[int]:
 
 
 def _largest_remainders(shares: Sequence[Fraction]) -> list[int]:
-    """The shares in units of 1 / LONGEST_PERIOD: rounded down, then one more for those that lost most."""
+    """Return the shares in units of 1 / LONGEST_PERIOD: rounded down, then one more for those that lost most."""
     parts = [int(share * LONGEST_PERIOD) for share in shares]
     lost = sorted(range(len(shares)), key=lambda source: parts[source] - shares[source] * LONGEST_PERIOD)
     for source in lost[: LONGEST_PERIOD - sum(parts)]:
@@ -81,7 +90,7 @@ def _largest_remainders(shares: Sequence[Fraction]) -> list[int]:
 
 
 def _earliest_deadline_first(parts: Sequence[int]) -> np.ndarray:
-    """The source of each slot of one period, int64 (sum(parts),); every sample within its window of slots."""
+    """Return the source of each slot of one period, int64 (sum(parts),); every sample is within its window of slots."""
     period = sum(parts)
     schedule = np.empty(period, dtype=np.int64)
     waiting = [(0, source, 0) for source in range(len(parts))]  # (first slot, source, sample of it), a heap

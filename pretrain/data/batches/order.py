@@ -1,8 +1,8 @@
 """The order in which a run visits its samples: a permutation that is computed, not stored.
 
-Each epoch has its own keyed permutation of 0..n-1: a Feistel network over a rectangle a x b >= n, followed again
-(cycle walking) for the few values that fall outside n. So any place of any epoch costs O(1) time and memory, on any
-rank, at 10^12 samples as at 10. Source: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002.
+Each epoch has its own keyed permutation of 0..n-1: a Feistel network over a rectangle a x b >= n, applied again (cycle
+walking) to the few values that fall outside n. So any place of any epoch costs O(1) time and memory, on any rank, for
+10^12 samples as for 10. Source: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002.
 
 Samples lie in shards, and there are two ways to shuffle them. `GlobalOrder` permutes all samples of an epoch.
 `WindowedOrder` permutes the shards, takes them a window at a time and permutes the samples of each window, so that
@@ -24,7 +24,7 @@ _MASK = (1 << 64) - 1
 
 
 class SampleOrder:
-    """Place in the run -> sample number, a pure function of (num_samples, seed, place); reshuffled every epoch."""
+    """Maps a place in the run to a sample: a pure function of (num_samples, seed, place), shuffled again every epoch."""
 
     def __init__(self, num_samples: int, seed: int) -> None:
         if num_samples < 1:
@@ -35,22 +35,22 @@ class SampleOrder:
         self._columns = -(-num_samples // self._rows)
 
     def __getitem__(self, place: int) -> int:
-        """The sample at `place` >= 0 of the run; the epoch is place // num_samples."""
+        """Return the sample at `place` >= 0 of the run; the epoch is place // num_samples."""
         return int(self.many(place, place + 1)[0])
 
     def many(self, start: int, stop: int) -> np.ndarray:
-        """The samples at places start..stop-1 of the run, int64 of shape (stop - start,)."""
+        """Return the samples at places start..stop-1 of the run, (stop - start,) int64."""
         return self.at(np.arange(start, stop))
 
     def at(self, places: np.ndarray) -> np.ndarray:
-        """The samples at any places (int64) of the run, int64 of the same shape."""
+        """Return the samples at any `places` of the run, both (places,) int64."""
         samples = np.empty(len(places), dtype=np.int64)
         for epoch, here, within in _by_epoch(places, self.num_samples):
             samples[here] = self.permute(epoch, within)
         return samples
 
     def permute(self, epoch: int, numbers: np.ndarray) -> np.ndarray:
-        """Where the epoch's permutation of 0..num_samples-1 sends `numbers`, uint64."""
+        """Apply the epoch's permutation of 0..num_samples-1 to `numbers`; returns uint64 of the same shape."""
         keys = self._keys(epoch)
         values = self._feistel(numbers.astype(np.uint64), keys)
         while (outside := values >= self.num_samples).any():
@@ -58,7 +58,7 @@ class SampleOrder:
         return values
 
     def _feistel(self, values: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """One bijection of 0..rows*columns-1, uint64 to uint64."""
+        """Apply one bijection of 0..rows*columns-1, uint64 to uint64."""
         rows, columns = np.uint64(self._rows), np.uint64(self._columns)
         row, column = values // columns, _remainder(values, columns)
         for key in keys:
@@ -68,35 +68,35 @@ class SampleOrder:
         return row * columns + column
 
     def _keys(self, epoch: int) -> np.ndarray:
-        """The round keys of one epoch, uint64 of shape (ROUNDS,)."""
+        """Return the round keys of one epoch, (ROUNDS,) uint64."""
         start = np.array([(self.seed * _GOLDEN + 1) & _MASK], dtype=np.uint64)
         of_epoch = _scramble(_scramble(start) ^ np.uint64(epoch & _MASK))
         return _scramble(of_epoch + np.arange(1, ROUNDS + 1, dtype=np.uint64) * np.uint64(_GOLDEN))
 
 
 class Order(Protocol):
-    """Place in the run -> sample `number` of `shard`; every epoch of `num_samples` places visits each sample once."""
+    """Maps a place in the run to a sample of a shard; every epoch of `num_samples` places visits each sample once."""
 
     num_samples: int
 
     def at(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(shards, numbers) at any places (int64), int64 both."""
+        """Return the shards and the numbers in them of the samples at any `places`, all (places,) int64."""
 
     def epoch(self, place: int) -> int:
-        """Which visit of all samples `place` belongs to, from 0."""
+        """Return the epoch of `place`, from 0."""
 
     def window(self, place: int) -> range:
-        """The places around `place` that need the same shards."""
+        """Return the places around `place` that need the same shards."""
 
     def needs(self, place: int) -> list[int]:
-        """The shards to have at hand at `place`, then those for the window after it; none where any may come."""
+        """Return the shards of the window at `place`, then those of the next window; [] where any shard may be needed."""
 
 
 class FileOrder:
-    """The samples as they lie in the shards."""
+    """The samples in the order in which they lie in the shards."""
 
     def __init__(self, counts: np.ndarray) -> None:
-        """counts: (shards,) int64, samples of each shard, which may be 0; ValueError where all are."""
+        """Order the samples of shards that hold `counts`, (shards,) int64, each; ValueError if all are 0."""
         self._counts = np.asarray(counts, dtype=np.int64)
         self._ends = np.cumsum(self._counts)
         self.num_samples = int(self._counts.sum())
@@ -136,7 +136,7 @@ class WindowedOrder(FileOrder):
             raise ValueError(f"a window has at least one shard, got {window_shards}")
         self._seed = seed
         self._window_shards = window_shards
-        self._line = lru_cache(maxsize=2)(self._line_up)  # of an epoch, and of the next where they meet
+        self._line = lru_cache(maxsize=2)(self._line_up)  # for an epoch, and for the next where they meet
 
     def at(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         shards, numbers = np.empty((2, len(places)), dtype=np.int64)
@@ -168,7 +168,7 @@ class WindowedOrder(FileOrder):
         return _Line(shards, counts, ends, window_ends, self._window_shards)
 
     def _shuffle_windows(self, line: _Line, epoch: int, places: np.ndarray) -> np.ndarray:
-        """Places of an epoch -> samples of its line of shards, each in the window of its place."""
+        """Map places of an epoch to samples of its line of shards, each in the window of its place."""
         samples = np.empty_like(places)
         windows = line.window_at(places)
         for window in np.unique(windows).tolist():
@@ -188,25 +188,25 @@ class _Line(NamedTuple):
     window_shards: int
 
     def window_at(self, places: int | np.ndarray) -> np.ndarray:
-        """The number of the window that each place of the epoch is in."""
+        """Return the number of the window that holds each place of the epoch."""
         return np.searchsorted(self.window_ends, places, side="right")
 
     def places_of(self, window: int) -> tuple[int, int]:
-        """The window's first place in the epoch, and the one after its last."""
+        """Return the window's first place in the epoch, and the one after its last."""
         return int(self.window_ends[window - 1]) if window else 0, int(self.window_ends[window])
 
     def shards_of(self, window: int) -> list[int]:
-        """None for a window after the last."""
+        """Return the shards of the window; [] for a window after the last."""
         return self.shards[window * self.window_shards : (window + 1) * self.window_shards].tolist()
 
 
 def derived_seed(seed: int, number: int) -> int:
-    """The seed of the `number`-th of several orders that one run's `seed` gives and that have nothing in common."""
+    """Return the seed of the `number`-th of several independent orders of a run with this `seed`."""
     return int(_scramble(np.array([(seed * _GOLDEN + 1 + number) & _MASK], dtype=np.uint64))[0])
 
 
 def _by_epoch(places: np.ndarray, num_samples: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """For each epoch that `places` (int64) touch: its number, where its places are among them, and they within it."""
+    """Yield, for each epoch of `places` (int64), its number, a mask of its places, and those places counted within it."""
     if len(places) and places.min() < 0:
         raise IndexError(f"places in the run start at 0, got {places.min()}")
     epochs, within = np.divmod(places, num_samples)
@@ -216,18 +216,18 @@ def _by_epoch(places: np.ndarray, num_samples: int) -> Iterator[tuple[int, np.nd
 
 
 def _locate(ends: np.ndarray, counts: np.ndarray, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Samples counted over consecutive shards -> (shard, number in the shard)."""
+    """Map samples that are counted over consecutive shards to (shards, numbers in them)."""
     shards = np.searchsorted(ends, samples, side="right")
     return shards, samples - (ends - counts)[shards]
 
 
 def _remainder(values: np.ndarray, divisor: np.uint64) -> np.ndarray:
-    """values % divisor, ten times as fast: numpy has a vector division by one number, and no such remainder."""
+    """Return values % divisor, ten times as fast: numpy has a vector division by one number, and no such remainder."""
     return values - values // divisor * divisor
 
 
 def _scramble(values: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood 2014): a bijection of uint64 that mixes every bit into all."""
+    """Apply the finaliser of SplitMix64 (Steele, Lea and Flood 2014), a bijection of uint64 that mixes every bit into all."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

@@ -1,8 +1,9 @@
 """Whole documents packed into samples, so that none is cut that fits into one.
 
-Which documents share a sample is computed once a shard (`best_fit.py`) and stored: `<shard>_<samples>.npy` holds
-(3, pieces) unsigned integers: the sample of each piece, ascending, its first token in the shard, and its length; and after
-them the XXH3-128 of all that. So a listing of the folder tells all counts, and a run that starts again reads no boundaries.
+The plan of a shard, which documents share a sample, is computed once (`best_fit.py`) and stored. `<shard>_<samples>.npy`
+holds (3, pieces) unsigned integers: the sample of each piece, ascending, its first token in the shard, and its length.
+After them comes the XXH3-128 of all that. So a listing of the folder gives all counts, and a run that starts again reads
+no boundaries.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 import xxhash
 
 from pretrain.data.batches.best_fit import best_fit_decreasing, cut_into_pieces
-from pretrain.data.batches.samples import IdCheck, Rows
+from pretrain.data.batches.samples import IdCheck, SampleRows
 from pretrain.data.json_files import content_hash
 from pretrain.data.tokens.shards import TokenShards
 from pretrain.errors import UserError
@@ -31,12 +32,10 @@ DIGEST_BYTES = 16
 
 
 class BestFit:
-    """`Samples` of whole documents, one after another; the places left over at the end are padding.
+    """`Samples` of whole documents, one after another; the places that are left at the end are padding.
 
     The first token of a document, or of a piece of one that is longer than a sample, is never a target, and every other
-    token is the target of one place. With document_attention each piece has positions, and attention, of its own.
-
-    folder: where plans are kept; processes, nodes and runs may share it. Missing and damaged plans are made.
+    token is the target of one place.
     """
 
     masked = True
@@ -49,6 +48,15 @@ class BestFit:
         document_attention: bool = False,
         vocab_size: int | None = None,
     ) -> None:
+        """Make the plans that are missing.
+
+        Args:
+            shards: The corpus.
+            seq_len: The inputs of a sample.
+            folder: The folder of plans; processes, nodes and runs may share it.
+            document_attention: Give each piece positions, and attention, of its own.
+            vocab_size: The ids of the model; to read a token that is not below it is a UserError. None: no check.
+        """
         self.shards = shards
         self.seq_len = seq_len
         self.carries_documents = document_attention
@@ -61,24 +69,26 @@ class BestFit:
 
     @property
     def utilization(self) -> float:
-        """The share of places whose target counts, padding and the ends of documents being the rest."""
+        """The share of places whose target counts; the rest are padding and the ends of documents."""
         places = int(self.counts.sum()) * self.seq_len
         return (self.shards.tokens - self.shards.documents) / places if places else 0.0
 
-    def read(self, shards: np.ndarray, numbers: np.ndarray, into: Rows) -> None:
+    def read(self, shards: np.ndarray, numbers: np.ndarray, into: SampleRows) -> None:
         for row, (shard, number) in enumerate(zip(shards.tolist(), numbers.tolist(), strict=True)):
             self._read_one(shard, self._pieces(shard, number), into[row : row + 1])
 
     def documents(self, shard: int, number: int) -> list[tuple[int, int, int]]:
-        ends, room, found = self.shards.open_ends(shard), self.seq_len, []
+        ends, room = self.shards.open_ends(shard), self.seq_len
+        documents = []
         for start, length in self._pieces(shard, number):
             document = int(np.searchsorted(ends, ends.dtype.type(start), side="right"))
-            found.append((document, start, start + min(length, room)))
+            documents.append((document, start, start + min(length, room)))
             room -= length
-        return found
+        return documents
 
-    def _read_one(self, shard: int, pieces: list[tuple[int, int]], row: Rows) -> None:
+    def _read_one(self, shard: int, pieces: list[tuple[int, int]], row: SampleRows) -> None:
         tokens, place = self.shards.open_tokens(shard), 0
+        assert row.counted is not None  # since these samples are `masked`
         row.counted[:] = False
         for start, length in pieces:
             stop = place + length
@@ -91,21 +101,21 @@ class BestFit:
         row.tokens[0, place:] = self._padding
         self._count_up(row, place, self.seq_len)
 
-    def _count_up(self, row: Rows, start: int, stop: int) -> None:
-        """Positions of a document's, or of padding's, tokens."""
+    def _count_up(self, row: SampleRows, start: int, stop: int) -> None:
+        """Write the positions of the tokens of one document, or of padding."""
         if row.positions is not None:
             places = row.positions[0, start:stop]
             places[:] = self._ramp[: len(places)]
 
     def _pieces(self, shard: int, number: int) -> list[tuple[int, int]]:
-        """First token and length of each piece of a sample."""
+        """Return the first token and the length of each piece of a sample."""
         samples, starts, lengths = self._plans.of(shard)
         first, last = np.searchsorted(samples, np.array([number, number + 1], dtype=samples.dtype))
         return list(zip(starts[first:last].tolist(), lengths[first:last].tolist(), strict=True))
 
 
 class Plans:
-    """The stored plans of one corpus and one length of samples: a folder of its own in `folder`."""
+    """The stored plans of one corpus and one length of samples, in a folder of their own."""
 
     def __init__(self, shards: TokenShards, seq_len: int, folder: Path) -> None:
         # None, not the empty string, where there is no checksum: the names of stored plans depend on it.
@@ -119,10 +129,12 @@ class Plans:
         self.of = lru_cache(OPEN_PLANS)(self._open)
 
     def make_missing(self) -> None:
-        """Make the plans that are not in the folder, together with whoever else does so at the time.
+        """Make the plans that are not in the folder; other processes may do so at the same time.
 
-        Each process goes through them in an order of its own, so two seldom make the same one; nobody waits for another.
-        UserError where the boundaries of a shard's documents make no sense, or the folder does not take the plans.
+        Each process takes them in a random order, so two seldom make the same one, and none waits for another.
+
+        Raises:
+            UserError: The document ends of a shard are corrupt, or the folder does not take the plans.
         """
         try:
             self._make_missing()
@@ -142,12 +154,12 @@ class Plans:
                 self._shards.close(shard)
 
     def counts(self) -> np.ndarray:
-        """The samples of each shard, int64 (shards,), once no plan is missing."""
+        """Return the samples of each shard, int64 (shards,); no plan may be missing."""
         self._names = self._listing()
         return np.array([self._names[shard][1] for shard in range(len(self._shards.shards))], dtype=np.int64)
 
     def _open(self, shard: int) -> np.ndarray:
-        """The plan of `shard`, (3, pieces), mapped; a damaged one is made anew."""
+        """Return the plan of `shard`, (3, pieces), mapped; a damaged one is made again."""
         path = self.folder / self._names[shard][0]
         if shard not in self._intact and not _is_intact(path):
             self._make(shard)
@@ -164,13 +176,13 @@ class Plans:
         _store(self.folder / f"{shard:06d}_{int(samples.max(initial=-1)) + 1}.npy", plan)
 
     def _listing(self) -> dict[int, tuple[str, int]]:
-        """Name and count of samples of every plan that is there."""
+        """Return the name and the count of samples of every plan that is there, by shard."""
         names = filter(None, map(re.compile(r"(\d{6,})_(\d+)\.npy").fullmatch, os.listdir(self.folder)))
         return {int(name[1]): (name[0], int(name[2])) for name in names}
 
 
 def _store(path: Path, plan: np.ndarray) -> None:
-    """Complete or absent, whoever else writes the same."""
+    """Write a plan and its checksum: complete or absent, even if another process writes the same."""
     content = BytesIO()
     np.save(content, plan)
     with unfinished(path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")) as aside:

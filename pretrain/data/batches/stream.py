@@ -1,26 +1,33 @@
-"""One corpus in the order in which a run reads it, with the shards it needs fetched ahead and let go."""
+"""One corpus in the order in which a run reads it; the shards that it needs are fetched ahead and then released."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from pretrain.data.batches.order import Order
-from pretrain.data.batches.samples import Rows, Samples
+from pretrain.data.batches.samples import SampleRows, Samples
 
 
 class Stream:
-    """The samples of one corpus by their place in its order."""
+    """The samples of one corpus, found by their place in its order."""
 
     def __init__(self, samples: Samples, order: Order) -> None:
-        """`order` is over `samples.counts`."""
+        """Read `samples` in `order`, which is over `samples.counts`."""
         self.samples = samples
         self.shards = samples.shards
         self.order = order
         self._window = range(0)
         self._needed: list[int] = []
 
-    def read(self, places: np.ndarray, shards: np.ndarray, numbers: np.ndarray, into: Rows) -> None:
-        """Write the samples at ascending `places` of the order, which are `numbers` of `shards`, one into each row."""
+    def read(self, places: np.ndarray, shards: np.ndarray, numbers: np.ndarray, into: SampleRows) -> None:
+        """Write samples into rows.
+
+        Args:
+            places: (samples,) int64, ascending, the places in the order.
+            shards: (samples,) int64, the shards that `order.at(places)` gives.
+            numbers: (samples,) int64, the numbers in the shards that it gives.
+            into: One row for each sample.
+        """
         start = 0
         while start < len(places):
             self._go_to(int(places[start]))
@@ -29,7 +36,7 @@ class Stream:
             start = stop
 
     def close(self) -> None:
-        """Let go of every shard."""
+        """Release every shard."""
         self._need([])
         self._window = range(0)
 
@@ -39,7 +46,7 @@ class Stream:
             self._need(self.order.needs(place))
 
     def _need(self, shards: list[int]) -> None:
-        """Fetch these and drop the others."""
+        """Fetch these shards and release the others."""
         for shard in set(self._needed) - set(shards):
             self.shards.close(shard)
         self._needed = shards

@@ -32,7 +32,7 @@ def test_every_token_knows_its_place_in_its_document(data, dtype):
 
 @pytest.mark.parametrize("far", [2**33, 2**53])
 def test_tokens_far_into_a_shard_are_told_apart(far):
-    """As float64, which numpy compares uint64 with int64 as, 2^53 + 1 would be 2^53."""
+    """numpy compares uint64 with int64 as float64, where 2^53 + 1 would be 2^53."""
     ends = np.array([far, far + 3, far + 10], dtype=np.uint64)
     positions, counted = restart(ends, np.array([far - 1, far, far + 1]), 5)
     assert positions.tolist() == [[0, 0, 1, 2, 0], [0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]

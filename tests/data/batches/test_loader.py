@@ -313,14 +313,14 @@ def _starts(shards: TokenShards) -> list[int]:
 
 
 def _expected(shards: TokenShards, window: int, count: int) -> list[int]:
-    """The first tokens of the run's first samples."""
+    """Return the first tokens of the run's first samples."""
     at, numbers = _order(shards, window).at(torch.arange(count).numpy())
     befores = [sum(shard.tokens for shard in shards.shards[:each]) for each in range(len(shards.shards))]
     return [befores[shard] + SEQ_LEN * number for shard, number in zip(at.tolist(), numbers.tolist(), strict=True)]
 
 
 def _order(shards: TokenShards, window: int) -> Order:
-    """Global for window 0."""
+    """Return a global order for window 0, else a windowed one."""
     counts = Concatenated(shards, SEQ_LEN).counts
     return WindowedOrder(counts, 3, window) if window else GlobalOrder(counts, 3)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pretrain.data.batches.best_fit import best_fit_decreasing, cut_into_pieces
 from pretrain.data.batches.packing import BestFit, Plans
-from pretrain.data.batches.samples import Rows
+from pretrain.data.batches.samples import SampleRows
 from pretrain.data.tokens import ShardWriter, TokenShards, open_shards
 from pretrain.errors import UserError
 
@@ -23,7 +23,7 @@ SEQ_LEN, EOS = 32, 9
 
 
 def textbook_best_fit(lengths: list[int], capacity: int) -> Counter:
-    """The room left in each bin: one piece after another, the longest first, over all bins."""
+    """Return the room left in each bin: one piece after another, the longest first, over all bins."""
     room: list[int] = []
     for length in sorted(lengths, reverse=True):
         fits = [bin_ for bin_, left in enumerate(room) if left >= length]
@@ -78,8 +78,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
     return open_shards(folder)
 
 
-def read(samples: BestFit, shard: int, numbers: np.ndarray) -> Rows:
-    rows = Rows(
+def read(samples: BestFit, shard: int, numbers: np.ndarray) -> SampleRows:
+    rows = SampleRows(
         np.full((len(numbers), SEQ_LEN + 1), -7, dtype=np.int64),
         np.ones((len(numbers), SEQ_LEN), dtype=bool),
         np.full((len(numbers), SEQ_LEN), -7, dtype=np.int64) if samples.carries_documents else None,
@@ -156,7 +156,7 @@ def test_documents_are_named_by_number_and_tokens(shards, tmp_path: Path) -> Non
 
 def test_rows_come_in_the_order_asked_for_from_several_shards(shards, tmp_path: Path) -> None:
     samples = BestFit(shards, SEQ_LEN, tmp_path)
-    found = Rows(np.empty((3, SEQ_LEN + 1), dtype=np.uint32), np.empty((3, SEQ_LEN), dtype=bool))
+    found = SampleRows(np.empty((3, SEQ_LEN + 1), dtype=np.uint32), np.empty((3, SEQ_LEN), dtype=bool))
     samples.read(np.array([1, 7, 1]), np.array([5, 0, 2]), found)
     for row, (shard, number) in enumerate([(1, 5), (7, 0), (1, 2)]):
         alone = read(samples, shard, np.array([number]))
@@ -201,7 +201,7 @@ def _make_and_read(shards: TokenShards, folder: Path, results) -> None:
 
 
 def test_two_processes_that_start_at_once_agree(shards, tmp_path: Path) -> None:
-    """They make the plans between them; what both make is the same."""
+    """They share the making of plans; a plan that both make is the same."""
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     ranks = [context.Process(target=_make_and_read, args=(shards, tmp_path / "both", results)) for _ in range(2)]

@@ -1,5 +1,4 @@
-"""The orders over shards: every sample once an epoch, few shards at a time in a windowed one, and nothing to be seen
-of the order of the data."""
+"""The orders over shards: every sample once an epoch, few shards at a time in a window, and no trace of the data's order."""
 
 from __future__ import annotations
 
@@ -131,7 +130,7 @@ def test_derived_seeds_are_distinct() -> None:
 @pytest.mark.parametrize("window", [0, 64])
 def test_a_trillion_samples_cost_what_a_thousand_do(window: int) -> None:
     def cost(counts: np.ndarray) -> int:
-        """Bytes at the peak of making an order and asking for samples of far apart."""
+        """Return the peak of memory, in bytes, of making an order and locating samples that lie far apart."""
         tracemalloc.start()
         order = _order(counts, 1, window)
         for place in (0, int(counts.sum()) // 2, 10 * int(counts.sum()) - 100):
@@ -194,7 +193,7 @@ def test_the_orders_never_change() -> None:
 
 
 def _order(counts, seed: int, window: int) -> Order:
-    """Global for window 0."""
+    """Return a global order for window 0, else a windowed one."""
     return WindowedOrder(np.array(counts), seed, window) if window else GlobalOrder(np.array(counts), seed)
 
 

@@ -1,4 +1,4 @@
-"""What a stream holds of its corpus: the samples of its shards, few shards at a time, whatever the corpus's size."""
+"""A stream: the samples of its shards, few shards at a time, whatever the corpus's size."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pretrain.data import TokenShards
 from pretrain.data.batches.feed import Feed
 from pretrain.data.batches.loader import Loader
 from pretrain.data.batches.order import FileOrder, GlobalOrder, WindowedOrder
-from pretrain.data.batches.samples import Concatenated, Rows
+from pretrain.data.batches.samples import Concatenated, SampleRows
 from pretrain.data.batches.stream import Stream
 from pretrain.data.tokens.corpus import Shard
 from pretrain.data.tokens.files import LocalFiles
@@ -64,7 +64,7 @@ def test_a_windowed_stream_holds_two_windows_and_asks_for_the_next_one_in_time(
     stream = Stream(samples, order)
     for place in range(0, 3 * order.num_samples, at_once):
         places = np.arange(place, place + at_once)
-        rows = Rows.empty(at_once, SEQ_LEN, shards.dtype, masked=False, carries_documents=False)
+        rows = SampleRows.empty(at_once, SEQ_LEN, shards.dtype, masked=False, carries_documents=False)
         at, numbers = order.at(places)
         stream.read(places, at, numbers, rows)
         assert (rows.tokens == (1000 * at + SEQ_LEN * numbers)[:, None] + np.arange(SEQ_LEN + 1)).all()
@@ -95,7 +95,7 @@ def test_samples_of_many_shards_come_in_the_order_asked_for(make_shards: MakeSha
 
 def test_a_sample_that_a_shard_does_not_have_is_refused(make_shards: MakeShards) -> None:
     samples = Concatenated(make_shards(3000, shard_tokens=500), SEQ_LEN)
-    rows = Rows.empty(2, SEQ_LEN, samples.shards.dtype, masked=False, carries_documents=False)
+    rows = SampleRows.empty(2, SEQ_LEN, samples.shards.dtype, masked=False, carries_documents=False)
     samples.read(np.array([0, 1]), samples.counts[:2] - 1, rows)
     with pytest.raises(IndexError, match="has no samples"):
         samples.read(np.array([0, 1]), samples.counts[:2] - [1, 0], rows)
@@ -169,6 +169,6 @@ def test_ten_billion_samples_cost_no_more_memory_than_their_shards(tmp_path: Pat
 
 
 def _read(stream: Stream, places: np.ndarray) -> np.ndarray:
-    rows = Rows.empty(len(places), SEQ_LEN, np.dtype(np.int64), masked=False, carries_documents=False)
+    rows = SampleRows.empty(len(places), SEQ_LEN, np.dtype(np.int64), masked=False, carries_documents=False)
     stream.read(places, *stream.order.at(places), rows)
     return rows.tokens

@@ -9,7 +9,7 @@ import numpy as np
 
 from pretrain.autopsy import Autopsies, Recorder
 from pretrain.config.schema import load_config
-from pretrain.data.batches.samples import Rows
+from pretrain.data.batches.samples import SampleRows
 from pretrain.data.tokenizer import load_tokenizer
 from pretrain.distributed.ranks import initialize
 from pretrain.engine.build_engine import build_engine
@@ -29,7 +29,7 @@ STEPS_BEFORE = 3
 def texts(plan: Plan, samples: range) -> list[str]:
     """Return the inputs of samples of the run, decoded by transformers."""
     feed = plan.corpora.feed()
-    rows = Rows.empty(len(samples), feed.seq_len, feed.dtype, feed.masked, feed.carries_documents)
+    rows = SampleRows.empty(len(samples), feed.seq_len, feed.dtype, feed.masked, feed.carries_documents)
     feed.read(feed.at(np.asarray(samples)), rows)
     tokenizer = load_tokenizer(Path(plan.config.tokenizer))
     return [str(tokenizer.decode(tokens)) for tokens in rows.tokens[:, :-1].tolist()]
