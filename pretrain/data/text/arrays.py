@@ -1,4 +1,4 @@
-"""A file that is one JSON array of records, taken apart without being in memory as a whole."""
+"""Reads a file that is one JSON array of records, without holding it in memory as a whole."""
 
 from __future__ import annotations
 
@@ -27,13 +27,16 @@ def is_array(chunks: Iterator[bytes]) -> bool:
 
 
 def elements(chunks: Iterator[bytes], longest: int) -> Iterator[bytes]:
-    """The elements of the array, each as JSON on one line.
+    """Yield the elements of the array, each as JSON on one line.
 
-    ValueError for what is no JSON or longer than `longest` characters, EOFError where the array does not end.
+    Raises:
+        ValueError: The content is no JSON, or an element has more than `longest` characters.
+        EOFError: The array does not end.
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     scan = json.JSONDecoder().raw_decode
-    held, place, wanted, awaited = "", 0, 0, ("[",)
+    held, place, wanted = "", 0, 0
+    awaited: tuple[str, ...] = ("[",)
     for chunk in itertools.chain(chunks, (None,)):
         held, place = held[place:] + decoder.decode(chunk or b"", final=chunk is None), 0
         if len(held) < wanted and chunk is not None:

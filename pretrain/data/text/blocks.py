@@ -1,7 +1,6 @@
 """Bounded pieces of a source file, small enough to send to another process, which turns them into texts.
 
-Each kind has `file`, the number of the file in its source, `place`, where it is for people, and `bytes`, about how much
-text it holds. What a reader could not read is a block too, which says so when its records are asked for.
+A part that a reader could not read is a block too: its only record is the fault.
 """
 
 from __future__ import annotations
@@ -9,10 +8,10 @@ from __future__ import annotations
 import io
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pretrain.data.text.columns import records_of
 from pretrain.data.text.faults import BadRecord, Fault, NullText, Tally, Unreadable
@@ -20,22 +19,44 @@ from pretrain.data.text.files import SourceFile
 from pretrain.data.text.selection import Selection, WrongField
 from pretrain.errors import UserError
 
+if TYPE_CHECKING:
+    import pyarrow
+    import pyarrow.parquet
+
 # What the libraries raise on damaged files and on features that they lack; Arrow's errors are kinds of these.
 UNREADABLE = (OSError, EOFError, ValueError, SyntaxError, KeyError, NotImplementedError)
 _BUFFER_BYTES = 1 << 20  # without one (or with pre_buffer) pyarrow holds whole columns of a row group, compressed
 
 
 class Block(ABC):
+    """A part of a source file.
+
+    Attributes:
+        file: The number of the file in its source.
+    """
+
     file: int
-    place: str
-    bytes: int
+
+    @property
+    @abstractmethod
+    def place(self) -> str:
+        """Its place, for people."""
+
+    @property
+    @abstractmethod
+    def bytes(self) -> int:
+        """About how many bytes of text it holds."""
 
     @abstractmethod
     def records(self) -> Iterator[str | Fault | None]:
-        """Yield for each record, in order, its text, None where a filter leaves it out, or what is wrong with it."""
+        """Yield for each record, in order, its text, its fault, or None where a filter leaves it out."""
 
     def texts(self) -> list[str]:
-        """The text of each record, in order; empty where there is none or the record does not count. Raises faults."""
+        """Return the text of each record, in order; empty where there is none or the record does not count.
+
+        Raises:
+            Fault: A record is bad, or a part cannot be read.
+        """
         texts = []
         for found in self.records():
             if isinstance(found, Fault) and not isinstance(found, NullText):
@@ -46,11 +67,15 @@ class Block(ABC):
 
 @dataclass(frozen=True)
 class TextBlock(Block):
-    """One text."""
+    """One text of the file at `path`."""
 
     file: int
-    place: str
+    path: str
     text: str
+
+    @property
+    def place(self) -> str:
+        return self.path
 
     @property
     def bytes(self) -> int:
@@ -62,7 +87,7 @@ class TextBlock(Block):
 
 @dataclass(frozen=True)
 class LinesBlock(Block):
-    """Whole lines of JSON, the first of which has the number `first` (from 1) in its file; or of records, one a line."""
+    """Whole lines of JSON, one record each; the first has the number `first` (from 1) among the file's lines or records."""
 
     file: int
     path: str
@@ -127,17 +152,21 @@ class TableBlock(Block):
 
 @dataclass(frozen=True)
 class RowGroupBlock(Block):
-    """Row group `group` of a Parquet file, read where it is turned into texts."""
+    """Row group `group` of a Parquet file, read by the process that turns it into texts."""
 
     file: int
     source: SourceFile
     group: int
-    bytes: int
+    text_bytes: int
     selection: Selection
 
     @property
     def place(self) -> str:
         return f"{self.source.path}, row group {self.group}"
+
+    @property
+    def bytes(self) -> int:
+        return self.text_bytes
 
     def records(self) -> Iterator[str | Fault | None]:
         try:
@@ -156,24 +185,30 @@ class RowGroupBlock(Block):
 
 @dataclass(frozen=True)
 class UnreadableBlock(Block):
-    """What a reader could not read."""
+    """A part that a reader could not read."""
 
     file: int
     fault: Fault
-    bytes = 0
 
     @property
     def place(self) -> str:
         return self.fault.place
+
+    @property
+    def bytes(self) -> int:
+        return 0
 
     def records(self) -> Iterator[Fault]:
         yield self.fault
 
 
 def texts_of(block: Block, tally: Tally, skip_unreadable: bool) -> Iterator[str]:
-    """The texts of `block` but for empty ones; `tally` counts what gives none.
+    """Yield the texts of `block` that are not empty.
 
-    Raises the first fault unless `skip_unreadable`; a text that is null is none.
+    Args:
+        block: The block.
+        tally: Counts all records, and those that give no text.
+        skip_unreadable: Count faults. Otherwise the first is raised, unless it is a text that is null.
     """
     for found in block.records():
         tally.records += 1
@@ -191,8 +226,8 @@ def texts_of(block: Block, tally: Tally, skip_unreadable: bool) -> Iterator[str]
 
 
 @lru_cache(maxsize=1)
-def open_parquet(source: SourceFile):
-    """The `ParquetFile`; kept open, since the row groups of a file follow each other."""
+def open_parquet(source: SourceFile) -> pyarrow.parquet.ParquetFile:
+    """Return the opened file, which stays open, since the row groups of a file follow each other."""
     import pyarrow.parquet
 
     place = source.open() if source.is_remote else source.path
@@ -202,14 +237,14 @@ def open_parquet(source: SourceFile):
 
 
 def unreadable(place: str, error: Exception) -> Unreadable:
-    """The fault of an UNREADABLE `error`; UserError if the system or a library is at fault, not the content."""
+    """Return the fault for an UNREADABLE `error`; raise UserError if the system or a library is to blame, not the content."""
     fault = Unreadable(place, f"{type(error).__name__}: {error}")
     if isinstance(error, NotImplementedError) or getattr(error, "errno", None) is not None:
         raise UserError(str(fault)) from error
     return fault
 
 
-def _found_in(table, selection: Selection, part: str, first: int) -> Iterator[str | Fault | None]:
+def _found_in(table: pyarrow.Table, selection: Selection, part: str, first: int) -> Iterator[str | Fault | None]:
     """Yield the outcome of each row of an Arrow table that has the selection's fields."""
     try:
         records = records_of(table, selection)
@@ -220,7 +255,7 @@ def _found_in(table, selection: Selection, part: str, first: int) -> Iterator[st
         yield _text_or_fault(selection, record, f"{part}, row {number}")
 
 
-def _text_or_fault(selection: Selection, record: dict[str, Any], place: str) -> str | Fault | None:
+def _text_or_fault(selection: Selection, record: Mapping[str, Any], place: str) -> str | Fault | None:
     try:
         return selection.text_of(record)
     except WrongField as error:
@@ -232,8 +267,8 @@ def _fault(place: str, error: WrongField) -> BadRecord:
     return kind(place, error.kind, error.reason, error.advice)
 
 
-def _each_once(fields: list[str]):
-    """Refuse a JSON object that holds one of `fields` twice: readers differ in which of the two counts."""
+def _each_once(fields: list[str]) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    """Return a hook that refuses a JSON object with one of `fields` twice: readers differ in which of the two counts."""
 
     def made(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]

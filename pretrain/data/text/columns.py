@@ -1,4 +1,4 @@
-"""The columns of a table that a selection looks at: by name, or by a path into columns that hold records."""
+"""The columns of a table that a selection reads: by name, or by a path into columns that hold records."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def check_fields(selection: Selection, schema: pyarrow.Schema) -> None:
-    """WrongField unless a table of this schema has every field of the selection, each once."""
+    """Raise WrongField unless a table of this schema has every field of the selection, each once."""
     for field in selection.fields:
         if (count := schema.names.count(field)) > 1:
             raise WrongField(f"has {count} fields '{field}'", advice="Rename all but one, or leave out the file.")
@@ -20,8 +20,10 @@ def check_fields(selection: Selection, schema: pyarrow.Schema) -> None:
             raise selection.no_field(field, list(_names(schema)))
 
 
-def columns_of(table: pyarrow.Table | pyarrow.RecordBatch, selection: Selection) -> list:
-    """The column of each field of the selection, in their order, wherever in the table it is."""
+def columns_of(
+    table: pyarrow.Table | pyarrow.RecordBatch, selection: Selection
+) -> list[pyarrow.Array | pyarrow.ChunkedArray]:
+    """Return the column of each field of the selection, in their order; a field may lie within a column of records."""
     from pyarrow.compute import struct_field
 
     columns = []
@@ -33,14 +35,14 @@ def columns_of(table: pyarrow.Table | pyarrow.RecordBatch, selection: Selection)
 
 
 def records_of(table: pyarrow.Table, selection: Selection) -> Iterator[Mapping[str, Any]]:
-    """The rows of a table, by field."""
+    """Yield the rows of a table, by field."""
     columns = [_values(column) for column in columns_of(table, selection)]
     fields = selection.fields
     return (dict(zip(fields, row, strict=True)) for row in zip(*columns, strict=True))
 
 
-def _values(column) -> list:
-    """The values of a column; as bytes where not all of its text is UTF-8, so that each can be judged by itself."""
+def _values(column: pyarrow.Array | pyarrow.ChunkedArray) -> list:
+    """Return the values of a column; as bytes where not all of its text is UTF-8, so that each is checked by itself."""
     import pyarrow
 
     try:
@@ -52,7 +54,7 @@ def _values(column) -> list:
 
 
 def _path_to(fields: pyarrow.Schema | pyarrow.StructType, field: str) -> list[str]:
-    """The names that lead to `field` from `fields`, the first of which is one of theirs; none if there is no such path."""
+    """Return the names that lead from `fields` to `field`, the first of which is one of `fields`; [] if there is no path."""
     import pyarrow
 
     if fields.get_field_index(field) >= 0:
@@ -66,7 +68,7 @@ def _path_to(fields: pyarrow.Schema | pyarrow.StructType, field: str) -> list[st
 
 
 def _names(schema: pyarrow.Schema) -> Iterator[str]:
-    """List the fields that can be asked for of a schema, down to the fields of a column's records."""
+    """Yield the fields of a schema that a selection may name, down to the fields of a column's records."""
     import pyarrow
 
     for field in schema:

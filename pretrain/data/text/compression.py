@@ -1,4 +1,4 @@
-"""Compressed files as a stream of their content, whatever number of members they have."""
+"""Compressed files, with one or more members, as a stream of their content."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ _WITH_GZIP_HEADER = 31
 
 
 def content(raw: BinaryIO, name: str) -> Iterator[bytes]:
-    """The content of `raw`, decompressed if its `name` says so; EOFError for a file that was cut, ValueError for another."""
+    """Return the content of `raw`, decompressed if its `name` says so.
+
+    Raises:
+        EOFError: While it is read: the file was cut.
+        ValueError: While it is read: the file is damaged.
+        NotImplementedError: This Python cannot decompress it.
+    """
     if not (compression := compression_of(name)):
         return iter(lambda: raw.read(CHUNK_BYTES), b"")
     if compression == ".gz":
@@ -48,7 +54,7 @@ def _members(raw: BinaryIO, open_member: Callable[[], Any], damage: type[Excepti
             member, began = member or open_member(), True
             try:
                 pieces = member.decompress(chunk)
-                yield from (pieces,) if isinstance(pieces, bytes) else pieces
+                yield from [pieces] if isinstance(pieces, bytes) else pieces
             except damage as error:
                 raise ValueError(f"{error}, before byte {raw.tell()}") from error
             chunk, member = (member.unused_data, None) if member.eof else (b"", member)
@@ -57,7 +63,7 @@ def _members(raw: BinaryIO, open_member: Callable[[], Any], damage: type[Excepti
 
 
 class _InPieces:
-    """A decompressor of which a few bytes may hold gigabytes, and which can give them bit by bit."""
+    """A decompressor that returns its output in pieces: a few compressed bytes may hold gigabytes."""
 
     def __init__(self, decompressor: Any) -> None:
         self._decompressor = decompressor

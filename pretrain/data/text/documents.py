@@ -1,4 +1,4 @@
-"""Texts become documents."""
+"""Turns texts into documents."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ MAX_DOCUMENT_CHARACTERS = 4 << 20
 
 
 def cut_long(text: str) -> list[str]:
-    """`text` in documents of at most MAX_DOCUMENT_CHARACTERS, cut after line breaks where there are any."""
+    """Return `text` as documents of at most MAX_DOCUMENT_CHARACTERS, cut after line breaks where there are any."""
     documents = []
     start = 0
     while len(text) - start > MAX_DOCUMENT_CHARACTERS:

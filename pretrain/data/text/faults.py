@@ -1,4 +1,4 @@
-"""Sources that give no text: damage, and records that are not what was asked for; and how many of them are too many."""
+"""Faults of sources: damage, records without the text that was asked for, and the share of them that is too large."""
 
 from __future__ import annotations
 
@@ -7,23 +7,28 @@ from dataclasses import dataclass, field
 
 from pretrain.errors import UserError
 
-DAMAGE = "is damaged"  # of what holds an unknown number of records
-SHOWN = 10  # of the records of one file that are bad in the same way; the others are counted
+DAMAGE = "is damaged"  # the kind of a fault in a part with an unknown number of records
+SHOWN = 10  # bad records of one kind in one file; the others are counted
 FEW = 10  # this many bad records are never too many, unless none may be
-JUDGED_RECORDS = 10_000  # of fewer, no share is told before the end
+JUDGED_RECORDS = 10_000  # a share of fewer is not judged before the end
 
 
 class Fault(UserError):
     """A record or a place of a source that gives no text.
 
-    place: where, for people; kind: what is wrong, in the words that all such faults share; reason: what is wrong with
-    this one; records: how many it stands for; before: the good records that came before it, as far as is known.
+    Attributes:
+        place: Its place, for people.
+        kind: The words that all faults of this kind share.
+        reason: The words on this one.
+        advice: What to do about it.
+        records: The number of records that it stands for.
+        before: The good records that came before it, as far as is known.
     """
 
     before = 0
 
     def __init__(self, place: str, kind: str, reason: str, advice: str = "", records: int = 1) -> None:
-        super().__init__(place, kind, reason, advice, records)  # of which pickle makes it again
+        super().__init__(place, kind, reason, advice, records)  # from these, pickle makes it again
         self.place = place
         self.kind = kind
         self.reason = reason
@@ -39,11 +44,11 @@ class Fault(UserError):
 
 
 class BadRecord(Fault):
-    """A record that can be read and has no such field, or something else in it."""
+    """A record that can be read, but lacks the field or holds no text in it."""
 
 
 class BadTable(BadRecord):
-    """A whole file none of whose records has such a field."""
+    """A whole file in which no record has the field."""
 
     @property
     def fault(self) -> str:
@@ -51,11 +56,11 @@ class BadTable(BadRecord):
 
 
 class NullText(BadRecord):
-    """A record that says that it has no text: it is left out without being asked, and counted."""
+    """A record whose text is null: it is always left out, and counted."""
 
 
 class Unreadable(Fault):
-    """Damage at `place`; what comes after it may be whole."""
+    """Damage at `place`; the rest of the source may be whole."""
 
     def __init__(self, place: str, reason: str, kind: str = DAMAGE) -> None:
         super().__init__(place, kind, reason, "Mend or leave out the file.")
@@ -70,17 +75,20 @@ class Unreadable(Fault):
 class Tally:
     """A count of the records that gave no text.
 
-    records: all that were looked at; empty: with a text of no characters; filtered: left out by --filter; faults:
-    (number of the file, fault) in order, all DAMAGE and of each other kind the first SHOWN of a file; more: how many
-    records were left out beyond those, by (number of the file, kind).
+    Attributes:
+        records: All records.
+        empty: Those whose text has no characters.
+        filtered: Those left out by --filter.
+        faults: (number of the file, fault) in order: all DAMAGE, and of each other kind the first SHOWN of a file.
+        more: The number of records left out beyond those, by (number of the file, kind).
     """
 
     records: int = 0
     empty: int = 0
     filtered: int = 0
     faults: list[tuple[int, Fault]] = field(default_factory=list)
-    more: Counter = field(default_factory=Counter)
-    _seen: Counter = field(default_factory=Counter)
+    more: Counter[tuple[int, str]] = field(default_factory=Counter)
+    _seen: Counter[tuple[int, str]] = field(default_factory=Counter)
 
     def add(self, file: int, fault: Fault) -> None:
         """Count a fault of a record that is counted in `records`, or of a place."""
@@ -98,14 +106,14 @@ class Tally:
 
 
 def is_too_many(bad: int, records: int, share: float, *, at_end: bool) -> bool:
-    """Return whether `bad` of `records` records are more than `share` of them, as far as that can be said by now."""
+    """Return whether `bad` of `records` records are more than `share` of them, as far as that can be judged by now."""
     if not share:
         return bad > 0
     return (at_end or records >= JUDGED_RECORDS) and bad > FEW and bad > share * records
 
 
 def too_many(bad: int, records: int, share: float, first: str) -> UserError:
-    """Return the error for too many of them; `first` describes the first one."""
+    """Return the error for too many bad records; `first` describes the first one."""
     return UserError(
         f"{bad:,} of the {records:,} records read so far give no text ({bad / max(records, 1):.1%}; the first: {first}), "
         f"and --max-bad-records {share:g} allows a share of {share:g}. Set --text-field or --source so that they are "
@@ -114,7 +122,7 @@ def too_many(bad: int, records: int, share: float, first: str) -> UserError:
 
 
 def advice_on(fault: Fault, records_before: int) -> UserError:
-    """Return the error for a fault that was not to be left out, after so many good records."""
+    """Return the error for a fault that is not skipped, after `records_before` good records."""
     if isinstance(fault, Unreadable):
         return UserError(
             f"{fault.fault}. Mend or leave out the file (the work then starts from the beginning), or go on without what is "

@@ -1,4 +1,4 @@
-"""The files of a source: where each is, its size, and what tells whether it has changed."""
+"""The files of a source: their places, sizes and versions, which show whether they have changed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]*(::[a-z][a-z0-9+.-]*)*://")
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file: where it is (a path or an fsspec URL), its size in bytes, and what else changes with its content."""
+    """One file: a path or an fsspec URL, its size in bytes, and a tag that changes with its content, if there is one."""
 
     path: str
     bytes: int
@@ -37,7 +37,7 @@ class SourceFile:
             return open(self.path, "rb")
         from pretrain.data.text.remote import open_remote
 
-        # Of a table, parts here and there are read; the rest would come for nothing.
+        # Only parts of a table are read; a large buffer would fetch the rest for nothing.
         return open_remote(self.path, self.bytes, 1 << 16 if self.kind in TABLES else 1 << 23)
 
     def check_unchanged(self) -> None:
@@ -45,13 +45,12 @@ class SourceFile:
         size, version = self._now()
         if size == self.bytes and (self.version is None or version is None or version == self.version):
             return
-        grown = (
-            f"it had {self.bytes:,} bytes when it was listed, and has {size:,}"
-            if size != self.bytes
-            else (f"it was written to after it was listed, and has {size:,} bytes as before")
-        )
+        if size != self.bytes:
+            change = f"it had {self.bytes:,} bytes when it was listed, and has {size:,}"
+        else:
+            change = f"it was written to after it was listed, and has {size:,} bytes as before"
         raise UserError(
-            f"{self.path} has changed while it was read: {grown}. What was made of it may be neither the one nor the "
+            f"{self.path} has changed while it was read: {change}. What was made of it may be neither the one nor the "
             "other. Wait until nothing writes to the source any more, and begin again with another --out."
         )
 
@@ -73,12 +72,13 @@ def is_url(name: str) -> bool:
 
 
 def local_file(path: str | Path) -> SourceFile:
-    """The version is the time of the last change, since a file can change and keep its size."""
+    """Return a file of this machine; its version is the time of the last change, since it can change and keep its size."""
     status = os.stat(path)
     return SourceFile(str(path), status.st_size, str(status.st_mtime_ns))
 
 
 def remote_file(url: str, info: dict) -> SourceFile:
+    """Return the file at `url`, which its storage describes as `info`; UserError if that has no size."""
     if info.get("size") is None:
         raise UserError(f"the server does not say how large {url} is, which reading it needs. Download it first.")
     return SourceFile(url, int(info["size"]), version_in(info))
@@ -96,7 +96,7 @@ def library_folder() -> Path:
 
 
 def share(files: Sequence[SourceFile], part: tuple[int, int]) -> list[SourceFile]:
-    """Share `part` = (number, count) of `files`: contiguous, about equal in bytes, every file in exactly one share."""
+    """Return share `part` = (number, count) of `files`: contiguous, about equal in bytes; each file is in one share."""
     number, count = part
     total = sum(file.bytes for file in files)
     chosen, start = [], 0

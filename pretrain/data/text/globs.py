@@ -1,4 +1,4 @@
-"""Globs and folders of this machine, expanded without losing anything in silence.
+"""Expands globs and folders of this machine without losing anything in silence.
 
 `glob` passes over folders that may not be listed and links that lead nowhere, and can go round in circles. Here the
 first two are errors, and each real folder below a name is entered once.
@@ -22,15 +22,15 @@ def has_wildcard(path: str) -> bool:
 
 
 def expand(pattern: str) -> Iterator[str]:
-    """The paths that match: `*`, `?` and `[]` within a name, `**` for any folders; hidden names only if asked for."""
+    """Yield the paths that match: `*`, `?` and `[]` within a name, `**` for any folders; hidden names only if named."""
     parts = [part for part in pattern.split("/") if part]
     if parts[-2:] == ["**", "*"]:
-        parts.pop()  # the folders themselves have all that is in them
+        parts.pop()  # the folders stand for all that is in them
     return _expand("/" if pattern.startswith("/") else "", parts)
 
 
 def files_below(folder: str, left_out: Counter, *, hidden: str, again: str) -> Iterator[str]:
-    """The paths in `folder` and below it, links followed, each real folder once.
+    """Yield the paths in `folder` and below it; links are followed, and each real folder is entered once.
 
     Hidden names, and folders that were entered before, are counted in `left_out` under the names given here.
     """
@@ -83,12 +83,12 @@ def _names(folder: str, pattern: str) -> list[str]:
 
 
 def _walk(top: str, left_out: Counter, hidden: str, again: str) -> Iterator[tuple[str, list[str]]]:
-    """(folder, the names in it of what is no folder) of `top` and what lies below it."""
+    """Yield (folder, the names of the files in it) for `top` and the folders below it."""
 
     def refuse(error: OSError) -> None:
         raise _cannot_list(error) from error
 
-    seen = set()
+    seen: set[str] = set()
     for parent, folders, names in os.walk(top or ".", onerror=refuse, followlinks=True):
         real = os.path.realpath(parent)
         if real in seen:

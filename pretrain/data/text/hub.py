@@ -1,7 +1,7 @@
-"""Data sets of the Hugging Face hub, as the files that they consist of.
+"""Data sets of the Hugging Face hub, read as the files that they consist of.
 
-`datasets` says which files a subset and split are, at the revision of this moment; they are then read like any others.
-So a stream stops and goes on within a file, shares between tasks, and notices that its owner changed it.
+`datasets` lists the files of a subset and split, at the current revision; they are then read like any others. So a
+preparation can stop and continue within a file, divides the files among tasks, and notices when they change.
 """
 
 from __future__ import annotations
@@ -17,9 +17,15 @@ _REVISION = re.compile(r"^hf://datasets/[^/]+/[^/@]+@(?P<revision>[^/]+)/")
 
 
 def data_files(name: str, *, subset: str | None, split: str) -> tuple[list[SourceFile], str | None]:
-    """The files of a split of the data set `name` (owner/dataset, or a local folder of its layout), and its revision.
+    """Return the files of a split of a data set, and the revision they are at; None for a local folder.
 
-    UserError if there is no such data set, subset or split, or if its files are of a kind that cannot be read.
+    Args:
+        name: owner/dataset, or a local folder of its layout.
+        subset: The subset; None for the default one.
+        split: The split.
+
+    Raises:
+        UserError: There is no such data set, subset or split, or its files are of a kind that cannot be read.
     """
     import datasets
 
@@ -38,9 +44,15 @@ def data_files(name: str, *, subset: str | None, split: str) -> tuple[list[Sourc
     if not is_url(paths[0]):
         return [local_file(path) for path in paths], None
     try:
-        return listed_files(paths), _REVISION.match(paths[0])["revision"]
+        return listed_files(paths), _revision_in(paths[0])
     except Exception as error:
         raise _unreachable(name, error) from error
+
+
+def _revision_in(url: str) -> str:
+    if (match := _REVISION.match(url)) is None:
+        raise ValueError(f"{url} names no revision")
+    return match["revision"]
 
 
 def _unreachable(name: str, error: Exception) -> UserError:

@@ -1,4 +1,4 @@
-"""Kinds of files by their names: whether and how a file can be read, and whether it is there to be read."""
+"""Kinds of files by their names: how a file can be read, and whether it is text of a data set at all."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _OTHER_DATA = (
     ".npz",
     ".tfrecord",
 )
-# What tells of a data set or a program, and is no part of it.
+# Files that describe a data set or a program, and are no part of it.
 _ABOUT = re.compile(
     r"(readme|licen[cs]es?|copying|copyright|notices?|citation|changelog|contributing|code[ _-]of[ _-]conduct"
     r"|third[ _-]?party[ _-]?(licen[cs]es|notices)|(\w+[_-])?requirements)([ ._-].*)?\.(txt|py)"
@@ -36,7 +36,7 @@ _ABOUT = re.compile(
 
 
 def kind_of(path: str) -> str | None:
-    """The ending that says how `path` is read, in small letters and without that of a compression; None if it is not."""
+    """Return the ending that decides how `path` is read, in lower case, without that of a compression; None if it is not."""
     name, compression = os.path.splitext(path.lower())
     if compression not in COMPRESSIONS:
         name, compression = path.lower(), ""
@@ -45,13 +45,13 @@ def kind_of(path: str) -> str | None:
 
 
 def compression_of(path: str) -> str:
-    """The ending of a compression that `path` has, in small letters; empty without one."""
+    """Return the ending of a compression that `path` has, in lower case; empty without one."""
     ending = os.path.splitext(path.lower())[1]
     return ending if ending in COMPRESSIONS else ""
 
 
 def ending_of(path: str) -> str:
-    """The whole ending of `path` in small letters, like ".json.gz"; empty without one."""
+    """Return the whole ending of `path` in lower case, like ".json.gz"; empty without one."""
     name, ending = os.path.splitext(os.path.basename(path.lower()))
     return os.path.splitext(name)[1] + ending if ending in COMPRESSIONS else ending
 

@@ -1,8 +1,8 @@
-"""The files that paths, folders, globs and URLs name, in one fixed order; and what of those is left out, and why.
+"""Lists the files that paths, folders, globs and URLs name, in one fixed order; and those left out, with the reason.
 
 A file is asked for by its own name, or by a glob that ends as it does ('src/**/*.py'). In a folder, and for a glob that
-does not say which kind it means ('corpus/*'), licences, READMEs and the like are no text, and neither is code beside
-other data, whether that can be read or not.
+does not say which kind it means ('corpus/*'), licences, READMEs and the like are left out. So is code beside other
+data, readable or not.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ from __future__ import annotations
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from pretrain.credentials import credential_in
 from pretrain.data.text import globs
 from pretrain.data.text.files import SourceFile, is_url, local_file, remote_file
 from pretrain.data.text.kinds import READABLE, ending_of, is_about, is_other_data, kind_of
 from pretrain.errors import UserError
+
+if TYPE_CHECKING:
+    import fsspec
 
 HIDDEN = "hidden"
 ABOUT = "README, LICENSE and the like"
@@ -26,15 +30,15 @@ TWICE = "named more than once (read once)"
 NO_FILE = "no regular file"
 _SHOWN = 10  # endings and reasons
 
-Found = tuple[SourceFile, bool]  # and whether it is asked for
+Found = tuple[SourceFile, bool]  # a file, and whether it is asked for
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The files that are read, and how many names are left out, by their ending or the reason."""
+    """The files that are read, and the counts of names left out, by their ending or the reason."""
 
     files: list[SourceFile]
-    left_out: Counter = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
 
     def __str__(self) -> str:
         many = "file" if len(self.files) == 1 else "files"
@@ -44,14 +48,16 @@ class Listing:
 
 
 def list_files(patterns: Sequence[str]) -> Listing:
-    """The files that the patterns name: in the patterns' order, sorted within each.
+    """List the files that the patterns name: in the patterns' order, sorted within each.
 
-    Each file comes once, whatever number of names and links lead to it. UserError for a pattern that gives no file, a
-    link that leads nowhere, and what may not be looked at.
+    Each file comes once, even if several names and links lead to it.
+
+    Raises:
+        UserError: A pattern gives no file, a link leads nowhere, or something may not be read.
     """
     files: dict[str, SourceFile] = {}
-    passed: dict[str, str] = {}  # what is left out, by its reason
-    others: Counter = Counter()
+    passed: dict[str, str] = {}  # the reason for which each is left out
+    others: Counter[str] = Counter()
     for pattern in patterns:
         pattern = pattern.removeprefix("file://")
         found = list(_remote_files(pattern, others) if is_url(pattern) else _local_files(pattern, others))
@@ -70,7 +76,7 @@ def list_files(patterns: Sequence[str]) -> Listing:
 
 
 def listed_files(urls: Sequence[str]) -> list[SourceFile]:
-    """The files at `urls`, all in one storage that lists folders: one request for each folder instead of each file."""
+    """Return the files at `urls`, all in one storage that lists folders: one request per folder instead of per file."""
     import fsspec
 
     fs, _ = fsspec.url_to_fs(urls[0])
@@ -85,8 +91,10 @@ def _identity(file: SourceFile) -> str:
 
 
 def _chosen(found: dict[str, Found]) -> tuple[dict[str, SourceFile], dict[str, str]]:
-    """Split the found files into those that are read and those that are not, with the reason, by what they are found under."""
-    chosen, code, reasons = {}, {}, {}
+    """Split the found files, by identity, into those that are read, and the reasons for those that are not."""
+    chosen: dict[str, SourceFile] = {}
+    code: dict[str, SourceFile] = {}
+    reasons: dict[str, str] = {}
     for identity, (file, is_asked) in found.items():
         if file.kind is None:
             reasons[identity] = ending_of(file.path) or "no ending"
@@ -118,25 +126,26 @@ def _nothing(pattern: str, found: Sequence[SourceFile], reasons: dict[str, str])
     )
 
 
-def _local_files(pattern: str, left_out: Counter) -> Iterator[Found]:
+def _local_files(pattern: str, left_out: Counter[str]) -> Iterator[Found]:
     if os.path.lexists(pattern):
         paths = [(pattern, True)]
     else:
         paths = [(path, _asks_for(pattern, path)) for path in globs.expand(pattern)]
     for path, is_asked in paths:
         if os.path.isdir(path):
-            below = ((inner, False) for inner in globs.files_below(path, left_out, hidden=HIDDEN, again=TWICE))
+            inner_paths: Iterable[str] = globs.files_below(path, left_out, hidden=HIDDEN, again=TWICE)
+            is_asked = False
         else:
-            below = iter([(path, is_asked)])
-        for inner, asked in below:
+            inner_paths = [path]
+        for inner in inner_paths:
             if (file := _entry(inner)) is None:
                 left_out[NO_FILE] += 1
             else:
-                yield file, asked
+                yield file, is_asked
 
 
 def _entry(path: str) -> SourceFile | None:
-    """The file at `path`, which is there; None for what is no file. UserError for a link that leads nowhere."""
+    """Return the file at `path`, which is there; None for what is no file. UserError for a link that leads nowhere."""
     try:
         return local_file(path) if stat.S_ISREG(os.stat(path).st_mode) else None
     except OSError as error:
@@ -144,15 +153,15 @@ def _entry(path: str) -> SourceFile | None:
         raise UserError(f"cannot look at {path}: {error.strerror}. Make it readable, or name other files.") from error
 
 
-def _remote_files(pattern: str, left_out: Counter) -> list[Found]:
-    """The files that the URL `pattern` names: itself, those below it, or those that its wildcards match."""
+def _remote_files(pattern: str, left_out: Counter[str]) -> list[Found]:
+    """Return the files that the URL `pattern` names: itself, those below it, or those that its wildcards match."""
     import fsspec
 
     if fault := credential_in(pattern):
         raise UserError(f"--source {pattern}: {fault}.")
     try:
         fs, path = fsspec.url_to_fs(pattern)
-        return [(_remote_entry(fs, *entry), asked) for *entry, asked in _remote_entries(fs, path, left_out)]
+        return [(_remote_entry(fs, name, info), asked) for name, info, asked in _remote_entries(fs, path, left_out)]
     except UserError:
         raise
     except FileNotFoundError as error:
@@ -165,8 +174,10 @@ def _remote_files(pattern: str, left_out: Counter) -> list[Found]:
         ) from error
 
 
-def _remote_entries(fs, path: str, left_out: Counter) -> Iterator[tuple[str, dict, bool]]:
-    """(name, what the storage says of it, whether it is asked for) of each file."""
+def _remote_entries(
+    fs: fsspec.AbstractFileSystem, path: str, left_out: Counter[str]
+) -> Iterator[tuple[str, dict, bool]]:
+    """Yield (name, the storage's description, whether it is asked for) of each file."""
     if globs.has_wildcard(path.partition("?")[0]) and not fs.isfile(path):
         found = {
             name: info
@@ -189,7 +200,7 @@ def _remote_entries(fs, path: str, left_out: Counter) -> Iterator[tuple[str, dic
                 yield inner, about, False
 
 
-def _remote_entry(fs, name: str, info: dict) -> SourceFile:
+def _remote_entry(fs: fsspec.AbstractFileSystem, name: str, info: dict) -> SourceFile:
     if info.get("size") is None:  # a web server's list of links does not say
         info = fs.info(name) if kind_of(name) else info | {"size": 0}
     return remote_file(fs.unstrip_protocol(name), info)
@@ -204,8 +215,8 @@ def _asks_for(pattern: str, path: str) -> bool:
     return kind_of(path) is not None and os.path.basename(pattern).lower().endswith(ending_of(path))
 
 
-def _counts(counts: Counter) -> str:
-    """Like ".jsonl 3, .txt 1", the most frequent first."""
+def _counts(counts: Counter[str]) -> str:
+    """Return the counts like ".jsonl 3, .txt 1", the most frequent first."""
     ordered = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))
     shown = [f"{name} {count:,}" for name, count in ordered[:_SHOWN]]
     if others := sum(count for _, count in ordered[_SHOWN:]):

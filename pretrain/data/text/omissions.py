@@ -1,4 +1,4 @@
-"""Parts that a source was read without: printed as they are met, and added up."""
+"""Parts of a source that are left out: printed when they are met, and added up."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def in_words(sums: Mapping[str, int]) -> str:
 class Omissions:
     """The sums of many tallies, in the order of the source.
 
-    state: JSON, from which another process goes on.
+    Attributes:
+        state: JSON, from which another process continues.
     """
 
     def __init__(
@@ -30,7 +31,14 @@ class Omissions:
         state: dict | None = None,
         note: Callable[[str], None] = lambda place: None,
     ) -> None:
-        """files: of the source; max_bad_share: of the records, that may be bad; note: takes each place left out."""
+        """Begin, or continue from `state`.
+
+        Args:
+            files: {"path", ...} of each file of the source.
+            max_bad_share: The share of records that may be bad.
+            state: The `state` of an earlier process.
+            note: A function that takes each place that is left out.
+        """
         self.state = {} if state is None else state
         if not self.state:
             self.state |= dict.fromkeys(SUMS, 0) | {"first": "", "file": 0, "kinds": {}}
@@ -40,7 +48,7 @@ class Omissions:
 
     @property
     def sums(self) -> dict[str, int]:
-        """Count the records, and those that gave no text: empty, filtered, bad."""
+        """The number of records, and of those that gave no text: empty, filtered, bad."""
         return {name: self.state[name] for name in SUMS}
 
     @property
@@ -49,7 +57,7 @@ class Omissions:
         return self.state["records"] - self.state["bad"]
 
     def why_nothing(self, filters: Sequence[str]) -> str:
-        """Explain where the records of a source went that gave no document at all."""
+        """Explain why a source gave no document at all."""
         if not (records := self.state["records"]):
             return ""
         kinds = {f"left out by --filter {', '.join(filters)}": "filtered", "empty": "empty", "without text": "bad"}
@@ -58,17 +66,17 @@ class Omissions:
         return f" (of {records:,} records: {', '.join(counts)}{first})"
 
     def add(self, tally: Tally) -> None:
-        """Add what was left out after all that was added before; UserError if the bad records are too many."""
+        """Add the tally of the part of the source that comes next; UserError if the bad records are too many."""
         for name in SUMS:
             self.state[name] += getattr(tally, name)
         for number in sorted({file for file, _ in (*tally.faults, *tally.more)}):
             self._go_to(number)
-            kinds = self.state["kinds"]  # -> how many faults were told, and of how many other records
+            kinds = self.state["kinds"]  # kind: [faults that were printed, other records]
             for fault in (fault for file, fault in tally.faults if file == number):
                 counts = kinds.setdefault(fault.kind, [0, 0])
                 if fault.kind == DAMAGE or counts[0] < SHOWN:
                     counts[0] += 1
-                    self._tell(fault.fault, fault.place)
+                    self._report(fault.fault, fault.place)
                 else:
                     counts[1] += fault.records
             for (file, kind), records in tally.more.items():
@@ -77,20 +85,20 @@ class Omissions:
         self._judge(at_end=False)
 
     def close(self) -> None:
-        """All of the source was added; UserError if the bad records are too many."""
+        """Finish after the whole source was added; UserError if the bad records are too many."""
         self._go_to(None)
         self._judge(at_end=True)
 
     def _go_to(self, number: int | None) -> None:
-        """From here on faults are those of another file; what was not told of the one before is told in sum."""
+        """Begin another file, and print how many more records of the one before were left out."""
         if number != self.state["file"]:
             for kind, (_, records) in self.state["kinds"].items():
                 if records:
                     place = f"{self._files[self.state['file']]['path']}, {records:,} more records: {kind}"
-                    self._tell(place, place)
+                    self._report(place, place)
             self.state |= {"file": number, "kinds": {}}
 
-    def _tell(self, fault: str, place: str) -> None:
+    def _report(self, fault: str, place: str) -> None:
         self.state["first"] = self.state["first"] or fault
         print(f"left out: {fault}", file=sys.stderr, flush=True)
         self._note(place)

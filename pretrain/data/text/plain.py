@@ -1,4 +1,4 @@
-"""Files that are one text as they are."""
+"""Reads files that are one text."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ TOPICS = "pydoc_data/topics.py"
 def read_plain(
     file: SourceFile, number: int, selection: Selection, place: tuple[int, int]
 ) -> Iterator[tuple[Block, tuple[int, int], int]]:
-    """A text file is one text, or several when it is too long to hold in memory; the place counts them.
+    """Yield a text file as one text, or several when it is too long to hold in memory; the place counts them.
 
-    What stands before damage comes before it is raised.
+    The text before damage is yielded before the fault is raised.
     """
     with file.open() as raw:
         pieces = _decoded(compression.content(raw, file.path), file.path)
@@ -32,15 +32,15 @@ def read_plain(
 def read_python(
     file: SourceFile, number: int, selection: Selection, place: tuple[int, int]
 ) -> Iterator[tuple[Block, tuple[int, int], int]]:
-    """A Python source is one text, in the encoding it declares; pydoc's topics are a text each."""
+    """Yield a Python source as one text, in the encoding it declares; pydoc's topics are a text each."""
     for count, text in enumerate(_python_texts(file), start=1):
         if count > place[0]:
             yield TextBlock(number, file.path, text), (count, 0), file.bytes
 
 
 def _decoded(chunks: Iterator[bytes], path: str) -> Iterator[str]:
-    """The text of UTF-8, without a byte order mark; what stands before damage comes before that is raised."""
-    done, waiting = 0, b""  # bytes that were decoded, and what begins a character and ends with a chunk
+    """Yield the text of UTF-8 without a byte order mark; the text before damage comes before the fault is raised."""
+    done, waiting = 0, b""  # the count of bytes decoded, and the bytes of a character that a chunk cuts
     try:
         for chunk in chunks:
             if not done:
@@ -60,7 +60,7 @@ def _decoded(chunks: Iterator[bytes], path: str) -> Iterator[str]:
 
 
 def _texts(pieces: Iterator[str]) -> Iterator[str]:
-    """`pieces` as the texts into which `documents.cut_long` would cut all in one; what precedes damage comes first."""
+    """Yield the texts into which `documents.cut_long` would cut all `pieces`; the text before damage comes first."""
     held = ""
     try:
         for piece in pieces:

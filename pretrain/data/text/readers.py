@@ -1,13 +1,13 @@
-"""How each kind of file becomes blocks.
+"""Readers turn each kind of file into blocks.
 
-A reader takes up a file at a place that it gave out, [0, 0] at first, and yields (block, place after it, bytes of the
-file read by then). Where blocks end depends on the file alone. Damage ends a file, except in a Parquet row group.
+A reader begins a file at a place that it gave out, [0, 0] at first, and yields (block, place after it, bytes of the file
+read so far). The ends of blocks depend on the file alone. Damage ends a file, except in a Parquet row group.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from pretrain.data.text import arrays, compression
 from pretrain.data.text.blocks import (
@@ -29,10 +29,14 @@ from pretrain.data.text.selection import Selection, WrongField
 from pretrain.data.text.signatures import refuse_other_content
 from pretrain.errors import UserError
 
+if TYPE_CHECKING:
+    import pyarrow
+    import pyarrow.parquet
+
 BLOCK_BYTES = 1 << 21
 MAX_LINE_BYTES = 1 << 30
-MAX_ROW_GROUP_BYTES = 1 << 25  # of the columns that are read; larger ones are taken in batches
-MAX_REPEATING_ROWS = 1 << 10  # of a row group whose encodings can hold a long text many times in a few bytes
+MAX_ROW_GROUP_BYTES = 1 << 25  # in the columns that are read; larger row groups are read in batches
+MAX_REPEATING_ROWS = 1 << 10  # in a row group whose encodings can hold a long text many times in a few bytes
 _REPEATING = {"RLE_DICTIONARY", "PLAIN_DICTIONARY", "DELTA_BYTE_ARRAY"}
 _BATCH_ROWS = 256
 _ARROW_MAGIC = b"ARROW1"
@@ -43,11 +47,14 @@ Reader = Callable[[SourceFile, int, Selection, Place], Blocks]
 
 
 def reader_of(file: SourceFile) -> Reader:
+    """Return the reader for the kind of `file`."""
+    if file.kind is None:
+        raise ValueError(f"{file.path} is of no kind that can be read")
     return _READERS[file.kind]
 
 
 def _read_lines(file: SourceFile, number: int, selection: Selection, place: Place) -> Blocks:
-    """Lines of JSON, compressed or not; the place is (bytes, lines) of content."""
+    """Read lines of JSON, compressed or not; the place is (bytes, lines) of content."""
     with file.open() as raw:
         start, lines = place
         skip = start
@@ -68,14 +75,15 @@ def _read_lines(file: SourceFile, number: int, selection: Selection, place: Plac
 
 
 def _read_json(file: SourceFile, number: int, selection: Selection, place: Place) -> Blocks:
-    """One object a line, or an array of objects; the place in an array is (records, 0)."""
+    """Read one object a line, or an array of objects; the place in an array is (records, 0)."""
     with file.open() as raw:
         is_array = arrays.is_array(compression.content(raw, file.path))
     return (_read_array if is_array else _read_lines)(file, number, selection, place)
 
 
 def _read_array(file: SourceFile, number: int, selection: Selection, place: Place) -> Blocks:
-    count, held, size = 0, [], 0
+    count, size = 0, 0
+    held: list[bytes] = []
     with file.open() as raw:
 
         def block() -> tuple[Block, Place, int]:
@@ -107,9 +115,9 @@ def _after(chunks: Iterator[bytes], skip: int) -> Iterator[bytes]:
 
 
 def _whole_lines(chunks: Iterator[bytes], file: SourceFile, lines: int) -> Iterator[bytes]:
-    """The shortest runs of whole lines of at least BLOCK_BYTES; the last may be shorter and end without a newline.
+    """Yield the shortest runs of whole lines of at least BLOCK_BYTES; the last may be shorter and end without a newline.
 
-    The whole lines before damage come before it is raised.
+    The whole lines before damage are yielded before the fault is raised.
     """
     held = bytearray()
     try:
@@ -137,7 +145,7 @@ def _whole_lines(chunks: Iterator[bytes], file: SourceFile, lines: int) -> Itera
 
 
 def _read_parquet(file: SourceFile, number: int, selection: Selection, place: Place) -> Blocks:
-    """Row groups for whoever encodes to read, and batches of those that are too large; the place is (group, rows)."""
+    """Yield row groups, which the encoding process reads, and batches of too large ones; the place is (group, rows)."""
     table = open_parquet(file)
     _check_fields(selection, table.schema_arrow, file, table.metadata.num_rows)
     begin, skip = place
@@ -158,8 +166,10 @@ def _read_parquet(file: SourceFile, number: int, selection: Selection, place: Pl
         skip = 0
 
 
-def _batches_of(table, group: int, selection: Selection, skip: int) -> Iterator[tuple[int, int, bytes]]:
-    """(first row, rows by then, the rows as Arrow IPC) of a row group from row `skip` on."""
+def _batches_of(
+    table: pyarrow.parquet.ParquetFile, group: int, selection: Selection, skip: int
+) -> Iterator[tuple[int, int, bytes]]:
+    """Yield (first row, rows by then, the rows as Arrow IPC) of a row group from row `skip` on."""
     start = 0
     for batch in table.iter_batches(_BATCH_ROWS, [group], selection.fields, use_threads=False):
         for first, stop, content in _slices(_only(batch, selection), skip - start):
@@ -167,11 +177,11 @@ def _batches_of(table, group: int, selection: Selection, skip: int) -> Iterator[
         start += len(batch)
 
 
-def _sizes(row_group, selection: Selection) -> tuple[int, int]:
-    """(bytes of the selection's columns as they are encoded, what they can at most become)."""
+def _sizes(row_group: pyarrow.parquet.RowGroupMetaData, selection: Selection) -> tuple[int, int]:
+    """Return the bytes of the selection's columns as they are encoded, and the most that they can become."""
     encoded = at_most = 0
     for column in map(row_group.column, range(row_group.num_columns)):
-        path = column.path_in_schema  # of a nested field, the names that lead to it come first
+        path = column.path_in_schema  # for a nested field, it begins with the names that lead there
         if any(path == field or path.startswith(f"{field}.") for field in selection.fields):
             size = column.total_uncompressed_size
             encoded += size
@@ -180,7 +190,7 @@ def _sizes(row_group, selection: Selection) -> tuple[int, int]:
 
 
 def _read_arrow(file: SourceFile, number: int, selection: Selection, place: Place) -> Blocks:
-    """The record batches of an Arrow IPC file, with or without a footer; the place is (batch, rows)."""
+    """Read the record batches of an Arrow IPC file, with or without a footer; the place is (batch, rows)."""
     import pyarrow
 
     begin, skip = place
@@ -189,19 +199,19 @@ def _read_arrow(file: SourceFile, number: int, selection: Selection, place: Plac
             where = f"{file.path}, record batch {count}"
             for first, stop, content in _slices(batch, skip) if count >= begin else ():
                 yield TableBlock(number, where, first, content, selection), (count, stop), raw.tell()
-                if not file.is_remote:  # to touch what a file in memory no longer has would end this process
+                if not file.is_remote:  # reading a mapped part that the file has lost would end this process
                     file.check_unchanged()
             skip = 0 if count >= begin else skip
 
 
-def _record_batches(raw: BinaryIO, selection: Selection, file: SourceFile) -> Iterator:
+def _record_batches(raw: BinaryIO, selection: Selection, file: SourceFile) -> Iterator[pyarrow.RecordBatch]:
     import pyarrow.ipc
 
     has_footer = raw.read(len(_ARROW_MAGIC)) == _ARROW_MAGIC
     raw.seek(0)
     if has_footer:
         table = pyarrow.ipc.open_file(raw)
-        batches = map(table.get_batch, range(table.num_record_batches))
+        batches: Iterator[pyarrow.RecordBatch] = map(table.get_batch, range(table.num_record_batches))
     else:
         table = pyarrow.ipc.open_stream(raw)
         batches = _until_end_mark(table, raw, file.bytes)
@@ -215,8 +225,8 @@ def _record_batches(raw: BinaryIO, selection: Selection, file: SourceFile) -> It
         raise unreadable(f"{file.path}, from record batch {count}", error) from error
 
 
-def _until_end_mark(stream, raw: BinaryIO, size: int) -> Iterator:
-    """The record batches of a stream that is all of `raw`: Arrow takes one cut between two messages for a whole one."""
+def _until_end_mark(stream: pyarrow.RecordBatchStreamReader, raw: BinaryIO, size: int) -> Iterator[pyarrow.RecordBatch]:
+    """Yield the batches of a stream that fills `raw`; Arrow itself accepts one that was cut between two messages."""
     while True:
         start = raw.tell()
         if (batch := next(stream, None)) is None:
@@ -228,15 +238,15 @@ def _until_end_mark(stream, raw: BinaryIO, size: int) -> Iterator:
         raise ValueError(f"the stream ends at byte {raw.tell()}, and the file goes on")
 
 
-def _only(batch, selection: Selection):
-    """The columns that are looked at, under the names by which they are asked for."""
+def _only(batch: pyarrow.RecordBatch, selection: Selection) -> pyarrow.RecordBatch:
+    """Return the columns that the selection reads, under the names of its fields."""
     import pyarrow
 
     return pyarrow.record_batch(columns_of(batch, selection), names=selection.fields)
 
 
-def _slices(batch, skip: int) -> Iterator[tuple[int, int, bytes]]:
-    """(first row, rows by then, the rows as Arrow IPC) in pieces of about BLOCK_BYTES, without the first `skip` rows."""
+def _slices(batch: pyarrow.RecordBatch, skip: int) -> Iterator[tuple[int, int, bytes]]:
+    """Yield (first row, rows by then, the rows as Arrow IPC) in pieces of about BLOCK_BYTES from row `skip` on."""
     import pyarrow.ipc
 
     rows = max(1, len(batch) * BLOCK_BYTES // max(batch.nbytes, 1))
@@ -251,8 +261,8 @@ def _slices(batch, skip: int) -> Iterator[tuple[int, int, bytes]]:
             yield start, start + len(piece), sink.getvalue().to_pybytes()
 
 
-def _without_dictionaries(batch):
-    """The rows with the values themselves; else each piece would carry the values of all."""
+def _without_dictionaries(batch: pyarrow.RecordBatch) -> pyarrow.RecordBatch:
+    """Return the rows with the values themselves; otherwise each piece would carry the whole dictionary."""
     import pyarrow
 
     columns = [
@@ -261,8 +271,8 @@ def _without_dictionaries(batch):
     return pyarrow.record_batch(columns, names=batch.schema.names)
 
 
-def _check_fields(selection: Selection, schema, file: SourceFile, records: int) -> None:
-    """BadTable, which stands for all `records` of the file, unless its schema has the fields."""
+def _check_fields(selection: Selection, schema: pyarrow.Schema, file: SourceFile, records: int) -> None:
+    """Raise BadTable, which stands for all `records` of the file, unless its schema has the fields."""
     try:
         check_fields(selection, schema)
     except WrongField as error:

@@ -1,20 +1,23 @@
-"""A file elsewhere that reads like one here."""
+"""Remote files that can be read like local ones."""
 
 from __future__ import annotations
 
 import io
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from pretrain.data.remote.storage import Storage
 
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
 
 def open_remote(url: str, size: int, buffer_bytes: int) -> BinaryIO:
-    """`url` (any that fsspec knows), of `size` bytes, for reading `buffer_bytes` at once; patient like `Storage`."""
+    """Open `url` (any that fsspec opens), of `size` bytes, to read `buffer_bytes` at once; retries as `Storage` does."""
     return io.BufferedReader(_RemoteFile(url, size), buffer_bytes)
 
 
 def look_up(url: str) -> dict:
-    """Ask the storage about `url` at this moment; patient like `Storage`."""
+    """Return the storage's current description of `url`; retries as `Storage` does."""
     return _Object(url).look_up()
 
 
@@ -39,17 +42,18 @@ class _RemoteFile(io.RawIOBase):
     def tell(self) -> int:
         return self._place
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
         if self._place >= self._size:
             return 0
-        content = self._object.read_bytes("", self._place, min(self._place + len(buffer), self._size))
-        buffer[: len(content)] = content
+        target = memoryview(buffer)
+        content = self._object.read_bytes("", self._place, min(self._place + len(target), self._size))
+        target[: len(content)] = content
         self._place += len(content)
         return len(content)
 
 
 class _Object(Storage):
-    """One object, whatever its name."""
+    """One object, known by its location alone."""
 
     def look_up(self) -> dict:
         return self._patiently(self.location, lambda timeout_s: self._files.info(self._root))

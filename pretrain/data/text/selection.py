@@ -1,4 +1,4 @@
-"""Which records of a source count, and which of their fields is the text."""
+"""The selection of records of a source that count, and of the field that is their text."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ _FORM = re.compile(r"(?P<field>[^=!<>]+)(?P<sign><=|>=|!=|=|<|>)(?P<value>(?!\s*
 
 
 class WrongField(ValueError):
-    """A record that has no such field or something else in it.
+    """A record that lacks a field, or holds something else in it.
 
-    kind: what is wrong, in the words that all such records share; reason: the same of this one, which goes on from the
-    record's place; is_null: whether it is that the text is null.
+    Attributes:
+        kind: The words that all such records share.
+        reason: The words on this record, which continue a sentence that begins with its place.
+        advice: What to do about it.
+        is_null: The text is null.
     """
 
     def __init__(self, kind: str, reason: str | None = None, advice: str = "", is_null: bool = False) -> None:
@@ -88,12 +91,12 @@ class Selection:
 
     @property
     def fields(self) -> list[str]:
-        """Every field that is looked at, the text's first."""
+        """Every field that is read, the text's first."""
         return list(dict.fromkeys([self.text_field, *(condition.field for condition in self.filters)]))
 
     @property
     def names(self) -> list[str]:
-        """Every name under which a record may hold one of the fields or a part of the way to it."""
+        """Every name under which a record may hold one of the fields, or a part of the path to it."""
         names = []
         for rest in self.fields:
             while rest:
@@ -103,9 +106,12 @@ class Selection:
         return list(dict.fromkeys(names))
 
     def text_of(self, record: Mapping[str, Any]) -> str | None:
-        """The text of one record, None if a filter leaves it out; WrongField if it is none or cannot be judged.
+        """Return the text of one record, None if a filter leaves it out.
 
         A field `meta.text` is the one of that name, or else `text` in the object that is the field `meta`.
+
+        Raises:
+            WrongField: The record has no text, or a filter cannot be applied to it.
         """
         if not all(condition.holds(self._value(record, condition.field)) for condition in self.filters):
             return None
@@ -130,7 +136,8 @@ class Selection:
         )
 
     def _value(self, record: Mapping[str, Any], field: str) -> Any:
-        found, rest = record, field
+        found: Any = record
+        rest = field
         while isinstance(found, Mapping):
             if rest in found:
                 return found[rest]
@@ -143,7 +150,7 @@ class Selection:
 
 
 def _decoded(content: bytes, field: str) -> str:
-    """Text of a column of bytes: some writers of Parquet do not mark theirs as text."""
+    """Return the text of a column of bytes: some writers of Parquet do not mark theirs as text."""
     try:
         return content.decode()
     except UnicodeDecodeError as error:

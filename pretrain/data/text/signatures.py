@@ -1,7 +1,7 @@
 """Recognizes a file by its first bytes, where its name says something else.
 
-Without this a compressed file without its ending is lines of broken JSON, and a pointer of Git LFS, which a clone has in
-place of each large file where `git lfs` is not installed, is a text.
+Otherwise a compressed file without its ending would be read as lines of broken JSON. And a pointer of Git LFS, which a
+clone has in place of each large file where `git lfs` is not installed, would be read as a text.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _LONGEST_POINTER = 1024
 
 
 def refuse_other_content(start: bytes, path: str) -> None:
-    """Unreadable if text (of a file that is decompressed already, if its name says so) begins like no UTF-8 text."""
+    """Raise Unreadable if the content of a file, decompressed if its name says so, begins like no UTF-8 text."""
     if start.startswith(_WIDE):
         advice = f"Convert it: iconv -f UTF-16 -t UTF-8 {Path(path).name}"
         raise Unreadable(path, f"it is UTF-16 or UTF-32, not UTF-8. {advice}")
-    for ending, signature in _COMPRESSED.items():
-        if signature.match(start):
+    for ending, pattern in _COMPRESSED.items():
+        if pattern.match(start):
             advice = f"Decompress it, or add {ending} to its name"
             raise Unreadable(path, f"it is compressed, which its name does not say. {advice}")
     for name, signature in _OTHER.items():
@@ -40,7 +40,7 @@ def refuse_other_content(start: bytes, path: str) -> None:
 
 
 def refuse_pointer(file: SourceFile) -> None:
-    """Unreadable if a file here is what Git LFS leaves in place of the file itself."""
+    """Raise Unreadable if a local file is a pointer, which Git LFS leaves in place of the file itself."""
     if file.is_remote or file.bytes > _LONGEST_POINTER:
         return
     with file.open() as raw:

@@ -1,7 +1,7 @@
-"""Where text comes from: files here or elsewhere, the Python standard library, or a data set of the Hugging Face hub.
+"""Sources of text: files here or elsewhere, the Python standard library, or a data set of the Hugging Face hub.
 
-Every source is a list of files. It gives their content in blocks in one fixed order, can say at any moment where it is
-(`cursor`, JSON), and a new source can go on from there (`seek`).
+Every source is a list of files. It yields their content in blocks in one fixed order. At any moment it has a `cursor`
+(JSON), from which another source of the same files can continue (`seek`).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from pretrain.data.json_files import content_hash
 from pretrain.data.text.blocks import UNREADABLE, Block, UnreadableBlock, unreadable
@@ -34,14 +35,23 @@ def open_source(
     filters: Sequence[str] = (),
     part: tuple[int, int] | None = None,
 ) -> Source:
-    """The source that a command line names: `stdlib`, one hf://owner/dataset, or files, folders, globs and URLs.
+    """Open the source that a command line names.
 
-    `filters` are conditions like `language_score>=0.65` that all must hold. `part` = (number, count) takes one share of
-    the files: contiguous, about equal in bytes, perhaps empty; the description stays that of the whole.
+    Args:
+        spec: `stdlib`, one hf://owner/dataset, or files, folders, globs and URLs.
+        text_field: The field of a record that is its text.
+        subset: The subset of a data set of the hub; None for the default one.
+        split: The split of a data set of the hub.
+        filters: Conditions like `language_score>=0.65`, which must all hold.
+        part: (number, count), one share of the files: contiguous, about equal in bytes, perhaps empty. The description
+            stays that of the whole. None: all files.
+
+    Raises:
+        UserError: The source does not exist, cannot be listed, or gives no file to read.
     """
     selection = Selection(text_field, tuple(Filter.parse(condition) for condition in filters))
     if list(spec) == ["stdlib"]:
-        origin = {"kind": "stdlib", "python": platform.python_version()}
+        origin: dict[str, Any] = {"kind": "stdlib", "python": platform.python_version()}
         return Source(Listing(_library_files()), origin, selection, part, folder=library_folder())
     if len(spec) == 1 and spec[0].startswith("hf://") and not spec[0].startswith("hf://datasets/"):
         from pretrain.data.text.hub import data_files
@@ -57,20 +67,22 @@ def open_source(
 class Source:
     """The texts of a list of files, one file after the other.
 
-    description: JSON, equal for sources of the same texts in the same order; listing: what is read and what is left out
-    of the whole, for people; size_bytes: of the files of this part; files: {"path", "bytes"} of each of them. The cursor
-    is the number of a file and a place in it.
+    Attributes:
+        description: JSON, equal for sources of the same texts in the same order.
+        listing: A sentence on what is read and what is left out of the whole.
+        size_bytes: The size of the files of this part.
+        files: {"path", "bytes"} of each file of this part.
     """
 
     def __init__(
         self,
         listing: Listing,
-        origin: dict,
+        origin: dict[str, Any],
         selection: Selection,
         part: tuple[int, int] | None = None,
         folder: Path | None = None,
     ) -> None:
-        """`origin` says where the files come from; names within `folder` say which they are, wherever it lies."""
+        """Read one part of `listing`, whose `origin` goes into the description; paths there are relative to `folder`."""
         files = listing.files
         _refuse_filters_of_plain_text(files, selection)
         names = [file.path if folder is None else Path(file.path).relative_to(folder).as_posix() for file in files]
@@ -95,30 +107,32 @@ class Source:
         self.files = [{"path": file.path, "bytes": file.bytes} for file in self._files]
 
     def seek(self, cursor: Sequence[int]) -> None:
-        """Go to where another source of the same description and part gave out `cursor`; before `blocks` only."""
+        """Continue at the `cursor` of another source of the same description and part; only before `blocks`."""
         self._cursor = list(cursor)
 
     def cursor(self) -> list[int]:
-        """The place after the block yielded last, JSON."""
+        """Return the place after the block yielded last, JSON: the number of a file, and a place in it of two numbers."""
         return list(self._cursor)
 
     def read_bytes(self) -> int:
-        """How much of `size_bytes` has been read."""
+        """Return how much of `size_bytes` has been read."""
         return self._read_bytes
 
     def blocks(self) -> Iterator[Block]:
-        """The blocks from here to the end. Damage to a file is a block that stands for the rest of it.
+        """Yield the blocks from here to the end. Damage to a file is a block that stands for the rest of it.
 
-        UserError names a file that cannot be read for another reason, and one that has changed since it was listed.
+        Raises:
+            UserError: A file cannot be read for another reason, or has changed since it was listed.
         """
-        first, *place = self._cursor
+        first, *start = self._cursor
+        place = (start[0], start[1])
         before = sum(file.bytes for file in self._files[:first])
         for number in range(first, len(self._files)):
             file = self._files[number]
-            fault = None
+            fault: Fault | None = None
             try:
                 refuse_pointer(file)
-                for block, after, read in reader_of(file)(file, number, self._selection, tuple(place)):
+                for block, after, read in reader_of(file)(file, number, self._selection, place):
                     self._cursor, self._read_bytes = [number, *after], before + read
                     yield block
             except Fault as error:
@@ -138,14 +152,15 @@ class Source:
             file.check_unchanged()
 
     def texts(self) -> Iterator[str]:
-        """The texts from here to the end, some of them empty; `cursor` is that of whole blocks."""
+        """Yield the texts from here to the end, some of them empty; `cursor` moves by whole blocks."""
         for block in self.blocks():
             yield from block.texts()
 
 
-def _name(origin: dict) -> str:
+def _name(origin: dict[str, Any]) -> str:
     names = origin.get("paths", [origin.get("name", "stdlib")])
-    return f"--source {' '.join(names[:3])}{f' and {len(names) - 3:,} more' if len(names) > 3 else ''}"
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    return f"--source {' '.join(names[:3])}{more}"
 
 
 def _refuse_filters_of_plain_text(files: Sequence[SourceFile], selection: Selection) -> None:
@@ -158,7 +173,7 @@ def _refuse_filters_of_plain_text(files: Sequence[SourceFile], selection: Select
 
 
 def _library_files() -> list[SourceFile]:
-    """The standard library's own sources, without tests and installed packages, then the help topics of pydoc."""
+    """Return the standard library's own sources, without tests and installed packages, then the help topics of pydoc."""
     folder = library_folder()
     files = sorted(file for file in folder.rglob("*.py") if not _NOT_LIBRARY & set(file.relative_to(folder).parts))
     if len(files) < 100:
@@ -166,5 +181,5 @@ def _library_files() -> list[SourceFile]:
             f"this Python keeps no readable standard library in {folder} (found {len(files)} source files), so there "
             "is no built-in sample. Use a full Python installation, or give --source files of your own."
         )
-    # The Python's version stands for theirs, so that one installation takes up where another stopped.
+    # Without versions: Python's own stands for theirs, so that one installation continues where another stopped.
     return [SourceFile(str(file), file.stat().st_size) for file in [*files, *folder.glob(TOPICS)]]
