@@ -1,7 +1,7 @@
-"""Credentials belong in the environment, where storage libraries and wandb look for them: never in what is recorded.
+"""Finds credentials in URLs and messages. They belong in the environment, where storage libraries and wandb look for them.
 
-Run files, command lines and manifests are copied into run folders and logs, so a URL that holds a password is refused,
-and messages about the user's input show *** in place of one.
+Run files, command lines and manifests are copied into run folders and logs. So a URL that holds a password is refused, and
+messages about the user's input show *** instead of one.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _NAMED = re.compile(
 
 
 def masked(text: str) -> str:
-    """`text` with *** for what looks like a credential: user:password@ in a URL, the value after api_key= and the like."""
+    """Return `text` with *** for what looks like a credential: user:password@ in a URL, or the value after api_key= etc."""
     return _NAMED.sub(r"\1***", _IN_URL.sub("***@", text))
 
 
 def credential_in(location: str) -> str | None:
-    """What is wrong with a URL that holds a credential, for a message; None: nothing."""
+    """Return a message about the credential in a URL; None if it holds none."""
     if not _IN_URL.search(location):
         return None
     return (

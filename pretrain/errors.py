@@ -1,17 +1,18 @@
-"""Whose fault it is: the exceptions that say so, and the exit codes that follow from them."""
+"""The exceptions that separate faults of the user, the machine and the run, and their exit codes."""
 
 from __future__ import annotations
 
 from pretrain.credentials import masked
 
-# Of every command line here; 0 is done, or stopped after saving.
+# Exit codes of every command line. 0: done, or stopped after saving.
 OTHER, USER_ERROR, MACHINE_FAULT, DIVERGED = 1, 2, 3, 4
 
 
 class UserError(Exception):
-    """Input that only the user can mend; the message is one paragraph that names what is wrong and what to do.
+    """Input that only the user can mend. The message is one paragraph that names the fault and the remedy.
 
-    Command lines print the message without a traceback and exit with USER_ERROR. What looks like a credential is masked.
+    Command lines print the message without a traceback and exit with USER_ERROR. Text that looks like a credential is
+    masked.
     """
 
     def __str__(self) -> str:
@@ -19,17 +20,17 @@ class UserError(Exception):
 
 
 class SharedUserError(UserError):
-    """A UserError that every rank raises together, so that one of them can speak for all."""
+    """A UserError that every rank raises together, so that one rank can report it for all."""
 
 
 class MachineFault(Exception):
-    """A rank or a machine is at fault, not the input: the same command may go on from the newest checkpoint."""
+    """A rank or a machine is at fault, not the input: the same command may resume from the newest checkpoint."""
 
 
 class Diverged(Exception):
-    """The run does not learn any more, and going back did not help: a person must look."""
+    """The run does not learn any more, and a rollback did not help: a person must look."""
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, to be quoted in one of ours: without its last full stop; its kind if it says nothing."""
+    """Return the first line of a library's error without its last full stop, to be quoted; the error's class if it is empty."""
     return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__

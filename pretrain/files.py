@@ -1,4 +1,4 @@
-"""Files that are complete or absent: write aside, fsync, rename."""
+"""Writes files that are complete or absent: write under a temporary name, fsync, rename."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ import xxhash
 
 from pretrain.errors import UserError
 
-# What the disk or the permissions are to blame for.
+# Errors of the disk or of permissions.
 CANNOT_WRITE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENOTDIR, errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY),
 }
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
-# What passes by itself now and then: a file server that is taken over by another, a network that is gone for a moment.
+# Errors that may pass by themselves: a file server is taken over by another, a network is gone for a moment.
 TRANSIENT = {
     *(errno.EIO, errno.EREMOTEIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.ENOTCONN),
     *(errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH),
     *(errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.EPIPE, errno.ESHUTDOWN),
 }
-# What a file system without locks answers (Lustre mounted without flock, say); then nobody is kept out.
+# Errors of a file system without locks, such as Lustre mounted without flock. Then no process is kept out.
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
-PAUSES_S = (1, 2, 4, 8, 15, 30)  # after which a transient failure is tried again
+PAUSES_S = (1, 2, 4, 8, 15, 30)  # before each new attempt after a transient failure
 
 _unfinished: set[Path] = set()
 
@@ -41,9 +41,14 @@ T = TypeVar("T")
 
 
 def patiently(action: Callable[[], T], doing: str) -> T:
-    """`action()`, tried again where storage fails as TRANSIENT says, which is logged; other failures are raised at once.
+    """Return `action()`, tried again where it fails with a TRANSIENT error, which is logged.
 
-    doing: "writing FILE", for the log. The action must be able to begin anew.
+    Args:
+        action: it must be repeatable.
+        doing: the action in words, such as "writing FILE", for the log.
+
+    Raises:
+        Exception: any other failure, at once; a transient one after the last attempt.
     """
     for pause_s in PAUSES_S:
         try:
@@ -58,20 +63,24 @@ def patiently(action: Callable[[], T], doing: str) -> T:
 
 
 def error_number(error: BaseException | None) -> int | None:
-    """What the system answered, as in `errno`, where `error` comes from it: libraries wrap it, or tell it in words."""
+    """Return the system's error number behind `error`, None if there is none: libraries wrap it, or have it in the message."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return error.errno
-        if told := re.search(r"\(os error (\d+)\)", str(error)):  # as libraries written in Rust do
-            return int(told[1])
+        if message := re.search(r"\(os error (\d+)\)", str(error)):  # libraries written in Rust
+            return int(message[1])
         error = error.__cause__ or error.__context__
     return None
 
 
 def require_utf8(path: Path, what: str) -> None:
-    """UserError where the name of `path` is bytes that are no UTF-8. what: it is, for the message.
+    """Raise UserError where the name of `path` is not UTF-8.
 
-    For what tokenizers, safetensors and sentencepiece are to read or write; our own files may have any name.
+    Tokenizers, safetensors and sentencepiece take no such names. Our own files may have any name.
+
+    Args:
+        path: a file or folder that these libraries are to read or write.
+        what: the kind of file, for the message.
     """
     try:
         os.fspath(path).encode()
@@ -89,20 +98,20 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` by `content` atomically and durably."""
-    with unfinished(path.with_name(f".{path.name}.{os.getpid()}.tmp")) as aside:
-        with open(aside, "wb") as file:
+    with unfinished(path.with_name(f".{path.name}.{os.getpid()}.tmp")) as temporary:
+        with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
     sync_folder(path.parent)
 
 
 @contextmanager
 def unfinished(path: Path) -> Iterator[Path]:
-    """`path`, where a file or folder is to be made that then gets its proper name: what is still there at the end goes.
+    """Yield `path`, a temporary name of a file or folder. If it still exists at the end, it is removed.
 
-    So it does when a signal ends a command line meanwhile.
+    It is also removed when a signal ends a command line meanwhile.
     """
     _unfinished.add(path)
     try:
@@ -113,7 +122,7 @@ def unfinished(path: Path) -> Iterator[Path]:
 
 
 def remove_unfinished() -> None:
-    """Remove what this process has begun to make and will not finish."""
+    """Remove the files and folders that this process has begun and will not finish."""
     for path in list(_unfinished):
         _remove(path)
 
@@ -122,14 +131,14 @@ def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        with suppress(OSError):  # the failure that matters is the one that left it
+        with suppress(OSError):  # the failure that left the file matters more
             path.unlink(missing_ok=True)
 
 
 def overwrite(path: Path, text: str) -> None:
-    """Replace what the file `path` holds where it lies, durably, which needs no room if it has `allocated_bytes` for it.
+    """Replace the content of the file `path` in place, durably. It needs no room if the file has `allocated_bytes` for it.
 
-    In one write, so that a reader meets the old or the new text; only a machine that dies meanwhile leaves a mixture.
+    It is one write, so a reader gets the old or the new text. Only a machine that dies meanwhile leaves a mixture.
     """
     content = text.encode()
     with open(path, "r+b") as file:
@@ -152,7 +161,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def open_cut(path: Path, size_bytes: int) -> BinaryIO:
-    """`path` open for appending after exactly its first `size_bytes` bytes; UserError if it has fewer."""
+    """Open `path` for appending after its first `size_bytes` bytes. Raises UserError if it has fewer."""
     file = open(path, "ab")  # noqa: SIM115 - the caller keeps it open
     if file.tell() < size_bytes:
         raise UserError(
@@ -163,7 +172,7 @@ def open_cut(path: Path, size_bytes: int) -> BinaryIO:
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Return the free bytes of the file system that holds `folder`; None where it does not say."""
+    """Return the free bytes of the file system that holds `folder`; None where it is not known."""
     try:
         return shutil.disk_usage(folder).free
     except OSError as error:
@@ -181,7 +190,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def checksum(path: Path, sync: bool = False) -> str:
-    """XXH3-128 of the file, in hexadecimal; with `sync` the file is also flushed to disk."""
+    """Return the XXH3-128 of the file, in hexadecimal. With `sync` the file is also flushed to disk."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):

@@ -1,9 +1,9 @@
-"""Work that training does not need: where it fails that is said once, and the run goes on.
+"""Runs work that training does not need: a failure is logged once, and the run continues.
 
-Reports, autopsies, probes, facts about the machine, the writing of rows: all of it runs within `optional`. What training
-needs (data, weights, checkpoints) does not. Other ranks must not be left waiting: within `optional` there is nothing
-collective. A part that has to succeed on every rank before they do something together is `prepared`; what they do
-`together` succeeds on all or counts on none.
+Reports, autopsies, probes, the description of the machine and the writing of rows run within `optional`. Work that training
+needs (data, weights, checkpoints) does not. Other ranks must not be left waiting, so nothing within `optional` is
+collective. A part that has to succeed on every rank before a collective operation is `prepared`. The operation itself, done
+`together`, succeeds on all ranks or counts on none.
 """
 
 from __future__ import annotations
@@ -20,30 +20,31 @@ import torch.distributed as dist
 from pretrain.distributed.ranks import all_gather_object, control_group
 from pretrain.errors import UserError
 
-PATIENCE_S = 10.0  # with ranks that have not failed, before the run is given up
+PATIENCE_S = 10.0  # for ranks that have not failed, before the run is given up
 
 T = TypeVar("T")
 Listener = Callable[[str, str], None]
 
 log = logging.getLogger("evenkeel")
 
-_EXPECTED = (OSError, UserError)  # they say by themselves what is wrong; the traceback of others is told too
+_EXPECTED = (OSError, UserError)  # their messages suffice; other exceptions are logged with their traceback
 _said: set[tuple[str, type]] = set()
 _listener: Listener | None = None
 
 
 def listen(listener: Listener) -> None:
-    """Call `listener` with the kind and the reason of each failure that is said from now on."""
+    """Call `listener` with the kind and the reason of each failure that is logged from now on."""
     global _listener
     _listener = listener
 
 
 @contextmanager
 def optional(kind: str, failing: str) -> Iterator[None]:
-    """Whatever exception ends the block ends nothing else. Nothing collective may be within.
+    """Log an exception that ends the block, and continue after it. Nothing collective may be within.
 
-    kind: what it is, in a word or two: each kind is said once for each class of exception. failing: the sentence that says
-    what did not work, without its reason.
+    Args:
+        kind: the work in a word or two. Each kind is logged once for each class of exception.
+        failing: the sentence that names what did not work, without the reason.
     """
     try:
         yield
@@ -52,8 +53,15 @@ def optional(kind: str, failing: str) -> Iterator[None]:
 
 
 def prepared(kind: str, failing: str, action: Callable[[], T]) -> T | None:
-    """Return the result of `action` here if it succeeds on every rank, else None on all. Collective, but for `action`."""
-    result, failure = None, None
+    """Return the result of `action` here if it succeeds on every rank, else None on all. Collective, except `action`.
+
+    Args:
+        kind: the work in a word or two, as for `optional`.
+        failing: the sentence that names what did not work.
+        action: local work.
+    """
+    result: T | None = None
+    failure: Exception | None = None
     try:
         result = action()
     except Exception as error:
@@ -64,10 +72,17 @@ def prepared(kind: str, failing: str, action: Callable[[], T]) -> T | None:
 def together(kind: str, failing: str, action: Callable[[], T]) -> T | None:
     """Return the result here of `action`, which is collective, if it succeeds on every rank, else None on all of them.
 
-    Where this rank fails and another is still within it after PATIENCE_S, what this rank met is raised: the other one
-    waits for what this one does not do any more, and the run cannot go on.
+    Args:
+        kind: the work in a word or two, as for `optional`.
+        failing: the sentence that names what did not work.
+        action: work with collective operations.
+
+    Raises:
+        Exception: this rank has failed, and another is still within `action` after PATIENCE_S. It waits for this rank, so
+            the run cannot continue.
     """
-    result, failure = None, None
+    result: T | None = None
+    failure: Exception | None = None
     try:
         result = action()
     except Exception as error:
@@ -80,7 +95,7 @@ def together(kind: str, failing: str, action: Callable[[], T]) -> T | None:
 
 
 def _all_leave(patience_s: float | None) -> bool:
-    """Whether every rank comes here within `patience_s`; None for as long as collectives may take."""
+    """Return whether every rank comes here within `patience_s`. None: as long as collectives may take."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return True
     here = dist.all_reduce(torch.zeros(1), group=control_group(), async_op=True)
@@ -94,21 +109,21 @@ def _all_leave(patience_s: float | None) -> bool:
 
 
 def _failed(kind: str, failing: str, failure: Exception | None) -> bool:
-    """Whether any rank has failed, which is said. Collective."""
-    for rank, found in enumerate(all_gather_object(failure and repr(failure))):
-        if found:
-            _say(kind, failing, f"{found} on rank {rank}", failure)
+    """Return whether any rank has failed, and log it. Collective."""
+    for rank, reason in enumerate(all_gather_object(failure and repr(failure))):
+        if reason:
+            _say(kind, failing, f"{reason} on rank {rank}", failure)
             return True
     return False
 
 
 def _say(kind: str, failing: str, reason: str, error: Exception | None) -> None:
-    """Say that something optional has failed, unless that has been said. error: of this rank, None if it was another's."""
+    """Log a failure, unless one of its kind was logged. error: this rank's exception, None if another rank failed."""
     if (known := (kind, type(error))) in _said:
         return
     _said.add(known)
     log.warning(
-        f"{failing}: {reason.rstrip('.')}. The run goes on.", exc_info=None if isinstance(error, _EXPECTED) else error
+        f"{failing}: {reason.rstrip('.')}. The run continues.", exc_info=None if isinstance(error, _EXPECTED) else error
     )
     if _listener is not None:
         _listener(kind, reason.partition("\n")[0])

@@ -1,4 +1,4 @@
-"""Reads paths of run files and command lines: $VAR, ${VAR} and ~ are filled in, or the path is refused."""
+"""Expands $VAR, ${VAR} and ~ in the paths of run files and command lines, or refuses the path."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from pathlib import Path
 
 from pretrain import startup
 
-REPOSITORY = (
-    Path(__file__).resolve().parents[1]
-)  # holds this package, and in a checkout tools, configurations and job scripts
+# Holds this package, and in a checkout tools, configurations and job scripts.
+REPOSITORY = Path(__file__).resolve().parents[1]
 
-_LONGEST_NAME, _LONGEST_PATH = 255, 4000  # bytes; Linux takes 255 and 4,095, and files are made below the path
+_LONGEST_NAME, _LONGEST_PATH = 255, 4000  # bytes; Linux allows 255 and 4,095, and files are made below the path
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.\-]+://")
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(.*?)\})", re.ASCII)
 
 
 def expanded(path: str) -> str:
-    """`path` with $VAR, ${VAR} and a leading ~ or ~user filled in; a URL as it is.
+    """Return `path` with $VAR, ${VAR} and a leading ~ or ~user filled in; a URL unchanged.
 
-    Raises ValueError, a sentence, where something is undefined or empty, or the path is none that a file system takes.
+    Raises:
+        ValueError: a variable is undefined or empty, or no file system can have such a path. The message is a sentence.
     """
     if _URL.match(path):
         return path
     path = _VARIABLE.sub(_variable, path)
-    # A home that was made for libraries goes at the end of this process, and what is in it.
+    # A home that was made for libraries is deleted with its content at the end of this process.
     if startup.has_home() or path.split("/")[0] != "~":
         path = os.path.expanduser(path)
     if path.startswith("~"):
@@ -42,7 +42,7 @@ def expanded(path: str) -> str:
 
 
 def local(path: str) -> str:
-    """As `expanded`; ValueError also for a URL."""
+    """Return `expanded(path)`. Raises ValueError for a URL, too."""
     path = expanded(path)
     if _URL.match(path):
         raise ValueError("is a URL; give a folder or file that this machine can open")
@@ -50,7 +50,7 @@ def local(path: str) -> str:
 
 
 def check_name(name: str) -> str:
-    """`name`, or ValueError if no file can have it because it is too long."""
+    """Return `name`. Raises ValueError if it is too long for a file."""
     if len(os.fsencode(name)) > _LONGEST_NAME:
         raise ValueError(f"'{name[:20]}...' is longer than the {_LONGEST_NAME} bytes that file systems take")
     return name

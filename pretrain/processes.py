@@ -1,4 +1,4 @@
-"""Processes of our own code, started so that neither TMPDIR nor what lies in the working directory can break them."""
+"""Starts processes of our own code that neither TMPDIR nor files in the working directory can break."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from multiprocessing.context import ForkServerContext
 from pretrain.errors import UserError
 from pretrain.paths import REPOSITORY
 
-_SOCKET = "listener-________"  # as long as the names that multiprocessing gives
+_SOCKET = "listener-________"  # as long as multiprocessing's names
 
 
 def start_fork_server(modules: list[str]) -> ForkServerContext:
-    """Start the server, unless it runs, and return what makes processes in it. It has `modules` loaded, and no threads.
+    """Start multiprocessing's fork server, unless it runs, and return its context. It has `modules` loaded, and no threads.
 
-    UserError if there is no folder for its socket.
+    Raises:
+        UserError: there is no folder for its socket.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(modules)
     _choose_socket_folder()
     before = os.environ.get("PYTHONSAFEPATH")
-    os.environ["PYTHONSAFEPATH"] = "1"  # or a file in the working directory called random.py is taken for Python's own
+    os.environ["PYTHONSAFEPATH"] = "1"  # else a file random.py in the working directory hides Python's own
     try:
         forkserver.ensure_running()
     finally:
@@ -36,7 +37,7 @@ def start_fork_server(modules: list[str]) -> ForkServerContext:
 
 
 def own_package() -> dict[str, str]:
-    """Environment variables for `python -m pretrain...`: of this very code, whatever lies in the working directory."""
+    """Return environment variables with which `python -m pretrain...` runs this code from any working directory."""
     root = str(REPOSITORY)
     return {
         "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
@@ -45,9 +46,9 @@ def own_package() -> dict[str, str]:
 
 
 def _choose_socket_folder() -> None:
-    """Have multiprocessing put its sockets, once per process, where one can be made.
+    """Choose the folder of multiprocessing's sockets, once per process, such that one can be made there.
 
-    That is not so below every TMPDIR: a socket's path has 107 bytes at most, and some file systems take none.
+    Some TMPDIR do not work: a socket's path has at most 107 bytes, and some file systems have no sockets.
     """
     before = tempfile.tempdir
     tried = [tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"]
@@ -55,7 +56,7 @@ def _choose_socket_folder() -> None:
         if _takes_socket(base):
             tempfile.tempdir = base
             try:
-                util.get_temp_dir()  # is made below `tempdir`, remembered by this process, and goes at its end
+                util.get_temp_dir()  # made below `tempdir`, kept by this process, and deleted at its end
             finally:
                 tempfile.tempdir = before
             return

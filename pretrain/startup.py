@@ -1,6 +1,7 @@
-"""The beginning of every command line, before any library loads: its own package, and standard streams that hold.
+"""Prepares the process of a command line before any library loads: module path, standard streams, encoding, home.
 
-It imports no library, as what loads one before `begin` may find another's modules, or get the number of a closed stream.
+It imports no library. A library that loads before `begin` may import foreign modules, or open a file with the number of a
+closed standard stream.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import TextIO
+from typing import Any, cast
 
 _PACKAGE = Path(__file__).resolve().parent
 _OF_SCRIPTS = (_PACKAGE, _PACKAGE.parent / "tools")
@@ -27,12 +28,15 @@ _made_home: str | None = None
 class Console(io.FileIO):
     """A standard stream that may go away: a pipe without a reader, a terminal that is gone, a full disk.
 
-    What it does not take is lost and the program goes on: its work is worth more than what it says. failure: the first one.
+    Output that it does not take is lost, and the program continues: its work is worth more than its output.
+
+    Attributes:
+        failure: the first failure, None if all was written.
     """
 
     failure: OSError | None = None
 
-    def write(self, content) -> int:
+    def write(self, content: Any) -> int:
         """Write all of `content`, waiting where the stream is in non-blocking mode, or as much as it takes."""
         left = memoryview(content).cast("B")
         size = len(left)
@@ -48,11 +52,11 @@ class Console(io.FileIO):
 
 
 def begin() -> None:
-    """Prepare this process for a script's work. To be called once, first of all."""
+    """Prepare this process for a script's work. Call it once, before everything else."""
     _take_text_as_utf8()
     if any(option.startswith("error") for option in sys.warnoptions):
-        warnings.simplefilter("default")  # what a library warns of is said, and ends nothing
-    # Python looks for modules beside the script first: others' imports of `config` or `distributed` would get ours.
+        warnings.simplefilter("default")  # a library's warning is printed, and ends nothing
+    # Python looks for modules beside the script first. Libraries that import `config` or `distributed` would get ours.
     sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() not in _OF_SCRIPTS]
     for descriptor in range(3):
         _open(descriptor)
@@ -67,12 +71,12 @@ def begin() -> None:
 
 
 def has_home() -> bool:
-    """Whether `~` and $HOME stand for a folder that outlasts this process."""
+    """Return whether `~` and $HOME stand for a folder that outlasts this process."""
     return _made_home is None or os.environ.get("HOME") != _made_home
 
 
 def lost_output() -> str | None:
-    """Why some of what was written to standard output is lost; None if it is not, or if its reader has closed it."""
+    """Return why some of standard output was lost; None if it was not, or if its reader has closed it."""
     sys.stdout.flush()
     buffer = getattr(sys.stdout, "buffer", None)
     failure = getattr(getattr(buffer, "raw", buffer), "failure", None)
@@ -82,8 +86,8 @@ def lost_output() -> str | None:
 def _take_text_as_utf8() -> None:
     """Start this program again in Python's UTF-8 mode where the locale has another encoding.
 
-    Libraries read their own files as the locale says, and file names and arguments would be taken apart by it. What is
-    shown stays in the encoding of the terminal.
+    Libraries read their own files in the locale's encoding, which also decodes file names and arguments. Output stays in the
+    encoding of the terminal.
     """
     if sys.flags.utf8_mode or codecs.lookup(locale.getpreferredencoding(False)).name == "utf-8":
         return
@@ -96,8 +100,8 @@ def _take_text_as_utf8() -> None:
 def _make_home() -> None:
     """Give libraries a home for their caches, for as long as this process lasts.
 
-    Without HOME, and with a user that has no entry, as containers have them, `~` stays a `~`, and libraries make a folder of
-    this name where the command is run.
+    Without HOME, and for a user without an entry, as in containers, `~` stays `~`, and libraries make a folder of this name
+    in the working directory.
     """
     global _made_home
     os.environ["HOME"] = _made_home = tempfile.mkdtemp(prefix="evenkeel-home-")
@@ -105,7 +109,7 @@ def _make_home() -> None:
 
 
 def _open(descriptor: int) -> None:
-    """Open a standard stream that is closed, as nothing: the next file opened would get its number, and what is printed."""
+    """Open a closed standard stream on /dev/null: the next file opened would get its number, and the output."""
     try:
         os.fstat(descriptor)
     except OSError:
@@ -113,15 +117,16 @@ def _open(descriptor: int) -> None:
         os.set_inheritable(descriptor, True)
 
 
-def _console(descriptor: int, stream: TextIO | None) -> TextIO:
-    """A text stream over a `Console`, buffered as `stream` is, that escapes what its encoding lacks."""
+def _console(descriptor: int, stream: object) -> io.TextIOWrapper:
+    """Return a text stream over a `Console`, buffered like `stream`. It escapes characters that its encoding lacks."""
     console = Console(descriptor, "w", closefd=False)
     if stream is None:
         return io.TextIOWrapper(io.BufferedWriter(console), "utf-8", "backslashreplace")
+    own = cast(io.TextIOWrapper, stream)  # which Python makes at its start
     return io.TextIOWrapper(
-        console if stream.write_through else io.BufferedWriter(console),
-        stream.encoding,
+        console if own.write_through else io.BufferedWriter(console),
+        own.encoding,
         "backslashreplace",
-        line_buffering=stream.line_buffering,
-        write_through=stream.write_through,
+        line_buffering=own.line_buffering,
+        write_through=own.write_through,
     )

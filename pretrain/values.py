@@ -1,7 +1,7 @@
 """Values that a run file may hold: the base of every section, and the types that sections share.
 
-YAML and Python are lenient about what a value is (true is 1, "1e-3" is 0.001, infinity is a number), and a run that
-started so would end later or mean something else. `Values` refuses all of it, so that a new key is safe as it is declared.
+YAML and Python convert values freely: true is 1, "1e-3" is 0.001, infinity is a number. A run that started with such a value
+would fail later or mean something else. `Values` refuses them all, so that a new key is safe once it is declared.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from pydantic_core import PydanticCustomError
 
 from pretrain.paths import expanded, local
 
-_LARGEST_INTEGER = 2**63 - 1  # of an int64 tensor
-_SMALLEST_FLOAT, _LARGEST_FLOAT = 2.0**-126, 3.4e38  # of float32; smaller ones, subnormal, count as zero on GPUs
+_LARGEST_INTEGER = 2**63 - 1  # in an int64 tensor
+_SMALLEST_FLOAT, _LARGEST_FLOAT = 2.0**-126, 3.4e38  # in float32; smaller ones, subnormal, count as zero on GPUs
 
 
 class Values(BaseModel):
-    """A mapping of a run file: frozen, unknown keys are errors, and every value is of the type that its field says.
+    """A mapping of a run file. It is frozen, unknown keys are errors, and every value has the type of its field.
 
-    Numbers are finite and fit into 64 bits (int) or float32; booleans and texts are no numbers, numbers no texts; a whole
-    number may be written 1e9. Lists are tuples.
+    Numbers are finite and fit into 64 bits (int) or float32. Booleans and texts are no numbers, numbers no texts. A whole
+    number may be written 1e9. Lists become tuples.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True, allow_inf_nan=False)
@@ -40,7 +40,7 @@ class Values(BaseModel):
 
 
 def _converted(given: Any) -> Any:
-    """Lists as tuples, and whole floats as integers, which pydantic takes for either."""
+    """Return lists as tuples, and whole floats as integers, which pydantic takes for either type."""
     if isinstance(given, list):
         return tuple(map(_converted, given))
     if isinstance(given, float) and abs(given) <= _LARGEST_INTEGER and given.is_integer():
@@ -49,7 +49,7 @@ def _converted(given: Any) -> Any:
 
 
 def _check_reach(number: Any) -> None:
-    """ValueError if it is a number that tensors cannot hold."""
+    """Raise ValueError if it is a number that tensors cannot hold."""
     if isinstance(number, int) and abs(number) > _LARGEST_INTEGER:
         raise ValueError("is larger than a 64-bit integer can be")
     if isinstance(number, float) and abs(number) > _LARGEST_FLOAT:
@@ -59,11 +59,11 @@ def _check_reach(number: Any) -> None:
 
 
 def at(key: str, message: str) -> PydanticCustomError:
-    """An error of a section's validator that is about one of its keys."""
+    """Return an error that a section's validator raises about one of its keys."""
     return PydanticCustomError("at_key", "{message}", {"key": key, "message": message})
 
 
-# Expanded as the run file is read, so that the resolved configuration says what was meant.
+# Expanded when the run file is read, so that the resolved configuration holds the full path.
 LocalPath = Annotated[str, AfterValidator(local)]
 Location = Annotated[str, AfterValidator(expanded)]
 

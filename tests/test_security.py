@@ -228,7 +228,7 @@ def read_first_shard(location: str, cache: Path) -> None:
 
 
 def plant(path: Path, ran: Path) -> None:
-    """Return Python code that leaves a sign when it is run."""
+    """Write Python code that leaves a sign when it is run."""
     path.write_text(f"open({str(ran)!r}, 'w')\n", encoding="utf-8")
 
 
@@ -293,7 +293,7 @@ def sign(checkpoint: Path) -> None:
 
 
 class Runs:
-    """Train two runs with secrets in their environment, tracking, and a name that no shell may see. One run fails."""
+    """Two runs with secrets in their environment, tracking, and a name that no shell may see. One run fails."""
 
     def __init__(self, corpus: Corpus, folder: Path) -> None:
         self.out = folder / HOSTILE_NAME
@@ -313,7 +313,7 @@ class Runs:
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    """Wait for wandb's process, which continues by itself after the run has failed."""
+    """Wait until `condition` is true: wandb's process continues after a run has failed."""
     deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline

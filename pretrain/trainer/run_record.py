@@ -38,7 +38,7 @@ from pretrain.trainer.plan import Plan
 from pretrain.trainer.run_folder import RunFolder
 
 _TRACKING = {
-    "tracking_off": "tracking is off: {}. The run goes on, its rows are in metrics.jsonl; tried again now and then",
+    "tracking_off": "tracking is off: {}. The run continues, its rows are in metrics.jsonl; tried again now and then",
     "tracking_on": "tracking is on again: {}",
 }
 

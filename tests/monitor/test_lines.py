@@ -130,7 +130,7 @@ def test_what_is_optional_is_said_once_for_each_kind_and_what_asks_to_stop_is_he
         with optional("a kind", "it could not be done"):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
     assert [record.message for record in caplog.records] == [
-        "it could not be done: [Errno 5] Input/output error. The run goes on."
+        "it could not be done: [Errno 5] Input/output error. The run continues."
     ]
     for asked in (KeyboardInterrupt, SystemExit):
         with pytest.raises(asked), optional("a kind", "it could not be done"):
