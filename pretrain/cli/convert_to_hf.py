@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from pretrain import quiet  # noqa: F401  (before the libraries that it silences)
 from pretrain.cli.argument_types import path
 from pretrain.cli.parser import tool_parser
-from pretrain.export.card import is_own
+from pretrain.export.card import class_name, is_own
 from pretrain.export.convert import Written, convert
 from pretrain.export.proof import NotEqualError, name_of
 
@@ -41,13 +41,12 @@ def main() -> None:
 
 def _choice(model: Written) -> str:
     """Return the class of the exported model and the reason for it, a line for each method that affects it."""
-    architecture = model.hf_config.architectures[0] if model.hf_config.architectures else "unnamed"
     own = is_own(model.hf_config)
     whose = "its own, no stock class holds it: trust_remote_code=True" if own else "stock transformers"
     reasons = [f"  {name}: {reason}" for name, reason in model.reasons.items()]
     if not reasons:
         reasons = ["  nothing to fold: the weights are plain"]
-    return "\n".join([f"class: {architecture} ({whose})", *reasons])
+    return "\n".join([f"class: {class_name(model.hf_config)} ({whose})", *reasons])
 
 
 def _parse() -> argparse.Namespace:

@@ -1,1 +1,1 @@
-"""lm-evaluation-harness on exported models."""
+"""Evaluation of exported models with lm-evaluation-harness."""

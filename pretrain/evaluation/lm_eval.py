@@ -30,17 +30,22 @@ from pretrain.errors import UserError, first_line
 from pretrain.evaluation.metric_faults import nothing_lost
 from pretrain.files import checksum
 
-logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model that is loaded already
+logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about a model that is loaded already
 
-# Draws for the standard error of a metric that is no mean, as perplexity. The harness's 100,000 take minutes.
+# Draws for the standard error of a metric that is not a mean, such as perplexity. The harness's 100,000 take minutes.
 _DRAWS = 1000
 
 
 def load_tasks(names: list[str], folder: Path | None = None) -> list[Task | Group]:
-    """The tasks and groups of these names with their data, from the harness and from the task files (*.yaml) in `folder`.
+    """Load tasks and groups with their data, from the harness and from task files.
 
-    A task in `folder` goes before the harness's of the same name. UserError if a name is unknown, if a task's data
-    cannot be had (most come from the Hugging Face hub), or if it would run code that the model writes.
+    Args:
+        names: Tasks, groups or tags.
+        folder: A folder with task files (*.yaml). A task in it goes before the harness's of the same name.
+
+    Raises:
+        UserError: If a name is unknown, a task's data is not available (most come from the Hugging Face hub), or a task
+            would run code that the model writes.
     """
     if folder is not None and not any(folder.glob("**/*.yaml")):
         raise UserError(f"there are no task files in '{folder}'. It should hold *.yaml files as the harness has them.")
@@ -59,12 +64,15 @@ def load_tasks(names: list[str], folder: Path | None = None) -> list[Task | Grou
 
 
 def load_model(folder: Path, device: str) -> PreTrainedModel:
-    """The model in `folder`, in the precision it is stored in, on `device`; UserError if it is not whole.
+    """Load the model in `folder`, in the precision it is stored in, on `device`.
 
-    No code of the folder is run: it is a class of transformers or Evenkeel's own.
+    No code of the folder is run: the class is one of transformers or Evenkeel's own.
+
+    Raises:
+        UserError: If the model is incomplete, needs its own code, or does not fit on the device.
     """
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="auto",
             use_safetensors=True,
@@ -72,6 +80,7 @@ def load_model(folder: Path, device: str) -> PreTrainedModel:
             trust_remote_code=False,
             output_loading_info=True,
         )
+        model, report = loaded  # with the argument before, a pair
     except Exception as error:  # transformers raises many kinds here
         raise UserError(f"cannot load the model in '{folder}': {first_line(error)}{_brings_code(folder)}") from error
     if report["missing_keys"]:
@@ -86,10 +95,12 @@ def load_model(folder: Path, device: str) -> PreTrainedModel:
 
 
 class OneBos(HFLM):
-    """The harness's model, but one BOS stands before a text that is scored as a whole, as before a document in training.
+    """The harness's model with one BOS before a text that is scored as a whole, as before a document in training.
 
-    The harness begins such a text with the prefix token, also where the tokenizer has put BOS there already.
+    The harness itself begins such a text with the prefix token, even if the tokenizer has put BOS there already.
     """
+
+    add_bos_token: bool | None
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         before, self.add_bos_token = self.add_bos_token, False
@@ -106,13 +117,23 @@ def evaluate(
     batch_size: int | str = 8,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """Return the result of the harness's `simple_evaluate` for `tasks` of `load_tasks`, without the samples; and `faults`.
+    """Evaluate a model on tasks.
 
-    batch_size: sequences, or "auto" for what fits into memory. limit: documents of each task (None: all). faults: the
-    metrics that could not be computed and why, as `nothing_lost` has them. Raises UserError if the device's memory is too
-    small.
+    Args:
+        model: The model, on its device.
+        tokenizer: Its tokenizer.
+        tasks: As `load_tasks` returns them.
+        batch_size: Sequences, or "auto" for as many as fit into memory.
+        limit: Documents of each task; None for all.
+
+    Returns:
+        The result of the harness's `simple_evaluate` without the samples, and `faults`: the metrics that could not be
+        computed and why, as `nothing_lost` collects them.
+
+    Raises:
+        UserError: If the device's memory is too small.
     """
-    os.environ["DISABLE_MULTIPROC"] = "1"  # or standard errors are computed in forks of a process that uses a GPU
+    os.environ["DISABLE_MULTIPROC"] = "1"  # else standard errors are computed in forks of a process that uses a GPU
     try:
         with redirect_stdout(sys.stderr), nothing_lost(tasks) as faults:
             language_model = OneBos(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
@@ -130,7 +151,7 @@ def evaluate(
 
 
 def scores(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row for each task or group, metric and answer filter. What is not a number (no standard error, NaN) is None."""
+    """Return a row for each task or group, metric and answer filter. A value that is not a finite number becomes None."""
     return [
         {
             "task": task,
@@ -150,9 +171,10 @@ def scores(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def model_fingerprint(folder: Path) -> str:
-    """32 hex digits that depend on the content of the configuration and of the weight files in `folder` (XXH3-128).
+    """Return 32 hex digits of the content of the configuration and of the weight files in `folder` (XXH3-128).
 
-    UserError if it holds no configuration.
+    Raises:
+        UserError: If it holds no configuration.
     """
     if not (folder / "config.json").is_file():
         raise UserError(
@@ -164,7 +186,7 @@ def model_fingerprint(folder: Path) -> str:
 
 
 def _load(name: str, manager: TaskManager) -> list[Task | Group]:
-    """The group `name`, or the task, or the tasks that a tag stands for."""
+    """Return the group `name`, or the task, or the tasks that a tag stands for."""
     try:
         found = manager.load(name)
     except Exception as error:  # whatever data sets and task files raise
@@ -183,7 +205,7 @@ def _unknown(name: str, known: list[str]) -> str:
 
 
 def _brings_code(folder: Path) -> str:
-    """What to add to an error if the model needs a Python file of its own folder."""
+    """Return the end of an error message if the model needs a Python file of its own folder."""
     if "auto_map" not in read_json(folder / "config.json"):
         return ""
     return (

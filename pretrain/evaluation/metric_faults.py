@@ -1,8 +1,8 @@
-"""Keeps the other metrics of an evaluation where one cannot be computed.
+"""Keep the other metrics of an evaluation if one cannot be computed.
 
-lm-evaluation-harness computes all metrics of all tasks after the model's last answer, hours into an evaluation, and one
-that raises loses the others: the word perplexity of a long text without spaces is larger than any float, and functions of
-task files have faults.
+lm-evaluation-harness computes all metrics of all tasks after the model's last answer, hours into an evaluation. One that
+raises loses the others. It happens: the word perplexity of a long text without spaces is larger than any float, and
+functions of task files have faults.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ _Compute = Callable[[Task, dict[tuple[str, str], list], int], tuple[dict[str, An
 
 @contextmanager
 def nothing_lost(tasks: list[Task | Group]) -> Iterator[list[dict[str, Any]]]:
-    """While this lasts, a metric that raises is infinite (if it overflowed) or not a number, and the others stand.
+    """Let a metric that raises become infinite (if it overflowed) or NaN, and keep the others, within this context.
 
-    The list that is given out fills with {task, metric, reason}; metric None: a document of the task could not be scored,
-    and all metrics of the task are left without a value, as they would be those of other documents.
+    Yields:
+        A list that fills with {task, metric, reason}. If metric is None, a document of the task could not be scored. Then
+        no metric of the task has a value, as it would be that of other documents.
     """
     faults: list[dict[str, Any]] = []
     compute = evaluator_utils._compute_task_aggregations
@@ -54,7 +55,7 @@ def _leaves(tasks: list[Task | Group]) -> list[Task]:
 
 
 def _noted(task: Task, faults: list[dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """The task's scoring of one document, which gives nothing where it raises; the first fault of a task is noted."""
+    """Return the task's scoring of one document, which gives nothing if it raises; the first fault of a task is noted."""
     score = task.process_results
 
     def process_results(*arguments: Any, **named: Any) -> dict[str, Any]:
@@ -69,7 +70,7 @@ def _noted(task: Task, faults: list[dict[str, Any]]) -> Callable[..., dict[str, 
 
 
 def _one_at_a_time(compute: _Compute, faults: list[dict[str, Any]]) -> _Compute:
-    def of_task(
+    def compute_task(
         task: Task, raw_metrics: dict[tuple[str, str], list], bootstrap_iters: int
     ) -> tuple[dict[str, Any], int]:
         found: dict[str, Any] = {}
@@ -78,7 +79,7 @@ def _one_at_a_time(compute: _Compute, faults: list[dict[str, Any]]) -> _Compute:
             found |= {value: math.nan, error_bar: "N/A"}
             if _is_at_fault(task, faults):
                 continue
-            for draws in (bootstrap_iters, 0):  # 0: a value whose standard error cannot be computed is a value still
+            for draws in (bootstrap_iters, 0):  # 0: keep a value whose standard error cannot be computed
                 try:
                     found |= compute(task, {(metric, answers): items}, draws)[0]
                 except Exception as error:  # an aggregation of the harness or of a task file
@@ -89,10 +90,12 @@ def _one_at_a_time(compute: _Compute, faults: list[dict[str, Any]]) -> _Compute:
             else:
                 faults.append(fault)
             if found[error_bar] != "N/A":
-                found[error_bar] = np.float64(found[error_bar])  # squared by groups: too large is inf, and no exception
+                found[error_bar] = np.float64(
+                    found[error_bar]
+                )  # groups square it: too large becomes inf instead of an exception
         return found, max(map(len, raw_metrics.values()), default=0)
 
-    return of_task
+    return compute_task
 
 
 def _is_at_fault(task: Task, faults: list[dict[str, Any]]) -> bool:

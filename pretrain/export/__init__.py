@@ -1,1 +1,1 @@
-"""From a training checkpoint to a Hugging Face folder: read the masters, fold the methods, write, prove."""
+"""Conversion of a training checkpoint to a Hugging Face folder: read the masters, fold the methods, write, prove."""

@@ -1,4 +1,4 @@
-"""The model card of an exported folder: what the model is, how to use it, where it came from."""
+"""The model card of an exported folder: what the model is, how to use it, how it was trained."""
 
 from __future__ import annotations
 
@@ -24,16 +24,27 @@ def model_card(
     dtype: torch.dtype,
     proof: Proof,
 ) -> str:
-    """README.md, with the front matter that the Hugging Face hub reads. reasons: see `Written` in convert.py."""
-    own, trust = is_own(hf_config), ", trust_remote_code=True" if is_own(hf_config) else ""
+    """Return README.md, with the front matter that the Hugging Face hub reads.
+
+    Args:
+        config: The configuration of the run.
+        hf_config: That of the exported class.
+        reasons: As in `Written` of convert.py.
+        step: The last step of the training.
+        parameters: How many the model has.
+        dtype: The stored dtype.
+        proof: The comparison of the logits.
+    """
+    own = is_own(hf_config)
+    trust = ", trust_remote_code=True" if own else ""
     loaded_by = "with `trust_remote_code=True`" if own else "by stock transformers"
     head = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["evenkeel", hf_config.model_type, *(method.name for method in config.methods)],
     }
-    facts = {
-        "architecture": f"{hf_config.architectures[0]}, {parameters:,} parameters, stored as {name_of(dtype)}",
+    provenance = {
+        "architecture": f"{class_name(hf_config)}, {parameters:,} parameters, stored as {name_of(dtype)}",
         "run": f"`{config.name}`, seed {config.seed}",
         "trained": f"{step:,} of {config.total_steps:,} steps, {step * config.tokens_per_step:,} tokens",
         "batch": f"{config.data.global_batch_size} sequences of {config.data.seq_len} tokens",
@@ -58,7 +69,7 @@ print(generate("The", max_new_tokens=64)[0]["generated_text"])
 
 | | |
 | --- | --- |
-{_rows(facts)}
+{_rows(provenance)}
 
 ## Methods
 
@@ -72,12 +83,18 @@ These files, loaded {loaded_by}, give the trainer's own logits on a fixed batch:
 
 
 def is_own(hf_config: PreTrainedConfig) -> bool:
-    """Whether an exported model's class comes with it, because no stock class can hold the model."""
+    """Return whether an exported model's class comes with it, because no stock class can hold the model."""
     return bool(getattr(hf_config, "auto_map", None))
 
 
+def class_name(hf_config: PreTrainedConfig) -> str:
+    """Return the name of the class that holds an exported model."""
+    assert hf_config.architectures, "an exported configuration names its class"
+    return hf_config.architectures[0]
+
+
 def _class_in_words(hf_config: PreTrainedConfig) -> str:
-    name = hf_config.architectures[0]
+    name = class_name(hf_config)
     if not is_own(hf_config):
         return f"It is a stock {name}; no code of the trainer is needed."
     file = hf_config.auto_map["AutoModelForCausalLM"].partition(".")[0]
@@ -87,8 +104,8 @@ def _class_in_words(hf_config: PreTrainedConfig) -> str:
     )
 
 
-def _rows(facts: dict[str, str]) -> str:
-    return "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+def _rows(provenance: dict[str, str]) -> str:
+    return "\n".join(f"| {name} | {value} |" for name, value in provenance.items())
 
 
 def _methods(config: Config, reasons: Mapping[str, str]) -> str:

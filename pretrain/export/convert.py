@@ -1,4 +1,4 @@
-"""One conversion, top to bottom: verify the checkpoint, read the masters, fold the methods, write, prove, publish."""
+"""A conversion, top to bottom: verify the checkpoint, read the masters, fold the methods, write, prove, publish."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pretrain.data.tokenizer import load_tokenizer, separator_id
 from pretrain.data.tokenizer_files import trained_files, write_files
 from pretrain.engine.build_model import bind_methods
 from pretrain.errors import UserError, first_line
-from pretrain.export.card import model_card
+from pretrain.export.card import class_name, model_card
 from pretrain.export.masters import master_weights
 from pretrain.export.proof import Proof, checked, prove
 from pretrain.export.weights import Shapes, write_weights
@@ -37,9 +37,12 @@ from pretrain.model.layout import role_and_layer
 class Written:
     """A model without its tokenizer and card.
 
-    hf_config: of the class that holds it. files: of weights. reasons: by method, what was done to the weights so that this
-    class computes what the trainer did, or why no stock class does; nothing of methods that leave plain weights. bos_id: the
-    token before every document in training, None: no other than the separator that ended the one before.
+    Attributes:
+        hf_config: The configuration of the class that holds it.
+        files: The number of files of weights.
+        reasons: By method, the change of the weights with which this class computes what the trainer did, or why no stock
+            class does. Methods that leave plain weights are not in it.
+        bos_id: The token before every document in training; None if only the separator of the document before stood there.
     """
 
     hf_config: PreTrainedConfig
@@ -50,7 +53,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Exported:
-    """What a conversion made."""
+    """The result of a conversion: the model, its number of parameters, the stored dtype and the proof."""
 
     model: Written
     parameters: int
@@ -59,10 +62,18 @@ class Exported:
 
 
 def convert(checkpoint: Path, out: Path, dtype: torch.dtype | None = None) -> Exported:
-    """Turn a training checkpoint into the Hugging Face folder `out`, in `dtype` or the trainer's own precision.
+    """Turn a training checkpoint into a Hugging Face folder.
 
-    Everything is made in a folder beside `out` that takes its name once the logits are proved equal. Raises UserError
-    if `out` holds anything, if the checkpoint is not whole, or if there is no room; NotEqualError if the proof fails.
+    Everything is made in a folder beside `out` that takes its name once the logits are proved equal.
+
+    Args:
+        checkpoint: The checkpoint's folder, or a link such as `latest`.
+        out: The folder to make.
+        dtype: The stored dtype; None for the precision that the trainer computed in.
+
+    Raises:
+        UserError: If `out` holds anything, the checkpoint is damaged, or the disk is full.
+        NotEqualError: If the proof fails.
     """
     _refuse_existing(out)
     require_utf8(out, "--out")
@@ -71,22 +82,23 @@ def convert(checkpoint: Path, out: Path, dtype: torch.dtype | None = None) -> Ex
     dtype = dtype or load_probe(checkpoint)[1].dtype
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished(out.with_name(f".{out.name}.{os.getpid()}.tmp")) as aside:
-            folder = aside / "model"
+        with unfinished(out.with_name(f".{out.name}.{os.getpid()}.tmp")) as temporary:
+            folder = temporary / "model"
             folder.mkdir(parents=True)
             exported = _export(checkpoint, folder, dtype)
             os.replace(folder, out)
     except OSError as error:
         raise UserError(
-            f"cannot convert {checkpoint} to {out}: {error}. Make room, or mend the permissions of the file it names."
+            f"cannot convert {checkpoint} to {out}: {error}. Free disk space, or correct the permissions of the file it names."
         ) from error
     return exported
 
 
 def verified(path: Path) -> Path:
-    """The folder of the checkpoint that `path` means, each file compared with its manifest.
+    """Return the folder of the checkpoint at `path`, each file compared with its manifest.
 
-    UserError if one differs, or if the model in it has diverged.
+    Raises:
+        UserError: If a file differs, or the model has diverged.
     """
     checkpoint = resolve(path)
     verify(checkpoint)
@@ -97,7 +109,17 @@ def verified(path: Path) -> Path:
 def write_model(checkpoint: Path, folder: Path, config: Config, dtype: torch.dtype) -> Written:
     """Write the weights, folded into a stock architecture, and its configuration.
 
-    Where no stock architecture can hold what was trained, it is Evenkeel's own, whose modelling file is written as well.
+    If no stock architecture can hold the model, it is Evenkeel's own, and its modelling file is written as well.
+
+    Args:
+        checkpoint: A verified checkpoint.
+        folder: An existing folder for the files.
+        config: The configuration of the run.
+        dtype: The stored dtype.
+
+    Raises:
+        UserError: If the checkpoint cannot be read.
+        NotEqualError: If a weight is not the trainer's.
     """
     hf_config = _configuration(checkpoint / "hf")
     bos_id = _bos_id(checkpoint, hf_config)
@@ -108,13 +130,13 @@ def write_model(checkpoint: Path, folder: Path, config: Config, dtype: torch.dty
     folding = [method for method in config.methods if type(method).fold is not Method.fold]
     if folding:
         as_forward_saw_them(tensors, load_probe(checkpoint)[1].dtype)
-        tensors |= as_lazy(read_method_state(checkpoint))
+        tensors.update(as_lazy(read_method_state(checkpoint)))
     for method in sorted(folding, key=lambda method: method.fold_order):
         hf_config = method.fold(tensors, hf_config)
     shapes = shapes_of(hf_config)
     if shapes.keys() != tensors.keys():
         raise RuntimeError(
-            f"a {hf_config.architectures[0]} cannot hold these weights: it lacks {sorted(tensors.keys() - shapes)} "
+            f"a {class_name(hf_config)} cannot hold these weights: it lacks {sorted(tensors.keys() - shapes)} "
             f"and needs {sorted(shapes.keys() - tensors)}; a method that changes the architecture must fold its change"
         )
     files = write_weights(folder, tensors, shapes, dtype)
@@ -127,14 +149,14 @@ def write_model(checkpoint: Path, folder: Path, config: Config, dtype: torch.dty
 
 
 def as_forward_saw_them(tensors: LazyTensors, precision: torch.dtype) -> None:
-    """Round every master to the precision that forward computed in, but for trained factors, which it took in float32."""
+    """Round every master to the precision of forward, except trained factors, which forward took in float32."""
     for name in tensors:
         if role_and_layer(name)[0] != "scale":
             change(tensors, name, lambda master: master.to(precision).float())
 
 
 def shapes_of(hf_config: PreTrainedConfig) -> Shapes:
-    """Name and shape of every weight of an empty model, a tied weight once; its class is noted in `hf_config`."""
+    """Return name and shape of every weight of an empty model, a tied weight once; note its class in `hf_config`."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(hf_config)
     hf_config.architectures = [type(model).__name__]
@@ -142,7 +164,7 @@ def shapes_of(hf_config: PreTrainedConfig) -> Shapes:
 
 
 def _export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> Exported:
-    """Fill `folder` and prove it."""
+    """Fill `folder` and prove its model."""
     config = load_config(checkpoint / "config.yaml")
     model = write_model(checkpoint, folder, config, dtype)
     write_files(trained_files(load_tokenizer(checkpoint / "hf"), checkpoint / "hf", model.bos_id), folder)
@@ -164,7 +186,7 @@ def _configuration(folder: Path) -> PreTrainedConfig:
 
 
 def _bos_id(checkpoint: Path, hf_config: PreTrainedConfig) -> int | None:
-    """The token before every document in training. Where an older trainer did not write it down, the first token tells."""
+    """Return the token before every document in training; from the probe's first token if an older trainer did not note it."""
     state = read_json(checkpoint / "trainer.json")
     if "bos_id" in state:
         return state["bos_id"]

@@ -1,4 +1,4 @@
-"""Where a DeepSpeed checkpoint keeps the fp32 master of each weight.
+"""The places of the fp32 master of each weight in a DeepSpeed checkpoint.
 
     engine            the master of one weight
     ZeRO-3            an equal range of it in every rank's file, the last ranges padded; weights one after another in
@@ -8,10 +8,10 @@
     stage 0, fp32     whole, with the model
     stage 0, half     whole, with the optimizer's state, one parameter group after another
 
-Under tensor parallelism each rank of a group writes such files of its own (mp_rank_00, mp_rank_01, ...), in which
-"weight" means the part that it holds; `shards.json` says how the parts make the whole (pretrain/checkpoints/shard_metadata.py).
+Under tensor parallelism each rank of a group writes its own files (mp_rank_00, mp_rank_01, ...), in which "weight" means
+the part that it holds. `shards.json` describes how the parts make the whole (pretrain/checkpoints/shard_metadata.py).
 
-DeepSpeed 0.19 as found by experiment; docs/conversion.md has the details.
+Found by experiment with DeepSpeed 0.19; docs/conversion.md has the details.
 """
 
 from __future__ import annotations
@@ -28,29 +28,36 @@ from pretrain.checkpoints.shard_metadata import ShardMetadata, load_shard_metada
 from pretrain.errors import UserError
 from pretrain.export.stored import SideBySide, Span, StoredWeight, one_below_the_other, open_stored, span
 
-# One group of parameters as every rank keeps it: (file, flat tensor of this rank), in rank order.
+# One group of parameters on all ranks: (file, flat tensor of this rank), in rank order.
 _Slices = list[tuple[Path, torch.Tensor]]
 
 
 def master_weights(folder: Path) -> dict[str, StoredWeight | SideBySide]:
-    """Every weight by its name in the trained model, a tied weight once, from the DeepSpeed files in `folder`.
+    """Find every weight in the DeepSpeed files of a checkpoint, without reading any.
 
-    No weight is read. Raises UserError if the files are not those of one checkpoint.
+    Args:
+        folder: The checkpoint's folder of DeepSpeed's files.
+
+    Returns:
+        Each weight by its name in the trained model, a tied weight once; calling it reads it, float32.
+
+    Raises:
+        UserError: If the files are not those of one checkpoint.
     """
     metadata = load_shard_metadata(folder.parent)
-    ranks = [_of_tensor_rank(folder, rank, metadata) for rank in range(metadata.tensor_ranks)]
+    ranks = [_parts_of_rank(folder, rank, metadata) for rank in range(metadata.tensor_ranks)]
     return {name: _join([rank[name] for rank in ranks], metadata.cut_along.get(name)) for name in ranks[0]}
 
 
 def _join(parts: list[StoredWeight], dimension: int | None) -> StoredWeight | SideBySide:
-    """One weight from the parts of the tensor-parallel ranks; `dimension` None: each of them holds the same whole."""
+    """Return one weight from the parts of the tensor-parallel ranks. dimension None: each of them holds the same whole."""
     if dimension is None:
         return parts[0]
     return one_below_the_other(parts) if dimension == 0 else SideBySide(tuple(parts))
 
 
-def _of_tensor_rank(folder: Path, tensor_rank: int, metadata: ShardMetadata) -> dict[str, StoredWeight]:
-    """What one tensor-parallel rank holds of every weight."""
+def _parts_of_rank(folder: Path, tensor_rank: int, metadata: ShardMetadata) -> dict[str, StoredWeight]:
+    """Return the part of every weight that one tensor-parallel rank holds."""
     files = f"*mp_rank_{tensor_rank:02d}"
     model_file = next(iter(sorted(folder.glob(f"{files}_model_states.pt"), key=_rank)), None)
     if model_file is None:
@@ -73,7 +80,7 @@ def _of_tensor_rank(folder: Path, tensor_rank: int, metadata: ShardMetadata) -> 
 
 
 def _whole(file: Path, module: dict[str, torch.Tensor]) -> Iterator[tuple[str, StoredWeight]]:
-    """Stage 0: the model's own tensors. Tied ones lie at the same place; the first name counts."""
+    """Yield the weights of stage 0: the model's own tensors. Tied ones lie at the same place; the first name counts."""
     seen: set[Span] = set()
     for name, tensor in module.items():
         where = span(file, tensor)
@@ -85,7 +92,7 @@ def _whole(file: Path, module: dict[str, torch.Tensor]) -> Iterator[tuple[str, S
 def _whole_masters(
     file: Path, groups: list[list[torch.Tensor]], names: list[list[str]]
 ) -> Iterator[tuple[str, StoredWeight]]:
-    """Stage 0 in half precision: the model's own tensors are working copies, the masters are the optimizer's."""
+    """Yield the weights of stage 0 in half precision: the optimizer's masters; the model's tensors are working copies."""
     for tensors, group in zip(groups, names, strict=True):
         for name, tensor in zip(group, tensors, strict=True):
             yield name, StoredWeight(tuple(tensor.shape), (span(file, tensor),))
@@ -115,7 +122,7 @@ def _zero12(shapes: list[dict], groups: list[_Slices], paddings: list[list[int]]
 
 
 def _cut(slices: _Slices, start: int, count: int) -> Iterator[Span]:
-    """Elements `start` to `start + count` of the slices laid end to end."""
+    """Yield the places of elements `start` to `start + count` of the slices laid end to end."""
     for file, flat in slices:
         inside = max(0, min(count, flat.numel() - start))
         if inside:
@@ -126,7 +133,7 @@ def _cut(slices: _Slices, start: int, count: int) -> Iterator[Span]:
 
 
 def _groups(files: list[Path], flats_by_rank: list[Iterable[torch.Tensor]]) -> list[_Slices]:
-    """The flat tensors that each rank holds, regrouped: per group, one of every rank."""
+    """Regroup the flat tensors that each rank holds: for each group, one of every rank."""
     return [list(zip(files, flats, strict=True)) for flats in zip(*flats_by_rank, strict=True)]
 
 
@@ -136,6 +143,6 @@ def _rank_count(state: dict[str, Any]) -> int:
 
 
 def _rank(path: Path) -> int:
-    """The data-parallel rank in a DeepSpeed file name; files written by rank 0 alone carry none."""
+    """Return the data-parallel rank in a DeepSpeed file name; files that only rank 0 writes carry none."""
     found = re.search(r"zero_pp_rank_(\d+)_", path.name)
     return int(found[1]) if found else 0

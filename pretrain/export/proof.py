@@ -1,9 +1,11 @@
-"""Proves an export: every weight as it is read must have the mean and deviation that the trainer's had, to nine digits,
-and transformers must give the logits that the trainer gave on the checkpoint's probe.
+"""Proof of an export by its weights and its logits.
 
-How equal is equal depends on the model: the same weights give other last digits on other hardware, and depth amplifies
-them. So the measuring rod is the model itself. Its logits are computed twice here, in the trainer's precision and in a
-higher one; the difference is what rounding does to this model, and the trainer's logits may be off by a few times that.
+Every weight that is read must have the mean and deviation of the trainer's, to nine digits. And transformers must give the
+logits that the trainer gave on the checkpoint's probe.
+
+The tolerance depends on the model: the same weights give other last digits on other hardware, and depth amplifies them. So
+it is measured with the model itself. Its logits are computed twice, in the trainer's precision and in a higher one. Their
+difference is the effect of rounding on this model, and the trainer's logits may differ by a few times that.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from importlib.util import module_from_spec, spec_from_loader
 from math import isclose
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -28,9 +31,9 @@ from pretrain.model.evenkeel_llama import MODELING_FILE, EvenkeelLlamaConfig, Ev
 from pretrain.model.export_edits import LazyTensors
 from pretrain.sharded import Moments
 
-# Other kernels than these sum in another order, and round somewhat more or less. docs/conversion.md has measurements.
+# Other kernels sum in another order, and round somewhat more or less. docs/conversion.md has measurements.
 ROOM = 2.0
-# A model in float32 rounds so little that the kernels' differences count: never ask for less than this.
+# A model in float32 rounds so little that the kernels' differences count: the least tolerance.
 FLOOR = 5e-6
 # Means and deviations are computed in float64 on both sides, in another order.
 DIGITS = 1e-9
@@ -44,11 +47,15 @@ class NotEqualError(RuntimeError):
 
 @dataclass(frozen=True)
 class Proof:
-    """The trainer's logits against the exported model's.
+    """A comparison of the trainer's logits with the exported model's.
 
-    largest_difference, largest_logit: absolute, both sides in `precision`. error: root mean square of the trainer's
-    logits less the exported model's in higher precision, as a share of the logits' own. tolerance: the largest error
-    that rounding explains.
+    Attributes:
+        precision: In which both sides computed the differences below.
+        largest_difference: Absolute.
+        largest_logit: Absolute.
+        error: Root mean square of the trainer's logits less the exported model's in higher precision, as a share of the
+            logits' own.
+        tolerance: The largest error that rounding explains.
     """
 
     precision: torch.dtype
@@ -59,7 +66,7 @@ class Proof:
 
     @property
     def holds(self) -> bool:
-        """False as well where a logit is not a number."""
+        """Whether rounding explains the error; False as well if a logit is not a number."""
         return self.error <= self.tolerance
 
     def __str__(self) -> str:
@@ -72,8 +79,13 @@ class Proof:
 def prove(folder: Path, checkpoint: Path, exported: torch.dtype) -> Proof:
     """Load `folder` as a user would and compare its logits with those in the checkpoint's probe.
 
-    It computes in the trainer's precision, or in the `exported` one where that is coarser. Raises NotEqualError if the
-    logits differ by more than rounding.
+    Args:
+        folder: The exported model.
+        checkpoint: Its checkpoint.
+        exported: The stored dtype. The model computes in it if it is coarser than the trainer's precision, else in that.
+
+    Raises:
+        NotEqualError: If the logits differ by more than rounding.
     """
     input_ids, trained = load_probe(checkpoint)
     precision = max(trained.dtype, exported, key=lambda dtype: torch.finfo(dtype).eps)
@@ -99,11 +111,11 @@ def prove(folder: Path, checkpoint: Path, exported: torch.dtype) -> Proof:
     return proof
 
 
-def model_class_of(folder: Path) -> type:
-    """What loads the model in `folder`: an Auto class, or our own from the modelling file that the conversion put there.
+def model_class_of(folder: Path) -> type[Any]:
+    """Return the class that loads the model in `folder`: an Auto class, or our own from the exported modelling file.
 
-    (The Auto classes would take the one that the trainer has registered, and leave the exported file untried. A class
-    that the checkpoint's configuration names besides would be code of whoever made the checkpoint.)
+    The Auto classes would take our class from the trainer's registry and leave the exported file untested. Any other class
+    that the checkpoint's configuration names is not loaded: it would be code of an unknown author.
     """
     if read_json(folder / "config.json").get("model_type") != EvenkeelLlamaConfig.model_type:
         return AutoModelForCausalLM
@@ -111,29 +123,32 @@ def model_class_of(folder: Path) -> type:
 
 
 def _imported(file: Path) -> ModuleType:
-    """The module in `file`, imported where it lies.
+    """Import the module in `file` where it lies.
 
-    transformers would copy it to its module cache first, which must be writable, and which is a folder called ~ where there
-    is no home.
+    transformers would copy it to its module cache first, which must be writable, and which is a folder called ~ if there is
+    no home.
     """
     name = f"exported_{file.stem}"
-    spec = spec_from_loader(name, _WithoutBytecode(name, str(file)))
+    loader = _WithoutBytecode(name, str(file))
+    spec = spec_from_loader(name, loader)
+    assert spec is not None  # as the file is no package
     module = sys.modules[name] = module_from_spec(spec)
-    spec.loader.exec_module(module)
+    loader.exec_module(module)
     return module
 
 
 class _WithoutBytecode(SourceFileLoader):
-    """Python's own loader, but it leaves no __pycache__ in the exported folder."""
+    """Python's own loader, without a __pycache__ in the exported folder."""
 
-    def set_data(self, path: str, data: bytes, *, _mode: int = 0o666) -> None:
+    def set_data(self, path: str, data: object, *, _mode: int = 0o666) -> None:
         pass
 
 
 def checked(tensors: LazyTensors, checkpoint: Path) -> LazyTensors:
-    """The same weights, each compared with the moments of the trainer's full fp32 weight when it is loaded.
+    """Return the same weights, each compared with the moments of the trainer's full fp32 weight when it is loaded.
 
-    Loading one that differs raises NotEqualError with its name.
+    Raises:
+        NotEqualError: If a name is missing or too many; later, if a loaded weight differs.
     """
     moments = load_moments(checkpoint)
     if tensors.keys() != moments.keys():
@@ -146,11 +161,11 @@ def checked(tensors: LazyTensors, checkpoint: Path) -> LazyTensors:
 
 def _load_checked(name: str, load: Callable[[], torch.Tensor], trained: Moments) -> torch.Tensor:
     tensor = load()
-    found = Moments.of(tensor)
-    same_norm = isclose(found.squared_norm, trained.squared_norm, rel_tol=DIGITS)
-    if not (found.count == trained.count and same_norm and isclose(found.std, trained.std, rel_tol=DIGITS)):
+    read = Moments.of(tensor)
+    same_norm = isclose(read.squared_norm, trained.squared_norm, rel_tol=DIGITS)
+    if not (read.count == trained.count and same_norm and isclose(read.std, trained.std, rel_tol=DIGITS)):
         raise NotEqualError(
-            f"{name} as it was read has mean {found.mean:.9g} and deviation {found.std:.9g}, the trainer's had "
+            f"{name} as it was read has mean {read.mean:.9g} and deviation {read.std:.9g}, the trainer's had "
             f"{trained.mean:.9g} and {trained.std:.9g}. Nothing was exported. The checkpoint's files are as they were "
             "written, so the way its weights are read is wrong."
         )
@@ -159,15 +174,15 @@ def _load_checked(name: str, load: Callable[[], torch.Tensor], trained: Moments)
 
 @contextmanager
 def computing_in(dtype: torch.dtype, model: torch.nn.Module) -> Iterator[None]:
-    """Cast each module's parameters for the time of its own forward: as `model.to(dtype)`, one module at a time."""
+    """Cast each module's parameters during its own forward: like `model.to(dtype)`, one module at a time."""
     own: dict[torch.nn.Parameter, torch.Tensor] = {}
 
-    def lift(module: torch.nn.Module, _) -> None:
+    def lift(module: torch.nn.Module, _: object) -> None:
         for parameter in module.parameters(recurse=False):
             own[parameter] = parameter.data
             parameter.data = parameter.data.to(dtype)
 
-    def lower(module: torch.nn.Module, *_) -> None:
+    def lower(module: torch.nn.Module, *_: object) -> None:
         for parameter in module.parameters(recurse=False):
             parameter.data = own.pop(parameter)
 
@@ -182,5 +197,5 @@ def computing_in(dtype: torch.dtype, model: torch.nn.Module) -> Iterator[None]:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As the command line spells it."""
+    """Return the dtype's name as the command line has it, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")

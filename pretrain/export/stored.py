@@ -1,8 +1,8 @@
 """Files of `torch.save` opened without reading their tensors.
 
-A file is read with its tensors on the meta device: they have shapes and know where their bytes lie, and nothing more.
-Objects of other libraries (DeepSpeed's loss scaler, say) become placeholders, so those libraries are neither needed nor
-run, and nothing else in the file is.
+A file is read with its tensors on the meta device: they have shapes and the places of their bytes, and nothing more.
+Objects of other libraries (such as DeepSpeed's loss scaler) become placeholders, so those libraries are not needed, and no
+code that the file names is run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BLOCK = 1 << 20  # elements
 
 @dataclass(frozen=True)
 class Span:
-    """`count` float32 values that lie from byte `offset` on in `file`."""
+    """A range of `count` float32 values from byte `offset` on in `file`."""
 
     file: Path
     offset: int
@@ -31,13 +31,13 @@ class Span:
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """One float32 tensor, the concatenation of `spans` in shape `shape`; calling it reads it."""
+    """A float32 tensor of shape `shape`, the concatenation of `spans`. Calling it reads it."""
 
     shape: tuple[int, ...]
     spans: tuple[Span, ...]
 
     def __call__(self) -> torch.Tensor:
-        """The whole weight, float32. Raises UserError if a file ends too early."""
+        """Read and return the whole weight, float32. Raise UserError if a file ends too early."""
         weight = torch.empty(self.shape, dtype=torch.float32)
         flat = weight.view(-1)
         for span in self.spans:
@@ -46,7 +46,7 @@ class StoredWeight:
         return weight
 
     def blocks(self) -> Iterator[Span]:
-        """The same values in the same order, in spans of limited size."""
+        """Yield the same values in the same order, in spans of limited size."""
         for span in self.spans:
             for first in range(0, span.count, _BLOCK):
                 count = min(_BLOCK, span.count - first)
@@ -55,7 +55,7 @@ class StoredWeight:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """One float32 matrix whose columns lie in several stored matrices, next to each other; calling it reads it."""
+    """A float32 matrix whose columns lie in several stored matrices, next to each other. Calling it reads it."""
 
     parts: tuple[StoredWeight, ...]
 
@@ -64,7 +64,7 @@ class SideBySide:
         return (self.parts[0].shape[0], sum(part.shape[1] for part in self.parts))
 
     def __call__(self) -> torch.Tensor:
-        """The whole matrix, float32, and nothing besides it but a block of one part. Raises UserError as its parts do."""
+        """Read and return the whole matrix, float32; besides it, memory holds one block. Raise UserError as its parts do."""
         whole, column = torch.empty(self.shape, dtype=torch.float32), 0
         for part in self.parts:
             width, position = part.shape[1], 0
@@ -77,25 +77,36 @@ class SideBySide:
 
 
 def one_below_the_other(parts: Sequence[StoredWeight]) -> StoredWeight:
-    """One weight whose rows lie in several stored ones, one after the other."""
+    """Return a weight whose rows lie in several stored ones, one after the other."""
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
     return StoredWeight(shape, tuple(span for part in parts for span in part.spans))
 
 
 def open_stored(path: Path) -> Any:
-    """What was saved in `path`, with its tensors on the meta device. Raises UserError if torch cannot read it."""
+    """Return the content of `path`, with its tensors on the meta device. Raise UserError if torch cannot read it."""
     return read_safely(path, device="meta", stand_in=_Placeholder)
 
 
 def span(path: Path, tensor: torch.Tensor, start: int = 0, count: int | None = None) -> Span:
-    """Where elements `start` to `start + count` (default: all) of a contiguous `tensor` of `open_stored(path)` lie."""
+    """Return the place of elements of a tensor on disk.
+
+    Args:
+        path: The file.
+        tensor: A contiguous float32 tensor of `open_stored(path)`.
+        start: The first element.
+        count: How many; None for all.
+
+    Raises:
+        UserError: If the tensor is not contiguous, not float32, or too short.
+    """
     count = tensor.numel() if count is None else count
     if not tensor.is_contiguous():
         raise UserError(f"{path} holds a weight whose values do not lie in order, which conversion cannot read.")
     if tensor.dtype != torch.float32 or start + count > tensor.numel():
         raise UserError(f"{path} holds {tensor.numel()} {tensor.dtype} values where {start + count} float32 were due.")
-    beginning = tensor.untyped_storage()._checkpoint_offset  # set by torch.load for tensors that it left on disk
-    return Span(path, beginning + tensor.element_size() * (tensor.storage_offset() + start), count)
+    beginning = tensor.untyped_storage()._checkpoint_offset
+    assert beginning is not None  # torch.load sets it for tensors that it leaves on disk
+    return Span(path, beginning + tensor.element_size() * (int(tensor.storage_offset()) + start), count)
 
 
 def _read(span: Span) -> torch.Tensor:
@@ -107,12 +118,12 @@ def _read(span: Span) -> torch.Tensor:
 def _read_into(values: torch.Tensor, span: Span) -> None:
     with open(span.file, "rb") as file:
         file.seek(span.offset)
-        if file.readinto(values.numpy()) != values.nbytes:
+        if file.readinto(values.numpy().data) != values.nbytes:
             raise UserError(f"{span.file} ends before the weights that it should hold. Copy it again.")
 
 
 class _Placeholder:
-    """Stands for an object of another library."""
+    """A stand-in for an object of another library."""
 
     def __init__(self, *arguments: Any) -> None: ...
 

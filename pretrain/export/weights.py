@@ -1,7 +1,7 @@
-"""Writes safetensors files one tensor at a time, so that memory holds one tensor whatever a file's size.
+"""Write safetensors files one tensor at a time, so that memory holds one tensor whatever a file's size.
 
-The format (https://github.com/huggingface/safetensors#format) wants every tensor's place before the first byte of
-data, so shapes are given and each tensor must have the shape it was given.
+The format (https://github.com/huggingface/safetensors#format) puts every tensor's place before the first byte of data.
+So the shapes are given, and each tensor must have the shape that was given for it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,22 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def write_weights(folder: Path, tensors: LazyTensors, shapes: Shapes, dtype: torch.dtype) -> int:
-    """Write `tensors` as `dtype` to model-0000I-of-0000N.safetensors and their index; returns N.
+    """Write tensors to model-0000I-of-0000N.safetensors and their index.
 
-    Each is loaded, cast, written and dropped in the order of `shapes`. Raises ValueError if one has another shape, UserError if
-    `dtype` does not reach as far as its values.
+    Each is loaded, cast, written and dropped in the order of `shapes`.
+
+    Args:
+        folder: Where the files go.
+        tensors: A function for each name that loads the tensor.
+        shapes: The shape of each tensor, by name.
+        dtype: The stored dtype: float32, bfloat16 or float16.
+
+    Returns:
+        N, the number of files of weights.
+
+    Raises:
+        ValueError: If a tensor has another shape.
+        UserError: If a value is too large for `dtype`.
     """
     shards = _share_out(shapes, dtype.itemsize)
     files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
@@ -47,17 +59,17 @@ def write_weights(folder: Path, tensors: LazyTensors, shapes: Shapes, dtype: tor
     return len(shards)
 
 
-def _share_out(shapes: Shapes, item_bytes: int) -> list[Shapes]:
-    """Consecutive tensors per file, up to SHARD_BYTES each; a larger tensor has a file for itself."""
+def _share_out(shapes: Shapes, item_bytes: int) -> list[dict[str, tuple[int, ...]]]:
+    """Return consecutive tensors for each file, up to SHARD_BYTES; a larger tensor has a file for itself."""
     shards: list[dict[str, tuple[int, ...]]] = []
-    room = 0
+    free_bytes = 0
     for name, shape in shapes.items():
         size = prod(shape) * item_bytes
-        if size > room or not shards:
+        if size > free_bytes or not shards:
             shards.append({})
-            room = SHARD_BYTES
+            free_bytes = SHARD_BYTES
         shards[-1][name] = shape
-        room -= size
+        free_bytes -= size
     return shards
 
 
@@ -65,13 +77,13 @@ def _write_shard(path: Path, tensors: LazyTensors, shapes: Shapes, dtype: torch.
     with open(path, "wb") as file:
         file.write(_header(shapes, dtype))
         for name, shape in shapes.items():
-            bar.update(file.write(_content(name, tensors[name](), shape, dtype)))
+            bar.update(file.write(_content(name, tensors[name](), shape, dtype).data))
         file.flush()
         os.fsync(file.fileno())
 
 
 def _content(name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> np.ndarray:
-    """The tensor's bytes in `dtype`; a function of its own, so that no name keeps it alive while the next is loaded."""
+    """Return the tensor's bytes in `dtype`. A separate function, so that no name keeps it alive while the next is loaded."""
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has the shape {tuple(tensor.shape)} where the architecture has {shape}")
     cast = tensor.to(dtype)

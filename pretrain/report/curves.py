@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from pretrain.report.picture import Picture
 from pretrain.report.runs import Run, number
 from pretrain.report.style import ACCENT, MUTED, PAPER, compact_axis, legend, log_y_axis, run_color
 from pretrain.report.traces import running_mean, thinned
 
-_WIDTH = 11.0  # inches, of every picture
+_WIDTH = 11.0  # of every picture, in inches
 _START = 0.2  # the share of the shortest run that the loss picture's second panel leaves out
 
 
 def loss_picture(runs: list[Run]) -> Picture:
-    """Training and validation loss: the whole run by steps, and its later part by tokens."""
-    figure, (whole, late) = _figure(height=4.2, panels=2)
+    """Draw training and validation loss: the whole run by steps, and its later part by tokens."""
+    figure, whole, late = _two_panels(height=4.2)
     for index, run in enumerate(runs):
         color = run_color(index)
         steps, loss = run.series("train", "loss")
@@ -42,7 +46,7 @@ def loss_picture(runs: list[Run]) -> Picture:
 
 
 def grad_norm_picture(runs: list[Run]) -> Picture:
-    """Gradient norm before clipping, with the clip values drawn in."""
+    """Draw the gradient norm before clipping, with the clip values."""
     figure, axes = _figure(height=3.2)
     for index, run in enumerate(runs):
         _noisy_line(axes, *run.series("train", "grad_norm"), run_color(index))
@@ -59,7 +63,7 @@ def grad_norm_picture(runs: list[Run]) -> Picture:
 
 
 def learning_rate_picture(runs: list[Run]) -> Picture:
-    """Learning rate by step."""
+    """Draw the learning rate by step."""
     figure, axes = _figure(height=2.6)
     for index, run in enumerate(runs):
         # Runs often share their schedule: later ones are thinner, so that the earlier ones stay visible below.
@@ -73,8 +77,8 @@ def learning_rate_picture(runs: list[Run]) -> Picture:
 
 
 def throughput_picture(runs: list[Run]) -> Picture:
-    """Tokens per second, and the share of time spent waiting for data."""
-    figure, (speed, wait) = _figure(height=3.2, panels=2)
+    """Draw tokens per second, and the share of time spent waiting for data."""
+    figure, speed, wait = _two_panels(height=3.2)
     for index, run in enumerate(runs):
         _noisy_line(speed, *run.series("train", "tokens_per_s"), run_color(index))
         steps, share = run.series("train", "data_wait")
@@ -91,33 +95,42 @@ def throughput_picture(runs: list[Run]) -> Picture:
 
 
 def activations_picture(runs: list[Run]) -> Picture:
-    """Size and excess kurtosis of each block's output at the last measurement."""
+    """Draw size and excess kurtosis of each block's output at the last measurement."""
     title = "Activations"
     if not any(run.rows["activations"] for run in runs):
         return Picture("activations", title, "No activations were logged.", None)
-    figure, (size, kurtosis) = _figure(height=3.2, panels=2)
+    figure, size, kurtosis = _two_panels(height=3.2)
     for index, run in enumerate(runs):
         measured = run.rows["activations"]
         layers = measured[-1]["layers"] if measured else []
         numbers = [layer["layer"] for layer in layers]
-        dots = {"color": run_color(index), "marker": "o", "markersize": 3}
+        dots: dict[str, Any] = {"color": run_color(index), "marker": "o", "markersize": 3}
         for axes, key, style in ((size, "top", "-"), (size, "median", ":"), (kurtosis, "excess_kurtosis", "-")):
             axes.plot(numbers, [number(layer.get(key)) for layer in layers], linestyle=style, **dots)
     size.set(title="magnitude", xlabel="layer")
     kurtosis.set(title="excess kurtosis", xlabel="layer")
     log_y_axis(size)
     for axes in (size, kurtosis):
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     _run_legend(figure, runs, [_key("largest"), _key("median", linestyle=":")])
     missing = [run.label for run in runs if not run.rows["activations"]]
     note = f" None were logged for {', '.join(missing)}." if missing else ""
     return Picture("activations", title, "Outputs of each block at each run's last measurement." + note, figure)
 
 
-def _figure(height: float, panels: int = 1) -> tuple[Figure, Axes | np.ndarray]:
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, wspace=0.03)
-    return figure, figure.subplots(1, panels)
+def _empty(height: float) -> Figure:
+    return Figure(figsize=(_WIDTH, height), layout=ConstrainedLayoutEngine(w_pad=0.08, wspace=0.03))
+
+
+def _figure(height: float) -> tuple[Figure, Axes]:
+    figure = _empty(height)
+    return figure, figure.add_subplot()
+
+
+def _two_panels(height: float) -> tuple[Figure, Axes, Axes]:
+    figure = _empty(height)
+    left, right = figure.subplots(1, 2)
+    return figure, left, right
 
 
 def _noisy_line(axes: Axes, x: np.ndarray, y: np.ndarray, color: str) -> None:
@@ -140,7 +153,7 @@ def _fit_y(axes: Axes) -> None:
         axes.set_ylim(shown.min() - margin, shown.max() + margin)
 
 
-def _key(label: str, color: str = MUTED, **style: object) -> Line2D:
+def _key(label: str, color: str = MUTED, **style: Any) -> Line2D:
     return Line2D([], [], color=color, label=label, **style)
 
 

@@ -1,7 +1,7 @@
-"""Reads a run folder: configuration, status and the metrics that still hold after every resume.
+"""A run folder as the report reads it: configuration, status and the metrics that still hold after every resume.
 
-A resumed run appends to `metrics.jsonl`, so the file can tell the same steps twice. It is read as a history that can be
-taken back: a row of step s, or an attempt that begins at step s, takes back every row after s.
+A resumed run appends to `metrics.jsonl`, so the file can hold the same steps twice. It is read as a history with
+retractions: a row of step s, or an attempt that begins at step s, retracts every row after s.
 """
 
 from __future__ import annotations
@@ -34,13 +34,16 @@ class RowsByKind(TypedDict):
 
 @dataclass(frozen=True)
 class Run:
-    """One run as its folder tells it.
+    """One run as its folder describes it.
 
-    label: what the report calls the run; unique among the runs of a page.
-    config: the resolved configuration; status: `status.json` ({} where there is none).
-    rows: those that no resume or rollback has taken back.
-    events: every event row, in the order of the file.
-    wall_time_s: seconds the run was up, all attempts together; None if its rows hold no time.
+    Attributes:
+        label: The name of the run in the report, unique among the runs of a page.
+        folder: The run folder.
+        config: The resolved configuration.
+        status: The content of `status.json`, {} if there is none.
+        rows: The rows that no resume or rollback has retracted.
+        events: Every event row, in the order of the file.
+        wall_time_s: Seconds that the run was up, all attempts together; None if its rows hold no time.
     """
 
     label: str
@@ -57,15 +60,16 @@ class Run:
         return np.array([row["step"] for row in rows], dtype=float), np.array([number(row.get(key)) for row in rows])
 
     def tokens_at(self, steps: np.ndarray) -> np.ndarray:
-        """Tokens trained on after each of `steps`, between the logged rows by interpolation."""
+        """Return the tokens read up to each of `steps`, between the logged rows by interpolation."""
         logged, tokens = self.series("train", "tokens")
         return np.interp(steps, np.append(0.0, logged), np.append(0.0, tokens))
 
 
 def read_runs(folders: Iterable[str | Path]) -> list[Run]:
-    """Read every folder; runs that share a name are told apart by their folder.
+    """Read every folder. Runs that share a name are labelled by their folders.
 
-    Raises UserError for a folder that is given twice, is missing, or holds no usable run.
+    Raises:
+        UserError: If a folder is given twice, is missing, or holds no usable run.
     """
     paths = [Path(folder) for folder in folders]
     for path in paths:
@@ -78,7 +82,7 @@ def read_runs(folders: Iterable[str | Path]) -> list[Run]:
 
 
 def read_run(folder: Path, label: str) -> Run:
-    """Read one run folder. Raises UserError if it is missing, unreadable or has no train row yet."""
+    """Read one run folder. Raise UserError if it is missing, unreadable or has no train row yet."""
     config, status = _read_config(folder), _read_status(folder)
     path = folder / "metrics.jsonl"
     history = _read_rows(path)
@@ -93,7 +97,7 @@ def read_run(folder: Path, label: str) -> Run:
 
 
 def number(value: Any) -> float:
-    """A logged value as a float; NaN for null and for what is no number."""
+    """Return a logged value as a float; NaN for null and for anything that is not a number."""
     return float(value) if isinstance(value, int | float) else float("nan")
 
 
@@ -118,7 +122,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _name(folder: Path, config: dict[str, Any]) -> str:
     name = str(config.get("name") or folder.resolve().name)
-    return name.encode(errors="backslashreplace").decode()  # a folder's name may be no UTF-8, which a page must be
+    return name.encode(errors="backslashreplace").decode()  # a folder's name need not be UTF-8, and the page must be
 
 
 def _read_status(folder: Path) -> dict[str, Any]:
@@ -135,7 +139,7 @@ def _read_status(folder: Path) -> dict[str, Any]:
 
 
 def _read_rows(path: Path) -> list[AnyRow]:
-    """Every row of the file. A last line without its newline is a write that was cut short and may be broken."""
+    """Return every row of the file. A last line without a newline is an interrupted write and may be broken."""
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -157,7 +161,7 @@ def _read_rows(path: Path) -> list[AnyRow]:
 
 
 def _surviving(history: list[AnyRow]) -> RowsByKind:
-    """Return the rows that no later row takes back. Of two rows of one kind and step the later one counts."""
+    """Return the rows that no later row retracts. Of two rows of one kind and step the later one counts."""
     kept: list[AnyRow] = []
     for row in history:
         is_event = row["kind"] == "event"
@@ -177,7 +181,7 @@ def _surviving(history: list[AnyRow]) -> RowsByKind:
 
 
 def _wall_time(history: list[AnyRow]) -> float | None:
-    """Time between consecutive rows, without the gaps in which the run was down."""
+    """Return the time between consecutive rows, without the gaps in which the run was down."""
     timed = [row for row in history if isfinite(number(row.get("time")))]
     if len(timed) < 2:
         return None

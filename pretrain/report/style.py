@@ -1,12 +1,13 @@
-"""How every picture looks, and how its colours change with the reader's light or dark theme.
+"""The look of every picture, and its colours in the reader's light or dark theme.
 
 Pictures are drawn in the light colours. In the page each of these colours becomes a CSS variable that has a dark value
-too, so one SVG serves both; PNGs keep the light ones.
+too, so one SVG serves both. PNGs keep the light ones.
 """
 
 from __future__ import annotations
 
 from math import sqrt
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -16,6 +17,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from pretrain.report.units import compact
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
 
 INK, MUTED, GRID, PAPER, ACCENT = "#1f2328", "#66707a", "#e6e9ed", "#ffffff", "#d1242f"
 RUNS = ("#2563b8", "#dd7a1c", "#24855b", "#a23b9e", "#7a5230", "#4b5a6b")
@@ -29,7 +33,7 @@ _DARK = {
     **dict(zip(RUNS, ("#6ea8fe", "#f7a65c", "#5bc898", "#de8fe3", "#cda27e", "#a9b6c4"), strict=True)),
 }
 
-# The ends of viridis that vanish on the page's own background are left out: yellow on white, violet on black.
+# The ends of viridis that vanish on the page's background are left out: yellow on white, violet on black.
 _SHADES = 256
 _VIRIDIS = matplotlib.colormaps["viridis"]
 _LIGHT_RAMP = [to_hex(_VIRIDIS(0.88 * shade / (_SHADES - 1))) for shade in range(_SHADES)]
@@ -37,7 +41,7 @@ _DARK_RAMP = [to_hex(_VIRIDIS(0.24 + 0.74 * shade / (_SHADES - 1))) for shade in
 
 DARK_OF = dict(zip(_LIGHT_RAMP, _DARK_RAMP, strict=True)) | _DARK
 
-RC = {
+RC: dict[RcKeyType, Any] = {
     "figure.facecolor": PAPER,
     "axes.facecolor": "none",
     "axes.edgecolor": MUTED,
@@ -73,12 +77,12 @@ RC = {
 
 
 def run_color(index: int) -> str:
-    """The colour of the run at this place of the command line, in every picture and table."""
+    """Return the colour of the run at this place of the command line, in every picture and table."""
     return RUNS[index]
 
 
 def layer_color(layer: int | None, layers: int) -> str:
-    """The colour of layer 1..layers, from dark (first) to light (last); ink for weights outside the blocks."""
+    """Return the colour of layer 1..layers, from dark (first) to light (last); ink for weights outside the blocks."""
     if layer is None:
         return INK
     return _LIGHT_RAMP[round((layer - 1) / max(layers - 1, 1) * (_SHADES - 1))]
@@ -91,9 +95,9 @@ def compact_axis(axis: matplotlib.axis.Axis, ticks: int = 6) -> None:
 
 
 def legend(figure: Figure, handles: list[Line2D]) -> None:
-    """A legend above the panels, in as many columns as the longest label leaves room for."""
+    """Draw a legend above the panels, in as many columns as the longest label allows."""
     if handles:
-        columns = 130 // (8 + max(len(handle.get_label()) for handle in handles))
+        columns = 130 // (8 + max(len(str(handle.get_label())) for handle in handles))
         figure.legend(
             handles=handles,
             loc="outside upper left",

@@ -41,7 +41,7 @@ svg{display:block;width:100%;height:auto}
 
 
 def stylesheet(light: str, dark: str) -> str:
-    """The page's rules; `light` and `dark` are the declarations of the pictures' colours."""
+    """Return the page's rules. light, dark: the declarations of the pictures' colours."""
     light += "".join(f"{name}:{color};" for name, color in _NAMED.items())
     dark += "".join(f"{name}:{DARK_OF[color]};" for name, color in _NAMED.items())
     return f":root{{{light}}}\n@media(prefers-color-scheme:dark){{:root{{{dark}}}}}{_RULES}"

@@ -1,4 +1,4 @@
-"""What a reader wants first: the figures of a run in words, each with its exact value beside it."""
+"""The main figures of a run in words, each with its exact value beside it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ UNKNOWN = "–"
 
 
 @dataclass(frozen=True)
-class Fact:
+class RunFigure:
     """One figure of the summary.
 
-    label: what it is; text: how it is shown; exact: the number in full, shown on hovering ("" if text says it all).
+    Attributes:
+        label: Its name.
+        text: The form in which it is shown.
+        exact: The number in full, shown on hovering; "" if `text` is exact.
     """
 
     label: str
@@ -27,25 +30,27 @@ class Fact:
     exact: str = ""
 
 
-def facts(run: Run) -> list[Fact]:
-    """The figures of `run`, the same labels in the same order for every run."""
+def figures(run: Run) -> list[RunFigure]:
+    """Return the figures of `run`, the same labels in the same order for every run."""
     train = run.rows["train"][-1]
     evaluation: Mapping[str, object] = run.rows["eval"][-1] if run.rows["eval"] else {}
     _, rates = run.series("train", "tokens_per_s")
     rate = float(np.nanmedian(rates)) if np.isfinite(rates).any() else float("nan")
     return [
-        Fact("steps", _steps(train["step"], _planned(run.config)), str(train["step"])),
-        Fact("tokens", compact(train["tokens"]), str(train["tokens"])),
+        RunFigure("steps", _steps(train["step"], _planned(run.config)), str(train["step"])),
+        RunFigure("tokens", compact(train["tokens"]), str(train["tokens"])),
         _loss("train loss", train, "loss", "{:,.4f}"),
         _loss("validation loss", evaluation, "loss", "{:,.4f}"),
         _loss("perplexity", evaluation, "perplexity", "{:,.2f}"),
-        Fact("tokens/s", compact(rate) if isfinite(rate) else UNKNOWN, f"median over the run: {rate}"),
-        Fact("wall time", UNKNOWN if run.wall_time_s is None else duration(run.wall_time_s), f"{run.wall_time_s} s"),
+        RunFigure("tokens/s", compact(rate) if isfinite(rate) else UNKNOWN, f"median over the run: {rate}"),
+        RunFigure(
+            "wall time", UNKNOWN if run.wall_time_s is None else duration(run.wall_time_s), f"{run.wall_time_s} s"
+        ),
     ]
 
 
 def status_line(run: Run) -> str:
-    """Where the run stands: running, finished, preempted or failed, with step and reason where they say more."""
+    """Return the state of the run: running, finished, preempted or failed, with step and reason if they say more."""
     status = run.status.get("status", "status unknown")
     if status == "finished":
         return status
@@ -55,9 +60,9 @@ def status_line(run: Run) -> str:
 
 
 def model_line(run: Run) -> str:
-    """The model and its batch in one line, as far as the configuration tells."""
+    """Return the model and its batch in one line, as far as the configuration has them."""
     model, data = run.config.get("model") or {}, run.config.get("data") or {}
-    parts = [
+    parts: list[tuple[Any, str]] = [
         (model.get("family"), "{}"),
         (model.get("num_hidden_layers"), "{} layers" if model.get("num_hidden_layers") != 1 else "{} layer"),
         (model.get("hidden_size"), "hidden {:,}"),
@@ -68,17 +73,17 @@ def model_line(run: Run) -> str:
 
 
 def method_lines(run: Run) -> list[str]:
-    """One line for each method of the run with its options; one that says so for a plain run."""
+    """Return a line for each method of the run with its options; for a plain run, one that says so."""
     return [_method_line(method) for method in run.config.get("methods") or []] or ["no stability method"]
 
 
 def resumed_at(run: Run) -> list[int]:
-    """The steps the run was resumed from, in order."""
+    """Return the steps that the run was resumed from, in order."""
     return [event["step"] for event in run.events if event.get("event") == "resumed"]
 
 
 def _planned(config: dict[str, Any]) -> int | None:
-    """The steps of the whole run, given as such or as tokens."""
+    """Return the steps of the whole run, configured as steps or as tokens."""
     if config.get("tokens"):
         return ceil(config["tokens"] / (config["data"]["global_batch_size"] * config["data"]["seq_len"]))
     return config.get("steps")
@@ -88,11 +93,11 @@ def _steps(done: int, planned: Any) -> str:
     return f"{done:,} of {planned:,}" if isinstance(planned, int) and planned != done else f"{done:,}"
 
 
-def _loss(label: str, row: Mapping[str, object], key: str, form: str) -> Fact:
+def _loss(label: str, row: Mapping[str, object], key: str, form: str) -> RunFigure:
     if key not in row:
-        return Fact(label, UNKNOWN, "not logged")
+        return RunFigure(label, UNKNOWN, "not logged")
     value = number(row[key])  # the trainer writes null for a loss that is not finite
-    return Fact(label, form.format(value) if isfinite(value) else "not finite", str(value))
+    return RunFigure(label, form.format(value) if isfinite(value) else "not finite", str(value))
 
 
 def _method_line(method: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Long noisy curves made fit to draw: thinned without losing a spike, and smoothed."""
+"""Preparation of long noisy curves for drawing: thinning that keeps every spike, and smoothing."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import numpy as np
 
 
 def thinned(x: np.ndarray, y: np.ndarray, points: int = 2000) -> tuple[np.ndarray, np.ndarray]:
-    """At most `points` of (x, y), the smallest and the largest y of every stretch, so that no spike is lost."""
+    """Return at most `points` of (x, y): the smallest and the largest y of every stretch, so that no spike is lost."""
     if len(x) <= points:
         return x, y
-    keep = set()
+    keep: set[int] = set()
     for stretch in np.array_split(np.arange(len(x)), points // 2):
         if np.isfinite(y[stretch]).any():
             keep |= {stretch[np.nanargmin(y[stretch])], stretch[np.nanargmax(y[stretch])]}
@@ -18,7 +18,7 @@ def thinned(x: np.ndarray, y: np.ndarray, points: int = 2000) -> tuple[np.ndarra
 
 
 def running_mean(y: np.ndarray, share: float = 0.02) -> np.ndarray:
-    """The mean of the `share` of all values around each value; NaN values are left out, and the ends have fewer."""
+    """Return the mean of the `share` of all values around each value. NaN values are left out; the ends have fewer."""
     reach = int(len(y) * share / 2)
     finite = np.isfinite(y)
     total = np.append(0.0, np.cumsum(np.where(finite, y, 0.0)))

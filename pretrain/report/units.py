@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers in the form in which people read them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _SUFFIXES = ("", "k", "M", "B", "T", "P")
 
 
 def compact(value: float) -> str:
-    """Three significant digits and a suffix: 99_100_000_000 -> 99.1B, 40_960 -> 41k, 512 -> 512."""
+    """Return three significant digits and a suffix: 99_100_000_000 -> 99.1B, 40_960 -> 41k, 512 -> 512."""
     if value == 0:
         return "0"
     rounded = float(f"{value:.3g}")
@@ -17,7 +17,7 @@ def compact(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """The two largest units: 41 s, 3 min 20 s, 5 h 12 min, 2 d 4 h."""
+    """Return the two largest units: 41 s, 3 min 20 s, 5 h 12 min, 2 d 4 h."""
     minutes, rest_s = divmod(round(seconds), 60)
     hours, rest_min = divmod(minutes, 60)
     days, rest_h = divmod(hours, 24)

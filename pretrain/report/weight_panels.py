@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -48,23 +49,25 @@ _MEANING = {
     "beta": "gain by token",
     "query": "Attention Residuals",
 }
-_TARGET = {"color": ACCENT, "linewidth": 1.1, "linestyle": (0, (5, 2.5))}
-_THRESHOLD = {"color": ACCENT, "linewidth": 1.1, "linestyle": (0, (1, 1.8))}
+_TARGET: dict[str, Any] = {"color": ACCENT, "linewidth": 1.1, "linestyle": (0, (5, 2.5))}
+_THRESHOLD: dict[str, Any] = {"color": ACCENT, "linewidth": 1.1, "linestyle": (0, (1, 1.8))}
 _POINTS = 600  # of one line in one small panel
 _MARGIN, _LEAST_MARGIN = 0.08, 0.01  # of a y axis that does not begin at 0: shares of the range and of the values
 _COLUMNS = 4
 
 
 def panel_of(weight: WeightSeries) -> str:
-    """The panel that shows this weight: its role's, the one of its matrix's factors, or "other"."""
+    """Return the panel of this weight: its role's, the one of its matrix's factors, or "other"."""
     panel = f"{weight.matrix} · factor" if weight.role == FACTOR else weight.role
     return panel if panel in _PANELS else OTHER
 
 
 def by_layer(weights: list[WeightSeries], from_zero: bool = True) -> Figure:
-    """The values of every weight of one run, coloured by layer, with TVR's target, threshold and rescales.
+    """Draw the values of every weight of one run, coloured by layer, with TVR's target, threshold and rescales.
 
-    from_zero: as deviations need it, y axes that begin at 0 and are shared; else each panel's fits what it shows.
+    Args:
+        weights: The weights of the run.
+        from_zero: Whether y axes begin at 0 and are shared, as for deviations; else each fits its panel's values.
     """
     layers = max((weight.layer for weight in weights if weight.layer), default=0)
 
@@ -95,7 +98,7 @@ def by_layer(weights: list[WeightSeries], from_zero: bool = True) -> Figure:
 
 
 def compared(runs: list[list[WeightSeries]], labels: list[str], from_zero: bool = True) -> Figure:
-    """Each run's median over the layers, with a band from the smallest to the largest layer and its TVR target."""
+    """Draw each run's median over the layers, with a band from the smallest to the largest layer and its TVR target."""
 
     def draw(axes: Axes, panel: str) -> None:
         for index, weights in enumerate(runs):
@@ -122,7 +125,7 @@ def compared(runs: list[list[WeightSeries]], labels: list[str], from_zero: bool 
 def _limits(
     axes: Axes, weights: list[WeightSeries], limits: Callable[[WeightSeries], tuple[np.ndarray, ...]], **style: Any
 ) -> None:
-    """Targets or thresholds, over the whole width where they stay the same; what several weights share once."""
+    """Draw targets or thresholds, over the whole width if they are constant; a line that several weights share once."""
     drawn = set()
     for weight in weights:
         for limit in limits(weight):
@@ -142,12 +145,11 @@ def _shown(weights: list[WeightSeries], panel: str) -> list[WeightSeries]:
 
 
 def _panels(weights: list[WeightSeries], draw: Callable[[Axes, str], None], from_zero: bool) -> Figure:
-    """Every panel that has weights, filled by `draw(axes, panel)`."""
+    """Draw every panel that has weights, filled by `draw(axes, panel)`."""
     rows = _rows({panel_of(weight) for weight in weights})
     columns = max(map(len, rows))
     y_limits = _shared_from_zero(weights) if from_zero else _fitted(weights)
-    figure = Figure(figsize=(11.0, 0.5 + 2.0 * len(rows)), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
+    figure = Figure(figsize=(11.0, 0.5 + 2.0 * len(rows)), layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.06))
     grid = figure.add_gridspec(len(rows), columns)
     last_step = max(1.0, *(weight.steps[-1] for weight in weights))
     for y, panels in enumerate(rows):
@@ -166,7 +168,7 @@ def _panels(weights: list[WeightSeries], draw: Callable[[Axes, str], None], from
 
 
 def _rows(present: set[str]) -> list[list[str]]:
-    """The panels present, in rows of at most `_COLUMNS`; a group that does not fit into the last row begins one."""
+    """Return the panels present, in rows of at most `_COLUMNS`. A group that does not fit into the last row begins one."""
     rows: list[list[str]] = [[]]
     for group in _GROUPS:
         panels = [panel for panel in group if panel in present]
@@ -180,8 +182,8 @@ def _rows(present: set[str]) -> list[list[str]]:
 
 
 def _shared_from_zero(weights: list[WeightSeries]) -> dict[str, tuple[float, float]]:
-    """Each panel's y limits: from 0, the same for all panels that share a scale."""
-    limits = {}
+    """Return each panel's y limits: from 0, the same for all panels that share a scale."""
+    limits: dict[str, tuple[float, float]] = {}
     for panels in _SCALES:
         shown = [weight for weight in weights if panel_of(weight) in panels]
         values = _finite([np.zeros(1), *(line for weight in shown for line in (weight.values, *weight.thresholds))])
@@ -190,7 +192,7 @@ def _shared_from_zero(weights: list[WeightSeries]) -> dict[str, tuple[float, flo
 
 
 def _fitted(weights: list[WeightSeries]) -> dict[str, tuple[float, float]]:
-    """Each panel's y limits, around its own values; wide enough that a change of no account looks like one."""
+    """Return each panel's y limits, around its own values; wide enough that a negligible change looks small."""
     limits = {}
     for panel in {panel_of(weight) for weight in weights}:
         values = _finite([weight.values for weight in _shown(weights, panel)])
@@ -201,13 +203,13 @@ def _fitted(weights: list[WeightSeries]) -> dict[str, tuple[float, float]]:
 
 
 def _finite(lines: list[np.ndarray]) -> np.ndarray:
-    """The finite values of all lines together."""
+    """Return the finite values of all lines together."""
     values = np.concatenate(lines)
     return values[np.isfinite(values)]
 
 
 def _layer_strip(figure: Figure, layers: int) -> None:
-    """A legend at the top right with one swatch for each layer, first to last."""
+    """Draw a legend at the top right with one swatch for each layer, first to last."""
     swatches = tuple(Rectangle((0, 0), 1, 1, facecolor=layer_color(n, layers)) for n in range(1, layers + 1))
     figure.legend(
         handles=[swatches],
@@ -219,7 +221,7 @@ def _layer_strip(figure: Figure, layers: int) -> None:
 
 
 def _by_step(weights: list[WeightSeries]) -> tuple[np.ndarray, np.ndarray]:
-    """The steps (steps,) at which any of `weights` was measured, and (steps, weights) values, NaN where one was not."""
+    """Return the steps (steps,) at which any weight was measured, and values (steps, weights), NaN where one was not."""
     steps = np.unique(np.concatenate([weight.steps for weight in weights]))
     values = np.full((len(steps), len(weights)), np.nan)
     for column, weight in enumerate(weights):

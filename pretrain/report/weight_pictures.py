@@ -1,4 +1,4 @@
-"""Which pictures the weights of the runs get, and what the page says under them."""
+"""The pictures of the weights of the runs, and their captions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MISSING = {_STD: "No weights were logged for", _MEAN: "There are none in"}
 
 
 def weight_pictures(runs: list[Run]) -> list[Picture]:
-    """The deviations of the weights, then the means of those of which these say more, if there are such."""
+    """Return the deviations of the weights, then the means of weights for which those say more, if there are any."""
     logged = {run.label: weights for run in runs if (weights := read_weights(run))}
     if not logged:
         return [Picture(_STD, _TITLES[_STD], "No weights were logged.", None)]
@@ -36,7 +36,7 @@ def weight_pictures(runs: list[Run]) -> list[Picture]:
 
 
 def _means(logged: _Logged) -> dict[str, list[WeightSeries]]:
-    """The means of every weight in a panel that some run needs, so that all runs can be compared there."""
+    """Return the means of every weight in a panel that some run needs, so that all runs can be compared there."""
     panels = {panel_of(weight) for weights in logged.values() for weight in weights if weight.by_mean}
     return {
         label: [weight.as_mean() for weight in weights if panel_of(weight) in panels]
@@ -45,7 +45,7 @@ def _means(logged: _Logged) -> dict[str, list[WeightSeries]]:
 
 
 def _pictures(kind: str, labels: list[str], logged: _Logged) -> list[Picture]:
-    """One run: its weights by layer. Several: a comparison first, then the same for each run that has such weights."""
+    """Return, for one run, its weights by layer; for several, a comparison and then each run that has such weights."""
     logged = {label: weights for label, weights in logged.items() if weights}
     from_zero = kind == _STD
     title = _TITLES[kind]

@@ -1,4 +1,4 @@
-"""The standard deviation and the mean of every weight over time, and the target that TVR holds it to."""
+"""The standard deviation and the mean of every weight over time, and TVR's target for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pretrain.monitor.rows import WeightsRow
 from pretrain.report.runs import Run, number
 
 OTHER = "other"
-FACTOR = "scale"  # the role of what multiplies a stored matrix
+FACTOR = "scale"  # the role of a factor of a stored matrix
 
 _BY_MEAN = (FACTOR, "alpha")  # roles whose size matters, not how much their elements differ
 _LIMITS = ("target", "threshold", "lower_threshold")  # as TVR writes them into the rows
@@ -23,12 +23,17 @@ _LIMITS = ("target", "threshold", "lower_threshold")  # as TVR writes them into 
 class WeightSeries:
     """One weight over time.
 
-    role: as in `pretrain.model.layout`, or "other" for a name the layout does not know; layer: from 1, None outside blocks.
-    matrix: for a factor the role of the matrix that it multiplies; else None.
-    steps, values, mean, rescaled: (rows,). `values` are the standard deviations, measured before a rescale of the same
-    step, or the means after `as_mean`.
-    target: (rows,) the deviation TVR rescales to, NaN where it does not look at the weight.
-    thresholds: those beyond which it acts, each (rows,); none where it never looks at the weight.
+    Attributes:
+        name: As in the trained model.
+        role: As in `pretrain.model.layout`, or "other" for a name that is not in the layout.
+        matrix: For a factor the role of the matrix that it multiplies; else None.
+        layer: From 1; None outside blocks.
+        steps: The steps of its rows, (rows,).
+        values: Standard deviations before a rescale of the same step, (rows,); the means after `as_mean`.
+        mean: (rows,).
+        rescaled: Whether TVR rescaled it at this step, (rows,).
+        target: The deviation to which TVR rescales, (rows,); NaN where TVR does not act on the weight.
+        thresholds: The limits beyond which it acts, each (rows,); none if it never acts on the weight.
     """
 
     name: str
@@ -44,29 +49,29 @@ class WeightSeries:
 
     @property
     def held(self) -> bool:
-        """Whether TVR looks at this weight."""
+        """Whether TVR controls this weight."""
         return bool(np.isfinite(self.target).any())
 
     @property
     def by_mean(self) -> bool:
-        """Whether its mean tells more than its deviation: a factor, or one number, whose deviation is always 0."""
+        """Whether its mean says more than its deviation: a factor, or one number, whose deviation is always 0."""
         one_number = not np.any(self.values[np.isfinite(self.values)]) and np.any(self.mean[np.isfinite(self.mean)])
         return self.role in _BY_MEAN or bool(one_number)
 
     def as_mean(self) -> WeightSeries:
-        """The same weight with its mean in place of its deviation, and so without TVR's limits on that."""
+        """Return the same weight with its mean in place of its deviation, and so without TVR's limits on that."""
         nothing = np.full(len(self.steps), np.nan)
         return replace(self, values=self.mean, rescaled=np.isfinite(nothing), target=nothing, thresholds=())
 
     def path(self) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values to draw: after each rescaled point the target, so that a rescale shows as a drop."""
+        """Return steps and values to draw: after each rescaled point the target, so that a rescale shows as a drop."""
         rescaled = np.flatnonzero(self.rescaled & np.isfinite(self.target))
         steps = np.insert(self.steps, rescaled + 1, self.steps[rescaled])
         return steps, np.insert(self.values, rescaled + 1, self.target[rescaled])
 
 
 def read_weights(run: Run) -> list[WeightSeries]:
-    """Every weight named in the run's weights rows, in the order of their appearance; [] if it logged none."""
+    """Return every weight in the run's weights rows, in the order of their appearance; [] if it logged none."""
     rows = run.rows["weights"]
     names = dict.fromkeys(name for row in rows for name in row["weights"])
     return [_series(name, rows, run.config.get("methods") or []) for name in names]
@@ -100,7 +105,7 @@ def _role_and_layer(name: str) -> tuple[str, int | None]:
 
 
 def _old_limits(name: str, role: str, layer: int | None, methods: list[dict]) -> dict[str, float]:
-    """What TVR held one weight to, from the options of a run whose rows do not say it; NaN for nothing."""
+    """Return TVR's limits for one weight from the options of a run whose rows lack them; NaN for none."""
     nothing = dict.fromkeys(_LIMITS, float("nan"))
     tvr = next((method for method in methods if method.get("name") == "tvr"), None)
     if tvr is None or layer is None or role not in tvr.get("roles", MATRIX_ROLES) or name in tvr.get("exclude", ()):

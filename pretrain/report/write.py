@@ -1,4 +1,4 @@
-"""Puts the report on disk: the page and, in a folder beside it, a PNG of every picture."""
+"""Write the report to disk: the page and, in a folder beside it, a PNG of every picture."""
 
 from __future__ import annotations
 
@@ -18,10 +18,17 @@ from pretrain.report.weight_pictures import weight_pictures
 
 
 def write_report(folders: Sequence[str | Path], out: Path) -> list[Path]:
-    """Draw the runs in `folders` to the page `out` and to `<out stem>_png/` beside it; returns every path written.
+    """Draw runs to a page and to `<out stem>_png/` beside it.
 
-    Raises UserError if a folder holds no usable run, for more runs than there are colours, and if `out` cannot be
-    written.
+    Args:
+        folders: The run folders.
+        out: The page.
+
+    Returns:
+        The paths of all files written.
+
+    Raises:
+        UserError: If a folder holds no usable run, there are more runs than colours, or `out` cannot be written.
     """
     if len(folders) > len(RUNS):
         raise UserError(
