@@ -1,11 +1,11 @@
-"""What a bad call gets: the same clear error on every rank, instead of a hang or weights that differ between ranks."""
+"""Checks of collective calls: a bad one raises the same error on every rank, and neither hangs nor lets weights differ."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -23,25 +23,35 @@ Changes = Mapping[str, tuple[float, float]]
 def check_call(
     engine: Engine,
     layout: Mapping[str, Weight],
-    what: str,
+    operation: str,
     names: Iterable[str],
     changes: Changes | None = None,
-    also: object = None,
+    extra: object = None,
 ) -> set[str]:
-    """The names as a set, once it is sure that the call is right on every rank; one collective of 32 bytes.
+    """Return the names as a set, after checking that every rank makes the same valid call.
 
-    what: the operation, as the caller knows it. also: anything else that must be the same on every rank, by its `repr`.
+    Collective: one all-gather of 32 bytes.
 
-    Raises, on every rank: RuntimeError between the micro-batches of a step; ValueError for an unknown weight, a factor
-    in `changes` that float32 does not hold, or ranks that called different things.
+    Args:
+        engine: the engine whose weights are asked for.
+        layout: its weights by name.
+        operation: the name of the operation, for error messages.
+        names: the weights that it is called for.
+        changes: its (scale, shift) of each weight, if it has them.
+        extra: anything else that must be the same on every rank, compared by its `repr`.
+
+    Raises:
+        RuntimeError: on every rank, if the call comes between the micro-batches of a step.
+        ValueError: on every rank, for an unknown weight, for a factor in `changes` that float32 does not hold, and if
+            the calls of the ranks differ.
     """
     wanted = sorted(names)
     complaint = _complaint(engine, layout, wanted, changes or {})
-    asked = repr((what, wanted, sorted((changes or {}).items()), also))
-    state = hashlib.sha256(f"{asked}{complaint}".encode()).digest()
-    states = all_gather(torch.frombuffer(bytearray(state), dtype=torch.uint8))
-    if complaint is not None or bool((states != states[0]).any()):
-        _raise_together(complaint, asked, what, wanted)
+    call = repr((operation, wanted, sorted((changes or {}).items()), extra))
+    digest = hashlib.sha256(f"{call}{complaint}".encode()).digest()
+    digests = all_gather(torch.frombuffer(bytearray(digest), dtype=torch.uint8))
+    if complaint is not None or bool((digests != digests[0]).any()):
+        _raise_together(complaint, call, operation, wanted)
     return set(wanted)
 
 
@@ -55,15 +65,23 @@ def require_known(names: Iterable[str], layout: Mapping[str, Weight]) -> None:
 
 
 def all_gather(mine: torch.Tensor) -> torch.Tensor:
-    """(ranks, ...) from each rank's tensor of the same shape, on the device that the ranks talk through."""
+    """Stack the tensors of all ranks. Collective.
+
+    Args:
+        mine: this rank's tensor, of one shape and dtype on all ranks.
+
+    Returns:
+        `(ranks, *mine.shape)`, of the dtype of `mine`: on the GPU under NCCL, else on the device of `mine`.
+    """
     if dist.get_backend() == "nccl":
-        mine = mine.cuda()  # an offloaded optimizer keeps its pieces on the CPU
+        mine = mine.cuda()  # NCCL reaches no CPU memory, where an offloaded optimizer keeps its pieces
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, mine)
     return torch.stack(gathered)
 
 
 def _complaint(engine: Engine, layout: Mapping[str, Weight], names: list[str], changes: Changes) -> Exception | None:
+    """Return the error that this rank's call deserves by itself, None for a valid one."""
     if engine.micro_steps % engine.gradient_accumulation_steps():
         return RuntimeError("weights were asked for in the middle of gradient accumulation, not between steps")
     try:
@@ -76,15 +94,17 @@ def _complaint(engine: Engine, layout: Mapping[str, Weight], names: list[str], c
     return None
 
 
-def _raise_together(complaint: Exception | None, asked: str, what: str, names: list[str]) -> None:
-    calls: list = [None] * dist.get_world_size()
-    dist.all_gather_object(calls, (complaint, asked, what, names))
+def _raise_together(complaint: Exception | None, call: str, operation: str, names: list[str]) -> NoReturn:
+    """Raise the first rank's complaint, or name the first difference between the calls: the same on every rank."""
+    calls: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(calls, (complaint, call, operation, names))
     for rank, (theirs, *_) in enumerate(calls):
         if theirs is not None:
             raise type(theirs)(f"{theirs} (rank {rank})")
-    first = calls[0]
-    rank, other = next((rank, call) for rank, call in enumerate(calls) if call[1] != first[1])
-    if other[2] != first[2]:
-        raise ValueError(f"rank 0 called {first[2]} and rank {rank} called {other[2]}")
-    differing = sorted(set(other[3]) ^ set(first[3]))[:3] or ["other values"]
-    raise ValueError(f"rank 0 and rank {rank} called {what} with different arguments: {', '.join(differing)}")
+    _, first_call, first_operation, first_names = calls[0]
+    rank, other = next((rank, theirs) for rank, theirs in enumerate(calls) if theirs[1] != first_call)
+    _, _, other_operation, other_names = other
+    if other_operation != first_operation:
+        raise ValueError(f"rank 0 called {first_operation} and rank {rank} called {other_operation}")
+    differing = sorted(set(other_names) ^ set(first_names))[:3] or ["other values"]
+    raise ValueError(f"rank 0 and rank {rank} called {operation} with different arguments: {', '.join(differing)}")

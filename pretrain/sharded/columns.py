@@ -1,4 +1,4 @@
-"""Means over the rows of a matrix of which each rank has a flat range that may begin and end within a row.
+"""Means over the rows of a matrix, when each rank has a flat range that may begin and end within a row.
 
     matrix (4 x 3), elements [2:10]     taken apart into
     . . x                               the end of a row, 1 x 1 from column 2 on
@@ -20,20 +20,29 @@ from pretrain.sharded.piece import Piece
 
 
 def columns(shape: tuple[int, ...]) -> int:
-    """The columns of a weight of that shape; a vector is a matrix of one."""
+    """Return the number of columns of a weight of this shape; a vector has one."""
     return shape[1] if len(shape) == 2 else 1
 
 
 def add_column_sums_(sums: torch.Tensor, piece: Piece) -> None:
-    """Add what this rank counts of a weight to `sums`, (columns,) float64 on the device of the piece."""
+    """Add the rows, or parts of rows, that this rank counts of a weight to the sums of its columns.
+
+    Args:
+        sums: (columns,) float64 on the device of the piece, changed in place.
+        piece: this rank's piece of the weight.
+    """
     for first, rows in _rows(piece, piece.counted, piece.counted_start):
         sums[first : first + rows.shape[1]] += rows.double().sum(0)
 
 
 def subtract_from_rows_(flat: torch.Tensor, start: int, piece: Piece, row: torch.Tensor) -> None:
-    """Subtract `row`, (columns,) of the full weight, from each row of a flat range of the piece's slice.
+    """Subtract `row` from each row, or part of a row, in a flat range of a slice.
 
-    flat: a range of the slice, from its element `start` on; of any copy of it.
+    Args:
+        flat: (elements,) of any copy of the slice, changed in place.
+        start: the index in the flattened slice of the first element of `flat`.
+        piece: a piece of the slice.
+        row: (columns of the full weight,), of any dtype and device.
     """
     row = row.to(flat.device, flat.dtype)
     for first, rows in _rows(piece, flat, start):
@@ -41,7 +50,9 @@ def subtract_from_rows_(flat: torch.Tensor, start: int, piece: Piece, row: torch
 
 
 def _rows(piece: Piece, flat: torch.Tensor, start: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Views of a flat range of the piece's slice as (rows, columns), each with its first column in the full weight."""
+    """Yield views (rows, columns) that cover a flat range of the piece's slice, each after its first column's index
+    in the full weight.
+    """
     part = piece.slice
     first, width = (part.first, part.length) if part.dim == 1 else (0, columns(part.shape))
     end, middle = flat[: -start % width], flat[-start % width :]

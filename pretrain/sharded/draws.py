@@ -1,14 +1,14 @@
 """Initial values by position: element i of a weight is a pure function of (seed, weight name, i) and its distribution.
 
 The flattened full weight is cut in blocks of 65,536 elements. Each block is drawn from the start of Philox streams of
-its own (Salmon et al. 2011), keyed by (seed, name) with the block number in the counter, so any rank draws exactly its
-piece and no rank ever holds a full tensor. (torch's CPU generator keeps only 32 bits of its seed: with one seed per
+its own (Salmon et al. 2011), keyed by (seed, name) with the block number in the counter. So any rank draws exactly its
+piece, and no rank ever holds a full tensor. (torch's CPU generator keeps only 32 bits of its seed: with one seed per
 block, a 7B model would hold two identical blocks more often than not.)
 
-The same bits everywhere: values are drawn on the CPU whatever the device, and made of the stream's integers by sums,
-products, quotients and roots, which every CPU rounds alike. NumPy's vectorized powers and logarithms are not: their
-last bits depend on the CPU (hence `_power`). The C library's logarithm remains in one value of 4,000, those beyond 3.65
-deviations of a normal.
+The bits are the same everywhere. Values are drawn on the CPU whatever the device, and made from the stream's integers by
+sums, products, quotients and roots, which every CPU rounds in the same way. NumPy's vectorized powers and logarithms are
+avoided, because their last bits depend on the CPU (hence `_power`). The C library's logarithm remains in one value of
+4,000: those beyond 3.65 deviations of a normal.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import erf, exp, gamma, pi, prod, sqrt
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,36 +27,56 @@ import torch
 from pretrain.sharded.piece import Slice
 
 BLOCK = 1 << 16
-CHUNK = 1 << 20  # elements of whole rows that are drawn at once where only some of their columns are kept
+CHUNK = 1 << 20  # elements in the whole rows that are drawn at once where only some of their columns are kept
 LN2 = 0.6931471805599453
 _LOG2 = [2 / LN2 / (2 * n + 1) for n in range(8)]  # artanh's series, to base 2
 _EXP2 = list(accumulate(range(1, 12), lambda term, n: term * LN2 / n, initial=1.0))  # LN2^n / n!
 
-Stream = Callable[[int], np.random.Generator]  # a block's streams, by number; each begins anew when asked for
+Stream = Callable[[int], np.random.Generator]  # maps a number to a stream of the block, which starts at its beginning
 
 
 class Draw(ABC):
     """A distribution that a weight's initial values are drawn from.
 
-    mean, std, kurtosis: of what is drawn; the kurtosis is the fourth standardized moment, 3 for normal values.
-    description: its name for people.
+    Each of the four numbers and names below is a constant, a field or a property of the subclass.
     """
 
-    mean: float = 0.0
-    std: float
-    kurtosis: float
-    description: str
+    @property
+    def mean(self) -> float:
+        """The mean of the values."""
+        return 0.0
+
+    if TYPE_CHECKING:  # at run time a property here would become the default of a subclass's field
+
+        @property
+        @abstractmethod
+        def std(self) -> float:
+            """The standard deviation of the values."""
+
+        @property
+        @abstractmethod
+        def kurtosis(self) -> float:
+            """Their fourth standardized moment, 3 for normal values."""
+
+        @property
+        @abstractmethod
+        def description(self) -> str:
+            """The name of the distribution for people."""
 
     @abstractmethod
     def fill_(self, out: torch.Tensor, *, seed: int, name: str, start: int) -> None:
-        """Write elements [start, start + out.numel()) of the flattened weight `name` into `out`.
+        """Write elements [start, start + out.numel()) of a flattened weight into `out`. Local.
 
-        out: (elements,) contiguous float tensor on any device. Draws are float32 and are cast to the dtype of `out`.
+        Args:
+            out: (elements,) contiguous float tensor on any device. Draws are float32 and are cast to its dtype.
+            seed: the seed of the run.
+            name: the name of the weight.
+            start: the index in the flattened full weight of the first element to write.
         """
 
 
 class IndependentDraw(Draw):
-    """A distribution of single elements, each drawn for itself."""
+    """A distribution of single elements that do not depend on each other."""
 
     def fill_(self, out: torch.Tensor, *, seed: int, name: str, start: int) -> None:
         key = int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=16).digest(), "little")
@@ -68,16 +89,16 @@ class IndependentDraw(Draw):
 
     @abstractmethod
     def _draw(self, stream: Stream, count: int) -> np.ndarray:
-        """The first `count` values of a block, float32; a value must not depend on how many follow it."""
+        """Return the first `count` values of a block, float32. A value must not depend on how many follow it."""
 
 
 @dataclass(frozen=True)
 class Constant(IndependentDraw):
-    """Every element is `value`."""
+    """A distribution that gives every element one value."""
 
     value: float
     std = 0.0
-    kurtosis = 1.0  # the least there is: that of two equally likely values, however near each other
+    kurtosis = 1.0  # the smallest possible one: that of two equally likely values, however near each other
 
     @property
     def mean(self) -> float:
@@ -93,7 +114,7 @@ class Constant(IndependentDraw):
 
 @dataclass(frozen=True)
 class Normal(IndependentDraw):
-    """Normal values with deviation `std`."""
+    """Normal values with standard deviation `std`."""
 
     std: float
     kurtosis = 3.0
@@ -107,8 +128,8 @@ class Normal(IndependentDraw):
 class TruncatedNormal(IndependentDraw):
     """Normal values without those more than `bound` deviations from 0.
 
-    The deviation counts before the cut, which narrows it (by 1.3% at 3, by 12% at 2); the normal is that much wider,
-    so that `std` is the deviation of what is left.
+    The bound is in deviations of the normal before the cut. The cut narrows the distribution (by 1.3% at 3, by 12% at 2).
+    The normal is that much wider, so that `std` is the deviation of the values that are left.
     """
 
     std: float
@@ -125,7 +146,7 @@ class TruncatedNormal(IndependentDraw):
 
     @property
     def scale(self) -> float:
-        """The deviation of the normal before the cut."""
+        """The standard deviation of the normal before the cut."""
         return self.std / sqrt(self._moments[0])
 
     @property
@@ -135,7 +156,10 @@ class TruncatedNormal(IndependentDraw):
 
     @property
     def _moments(self) -> tuple[float, float]:
-        """Second and fourth moment of the cut standard normal, by parts: E x^n = (n-1) E x^(n-2) - edge bound^(n-2)."""
+        """The second and fourth moment of the cut standard normal.
+
+        Integrated by parts: E x^n = (n-1) E x^(n-2) - edge bound^(n-2).
+        """
         edge = 2 * self.bound * exp(-(self.bound**2) / 2) / sqrt(2 * pi) / self._inside
         second = 1 - edge
         return second, 3 * second - edge * self.bound**2
@@ -163,11 +187,11 @@ class Uniform(IndependentDraw):
 
 @dataclass(frozen=True)
 class GeneralizedGaussian(IndependentDraw):
-    """Density proportional to exp(-(|x| / scale)^shape): shape 2 is the normal, 1 is Laplace's.
+    """Values whose density is proportional to exp(-(|x| / scale)^shape): shape 2 is the normal, 1 is Laplace's.
 
-    Drawn as a mixture of uniforms: scale * V * G^(1/shape), V uniform in (-1, 1), G of the Gamma distribution
-    1 + 1/shape. Given G the density is 1 / (2 scale G^(1/shape)) where (|x| / scale)^shape < G; averaged over G,
-    whose density has the factor G^(1/shape), that leaves the integral of e^-G over those G.
+    Drawn as a mixture of uniforms: scale * V * G^(1/shape), with V uniform in (-1, 1) and G of the Gamma distribution
+    of shape 1 + 1/shape. Given G, the density is 1 / (2 scale G^(1/shape)) where (|x| / scale)^shape < G. The density of
+    G has the factor G^(1/shape), so that the average over G leaves the integral of e^-G over those G.
     """
 
     std: float
@@ -183,6 +207,7 @@ class GeneralizedGaussian(IndependentDraw):
 
     @property
     def scale(self) -> float:
+        """The `scale` of the density."""
         return self.std * sqrt(gamma(1 / self.shape) / gamma(3 / self.shape))
 
     def _draw(self, stream: Stream, count: int) -> np.ndarray:
@@ -195,10 +220,11 @@ class GeneralizedGaussian(IndependentDraw):
 class Orthogonal(Draw):
     """Orthogonal matrices of `size` rows, all equally likely (Haar's measure).
 
-    What the QR decomposition of a matrix of normal values gives with a positive diagonal in R, without the decomposition:
-    a product of reflections, each of which turns a vector of normal values, one element shorter than the one before, to
-    its first axis (Stewart 1980, SIAM J. Numer. Anal. 17, 403). Every row can be made for itself, of the same bits on
-    every CPU and for every cut; a library's QR could promise neither. In float64, 2 size² operations for each row.
+    The result is that of a QR decomposition of a matrix of normal values with a positive diagonal in R, without the
+    decomposition: a product of reflections. Each turns a vector of normal values, one element shorter than the one
+    before, to its first axis (Stewart 1980, SIAM J. Numer. Anal. 17, 403). Every row can be computed by itself, with the
+    same bits on every CPU and for every cut. A library's QR could promise neither. A row takes 2 size² operations in
+    float64.
     """
 
     size: int
@@ -231,9 +257,12 @@ class Orthogonal(Draw):
 
 @dataclass(frozen=True)
 class ZeroRow(Draw):
-    """A matrix drawn from `rest`, whose mean is 0, but for one row, which is 0.
+    """A matrix with one row of zeros. The other rows have the bits that they have without the zeros.
 
-    shape: of the matrix. The other rows have the bits that they have without the zeros.
+    Attributes:
+        rest: the distribution of the other rows, of mean 0.
+        row: the index of the row of zeros.
+        shape: the shape of the matrix.
     """
 
     rest: Draw
@@ -264,8 +293,14 @@ class ZeroRow(Draw):
 
 
 def _reflectors(normals: np.ndarray, size: int) -> tuple[list[np.ndarray], np.ndarray]:
-    """Vectors v of size, size - 1, ..., 1 elements, each with v·v = 2, so that x - (x·v) v reflects x; and the signs of
-    the columns that make R's diagonal positive. normals: as many as the vectors' elements.
+    """Return the vectors of the reflections, and the signs of the columns that make R's diagonal positive.
+
+    Args:
+        normals: (size (size + 1) / 2,) float64 normal values, one for each element of the vectors.
+        size: the rows of the matrix.
+
+    Returns:
+        Vectors v of size, size - 1, ..., 1 elements, each with v·v = 2, so that x - (x·v) v reflects x. (size,) signs.
     """
     vectors, signs = [], np.empty(size)
     for column, vector in enumerate(np.split(normals, np.cumsum(np.arange(size, 1, -1)))):
@@ -277,10 +312,17 @@ def _reflectors(normals: np.ndarray, size: int) -> tuple[list[np.ndarray], np.nd
 
 
 def fill_slice_(out: torch.Tensor, draw: Draw, seed: int, name: str, part: Slice, start: int) -> None:
-    """Write elements [start, start + out.numel()) of the flattened slice `part` of weight `name` into `out`.
+    """Write elements [start, start + out.numel()) of a flattened slice of a weight into `out`. Local.
 
-    The same bits as in the full weight. A slice of columns is picked out of whole rows, a few MB of them at a time.
-    out: as for `Draw.fill_`.
+    The bits are those of the full weight. A slice of columns is picked out of whole rows, a few MB of them at a time.
+
+    Args:
+        out: (elements,) contiguous float tensor on any device. Draws are float32 and are cast to its dtype.
+        draw: the distribution of the full weight.
+        seed: the seed of the run.
+        name: the name of the weight.
+        part: the tensor-parallel slice.
+        start: the index in the flattened slice of the first element to write.
     """
     if part.dim != 1:
         before = 0 if part.dim is None else part.first * prod(part.shape[1:])
@@ -298,7 +340,9 @@ def fill_slice_(out: torch.Tensor, draw: Draw, seed: int, name: str, part: Slice
 
 
 def _streams(key: int, block: int) -> Stream:
-    """The independent random streams of one block: Philox counts in the lower words, block and stream are the upper."""
+    """Return the independent random streams of one block: Philox counts in the lower words of its counter, the upper
+    ones hold the numbers of block and stream.
+    """
 
     def stream(number: int) -> np.random.Generator:
         words = np.array([0, 0, block, number], dtype=np.uint64)
@@ -308,7 +352,7 @@ def _streams(key: int, block: int) -> Stream:
 
 
 def _centred_uniform(stream: np.random.Generator, count: int) -> np.ndarray:
-    """(count,) float32: odd multiples of 2^-24 between -1 and 1, all equally likely; no step rounds."""
+    """Return odd multiples of 2^-24 between -1 and 1, all equally likely: (count,) float32. No step rounds."""
     values = stream.random(count, np.float32)  # multiples of 2^-24 in [0, 1)
     values *= np.float32(2)
     values -= np.float32(1)
@@ -317,7 +361,7 @@ def _centred_uniform(stream: np.random.Generator, count: int) -> np.ndarray:
 
 
 def _power(base: np.ndarray, exponent: float) -> np.ndarray:
-    """base^exponent to 12 digits, float64, for positive bases: by operations that every CPU rounds alike."""
+    """Return base^exponent to 12 digits, float64, for positive bases, by operations that all CPUs round in the same way."""
     mantissa, twos = np.frexp(base)  # base = mantissa 2^twos, 1/2 <= mantissa < 1
     ratio = (mantissa - sqrt(0.5)) / (mantissa + sqrt(0.5))
     logarithm = _polynomial(_LOG2, ratio * ratio)  # ln(mantissa / sqrt(1/2)) = 2 artanh(ratio), |ratio| < 0.172
@@ -330,7 +374,7 @@ def _power(base: np.ndarray, exponent: float) -> np.ndarray:
 
 
 def _polynomial(coefficients: Sequence[float], values: np.ndarray) -> np.ndarray:
-    """The sum of coefficients[n] values^n."""
+    """Return the sum of coefficients[n] values^n."""
     *rest, last = coefficients
     result = np.full_like(values, last)
     for coefficient in reversed(rest):

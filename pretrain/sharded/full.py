@@ -15,12 +15,24 @@ from pretrain.sharded.weights import ShardedWeights
 
 @torch.no_grad()
 def gathered(weights: ShardedWeights, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield each named weight (every weight by default) in full, float32, on every rank, one at a time.
+    """Yield each named weight in full on every rank, one at a time. Collective.
 
-    What is changed in place goes to every copy as soon as the next weight is asked for or the loop is left, and without
-    communication: every rank must make the same change. Collective: run it on all ranks, and leave it early, if at all,
-    on all of them at the same weight. An exception on one rank starts no collective of its own.
-    Memory: one full weight, and this rank's tensor-parallel slice of it.
+    A change in place reaches every copy when the next weight is asked for or the loop is left. This takes no
+    communication, so every rank must make the same change. Run the loop on all ranks. Leave it early, if at all, on all
+    of them at the same weight. An exception on one rank starts no collective of its own.
+
+    The memory is that of one full weight and of this rank's tensor-parallel slice of it.
+
+    Args:
+        weights: the weights of an engine.
+        names: the weights to gather, every weight by default. They come in the order of the optimizer.
+
+    Yields:
+        The name of a weight, and the weight in its own shape, float32.
+
+    Raises:
+        RuntimeError: between the micro-batches of a step.
+        ValueError: for an unknown name, or where the ranks ask for different weights.
     """
     chosen = check_call(weights.engine, weights.layout, "gathered", weights.layout if names is None else names)
     for piece in weights.placement.edit(chosen):
@@ -35,16 +47,26 @@ def gathered(weights: ShardedWeights, names: Iterable[str] | None = None) -> Ite
 
 @torch.no_grad()
 def small_weights(weights: ShardedWeights, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    """The named weights in full, float32, on every rank and its device, by one all-reduce for all of them. Collective.
+    """Return the named weights in full on every rank, by one all-reduce for all of them. Collective.
 
-    Meant for scalars and vectors: the memory is that of all of them at once. Not for weights that tensor parallelism cuts.
+    Meant for scalars and vectors, because the memory is that of all of them at once.
+
+    Args:
+        weights: the weights of an engine.
+        names: weights that tensor parallelism does not cut.
+
+    Returns:
+        Each weight by its name, in its own shape, float32 on the engine's device, in the order of the layout.
+
+    Raises:
+        RuntimeError: between the micro-batches of a step.
+        ValueError: for an unknown name, or where the ranks ask for different weights.
     """
     chosen = check_call(weights.engine, weights.layout, "small_weights", names)
     if not chosen:
         return {}
-    shapes = {
-        name: weight.shape for name, weight in weights.layout.items() if name in chosen
-    }  # in one order everywhere
+    # The order of the layout is the same on every rank.
+    shapes = {name: weight.shape for name, weight in weights.layout.items() if name in chosen}
     flat = torch.zeros(sum(map(prod, shapes.values())), dtype=torch.float32, device=weights.engine.device)
     places = dict(zip(shapes, flat.split([prod(shape) for shape in shapes.values()]), strict=True))
     for piece in weights.placement.pieces(chosen):
@@ -54,7 +76,7 @@ def small_weights(weights: ShardedWeights, names: Iterable[str]) -> dict[str, to
 
 
 def _assemble(piece: Piece) -> torch.Tensor:
-    """The full weight: each rank contributes what it counts of it, and zeros elsewhere."""
+    """Return the full weight: each rank contributes the elements that it counts, and zeros elsewhere. Collective."""
     device = "cuda" if dist.get_backend() == "nccl" else piece.master.device
     part = torch.zeros(piece.slice.numel, dtype=torch.float32, device=device)
     part[piece.counted_start : piece.counted_start + piece.counted.numel()] = piece.counted
@@ -64,7 +86,7 @@ def _assemble(piece: Piece) -> torch.Tensor:
 
 
 def _placed(part: torch.Tensor, piece: Piece) -> torch.Tensor:
-    """A full weight that holds the flat tensor-parallel slice `part` at its place, and zeros elsewhere."""
+    """Return a full weight that holds the flat tensor-parallel slice `part` at its place, and zeros elsewhere."""
     full = part.new_zeros(piece.slice.shape)
     place = piece.slice.of(full)
     place.copy_(part.view(place.shape))

@@ -1,4 +1,4 @@
-"""What one rank owns of one weight, under data sharding (ZeRO) on top of tensor parallelism (AutoTP).
+"""The part of a weight that a rank owns, under data sharding (ZeRO) on top of tensor parallelism (AutoTP).
 
 AutoTP first cuts a weight into slices, one for each tensor-parallel rank: whole rows (column-parallel layers), whole
 columns (row-parallel layers), or everything (replicated). ZeRO then flattens the slice and gives each data-parallel
@@ -22,11 +22,13 @@ from pretrain.model.layout import full_shape
 
 @dataclass(frozen=True)
 class Slice:
-    """The part of a weight that a tensor-parallel rank computes with.
+    """The part of a weight that a tensor-parallel rank computes with: elements [first, last) along one dimension.
 
-    shape: of the full weight.
-    dim: the dimension that is cut; None where the slice is the whole weight.
-    first, last: the slice is [first, last) along `dim`; of no meaning where that is None.
+    Attributes:
+        shape: the shape of the full weight.
+        dim: the dimension that is cut, or None where the slice is the whole weight.
+        first: the first row or column of the slice. It has no meaning where `dim` is None.
+        last: the row or column after its last one. It has no meaning where `dim` is None.
     """
 
     shape: tuple[int, ...]
@@ -36,29 +38,31 @@ class Slice:
 
     @property
     def numel(self) -> int:
-        """Elements in the slice."""
+        """The number of elements in the slice."""
         return prod(self.shape) if self.dim is None else prod(self.shape) // self.shape[self.dim] * self.length
 
     @property
     def length(self) -> int:
-        """Rows or columns in the slice, along `dim`."""
+        """The number of rows or columns in the slice, along `dim`."""
         return self.last - self.first
 
     def of(self, full: torch.Tensor) -> torch.Tensor:
-        """This slice of the full weight, as a view."""
+        """Return this slice of a full weight, as a view."""
         return full if self.dim is None else full.narrow(self.dim, self.first, self.length)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of one weight that this rank owns, possibly empty; padding is never part of it.
+    """A contiguous range of one weight, owned by this rank. It may be empty, and it never holds padding.
 
-    name: the weight's name in the model.
-    slice: the tensor-parallel slice that the piece is cut from.
-    start: index of the first owned element in the flattened slice.
-    master: (owned elements,) float32 view of the optimizer's copy; writing to it changes the optimizer's state.
-    counted: the part of `master` that this rank contributes to statistics, from element `counted_start` of the
-        flattened slice on. Where several ranks own the same elements, each counts its share of them.
+    Attributes:
+        name: the weight's name in the model.
+        slice: the tensor-parallel slice that the piece is cut from.
+        start: the index in the flattened slice of the first owned element.
+        master: (owned elements,) float32 view of the optimizer's copy. Writing to it changes the optimizer's state.
+        counted_start: the index in the flattened slice of the first element of `counted`.
+        counted: (counted elements,) the part of `master` that this rank contributes to statistics. Where several ranks
+            own the same elements, each counts its share of them.
     """
 
     name: str
@@ -70,26 +74,40 @@ class Piece:
 
 
 def make_piece(name: str, part: Slice, start: int, master: torch.Tensor, replicas: int, replica: int) -> Piece:
-    """The piece of the `replica`-th of `replicas` ranks that own these same elements."""
+    """Return the piece of one of several ranks that own the same elements.
+
+    Args:
+        name: the weight's name in the model.
+        part: the tensor-parallel slice that the piece is cut from.
+        start: the index in the flattened slice of the first owned element.
+        master: (owned elements,) float32 view of the optimizer's copy.
+        replicas: the number of ranks that own these same elements.
+        replica: the number of the one among them that gets the piece, from 0 on.
+    """
     first, last = (master.numel() * n // replicas for n in (replica, replica + 1))
     return Piece(name, part, start, master, start + first, master[first:last])
 
 
 def tensor_slice(parameter: torch.nn.Parameter, name: str) -> Slice:
-    """The slice of a weight that this rank's `parameter` holds, from the notes that AutoTP leaves on it.
+    """Return the slice of a weight that this rank's parameter holds, from the metadata that AutoTP attaches to it.
 
-    Raises UserError for a weight that AutoTP cuts in more than one place (a fused query-key-value matrix).
+    Args:
+        parameter: this rank's parameter.
+        name: the name of its weight, for the error.
+
+    Raises:
+        UserError: for a weight that AutoTP cuts in more than one place (a fused query-key-value matrix).
     """
-    notes = getattr(parameter, "ds_autotp_universal_checkpoint_meta", None)
-    if not notes or notes["replicated"] or notes["partition_dim"] is None:
+    metadata = getattr(parameter, "ds_autotp_universal_checkpoint_meta", None)
+    if not metadata or metadata["replicated"] or metadata["partition_dim"] is None:
         return Slice(full_shape(parameter))
-    if notes["sub_param_sizes"] is not None:
+    if metadata["sub_param_sizes"] is not None:
         raise UserError(
             f"tensor parallelism cuts the fused weight {name} in several places, which the arithmetic on sharded "
             "weights does not follow. Use a model with separate matrices, or parallel.tensor 1."
         )
     from deepspeed.utils import groups
 
-    rank, lengths = groups.get_tensor_model_parallel_rank(), notes["partition_sizes"]
+    rank, lengths = groups.get_tensor_model_parallel_rank(), metadata["partition_sizes"]
     first = sum(lengths[:rank])
-    return Slice(full_shape(parameter), notes["partition_dim"], first, first + lengths[rank])
+    return Slice(full_shape(parameter), metadata["partition_dim"], first, first + lengths[rank])

@@ -1,8 +1,8 @@
-"""Where the pieces of each weight live on this rank, for every DeepSpeed optimizer that keeps them.
+"""The places of each weight's pieces on this rank, for every DeepSpeed optimizer that keeps them.
 
 Under mixed precision a weight exists twice: the working copy that forward reads and the fp32 master that the
-optimizer steps. The optimizer rewrites the working copy from the master at every step, so whoever changes a weight
-must change the master and then make the working copy follow. A `Placement` knows both for one kind of engine:
+optimizer steps. The optimizer rewrites the working copy from the master at every step. A change of a weight must
+therefore go to the master, and the working copy must follow. A `Placement` finds both for one kind of engine:
 
     engine                    master of this rank                    working copy                            file
     ZeRO-3                    a range of every weight                the same range, and resident full       zero3.py
@@ -11,7 +11,7 @@ must change the master and then make the working copy follow. A `Placement` know
     stage 0, bf16 or fp16     every weight in full                   every weight in full                    stage0.py
     stage 0, fp32             every weight in full                   the same memory                         stage0.py
 
-All of this is DeepSpeed 0.19 as found by experiment; docs/sharded_weights.md tells the story.
+All of this was found by experiment with DeepSpeed 0.19. docs/sharded_weights.md explains it.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from pretrain.sharded.zero12 import BF16Optimizer, Zero12
 
 
 class Placement(Protocol):
-    """Where one kind of engine keeps its weights.
+    """The place where one kind of engine keeps its weights.
 
-    `pieces` and `edit` give this rank's pieces of the named weights, in the same order on every rank. A piece holds until
-    the next one is asked for: what is offloaded to NVMe is in memory only so long.
+    `pieces` and `edit` yield this rank's pieces of the named weights, in the same order on every rank. A piece is valid
+    until the next one is asked for, because what is offloaded to NVMe is in memory only so long. Only `refresh` is
+    collective.
 
     Attributes:
         tensor_ranks: the number of tensor-parallel ranks that the weights are cut among.
@@ -42,32 +43,38 @@ class Placement(Protocol):
     tensor_ranks: int
 
     def pieces(self, names: Set[str]) -> Iterator[Piece]:
-        """The pieces, to be read."""
+        """Yield the pieces for reading. Local."""
 
     def edit(self, names: Set[str]) -> Iterator[Piece]:
-        """The pieces, whose masters may be changed in place; the same range of the working copy follows.
+        """Yield the pieces, whose masters may be changed in place. The same range of the working copy follows. Local.
 
         Afterwards the copies that hold more than this rank's range are stale, until `refresh` or `put`.
         """
 
     def exact_copy(self, name: str) -> torch.Tensor | None:
-        """The full working copy of a weight, if there is one and it is float32: it holds just what the masters hold.
+        """Return the full working copy of a weight, if there is one and it is float32 like the masters. Local.
 
-        Under tensor parallelism, of this rank's slice. None also where `edit` leaves no copy stale.
+        Under tensor parallelism it is that of this rank's slice. None also where `edit` leaves no copy stale.
         """
 
     def refresh(self, names: Set[str]) -> None:
         """Make the full working copies of edited weights follow their masters. Collective."""
 
     def put(self, name: str, part: torch.Tensor) -> None:
-        """Give the full working copy of one edited weight its values, where it exists. Local.
+        """Give the full working copy of one edited weight its values, if there is one. Local.
 
-        part: the weight, or this rank's tensor-parallel slice of it, in the shape of the parameter.
+        Args:
+            name: the weight's name.
+            part: the weight, or this rank's tensor-parallel slice of it, in the shape of the parameter.
         """
 
 
 def placement_of(engine: Engine) -> Placement:
-    """The placement of a DeepSpeed engine's weights. Raises UserError for a kind of engine that is not supported."""
+    """Return the placement of a DeepSpeed engine's weights.
+
+    Raises:
+        UserError: for a kind of engine that is not supported, and for weights that `Owner` refuses.
+    """
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         return Zero3(engine)

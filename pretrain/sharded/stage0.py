@@ -23,7 +23,12 @@ class Stage0(Owner):
     """The placement of an engine without ZeRO."""
 
     def __init__(self, engine: Engine, groups: Sequence[Group]) -> None:
-        """groups: the parameters of each parameter group, and their masters in the same order."""
+        """Bind to an engine.
+
+        Args:
+            engine: an engine at ZeRO stage 0.
+            groups: the parameters of each parameter group, and their masters in the same order.
+        """
         super().__init__(engine)
         self.replicas = engine.dp_world_size
         self.replica = torch.distributed.get_rank(engine.data_parallel_group)
@@ -42,14 +47,14 @@ class Stage0(Owner):
                     parameter.data.copy_(master.data)
 
     def exact_copy(self, name: str) -> torch.Tensor | None:
-        """None: every rank has edited its own full copies."""
+        """Return None: every rank has edited its own full copies."""
         return None
 
     def refresh(self, names: Set[str]) -> None:
-        """Nothing to do, see `exact_copy`."""
+        """Do nothing, see `exact_copy`."""
 
     def put(self, name: str, part: torch.Tensor) -> None:
-        """Nothing to do, see `exact_copy`."""
+        """Do nothing, see `exact_copy`."""
 
     def _piece(self, parameter: torch.nn.Parameter, master: torch.Tensor) -> Piece:
         return self.piece(self.name(parameter), 0, master.data.view(-1), self.replicas, self.replica)

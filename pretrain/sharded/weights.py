@@ -1,4 +1,4 @@
-"""Arithmetic on the weights of a running engine, done where the pieces live: no gather, both copies always agree."""
+"""Arithmetic on the weights of a running engine, done where the pieces live: nothing is gathered, both copies agree."""
 
 from __future__ import annotations
 
@@ -28,38 +28,82 @@ from pretrain.sharded.placement import placement_of
 class ShardedWeights:
     """The weights of a DeepSpeed engine, whatever its ZeRO stage, precision, offloading and tensor parallelism.
 
-    Every method is collective: call it on all ranks, with the same arguments, between optimizer steps. Whatever is
-    wrong with a call is raised on every rank: an unknown weight, a factor that is not finite, ranks that pass
-    different arguments (ValueError), a call in the middle of gradient accumulation (RuntimeError).
+    Every method but `pieces` and `snapshot` is collective: call it on all ranks, with the same arguments, between
+    optimizer steps. These raise the same error on every rank: ValueError for an unknown weight, a factor that float32
+    does not hold, or arguments that differ between ranks, and RuntimeError for a call in the middle of gradient
+    accumulation.
+
+    Attributes:
+        engine: the engine.
+        placement: the place of its weights' pieces on this rank.
+        layout: each weight by name, in the order of the module.
     """
 
     def __init__(self, engine: Engine) -> None:
-        """Raises UserError where the engine's optimizer keeps its weights in a way that is not supported."""
+        """Bind to an engine.
+
+        Args:
+            engine: an initialized engine.
+
+        Raises:
+            UserError: where the engine's optimizer keeps its weights in a way that is not supported.
+        """
         self.engine = engine
         self.placement = placement_of(engine)
         self.layout: dict[str, Weight] = {weight.name: weight for weight in describe_model(engine.module)}
 
     def moments(self, names: Iterable[str] | None = None) -> dict[str, Moments]:
-        """Count, mean and centred squares of each full weight (of all weights by default), in float64.
+        """Return count, mean and centred squares of full weights, taken in float64. Collective.
 
-        One pass over the rank's own shard and one all-gather of three numbers per weight for the whole list. The
+        Costs one pass over the rank's own shard, and one all-gather of three numbers per weight for the whole list. The
         partial results are gathered and merged rather than summed, because sums of squares cancel (see moments.py).
-        A weight that holds NaN or infinity has a deviation of NaN; the others are not touched by it.
+
+        Args:
+            names: the weights to measure, every weight by default.
+
+        Returns:
+            The moments of each weight by its name, the same on every rank. A weight that holds NaN or infinity has a
+            standard deviation of NaN. The others are not affected.
+
+        Raises:
+            RuntimeError: between the micro-batches of a step.
+            ValueError: for an unknown name, or where the ranks ask for different weights.
         """
         rows = self._merged("moments", partial_moments, names)
         return {name: Moments(int(count), *rest) for name, (count, *rest) in rows.items()}
 
     def statistics(self, names: Iterable[str] | None = None) -> dict[str, Statistics]:
-        """As `moments`, and the tails: kurtosis and absolute maximum. Twice the time, and six numbers per weight."""
+        """Return the moments of full weights with statistics of their tails: kurtosis and absolute maximum. Collective.
+
+        Costs twice the time of `moments`, and six numbers per weight.
+
+        Args:
+            names: the weights to measure, every weight by default.
+
+        Returns:
+            The statistics of each weight by its name, the same on every rank.
+
+        Raises:
+            RuntimeError: between the micro-batches of a step.
+            ValueError: for an unknown name, or where the ranks ask for different weights.
+        """
         rows = self._merged("statistics", partial_statistics, names)
         return {name: Statistics(int(count), *rest) for name, (count, *rest) in rows.items()}
 
     @torch.no_grad()
     def rescale_(self, changes: Mapping[str, tuple[float, float]]) -> None:
-        """Replace each named weight W by scale * W + shift in every copy; `changes` maps name -> (scale, shift).
+        """Replace each named weight W by scale * W + shift in every copy. Collective.
 
-        Computed in float32. Local except for the refresh of half-precision working copies. Optimizer moments are left
-        alone. The caller sees to it that the values fit the working precision: fp16 ends at 65,504.
+        Computes in float32. After the check of the call, ranks communicate only to refresh half-precision working copies.
+        The optimizer's moments stay as they are. The caller must make sure that the values fit the working precision:
+        fp16 ends at 65,504.
+
+        Args:
+            changes: (scale, shift) of each weight to change, by its name. May be empty.
+
+        Raises:
+            RuntimeError: between the micro-batches of a step.
+            ValueError: for an unknown name, a factor that float32 does not hold, or changes that differ between ranks.
         """
         chosen = check_call(self.engine, self.layout, "rescale_", changes, changes)
         if not chosen:
@@ -74,10 +118,17 @@ class ShardedWeights:
 
     @torch.no_grad()
     def center_rows_(self, names: Iterable[str]) -> None:
-        """Subtract from each row of each named matrix the mean over all its rows, in every copy; from a vector its mean.
+        """Subtract from each row of each named matrix the mean over all its rows, in every copy. Collective.
 
-        The means are summed in float64, in one all-reduce of a number per column for the whole list; they are subtracted
-        in float32. The refresh of half-precision working copies comes on top, as for `rescale_`.
+        From a vector its mean is subtracted. The means are summed in float64, in one all-reduce of a number per column
+        for the whole list, and subtracted in float32. Half-precision working copies are refreshed as by `rescale_`.
+
+        Args:
+            names: the weights to change. May be empty.
+
+        Raises:
+            RuntimeError: between the micro-batches of a step.
+            ValueError: for an unknown name, or where the ranks name different weights.
         """
         chosen = check_call(self.engine, self.layout, "center_rows_", names)
         if not chosen:
@@ -92,22 +143,45 @@ class ShardedWeights:
 
     @torch.no_grad()
     def fill_(self, seed: int, rule: Callable[[Weight], Draw]) -> None:
-        """Give every weight its initial values; `rule` maps a weight to the distribution that it is drawn from.
+        """Give every weight its initial values in every copy. Collective.
 
-        Drawn by position (see draws.py): the same bits for every world size, stage and tensor-parallel size.
+        Draws by position (see draws.py): the same bits for every world size, stage and tensor-parallel size.
+
+        Args:
+            seed: the seed of the run.
+            rule: maps a weight to the distribution that it is drawn from.
+
+        Raises:
+            RuntimeError: between the micro-batches of a step.
+            ValueError: where seed or distributions differ between ranks.
         """
         draws = {name: rule(weight) for name, weight in self.layout.items()}
-        chosen = check_call(self.engine, self.layout, "fill_", self.layout, also=(seed, sorted(draws.items())))
+        chosen = check_call(self.engine, self.layout, "fill_", self.layout, extra=(seed, sorted(draws.items())))
         for piece in self.placement.edit(chosen):
             fill_slice_(piece.master, draws[piece.name], seed, piece.name, piece.slice, piece.start)
         self.placement.refresh(chosen)
 
     def snapshot(self) -> dict[str, torch.Tensor]:
-        """A copy of what this rank counts of each weight, to measure how far it moves until `squared_change`."""
+        """Copy what this rank counts of each weight, for a later `squared_change`. Local.
+
+        Returns:
+            (counted elements,) float32 of each weight by its name, on the device of its master.
+        """
         return {piece.name: piece.counted.clone() for piece in self.pieces()}
 
     def squared_change(self, before: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """Squared Frobenius distance of each full weight from the snapshot `before`, in float64."""
+        """Return the squared Frobenius distance of full weights from a snapshot, taken in float64. Collective.
+
+        Args:
+            before: what `snapshot` returned, or a part of it, of the same weights on every rank.
+
+        Returns:
+            The squared distance of each weight in `before` by its name, the same on every rank.
+
+        Raises:
+            RuntimeError: between the micro-batches of a step.
+            ValueError: for an unknown name, or where the ranks ask for different weights.
+        """
         chosen = check_call(self.engine, self.layout, "squared_change", before)
         if not chosen:
             return {}
@@ -117,46 +191,52 @@ class ShardedWeights:
         return dict(zip(mine, sums.tolist(), strict=True))
 
     def pieces(self, names: Iterable[str] | None = None) -> Iterator[Piece]:
-        """This rank's pieces of the named weights (of all by default), to be read; each holds until the next one.
+        """Return an iterator over this rank's pieces of weights, for reading. Local.
 
-        Not collective. Raises ValueError for an unknown weight.
+        A piece is valid until the next one is asked for.
+
+        Args:
+            names: the weights, every weight by default.
+
+        Raises:
+            ValueError: for an unknown name.
         """
         wanted = set(self.layout if names is None else names)
         require_known(wanted, self.layout)
         return self.placement.pieces(wanted)
 
     def _mean_rows(self, names: set[str]) -> dict[str, torch.Tensor]:
-        """The mean over all rows of each named weight, (columns,) float64."""
+        """Return the mean over all rows of each named weight: (columns,) float64 on the engine's device. Collective."""
         shapes = {name: weight.shape for name, weight in self.layout.items() if name in names}
         widths = [columns(shape) for shape in shapes.values()]
         sums = torch.zeros(sum(widths), dtype=torch.float64, device=self.engine.device)
-        of_weight = dict(zip(shapes, sums.split(widths), strict=True))
+        sums_of = dict(zip(shapes, sums.split(widths), strict=True))
         for piece in self.placement.pieces(names):
-            mine = torch.zeros(len(of_weight[piece.name]), dtype=torch.float64, device=piece.counted.device)
+            mine = torch.zeros(len(sums_of[piece.name]), dtype=torch.float64, device=piece.counted.device)
             add_column_sums_(mine, piece)
-            of_weight[piece.name] += mine.to(sums.device)
+            sums_of[piece.name] += mine.to(sums.device)
         dist.all_reduce(sums)
-        return {name: sums_of_one / shapes[name][0] for name, sums_of_one in of_weight.items()}
+        return {name: column_sums / shapes[name][0] for name, column_sums in sums_of.items()}
 
     def _merged(
-        self, what: str, partial: Callable[[Iterable[torch.Tensor]], torch.Tensor], names: Iterable[str] | None
+        self, operation: str, partial: Callable[[Iterable[torch.Tensor]], torch.Tensor], names: Iterable[str] | None
     ) -> dict[str, list[float]]:
-        """What `partial` finds in this rank's pieces, merged over all ranks, by name."""
-        chosen = check_call(self.engine, self.layout, what, self.layout if names is None else names)
+        """Return the rows that `partial` makes of the ranks' pieces, merged over all ranks, by name. Collective."""
+        chosen = check_call(self.engine, self.layout, operation, self.layout if names is None else names)
         if not chosen:
             return {}
-        found: list[str] = []
+        in_order: list[str] = []
 
         def counted() -> Iterator[torch.Tensor]:
             for piece in self.placement.pieces(chosen):
-                found.append(piece.name)
+                in_order.append(piece.name)
                 yield piece.counted
 
         rows = merge(all_gather(partial(counted())))
-        return dict(zip(found, rows.tolist(), strict=True))
+        return dict(zip(in_order, rows.tolist(), strict=True))
 
 
 def _rescale_(flat: torch.Tensor, scale: float, shift: float) -> None:
-    """Chunk by chunk, so that memory is passed over once for both operations."""
+    """Replace w by scale * w + shift, chunk by chunk, so that both operations take one pass over memory."""
     for chunk in chunks(flat):
         chunk.mul_(scale).add_(shift)

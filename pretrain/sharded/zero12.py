@@ -1,14 +1,15 @@
-"""ZeRO-1 and 2: the weights of a parameter group laid end to end, cut in equal slices; rank r's master is slice r.
+"""ZeRO-1 and 2: the weights of a parameter group are laid end to end and cut in equal slices. Rank r's master is slice r.
 
     rank 0 of 3             rank 1                  rank 2
     [ W1 W2 W| ]            [ |3 W4 W5 ]            [ W6 W7 pad  ]      master, fp32   single_partition_of_fp32_groups
     [ W1 W2 W3 W4 W5 W6 W7, whole, on every rank                 ]      working copy   parameter.data
 
-bf16 with ZeRO-1 and fp32 gradient accumulation is another class of DeepSpeed's, BF16_Optimizer, of the same layout.
+For bf16 with ZeRO-1 and fp32 gradient accumulation DeepSpeed has another class, BF16_Optimizer, of the same layout.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Set
 
 import torch
@@ -19,12 +20,15 @@ from pretrain.sharded.owner import Owner
 from pretrain.sharded.piece import Piece
 
 
-class _FullWorkingCopies(Owner):
-    """Both kinds keep every working copy in full on every rank."""
+class _FullWorkingCopies(Owner, ABC):
+    """The common part of both kinds: every rank keeps every working copy in full."""
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)
         self.group = engine.data_parallel_group
+
+    @abstractmethod
+    def pieces(self, names: Set[str]) -> Iterator[Piece]: ...
 
     def edit(self, names: Set[str]) -> Iterator[Piece]:
         return self.pieces(names)
@@ -36,7 +40,8 @@ class _FullWorkingCopies(Owner):
     def refresh(self, names: Set[str]) -> None:
         named = sum(self.parameters[name].numel() for name in names)
         if 2 * named > sum(parameter.numel() for parameter in self.parameters.values()):
-            self.optimizer.update_lp_params()  # as the optimizer's own step: copy the slice, all-gather all weights
+            # The end of the optimizer's own step: copy the slice, all-gather all weights.
+            self.optimizer.update_lp_params()
             return
         for piece in self.pieces(names):
             copy = self.parameters[piece.name].data.view(-1)
@@ -51,7 +56,7 @@ class _FullWorkingCopies(Owner):
 class Zero12(_FullWorkingCopies):
     """The placement of DeepSpeedZeroOptimizer.
 
-    Reads the round-robin order, not `_hp_mapping`, which is wrong when `round_robin_gradients` is on.
+    It reads the round-robin order. `_hp_mapping` is wrong when `round_robin_gradients` is on.
     """
 
     def pieces(self, names: Set[str]) -> Iterator[Piece]:
@@ -70,7 +75,7 @@ class Zero12(_FullWorkingCopies):
 
 
 class BF16Optimizer(_FullWorkingCopies):
-    """The placement of BF16_Optimizer, which says itself which fragment of a weight it holds."""
+    """The placement of BF16_Optimizer, which records for each weight which fragment of it this rank holds."""
 
     def pieces(self, names: Set[str]) -> Iterator[Piece]:
         for parameters, flat in zip(self.optimizer.bf16_groups, self.optimizer.fp32_groups_flat_partition, strict=True):
