@@ -23,7 +23,7 @@ from pretrain.engine.initialize import rule_of_rows
 from pretrain.errors import UserError
 from pretrain.methods import RunContext
 from pretrain.model.layout import Weight, describe, describe_model
-from pretrain.model.loss import with_loss_head
+from pretrain.model.loss import loss_head, require_plain_logits, with_loss_head
 from pretrain.optim.param_groups import peak_lr, weight_decay
 from pretrain.optim.schedule import learning_rate
 
@@ -87,7 +87,7 @@ def transformed(model: PreTrainedModel, config: Config) -> PreTrainedModel:
         method.transform(model)
     model.tie_weights()
     for method in config.methods:
-        model.lm_head.terms.update(method.loss_terms())
+        loss_head(model).terms.update(method.loss_terms())
     return model
 
 
@@ -128,6 +128,7 @@ def _matrices(model_config: PreTrainedConfig) -> dict[str, Weight]:
     """Return the matrices of the model before any method transforms it, by module; the head also where it is tied."""
     with torch.device("meta"), no_init_weights():
         model = model_class(model_config)(model_config)
+    require_plain_logits(model)
     matrices = {weight.name.removesuffix(".weight"): weight for weight in describe_model(model) if weight.fan_in}
     return matrices | {"lm_head": describe("lm_head.weight", model.lm_head.weight.shape)}
 

@@ -1,4 +1,4 @@
-"""The registry: every `Method` in this folder, found by its file, sorted by the name that YAML picks it by."""
+"""The registry: every `Method` in this folder, found by its file, sorted by the name that selects it in YAML."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _load() -> dict[str, type[Method]]:
 
 
 def _concrete(base: type[Method]) -> Iterator[type[Method]]:
-    """Every method class below `base`; a class without a name of its own only lends its hooks to others."""
+    """Yield every method class below `base`. A class without a name of its own only lends its hooks to others."""
     for cls in base.__subclasses__():
         if isinstance(cls.model_fields["name"].default, str):
             yield cls

@@ -1,17 +1,17 @@
-"""Attention Residuals: a sub-layer chooses among what earlier ones wrote, instead of reading their sum.
+"""Attention Residuals: a sub-layer reads a weighted mean of the outputs of earlier ones, instead of their sum.
 
     h_l = Σ_i a_i v_i,    a = softmax_i(w_l · RMSNorm(v_i))      computed in float32 for each token
 
-v_0 is the embedding's output, v_1, v_2, ... are those of the attentions and MLPs so far; h_l is what sub-layer l
-normalizes and computes with. The final norm reads in the same way. w_l is one trained vector for each reader, 0 at
-first, so that training starts from the plain average (which is the sum divided by the number of terms). RMSNorm keeps
-large outputs from winning by their size.
+v_0 is the embedding's output, and v_1, v_2, ... are those of the attentions and MLPs so far. h_l is the input of the norm
+of sub-layer l. The final norm reads in the same way. w_l is one trained vector for each reader, 0 at first. So training
+starts from the plain average, which is the sum divided by the number of terms. RMSNorm keeps large outputs from winning
+by their size.
 
-With `blocks`: N blocks of consecutive sub-layers, within which outputs are summed as usual. A sub-layer reads v_0, the sums
-of the blocks before its own, and what its own block has summed up so far: at most N + 1 things, instead of up to
+With `blocks` there are N blocks of consecutive sub-layers, within which outputs are summed as usual. A sub-layer reads
+v_0, the sums of the blocks before its own, and the sum of its own block so far: at most N + 1 tensors, instead of up to
 2 x layers + 1. (Where N does not divide the sub-layers, the first blocks have one more.)
 
-Source: Kimi Team 2026, "Attention Residuals" (arXiv 2603.15031), equations 2 to 6; about 8 blocks there.
+Source: Kimi Team 2026, "Attention Residuals" (arXiv 2603.15031), equations 2 to 6, with about 8 blocks.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from pretrain.sharded.draws import Constant, Draw
 
 
 class AttentionResiduals(Method):
-    """Attention Residuals. The mixture depends on the token, so nothing can be folded and the export brings its own file.
+    """Attention Residuals. The mixture depends on the token, so nothing can be folded and the export has its own file.
 
     Attributes:
-        blocks: N. Null reads every output for itself.
+        blocks: N. Null reads every output separately.
     """
 
     decides: ClassVar[frozenset[str]] = frozenset({RESIDUAL_STREAM})

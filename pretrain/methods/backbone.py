@@ -1,4 +1,4 @@
-"""The initializations that a reparameterized matrix may start as: `backbone: he` or `small`. No method itself."""
+"""Initializations that a reparameterized matrix may start as: `backbone: he` or `small`. Shared by several methods."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Backbone = Literal["he", "small"]
 
 
 def backbone_std(backbone: Backbone, weight: Weight, run: RunContext, tied: bool) -> float:
-    """The deviation that He's or Small's initialization would give this matrix; tied: see `he_std`."""
+    """Return the standard deviation that He's or Small's initialization would give this matrix. `tied`: see `he_std`."""
     return he_std(weight, run.layers, tied) if backbone == "he" else small_std(weight, run.hidden_size, run.layers)
 
 
 def backbone_rule(backbone: Backbone, weight: Weight, tied: bool) -> str:
-    """`backbone_std` in words."""
+    """Return the rule of `backbone_std` in words."""
     return he_rule(weight, tied) if backbone == "he" else small_rule(weight)

@@ -1,7 +1,7 @@
 """The contract of a stability method, and the parts that all methods share.
 
 A method is one file in this folder: its formula and source at the top, its options as typed fields, and the two or
-three hooks that it needs. A run lists its methods in YAML.
+three hooks that it needs. A run lists its methods in YAML. Hooks of several methods are called in the order of that list.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from pretrain.model.layout import Weight
 from pretrain.values import Values
 
 if TYPE_CHECKING:
-    from typing import Self
-
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from typing_extensions import Self
 
     from pretrain.model.export_edits import LazyTensors
     from pretrain.model.loss import LossTerm
@@ -27,9 +26,9 @@ if TYPE_CHECKING:
     from pretrain.sharded.draws import Draw
 
 
-# What a run's methods may decide only once: two that decide the same thing contradict each other.
+# Decisions that only one method of a run may make: two methods that decide the same thing contradict each other.
 INITIAL_DEVIATIONS = "the initial deviations"
-INITIAL_DISTRIBUTION = "the distribution of initial values"  # also the run's `init` section does
+INITIAL_DISTRIBUTION = "the distribution of initial values"  # the run's `init` section decides it too
 FORM_OF_MATRICES = "how forward makes its matrices from the stored ones"
 NORMALIZATION = "the kind of normalization"
 EMBEDDING = "what happens to the embedding before the first block"
@@ -38,13 +37,25 @@ RESIDUAL_STREAM = "how sub-layers read the residual stream"
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a method may know of the run besides its own options.
+    """The values of the run that a method may depend on besides its own options.
 
-    model_config: what `configure` made of it. layers: decoder blocks, N. tied: whether the head's matrix is the
-    embedding's. matrices: of the model before methods transform it, by the name of their module, the head also where it is
-    tied. optimizer: `adamw` or `muon`. learning_rate: of an optimizer step, counted from 1. peak_lr: of the optimizer that
-    steps a weight. initial_std: the deviation that a weight is drawn with. forward_factor: what forward multiplies a stored
-    matrix by, a number or the name of the trained weight that holds it. weight_decay: AdamW's, of one weight.
+    Attributes:
+        family: `llama` or `gpt2`.
+        model_config: the model's Hugging Face configuration, as the methods' `configure` made it.
+        hidden_size: d.
+        layers: the number of decoder blocks, N.
+        tied: whether the head's matrix is the embedding's.
+        matrices: the matrices of the model before methods transform it, by the name of their module. The head is among
+            them also where it is tied.
+        tokens_per_step: tokens of one optimizer step, over all ranks.
+        total_steps: optimizer steps of the run.
+        optimizer: `adamw` or `muon`.
+        learning_rate: maps an optimizer step, counted from 1, to the learning rate.
+        peak_lr: maps a weight to the highest learning rate of the optimizer that steps it.
+        initial_std: maps a weight to the standard deviation that it is drawn with.
+        forward_factor: maps a weight to the factor that forward multiplies the stored matrix by: a number, or the name
+            of the trained weight that holds it.
+        weight_decay: maps a weight to AdamW's weight decay.
     """
 
     family: str
@@ -64,7 +75,7 @@ class RunContext:
 
     @property
     def embedding(self) -> str:
-        """The module of the input embedding."""
+        """The name of the input embedding's module."""
         return next(module for module, weight in self.matrices.items() if weight.role == "embed")
 
     @property
@@ -74,37 +85,49 @@ class RunContext:
 
 
 class Method(Values):
-    """One stability method. Override only what it needs; every hook has a neutral default.
+    """One stability method. Override only the hooks that it needs. Every hook has a neutral default.
 
-    Subclasses set `name: Literal["..."]` and declare their options as fields. Fields are frozen: whatever a method
-    decides at step s is a function of the options, the run, s and the weights, so a resumed run decides the same.
+    Subclasses set `name: Literal["..."]` and declare their options as fields. Fields are frozen. What a method does at
+    step s is a function of its options, the run, s and the weights, so a resumed run does the same.
 
-    decides: what no other method of the run may decide; a property where that depends on the options. conflicts: names
-    of further methods that it cannot be combined with, and why: a sentence. families: the model families that it can act
-    on. tensor_parallel: whether it may be used where AutoTP cuts the matrices. fold_order: folds are done from the lowest
-    number to the highest. One with 0 sees the stored matrices, one with 1 matrices as forward multiplies by them (and may
-    already put the embedding's factor into a Granite), one with 2 an embedding that is what enters the residual stream,
-    and one with 3 the class and the weights that all the others have made.
+    Class attributes:
+
+    - `conflicts`: names of methods that it cannot be combined with, besides those that decide the same (see `decides`),
+      each with a sentence that says why.
+    - `families`: the model families that it can act on.
+    - `tensor_parallel`: whether it may be used where AutoTP cuts the matrices.
+    - `fold_order`: folds run from the lowest number to the highest. A fold of order 0 gets the matrices as they are
+      stored. One of order 1 gets them as forward multiplies by them, and may move the embedding's factor into a Granite.
+      One of order 2 gets an embedding that is what enters the residual stream. One of order 3 gets the class and the
+      weights that all the others have made.
     """
 
-    decides: ClassVar[frozenset[str]] = frozenset()
     conflicts: ClassVar[Mapping[str, str]] = {}
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
     tensor_parallel: ClassVar[bool] = True
     fold_order: ClassVar[int] = 1
 
     name: str
-    _run: RunContext = PrivateAttr(None)
+    _run: RunContext | None = PrivateAttr(None)
+
+    @property
+    def decides(self) -> frozenset[str]:
+        """The decisions that no other method of the run may make. A subclass may have a class attribute instead."""
+        return frozenset()
 
     @property
     def run(self) -> RunContext:
-        """The run that the method is part of; there from `check` on."""
+        """The run that the method is part of. It is there from `transform` on.
+
+        Raises:
+            RuntimeError: for a method that is not bound to a run.
+        """
         if self._run is None:
-            raise RuntimeError(f"{self.name} was asked for what only a run can tell before it was bound to one")
+            raise RuntimeError(f"{self.name} needs a value of its run, and was not bound to one")
         return self._run
 
     def bound(self, run: RunContext) -> Self:
-        """This method as part of `run`."""
+        """Return a copy of this method that is part of `run`."""
         copy = self.model_copy()
         copy._run = run
         return copy
@@ -112,93 +135,146 @@ class Method(Values):
     # before the model is built
 
     def configure(self, hf_config: PreTrainedConfig) -> PreTrainedConfig:
-        """The model's Hugging Face configuration, changed or exchanged for another class's; see `model_class`."""
+        """Change the configuration that the model is built from. Local.
+
+        Args:
+            hf_config: the configuration, as earlier methods left it.
+
+        Returns:
+            The same object, changed or not, or a configuration of another class: its class selects the model's class.
+        """
         return hf_config
 
-    def transform(self, model: torch.nn.Module) -> None:
-        """Replace or wrap modules of the freshly built model, before the engine shards it.
+    def transform(self, model: PreTrainedModel) -> None:
+        """Replace or wrap modules of the freshly built model, before the engine shards it. Local.
 
-        Runs under ZeRO-3's `zero.Init`: a new parameter must be made in the `__init__` of its own module.
+        Runs under ZeRO-3's `zero.Init`, so a new parameter must be made in the `__init__` of its own module.
+
+        Args:
+            model: the model, with undefined values. Its head, `lm_head`, is a `pretrain.model.loss.LossHead`.
         """
 
     def loss_terms(self) -> Mapping[str, LossTerm]:
-        """Terms added to the cross-entropy, by the names under which they are reported."""
+        """Return the terms to add to the cross-entropy, by the names under which they are reported. Local."""
         return {}
 
     def check(self, weights: list[Weight]) -> None:
-        """Raise UserError if the options do not fit the model. A method without a rule for any weight is refused anyway."""
+        """Refuse options that do not fit the model. Local.
+
+        A method without an `init_rule` or a `training_rule` for any weight is refused without being asked.
+
+        Args:
+            weights: every weight of the transformed model.
+
+        Raises:
+            UserError: if the options do not fit.
+        """
 
     def forward_factor(self, weight: Weight) -> float | str | None:
-        """What forward multiplies this stored matrix by, where it does no more: a number, or the name of the trained
-        weight of one element that holds it; None where the method does not touch it.
+        """Return the factor that forward multiplies a stored matrix by, where it does no more than that. Local.
+
+        Returns:
+            A number, or the name of the trained weight of one element that holds it. None where the method does not
+            change the matrix.
         """
 
     def forward_identity(self) -> str:
-        """Return what distinguishes this method's forward from another's; a run resumes only from a checkpoint with the same.
+        """Return a text that is the same for two runs exactly if the method does the same in forward. Local.
 
-        Its options, unless something else of the run shows in forward.
+        A run resumes only from a checkpoint with the same text. By default it holds the options. Override it where
+        another value of the run has an effect on forward.
         """
         return f"{self.name} {self.model_dump_json(exclude_defaults=True)}"
 
     # initial values
 
     def init_std(self, weight: Weight) -> float | None:
-        """The initial standard deviation of one matrix, which has the run's distribution; None leaves it to others."""
+        """Return the initial standard deviation of a matrix, whose distribution is the run's. Local.
+
+        None leaves it to other methods. Of several methods that return one, the last decides.
+        """
 
     def init_draw(self, weight: Weight) -> Draw | None:
-        """The very distribution of one weight, matrix or not, where `init_std` does not say enough; None leaves it."""
+        """Return the whole initial distribution of a weight, matrix or not. Local.
+
+        None leaves it to `init_std` and to other methods. Of several methods that return one, the first decides.
+        """
 
     # training
 
     def decays(self, weight: Weight) -> bool | None:
-        """Whether one weight decays at all; None leaves it: matrices do, the rest does not."""
+        """Return whether a weight decays at all. Local.
+
+        None leaves it as it is: matrices decay, the rest does not. Of several methods that answer, the last decides.
+        """
 
     def weight_decay(self, weight: Weight) -> float | None:
-        """The weight decay, in the optimizer's sense, of one weight that decays; None leaves it at the run's."""
+        """Return the weight decay, as the optimizer's option, of a weight that decays. Local.
+
+        None leaves it at the run's. Of several methods that return one, the last decides.
+        """
 
     def prepare(self, weights: ShardedWeights) -> None:
-        """Called once the engine holds its values, initial or loaded, before the first step. Collective.
+        """Prepare for training, when the engine holds its values, initial or loaded. Called once. Collective.
 
-        Raise UserError if the engine is none that can be acted on.
+        Raises:
+            UserError: if the method cannot act on the engine.
         """
 
     def after_step(self, step: int, weights: ShardedWeights) -> dict[str, dict[str, float | bool]]:
-        """Act on the weights once optimizer step `step` (counted from 1) is done. Collective.
+        """Act on the weights after an optimizer step. Called on every rank after every step. Collective.
 
-        Returns facts by weight name (std, mean, rescaled, ...) for the `weights` rows of metrics.jsonl.
+        Args:
+            step: the number of the step, counted from 1 over the whole run.
+            weights: the engine's weights. Both of their copies are up to date.
+
+        Returns:
+            Measurements by name (std, mean, rescaled, ...) for each weight by its name. They go into the `weights` rows
+            of metrics.jsonl.
         """
         return {}
 
     def state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """What a checkpoint must hold besides the weights, by name; the same on every rank."""
+        """Return the tensors that a checkpoint must hold besides the weights, by name: the same on every rank. Local."""
         return {}
 
     def load_state(self, model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-        """Take up what `state` gave. `state` holds that of all methods of the run."""
+        """Restore the tensors that `state` returned. Local.
+
+        Args:
+            model: the model that the engine trains.
+            state: the tensors of all methods of the run.
+        """
 
     # export
 
     def fold(self, tensors: LazyTensors, hf_config: PreTrainedConfig) -> PreTrainedConfig:
-        """Rewrite the exported weights so that a stock Hugging Face class gives the same logits; returns its configuration.
+        """Rewrite the exported weights in place, so that a stock Hugging Face class computes the same logits. Local.
 
-        tensors: the weights as forward saw them, and what `state` stored. Each entry that a stock class lacks must go.
+        Args:
+            tensors: the weights as forward used them, float32, and the tensors of `state`. Remove each entry that a
+                stock class lacks.
+            hf_config: the configuration that the weights belong to.
+
+        Returns:
+            The configuration of the rewritten weights.
         """
         return hf_config
 
     def fold_note(self) -> str | None:
-        """What `fold` does, or why no stock class can hold the model, in a sentence for people; None: weights are plain."""
+        """Return what `fold` does, or why no stock class can hold the model, as a sentence. None if weights are plain."""
 
     # for the table that is printed at start
 
     def init_rule(self, weight: Weight) -> str | None:
-        """How `init_std` or `init_draw` got its number for this weight."""
+        """Return the rule in words by which `init_std` or `init_draw` chose for this weight."""
 
     def training_rule(self, weight: Weight) -> str | None:
-        """What the method does to this weight or with it in training: in forward, in the loss, after a step."""
+        """Return what the method does with this weight in training, in words: in forward, in the loss, after a step."""
 
 
 def decisions_that_clash(methods: tuple[Method, ...]) -> list[str]:
-    """A sentence for each pair of methods that cannot be combined."""
+    """Return a sentence for each pair of methods that cannot be combined."""
     clashes = []
     for position, second in enumerate(methods):
         for first in methods[:position]:

@@ -1,14 +1,14 @@
-"""Depth-scaled initialization: what block l writes to the residual stream starts smaller, the deeper the block is.
+"""Depth-scaled initialization: the outputs of block l to the residual stream start smaller, the deeper the block is.
 
     o, down          σ / √(2l)      l = 1..N counted from 1
     other matrices   σ
 
-embeddings and head included. Where `residual_init` divides by the same √(2N) everywhere, this divides by what the stream
-has taken up so far. LIR divides every matrix of block l by √l. Biases 0, norms 1.
+Embeddings and head are included. `residual_init` divides by the same √(2N) everywhere. This divides by the root of the
+number of outputs that the stream holds after block l. LIR divides every matrix of block l by √l. Biases are 0, norms 1.
 
-Source: after Zhang et al. 2019 (arXiv 1908.11365); √(2l) and the default 0.02 are those of torchtitan's Llama and of
+Source: after Zhang et al. 2019 (arXiv 1908.11365). √(2l) and the default 0.02 are those of torchtitan's Llama and of
 OLMo-core's `llama_depth`. Those two also divide the `up` matrices, draw embeddings with deviation 1 and the head with
-1/√d; OLMo-core cuts its normals at 3 deviations, which `init: {distribution: truncated_normal}` does here.
+1/√d. OLMo-core cuts its normals at 3 deviations, which `init: {distribution: truncated_normal}` does here.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class DepthScaledInit(Method):
     std: float = Field(0.02, gt=0)
 
     def init_std(self, weight: Weight) -> float | None:
-        return self.std / sqrt(2 * weight.layer) if weight.role in ("o", "down") else self.std
+        return self.std / sqrt(2 * weight.depth) if weight.role in ("o", "down") else self.std
 
     def init_rule(self, weight: Weight) -> str | None:
         divided = " / sqrt(2 l)" if weight.role in ("o", "down") else ""

@@ -2,12 +2,12 @@
 
     x₀ = LayerNorm(E[t])    with a gain and a bias of the hidden size, eps 1e-5
 
-so its scale is 1 whatever the embedding's is, as long as the gain stays near 1: see `embedding_scale` for why. Computed in
-float32 on the rows that are looked up and then cast. A token's row always gives the same x₀, so the fold stores that.
-GPT-2's learned positions are added afterwards.
+Its scale is 1 whatever the embedding's is, as long as the gain stays near 1: see `embedding_scale` for why. It is
+computed in float32 on the rows that are looked up, and then cast. A token's row always gives the same x₀, which the fold
+stores. GPT-2's learned positions are added afterwards.
 
-Source: Le Scao et al. 2022 (arXiv 2210.15424) and BLOOM; Takase et al. 2023, "Spike No More" (arXiv 2312.16903), as Embed
-LN. It has no settings.
+Source: Le Scao et al. 2022 (arXiv 2210.15424) and BLOOM. Takase et al. 2023, "Spike No More" (arXiv 2312.16903), call it
+Embed LN. It has no options.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 
 from pretrain.methods.base import EMBEDDING, Method
 from pretrain.model.export_edits import LazyTensors, change
-from pretrain.model.layout import Weight
+from pretrain.model.layout import Weight, embedding_of
 
 EPS = 1e-5
 
@@ -29,7 +29,7 @@ EPS = 1e-5
 class NormalizedEmbedding(nn.Embedding):
     """`nn.Embedding` whose rows are normalized when they are looked up.
 
-    The gain and the bias are its own: under ZeRO-3 a module sees whole weights only in its own forward.
+    The gain and the bias are its own, because under ZeRO-3 a module has whole weights only in its own forward.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None) -> None:
@@ -42,12 +42,12 @@ class NormalizedEmbedding(nn.Embedding):
 
 
 def normalized(rows: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """LayerNorm of (..., hidden_size) rows, computed in float32, in the precision of `rows`."""
+    """Return the LayerNorm of (..., hidden_size) rows, computed in float32 and cast to the precision of `rows`."""
     return F.layer_norm(rows.float(), gain.shape, gain.float(), bias.float(), EPS).to(rows.dtype)
 
 
 class EmbeddingLayerNorm(Method):
-    """Embedding LayerNorm. Folds into E ← LayerNorm(E). A head that shares E keeps the raw one: the export is untied."""
+    """Embedding LayerNorm. Folds into E ← LayerNorm(E). A head that shares E keeps the raw one, and the export is untied."""
 
     decides: ClassVar[frozenset[str]] = frozenset({EMBEDDING})
     fold_order: ClassVar[int] = 0
@@ -55,7 +55,7 @@ class EmbeddingLayerNorm(Method):
     name: Literal["embedding_layernorm"] = "embedding_layernorm"
 
     def transform(self, model: nn.Module) -> None:
-        old = model.get_submodule(self.run.embedding)
+        old = embedding_of(model, self.run.embedding)
         new = NormalizedEmbedding(old.num_embeddings, old.embedding_dim, old.padding_idx)
         model.set_submodule(self.run.embedding, new)
 

@@ -2,13 +2,13 @@
 
     x₀ = m · E[t],    m = √d, or 1/σ with σ the deviation that E is drawn with, or a number
 
-d the hidden size. A pre-norm block's gradient is divided by the scale of the stream, so a stream that starts at 0.02
-amplifies the first blocks' gradients fifty times; at about 1 it does not. Only the input is scaled: where the head's
-matrix is the embedding's, the head multiplies by E. The product is computed in float32 on the rows that are looked up
+d is the hidden size. A pre-norm block's gradient is divided by the scale of the stream, so a stream that starts at 0.02
+amplifies the first blocks' gradients fifty times. At about 1 it does not. Only the input is scaled: where the head's
+matrix is the embedding's, the head multiplies by E. The product is computed in float32 on the rows that are looked up,
 and then cast, so the fold is exact to the bit. GPT-2's learned positions are added afterwards, unscaled.
 
-Source: Takase et al. 2023, "Spike No More" (arXiv 2312.16903), as Scaled Embed; Vaswani et al. 2017, section 3.4. With
-1/σ, so √(5d/2) under Small initialization: Nishida et al. 2024 (arXiv 2410.05052), in all of their runs.
+Source: Takase et al. 2023, "Spike No More" (arXiv 2312.16903), as Scaled Embed, and Vaswani et al. 2017, section 3.4.
+With 1/σ, which is √(5d/2) under Small initialization: Nishida et al. 2024 (arXiv 2410.05052), in all of their runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pretrain.model.reparameterization import Multiple, reparameterize
 
 
 class EmbeddingScale(Method):
-    """Scaled embedding. Folds into E ← m E. Where the head shares E, it folds into a Granite, which has the factor built in.
+    """Scaled embedding. Folds into E ← m E. Where the head shares E, it folds into a Granite, whose class has the factor.
 
     Attributes:
         rule: m is √d (`sqrt_d`) or 1/σ (`inverse_std`, so that the stream starts at deviation 1).
@@ -55,8 +55,8 @@ class EmbeddingScale(Method):
         if self.multiplier is None and (std >= 1 if self.rule == "sqrt_d" else std == 1):
             raise UserError(
                 f"methods: embedding_scale, with {self.rule}, cannot be combined with an embedding that is drawn with "
-                f"deviation {std:g}: it is at unit scale already, as he_init and whatever builds on it have it. Remove "
-                "embedding_scale, or say what you want by its 'multiplier'."
+                f"deviation {std:g}: it is at unit scale already, as with he_init and methods that use it. Remove "
+                "embedding_scale, or give its 'multiplier'."
             )
 
     def forward_factor(self, weight: Weight) -> float | str | None:
@@ -93,17 +93,19 @@ class EmbeddingScale(Method):
 
     @property
     def _initial_std(self) -> float:
-        """The deviation that the embedding is drawn with."""
+        """The standard deviation that the embedding is drawn with."""
         return self.run.initial_std(self.run.matrices[self.run.embedding])
 
 
 def _granite(hf_config: LlamaConfig, embedding_multiplier: float) -> GraniteConfig:
-    """The same model as a Granite: a Llama with four factors, of which only the embedding's is not what Llama has."""
+    """Return the same model as a Granite: a Llama with four factors, of which only the embedding's has an effect."""
+    head_dim = hf_config.head_dim
+    assert head_dim is not None  # transformers fills it in
     return as_config(
         GraniteConfig,
         hf_config,
         embedding_multiplier=embedding_multiplier,
-        attention_multiplier=hf_config.head_dim**-0.5,
+        attention_multiplier=head_dim**-0.5,
         residual_multiplier=1.0,
         logits_scaling=1.0,
     )

@@ -1,15 +1,15 @@
-"""Generalized Gaussian initialization: trained weights have heavier tails than a normal; so may the initial ones.
+"""Generalized Gaussian initialization: trained weights have heavier tails than a normal, and so may the initial ones.
 
     W ~ GG(ν, α),   density ∝ exp(-(|x| / α)^ν),   α = √(gain / fan · Γ(1/ν) / Γ(3/ν))
 
-for every matrix, embeddings and head included; its variance is gain / fan whatever ν is. ν = 2 is the normal, 1 is
-Laplace's. gain: 2 for ReLU-like activations (He), 1 for none. fan: inputs or outputs of the matrix; GPT-2's fused qkv
-counts as the three matrices that it holds. Biases 0, norms 1.
+This holds for every matrix, embeddings and head included. The variance is gain / fan whatever ν is. ν = 2 is the normal,
+1 is Laplace's. The gain is 2 for ReLU-like activations (He), 1 for none. The fan is the number of inputs or outputs of
+the matrix. GPT-2's fused qkv counts as the three matrices that it holds. Biases are 0, norms 1.
 
 Source: the generalized Gaussian prior of arXiv 2506.00486 in its released gg_init.py, whose defaults these are: ν = 2,
-gain 2 and the rows of the tensor for the fan. Rows are outputs of an nn.Linear, but of an embedding they are the
-vocabulary: V = 65,536 gives it a deviation of 0.0055. `fan: in` counts the hidden size there. (Rows of GPT-2's Conv1D
-are inputs; here `out` means outputs for it as well.)
+gain 2 and the rows of the tensor for the fan. The rows of an nn.Linear are its outputs. Those of an embedding are the
+vocabulary, so V = 65,536 gives it a deviation of 0.0055. `fan: in` counts the hidden size there. (Rows of GPT-2's Conv1D
+are inputs. Here `out` means outputs for it as well.)
 """
 
 from __future__ import annotations
@@ -51,5 +51,5 @@ class GGInit(Method):
 
 
 def _is_drawn(weight: Weight) -> bool:
-    """The matrices of a stock model; what other methods add is theirs to draw."""
+    """Return whether this is a matrix of a stock model. The methods that add others draw them."""
     return weight.in_block_matrix or weight.role in ("embed", "position", "head")

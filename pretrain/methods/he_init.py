@@ -1,16 +1,16 @@
-"""He initialization with the gains that WeSaR's table gives it: every module starts with outputs of about unit scale.
+"""He initialization with the gains of WeSaR's table: every module starts with outputs of about unit scale.
 
     embeddings          1                           √(1 / fan_in) where the head shares the embedding's matrix
     q, k, v, gate, up   √(1 / fan_in)
     o                   √(1 / (2N · fan_in))
-    down                √(2 / (2N · fan_in))        the 2 makes up for the activation before it
+    down                √(2 / (2N · fan_in))        the 2 compensates for the activation before it
     head                √(1 / fan_in)
 
-N blocks; 1/(2N) keeps the residual stream from growing with depth. Biases 0, norms 1.
+N is the number of blocks. 1/(2N) keeps the residual stream from growing with depth. Biases are 0, norms 1.
 
 Source: He et al. 2015 (arXiv 1502.01852); Nishida et al. 2024, "Initialization of Large Language Models via
-Reparameterization to Mitigate Loss Spikes" (arXiv 2410.05052), Table 1. An embedding of deviation 1 starts
-the stream as the paper's embedding scaling does, which multiplies a narrower one by 1/σ.
+Reparameterization to Mitigate Loss Spikes" (arXiv 2410.05052), Table 1. The paper multiplies a narrower embedding by
+1/σ. One of deviation 1 starts the stream at the same scale.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from pretrain.model.layout import Weight
 
 
 def he_std(weight: Weight, layers: int, tied: bool) -> float:
-    """The deviation of a matrix in a model of `layers` blocks.
+    """Return the standard deviation of a matrix.
 
-    tied: whether one matrix is embedding and head. As a head of deviation 1 it would give logits of deviation √d.
+    Args:
+        weight: the matrix.
+        layers: the number of blocks, N.
+        tied: whether one matrix is embedding and head. With deviation 1 it would give logits of deviation √d.
     """
     if weight.role in ("embed", "position") and not tied:
         return 1.0
@@ -34,7 +37,7 @@ def he_std(weight: Weight, layers: int, tied: bool) -> float:
 
 
 def he_rule(weight: Weight, tied: bool) -> str:
-    """`he_std` in words."""
+    """Return the rule of `he_std` in words."""
     if weight.role in ("embed", "position") and not tied:
         return "1"
     return {"o": "sqrt(1 / (2N fan_in))", "down": "sqrt(2 / (2N fan_in))"}.get(weight.role, "sqrt(1 / fan_in)")

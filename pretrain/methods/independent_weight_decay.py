@@ -1,10 +1,10 @@
-"""Independent weight decay: how fast weights decay does not change with the peak learning rate.
+"""Independent weight decay: the speed of the decay does not depend on the peak learning rate.
 
     W ← W − s_t λ W − s_t η · Adam's step,    s_t the schedule in 0..1, η the peak learning rate
 
-AdamW as torch has it decays by s_t η · weight_decay, so whoever raises η decays faster as well. This is the same update
-with weight_decay = λ / η, on the weights that decay anyway: matrices, and what another method lets decay. Where Muon
-steps a matrix, η is Muon's peak. The schedule still anneals the decay, as in the paper; the code of arXiv 2601.02031
+torch's AdamW decays by s_t η · weight_decay, so a higher η also makes the decay faster. This is the same update with
+weight_decay = λ / η, on the weights that decay anyway: matrices, and those that another method lets decay. Where Muon
+steps a matrix, η is Muon's peak. The schedule still anneals the decay, as in the paper. The code of arXiv 2601.02031
 decays by λ whatever the step.
 
 Source: Loshchilov and Hutter 2019 (arXiv 1711.05101); Wortsman et al. 2023 (arXiv 2309.14322), whose 1e-4 is the default.

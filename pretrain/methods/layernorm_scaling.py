@@ -1,12 +1,13 @@
-"""LayerNorm Scaling (LNS): what the norms of block l give is divided by √l, so that deep blocks still matter.
+"""LayerNorm Scaling (LNS): the outputs of the norms of block l are divided by √l, so that deep blocks keep an effect.
 
-    h = Norm(x) / √l      both norms of block l, counted from 1; the final norm and those of q and k stay as they are
+    h = Norm(x) / √l      both norms of block l, counted from 1
 
-In a pre-norm model the variance of the residual stream can grow exponentially with depth, so that a deep block adds ever
-less to what it passes on ("the curse of depth"); so damped it grows linearly at most. Here the gain is divided,
-γ ← γ / √l, in float32 before the cast, which is the same formula and makes the fold exact to the bit.
+The final norm and those of q and k stay as they are. In a pre-norm model the variance of the residual stream can grow
+exponentially with depth, so that a deep block changes its input less and less ("the curse of depth"). With the division
+it grows linearly at most. Here the gain is divided, γ ← γ / √l, in float32 before the cast. This is the same formula and
+makes the fold exact to the bit.
 
-Source: Sun et al. 2025, "The Curse of Depth in Large Language Models" (arXiv 2502.05795). There is nothing to choose.
+Source: Sun et al. 2025, "The Curse of Depth in Large Language Models" (arXiv 2502.05795). It has no options.
 """
 
 from __future__ import annotations
@@ -64,19 +65,21 @@ class LayerNormScaling(Method):
         return hf_config
 
     def fold_note(self) -> str | None:
-        what = "gains and biases" if self.run.family == "gpt2" else "gains"
-        return f"the {what} of block l's norms are divided by √l"
+        divided = "gains and biases" if self.run.family == "gpt2" else "gains"
+        return f"the {divided} of block l's norms are divided by √l"
 
     def training_rule(self, weight: Weight) -> str | None:
         return "layernorm_scaling: / sqrt(l)" if _is_scaled(weight.name) else None
 
 
 def _is_scaled(name: str) -> bool:
-    """Whether the weight called `name` is the gain or the bias of a block's norm, or the α of its SeeDNorm."""
+    """Return whether a weight is the gain or the bias of a block's norm, or the α of its SeeDNorm."""
     module, _, kind = name.rpartition(".")
     return module.endswith(BLOCK_NORMS) and kind != "beta"
 
 
 def _factor(name: str) -> float:
-    """1 / √l for a weight of block l."""
-    return 1 / sqrt(role_and_layer(name)[1])
+    """Return 1 / √l for a weight of block l."""
+    _, layer = role_and_layer(name)
+    assert layer is not None  # a norm of a block
+    return 1 / sqrt(layer)

@@ -2,12 +2,12 @@
 
     W_l ~ N(0, σ² / (l · scale_factor)),  l = 1..N counted from 1
 
-for every matrix of decoder block l; matrices outside the blocks (embeddings, head) are N(0, σ²); biases 0, norms 1.
-The embedding's row of `model.pad_token_id`, if there is one, is 0, as with every initialization here.
-(The run's `init` section may choose another distribution than the normal; the deviations are the same.)
+This holds for every matrix of decoder block l. Matrices outside the blocks (embeddings, head) are N(0, σ²), biases 0,
+norms 1. The embedding's row of `model.pad_token_id`, if there is one, is 0, as with every initialization here. (The run's
+`init` section may choose another distribution than the normal. The deviations are the same.)
 
 Source: Owen et al. 2025, "Variance Control via Weight Rescaling in LLM Pre-training" (arXiv 2503.17500) and its
-release. Unlike the release it covers GPT-2's Conv1D matrices and can fail to find a block only with an error.
+release. Unlike the release it covers GPT-2's Conv1D matrices, and a block that it does not find is an error.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class LIR(Method):
 
     def init_std(self, weight: Weight) -> float | None:
         if weight.in_block_matrix:
-            return self.initializer_range / sqrt(weight.layer * self.scale_factor)
+            return self.initializer_range / sqrt(weight.depth * self.scale_factor)
         return self.initializer_range
 
     def init_rule(self, weight: Weight) -> str | None:

@@ -2,10 +2,11 @@
 
     U ← U − 1 μᵀ,    μ = mean over all rows of U    after every optimizer step
 
-U is the head's matrix, (vocabulary, hidden size). A common shift of all logits of a token leaves the softmax as it is, so
-the loss does not see μ and SGD would not move it; Adam does, and logits drift off together until their digits are gone.
-Without tied embeddings probabilities are the same right after centring. With them U also is the input embedding, whose
-common vector is lost: the function changes. A bias of the head is centred as well, or the logits would drift in it.
+U is the head's matrix, (vocabulary, hidden size). A common shift of all logits of a token does not change the softmax. So
+the loss does not depend on μ, and SGD would not move it. Adam does move it, and the logits drift together until they lose
+their digits. Without tied embeddings the probabilities are the same right after centring. With them U also is the input
+embedding, which loses its common vector: the function changes. A bias of the head is centred as well, or the logits would
+drift in it.
 
 Source: Stollenwerk et al. 2026, "Output Embedding Centering" (arXiv 2601.02031). No options.
 """
@@ -28,8 +29,8 @@ class MuCentering(Method):
 
     conflicts: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
-            "softcap": "a capped softmax is not the same when all logits shift, so centring would change the probabilities",
-            "mu_loss": "the mean that mu_loss would pull to zero is kept there, so it would do nothing",
+            "softcap": "a capped softmax changes when all logits shift, so centring would change the probabilities",
+            "mu_loss": "mu_centering keeps the mean at zero that mu_loss would pull there, so mu_loss would do nothing",
         }
     )
 

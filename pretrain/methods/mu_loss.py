@@ -3,10 +3,11 @@
     L += coefficient · μᵀμ,    μ = mean over all rows of U
 
 U is the head's matrix, (vocabulary, hidden size), as forward multiplies by it. The gradient, 2 · coefficient · μ / V, is
-the same for all V rows: it moves the mean alone, which the cross-entropy does not see. The soft form of mu-centering.
+the same for all V rows. It moves the mean alone, which the cross-entropy does not depend on. This is the soft form of
+mu-centering.
 
-Source: Stollenwerk et al. 2026, "Output Embedding Centering" (arXiv 2601.02031). Default: 1e-4; the paper finds 1e-4 to
-1e2 about equal.
+Source: Stollenwerk et al. 2026, "Output Embedding Centering" (arXiv 2601.02031). The default is 1e-4. The paper finds
+1e-4 to 1e2 about equal.
 """
 
 from __future__ import annotations
@@ -39,4 +40,5 @@ class MuLoss(Method):
         return f"mu_loss: + {self.coefficient:g} x |mean row|^2" if weight.name == self.run.head else None
 
     def _of_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """Return the term, a scalar, for the head's matrix, (vocabulary, hidden size)."""
         return self.coefficient * weight.mean(0).square().sum()

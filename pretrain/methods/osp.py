@@ -1,28 +1,29 @@
-"""Outlier-Safe Pre-Training (OSP): no channel is given a privileged place, so that none grows into an outlier.
+"""Outlier-Safe Pre-Training (OSP): no channel has a privileged place, so that none grows into an outlier.
 
     SSNorm     y = γ x / RMS(x)      one trained γ for all channels of a norm, in the blocks and at the end
     EmbProj    x_0 = E[token] R_1,  logits = (h R_2) Uᵀ      R_1, R_2 trained, full matrices, orthogonal at the start
 
-Activations without outliers survive quantization to 4 bits. A gain of its own for each channel lets single channels
-grow; Adam's division by each element's own size makes the axes special, wherefore the paper has Muon step the matrices
-(`optim.name: muon` in the run file; embedding and head stay with Adam); EmbProj takes what Adam does to the embeddings
+Activations without outliers survive quantization to 4 bits. A gain for each channel lets single channels grow. Adam's
+division by each element's own size makes the axes special. Therefore the paper steps the matrices with Muon
+(`optim.name: muon` in the run file), and embedding and head with Adam. EmbProj keeps the effect of Adam on the embeddings
 out of the residual stream's axes.
 
 Source: Park et al. 2025, "Outlier-Safe Pre-Training for Robust 4-Bit Quantization of Large Language Models"
-(arXiv 2506.19697). Both parts are on, as there; the norm is that of the release, RMS with a scalar, not the l2 norm of
-the paper's formula, and the projections have no bias (one after R_2 would be a bias of the logits, which Llama lacks).
-The release's Muon orthogonalizes q, k and v head by head and steps the norms' gains too; here it takes whole matrices.
+(arXiv 2506.19697). Both parts are on, as in the paper. The norm is that of the release, RMS with a scalar, not the l2
+norm of the paper's formula. The projections have no bias (one after R_2 would be a bias of the logits, which Llama
+lacks). The release's Muon orthogonalizes q, k and v head by head and steps the norms' gains too. Here it takes whole
+matrices.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import model_validator
 from torch import nn
-from transformers import PreTrainedConfig
-from transformers.utils import ModelOutput
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pretrain.errors import UserError
 from pretrain.methods.base import EMBEDDING, NORMALIZATION, Method
@@ -64,12 +65,12 @@ class OSP(Method):
             )
         return self
 
-    def transform(self, model: torch.nn.Module) -> None:
+    def transform(self, model: PreTrainedModel) -> None:
         if self.single_scale_norm:
             for name in stream_norms(model):
                 change_norm(model, name, gains=1)
         if self.embedding_projection:
-            base, size = model.base_model, self.run.hidden_size
+            base, size = cast("PreTrainedModel", model.base_model), self.run.hidden_size
             base.embed_projection = nn.Linear(size, size, bias=False)
             base.head_projection = nn.Linear(size, size, bias=False)
             base.register_forward_pre_hook(_project_embedding, with_kwargs=True)
@@ -78,8 +79,8 @@ class OSP(Method):
     def check(self, weights: list[Weight]) -> None:
         if self.embedding_projection and self.run.tied:
             raise UserError(
-                "methods: osp.embedding_projection needs an embedding and a head of their own, for each is multiplied by "
-                "another matrix. Set model.tie_word_embeddings to false, or osp.embedding_projection."
+                "methods: osp.embedding_projection needs an embedding and a head of their own, because each is multiplied "
+                "by another matrix. Set model.tie_word_embeddings to false, or osp.embedding_projection."
             )
 
     def init_draw(self, weight: Weight) -> Draw | None:
@@ -114,18 +115,18 @@ class OSP(Method):
         return "; ".join(part for part, chosen in parts.items() if chosen)
 
 
-def _project_embedding(base: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Before the decoder: hand it the projected embedding instead of the tokens."""
+def _project_embedding(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Replace the tokens by their projected embeddings, before the decoder."""
     ids = kwargs.pop("input_ids")
     return args, {**kwargs, "inputs_embeds": base.embed_projection(base.embed_tokens(ids))}
 
 
-def _project_output(base: nn.Module, args: tuple, output: ModelOutput) -> None:
-    """After the decoder: project what goes to the head."""
+def _project_output(base: Any, args: tuple[Any, ...], output: BaseModelOutputWithPast) -> None:
+    """Project the input of the head, after the decoder."""
     output.last_hidden_state = base.head_projection(output.last_hidden_state)
 
 
 def _product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """rows @ matrix, summed in float64; some rows at a time, as float64 takes twice the memory."""
+    """Return rows @ matrix, summed in float64, some rows at a time, because float64 takes twice the memory."""
     matrix = matrix.double()
     return torch.cat([(some.double() @ matrix).float() for some in rows.split(_ROWS)])

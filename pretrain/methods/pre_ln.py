@@ -1,15 +1,15 @@
 """Pre-LN: LayerNorm in place of RMSNorm, in the blocks and at the end, as before RMSNorm became usual.
 
-    LayerNorm(x) = γ (x - mean(x)) / sqrt(var(x) + eps)      without a bias; eps is the model's rms_norm_eps
+    LayerNorm(x) = γ (x - mean(x)) / sqrt(var(x) + eps)      without a bias, and eps is the model's rms_norm_eps
 
-Such a model is the same function as an RMSNorm one whose residual stream has mean 0: LayerNorm never sees that mean, and
-var(x) = mean(x²) where it is 0, so eps stays. Hence the export takes the mean out of everything that is added to the
-stream: of each row of the embedding, and over the outputs of o and down. A tied model is exported untied: the final
-norm's gain makes the head see the mean of its rows.
+Such a model is the same function as an RMSNorm model whose residual stream has mean 0. LayerNorm does not depend on that
+mean, and var(x) = mean(x²) where it is 0, so eps stays. Hence the export subtracts the mean from everything that is added
+to the stream: from each row of the embedding, and over the outputs of o and down. A tied model is exported untied,
+because with the final norm's gain the mean of its rows has an effect on the head.
 
-Source: Ba et al. 2016 (arXiv 1607.06450); Xiong et al. 2020 (arXiv 2002.04745); the equivalence: Jiang et al. 2023,
+Source: Ba et al. 2016 (arXiv 1607.06450) and Xiong et al. 2020 (arXiv 2002.04745). The equivalence: Jiang et al. 2023,
 "Pre-RMSNorm and Pre-CRMSNorm Transformers" (arXiv 2305.14858). A bias of the norms would fold into biases of q, k, v,
-gate and up, but the final norm's into none that Llama has; recent LayerNorm models do without.
+gate and up, but the final norm's into none that Llama has. Recent LayerNorm models have no bias either.
 """
 
 from __future__ import annotations
@@ -64,5 +64,5 @@ class PreLN(Method):
 
 
 def _centred(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    """Less its mean over the hidden channels, which are dimension `dim`."""
+    """Return the tensor minus its mean over the hidden channels, which are dimension `dim`."""
     return tensor - tensor.mean(dim, keepdim=True)

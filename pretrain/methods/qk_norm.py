@@ -2,11 +2,11 @@
 
     q, k ← RMSNorm(q), RMSNorm(k)    over each head's own values, before the rotary embedding
 
-with one gain vector of a head's size for all query heads of a block and one for all its key heads. From then on the
-scale of W_q and W_k does nothing in forward; it only sets how large their relative updates are.
+There is one gain vector of a head's size for all query heads of a block, and one for all its key heads. The scale of W_q
+and W_k then has no effect in forward. It only sets how large their relative updates are.
 
-Source: Henry et al. 2020 (arXiv 2010.04245); Dehghani et al. 2023 (arXiv 2302.05442); Wortsman et al. 2023
-(arXiv 2309.14322) with LayerNorm. This is the RMS form of Qwen3, whose stock class is what is trained and exported.
+Source: Henry et al. 2020 (arXiv 2010.04245), Dehghani et al. 2023 (arXiv 2302.05442), and Wortsman et al. 2023
+(arXiv 2309.14322) with LayerNorm. This is the RMS form of Qwen3, whose stock class is trained and exported.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class QKNorm(Method):
         return as_config(Qwen3Config, hf_config)
 
     def check(self, weights: list[Weight]) -> None:
-        asked = getattr(self.run.model_config, "mlp_bias", False)
-        if asked and not any(weight.role == "bias" and ".mlp." in weight.name for weight in weights):
+        wanted = getattr(self.run.model_config, "mlp_bias", False)
+        if wanted and not any(weight.role == "bias" and ".mlp." in weight.name for weight in weights):
             raise UserError(
                 "methods: qk_norm makes the model a Qwen3, whose MLPs have no biases. Set model.mlp_bias to false."
             )

@@ -1,13 +1,13 @@
-"""GPT-2's residual initialization: what writes to the residual stream starts smaller, the more blocks there are.
+"""GPT-2's residual initialization: matrices that write to the residual stream start smaller, the more blocks there are.
 
     o, down          σ / √(2N)
     other matrices   σ
 
-embeddings and head included; N blocks. Each block adds two outputs to the stream, so 2N of them have together the
-variance of one matrix of deviation σ. Biases 0, norms 1.
+Embeddings and head are included. N is the number of blocks. Each block adds two outputs to the stream, so 2N of them have
+together the variance of one matrix of deviation σ. Biases are 0, norms 1.
 
-Source: Radford et al. 2019 (GPT-2), section 2.3; the comparison with LIR in Owen et al. 2025 (arXiv 2503.17500), where
-it is called special residual initialization. Default: 0.02.
+Source: Radford et al. 2019 (GPT-2), section 2.3. Owen et al. 2025 (arXiv 2503.17500) compare it with LIR and call it
+special residual initialization. The default is 0.02.
 """
 
 from __future__ import annotations

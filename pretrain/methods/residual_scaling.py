@@ -3,12 +3,12 @@
     y = x + f(Norm(x)) / √(2N)      N blocks
 
 Each block adds two branches to the stream, so 2N of them have together the variance of one. GPT-2's initialization
-(`residual_init`) divides what starts; this divides what is computed, so the optimizer sees matrices of the same scale
-everywhere and the factor stays. It multiplies o and down, and their biases where the family has any, in float32 before
-the cast, so the fold is exact to the bit.
+(`residual_init`) divides the initial values. This divides the values in forward, so the optimizer gets matrices of the
+same scale everywhere and the factor stays. It multiplies o and down, and their biases where the family has any, in
+float32 before the cast, so the fold is exact to the bit.
 
 Source: the comparison in Nishida et al. 2024 (arXiv 2410.05052), Tables 6 and 12: worse than the same factor at
-initialization in all but SuperGLUE. There is nothing to choose.
+initialization in all but SuperGLUE. The factor is no option.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class ResidualScaling(Method):
     conflicts: ClassVar[Mapping[str, str]] = MappingProxyType(
         {name: _TWICE.format(name) for name in ("residual_init", "small_init", "he_init", "depth_scaled_init", "lir")}
         | {
-            "attention_residuals": "attention_residuals weighs what the sub-layers wrote instead of summing it up, so there "
-            "is no sum that grows with depth for residual_scaling to hold down"
+            "attention_residuals": "attention_residuals takes a weighted mean of the outputs of sub-layers instead of their "
+            "sum, so there is no sum that grows with depth for residual_scaling to hold down"
         }
     )
     tensor_parallel: ClassVar[bool] = False
@@ -74,7 +74,8 @@ class ResidualScaling(Method):
         if self.backbone is None or not weight.fan_in:
             return None
         rule = backbone_rule(self.backbone, weight, self.run.tied)
-        return f"residual_scaling: {rule}" + (" x sqrt(2N)" if weight.role in ("o", "down") else "")
+        multiplied = " x sqrt(2N)" if weight.role in ("o", "down") else ""
+        return f"residual_scaling: {rule}{multiplied}"
 
     def forward_factor(self, weight: Weight) -> float | str | None:
         return self._multiple.factor if weight.role in ("o", "down") else None
@@ -92,12 +93,14 @@ class ResidualScaling(Method):
         return hf_config
 
     def fold_note(self) -> str | None:
-        return "what writes to the residual stream, o and down with their biases, is multiplied by 1 / √(2N)"
+        return (
+            "the matrices that write to the residual stream, o and down, and their biases are multiplied by 1 / √(2N)"
+        )
 
     @property
     def _multiple(self) -> Multiple:
         return Multiple(1 / sqrt(2 * self.run.layers), with_bias=True)
 
     def _outputs(self) -> list[str]:
-        """The modules that write to the residual stream."""
+        """Return the names of the modules that write to the residual stream."""
         return [module for module, weight in self.run.matrices.items() if weight.role in ("o", "down")]

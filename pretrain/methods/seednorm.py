@@ -2,7 +2,7 @@
 
     y = [tanh(x·β) α + γ] ⊙ x / RMS(x)      α, β, γ vectors of the hidden size, x·β one number for each token
 
-in place of the norms of the blocks and of the final norm, not of those of q and k. α starts at 1, β at 0, γ at 1: at first
+It replaces the norms of the blocks and the final norm, not those of q and k. α starts at 1, β at 0, γ at 1, so at first
 it is RMSNorm. α and β decay like matrices, γ does not. tanh bounds the gain: without it training diverges in the paper.
 
 Source: Cai et al. 2025, "SeeDNorm: Self-Rescaled Dynamic Normalization" (arXiv 2510.22777).
@@ -25,7 +25,7 @@ from pretrain.sharded.draws import Constant, Draw
 
 
 class SeeDNormMethod(Method):
-    """SeeDNorm. Its gains depend on the token, so nothing can be folded and the export brings its own modelling file.
+    """SeeDNorm. Its gains depend on the token, so nothing can be folded and the export has its own modelling file.
 
     Attributes:
         alpha_init: The initial α. At OLMoE-1.3B's size 1 gave 2.900, 0.1 gave 2.912 and 10 gave 3.154 (the paper's losses).

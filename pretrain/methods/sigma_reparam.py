@@ -1,21 +1,22 @@
-"""Sigma reparameterization (σReparam): each matrix of the blocks has the spectral norm that a trained scalar says.
+"""Sigma reparameterization (σReparam): a trained scalar is the spectral norm of each matrix of the blocks.
 
     W̄ = γ · W / σ,    σ = uᵀ W v,    W ~ N(0, `variance`)
 
-u and v, unit vectors, follow the leading singular vectors of W by power iteration: v ← Wᵀu, u ← Wv, each to unit length,
-once for each optimizer step, in the first forward pass of training after it. All micro-batches of a step, recomputation
-in backward, evaluation and export use the same two vectors, so the model is one function of its checkpoint. They are
-float32, no parameters, and part of each checkpoint; 20 iterations from a u of equal elements come before the first.
-σ is summed in float64, and W̄ computed in float32 and then cast: the fold is exact to the bit.
+The unit vectors u and v follow the leading singular vectors of W by power iteration: v ← Wᵀu, u ← Wv, each normalized.
+An iteration runs once for each optimizer step, in the first forward pass of training after it. All micro-batches of a
+step, recomputation in backward, evaluation and export use the same two vectors, so the model is one function of its
+checkpoint. The vectors are float32, part of each checkpoint, and not parameters. Before the first step come 20 iterations
+from a u of equal elements. σ is summed in float64. W̄ is computed in float32 and then cast, so the fold is exact to the
+bit.
 
-The gradient flows through σ, with u and v as constants, as its authors have it. It has no part along W then, which could
-not change W̄; without (`differentiate_sigma: false`, what Nishida et al. did) W drifts along itself.
+The gradient flows through σ, with u and v as constants, as in the paper. It then has no part along W, which could not
+change W̄. Without that (`differentiate_sigma: false`, as in Nishida et al.) W drifts along itself.
 
-Embeddings and head are plain. The norms before the blocks stay, so this is the "Pre-LN" variant. γ decays no more than
-other gains do.
+Embeddings and head are plain. The norms before the blocks stay, so this is the "Pre-LN" variant. γ does not decay, like
+other gains.
 
-Source: Zhai et al. 2023 (arXiv 2303.06296) and apple/ml-sigma-reparam. Default variance 64e-5: the best of 1, 4, 16, 64
-and 256e-5 at 1.3B, Nishida et al. 2024 (arXiv 2410.05052), who have it on embeddings and head too.
+Source: Zhai et al. 2023 (arXiv 2303.06296) and apple/ml-sigma-reparam. The default variance, 64e-5, is the best of 1, 4,
+16, 64 and 256e-5 at 1.3B in Nishida et al. 2024 (arXiv 2410.05052), who reparameterize embeddings and head too.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from collections.abc import Mapping
 from functools import partial
 from math import sqrt
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
@@ -38,66 +39,68 @@ from pretrain.model.reparameterization import SCALE, Effective, applied
 from pretrain.sharded import ShardedWeights, gathered
 
 FIRST_ITERATIONS = 20
-CHUNK = 1 << 20  # elements that are float64 at a time: 8 MB
+CHUNK = 1 << 20  # elements that are converted to float64 at a time: 8 MB
 _VECTORS = (".left_singular_vector", ".right_singular_vector")
 
 
 class SpectralGate(Effective):
     """W̄ = γ W / σ, with the state that σ needs.
 
-    left, right: u (outputs,) and v (inputs,), float32; None before the first forward pass, `start` or `take_up`.
+    Attributes:
+        differentiate: let the gradient flow through σ.
+        vectors: u (outputs,) and v (inputs,), float32. None before the first forward pass, `start` or `restore`.
+        is_due: the next forward pass of training advances the vectors.
     """
 
     def __init__(self, differentiate: bool) -> None:
         self.differentiate = differentiate
-        self.left: torch.Tensor | None = None
-        self.right: torch.Tensor | None = None
+        self.vectors: tuple[torch.Tensor, torch.Tensor] | None = None
         self.after_step()
 
     def scale_shape(self, outputs: int) -> tuple[int, ...]:
         return (1,)
 
-    def start(self, weight: torch.Tensor) -> torch.Tensor:
-        """Find the first vectors for a matrix (outputs, inputs); returns σ."""
-        self.left = unit(torch.ones(len(weight), device=weight.device))
+    def start(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find and return the first vectors for a matrix (outputs, inputs)."""
+        left = unit(torch.ones(len(weight), device=weight.device))
         for _ in range(FIRST_ITERATIONS):
-            self.left, self.right = power_iteration(weight, self.left)
-        self.after_step()
-        return spectral_norm(weight, self.left, self.right)
+            left, right = power_iteration(weight, left)
+        self.restore(left, right)
+        return left, right
 
-    def take_up(self, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Go on from vectors that were stored after an optimizer step."""
-        self.left, self.right = left, right
+    def restore(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Continue from vectors that were stored after an optimizer step."""
+        self.vectors = left, right
         self.after_step()
 
     def after_step(self) -> None:
-        """The weight has changed: σ is another, and the next forward pass of training advances the vectors."""
+        """Forget σ, because the weight has changed, and let the next forward pass of training advance the vectors."""
         self.is_due = True
         self._sigma: torch.Tensor | None = None
 
     def advance(self, weight: torch.Tensor) -> None:
         if self.is_due:
-            left, _ = self._vectors(weight)
-            self.left, self.right = power_iteration(weight, left)
+            left, _ = self._vectors_near(weight)
+            self.vectors = power_iteration(weight, left)
             self.is_due, self._sigma = False, None
 
-    def __call__(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        left, right = self._vectors(weight)
+    def __call__(self, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        assert scale is not None  # γ is trained
+        left, right = self._vectors_near(weight)
         if self._sigma is None:
             self._sigma = spectral_norm(weight, left, right)
         sigma = _SpectralNorm.apply(weight, self._sigma, left, right) if self.differentiate else self._sigma
         return weight * (scale / sigma)
 
-    def _vectors(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """u and v, where `weight` is."""
-        if self.left is None:
-            self.start(weight)
-        self.left, self.right = self.left.to(weight.device), self.right.to(weight.device)
-        return self.left, self.right
+    def _vectors_near(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return u and v on the device of `weight`."""
+        left, right = self.start(weight) if self.vectors is None else self.vectors
+        self.vectors = left.to(weight.device), right.to(weight.device)
+        return self.vectors
 
 
 class _SpectralNorm(torch.autograd.Function):
-    """A σ that is known already, with its gradient dσ/dW = u vᵀ."""
+    """A σ that is computed already, with its gradient dσ/dW = u vᵀ."""
 
     @staticmethod
     def forward(
@@ -114,24 +117,24 @@ class _SpectralNorm(torch.autograd.Function):
 
 @torch.no_grad()
 def power_iteration(weight: torch.Tensor, left: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The next u (outputs,) and v (inputs,), float32, of a matrix (outputs, inputs) in any precision."""
+    """Return the next u (outputs,) and v (inputs,), float32, for a matrix (outputs, inputs) in any precision."""
     right = unit(_product(weight.T, left))
     return unit(_product(weight, right)), right
 
 
 @torch.no_grad()
 def spectral_norm(weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """uᵀ W v, a float32 scalar."""
+    """Return uᵀ W v, a float32 scalar."""
     return (left.double() @ _product(weight, right)).float()
 
 
 def unit(vector: torch.Tensor) -> torch.Tensor:
-    """`vector` at length 1, float32."""
+    """Return `vector` with length 1, float32."""
     return (vector.double() / torch.linalg.vector_norm(vector.double())).float()
 
 
 def _product(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    """matrix @ vector in float64, which rounds so little that the order of sums does not show in float32."""
+    """Return matrix @ vector in float64, which rounds so little that the order of sums has no effect in float32."""
     rows, vector = max(1, CHUNK // matrix.shape[1]), vector.double()
     return torch.cat([some.double() @ vector for some in matrix.split(rows)])
 
@@ -185,27 +188,32 @@ class SigmaReparam(TrainedFactors):
         return super().after_step(step, weights)
 
     def state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """u and v of each matrix."""
-        return {
-            module + name: vector
-            for module, gate in self._gates(model)
-            for name, vector in zip(_VECTORS, (gate.left, gate.right), strict=True)
-        }
+        """Return u and v of each matrix."""
+        vectors = {}
+        for module, gate in self._gates(model):
+            if gate.vectors is None:
+                raise RuntimeError(f"sigma_reparam has no vectors of {module} before the first forward pass")
+            vectors.update({module + name: vector for name, vector in zip(_VECTORS, gate.vectors, strict=True)})
+        return vectors
 
     def load_state(self, model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-        """Raises UserError where the checkpoint lacks a vector."""
+        """Restore u and v of each matrix.
+
+        Raises:
+            UserError: where the checkpoint lacks a vector.
+        """
         for module, gate in self._gates(model):
             if missing := [module + name for name in _VECTORS if module + name not in state]:
                 raise UserError(
                     f"the checkpoint lacks {missing[0]}, so a run with sigma_reparam cannot go on from it. Start from "
                     "another checkpoint, or from scratch with --set checkpoint.resume=never."
                 )
-            gate.take_up(*(state[module + name] for name in _VECTORS))
+            gate.restore(*(state[module + name] for name in _VECTORS))
 
     def fold(self, tensors: LazyTensors, hf_config: PreTrainedConfig) -> PreTrainedConfig:
         for module, matrix in self.matrices().items():
             gate, gamma = self.effective(matrix), tensors.pop(module + SCALE)()
-            gate.take_up(*(tensors.pop(module + name)() for name in _VECTORS))
+            gate.restore(*(tensors.pop(module + name)() for name in _VECTORS))
             change(tensors, matrix.name, partial(applied, gate, scale=gamma, input_major=matrix.input_major))
         return hf_config
 
@@ -213,14 +221,15 @@ class SigmaReparam(TrainedFactors):
         return "the blocks' matrices are divided by their spectral norms and multiplied by their scales"
 
     def _start_at_spectral_norms(self, weights: ShardedWeights) -> None:
-        """Let γ, which is 1, be σ wherever training has not begun."""
-        new = {f"{module}.weight": gate for module, gate in self._gates(weights.engine.module) if gate.left is None}
+        """Set γ, which is 1, to σ wherever training has not begun. Collective."""
+        new = {f"{module}.weight": gate for module, gate in self._gates(weights.engine.module) if gate.vectors is None}
         changes = {}
         for name, full in gathered(weights, new):
-            weight = weights.layout[name]
-            sigma = new[name].start(full.T if weight.input_major else full)
+            matrix = full.T if weights.layout[name].input_major else full
+            sigma = spectral_norm(matrix, *new[name].start(matrix))
             changes[name.removesuffix(".weight") + SCALE] = (float(sigma), 0.0)
         weights.rescale_(changes)
 
     def _gates(self, model: torch.nn.Module) -> list[tuple[str, SpectralGate]]:
-        return [(module, model.get_submodule(module).effective) for module in self.matrices()]
+        """Return the function of each matrix in `model`, after the name of its module."""
+        return [(module, cast("SpectralGate", model.get_submodule(module).effective)) for module in self.matrices()]

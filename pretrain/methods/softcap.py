@@ -1,17 +1,17 @@
-"""Logit softcapping: no logit leaves the range of ± the cap.
+"""Logit softcapping: every logit stays between ± the cap.
 
     z ← c · tanh(z / c)    for the logits z of the head, in training and afterwards
 
-Small logits pass as they are, large ones come to rest at c, so that they cannot run away. The loss computes it in
-float32. The probabilities are other ones, so a model that was trained with it has to be used with it.
+Small logits hardly change, and large ones saturate at c, so that they cannot grow without bound. The loss computes this
+in float32. The probabilities change too, so a model that was trained with the cap must be used with it.
 
-The one stock class with a cap and the rest of a LLaMA is VaultGemma, which differs in two things. It multiplies by
-1 + w where Llama multiplies by the norm's gain γ, so w = γ − 1 is stored; in 8 bits that would lose the digits of small
-gains, so of a gain outside [1/2, 2] a power of two goes into the columns of the matrices that read the norm, which is
-exact. And it multiplies the embedding by √d, so E / √d is stored; where the head shares E, its final norm makes up for
-it. √d is rounded to 8 bits where the class computes in bf16, which the logits do not show.
+The one stock class with a cap and the rest of a LLaMA is VaultGemma, which differs in two things. First, it multiplies by
+1 + w where Llama multiplies by the norm's gain γ, so w = γ − 1 is stored. In 8 bits that would lose the digits of small
+gains. So of a gain outside [1/2, 2] a power of two goes into the columns of the matrices that read the norm, which is
+exact. Second, it multiplies the embedding by √d, so E / √d is stored. Where the head shares E, the final norm compensates
+for it. √d is rounded to 8 bits where the class computes in bf16, which has no effect on the logits.
 
-Source: Bello et al. 2016 (arXiv 1611.09940) for the tanh; Gemma 2 (arXiv 2408.00118) for language models, whose final
+Source: Bello et al. 2016 (arXiv 1611.09940) for the tanh, and Gemma 2 (arXiv 2408.00118) for language models, whose final
 cap is the default, 30.
 """
 
@@ -25,12 +25,13 @@ from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
-from transformers import PreTrainedConfig, VaultGemmaConfig
+from transformers import PreTrainedConfig, PreTrainedModel, VaultGemmaConfig
 
 from pretrain.errors import UserError
 from pretrain.methods.base import Method
 from pretrain.model.export_edits import LazyTensors, as_config, as_lazy, change, scale_final_norm
 from pretrain.model.layout import Weight
+from pretrain.model.loss import loss_head
 
 _EMBEDDING, _HEAD, _FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
@@ -53,8 +54,8 @@ class Softcap(Method):
     name: Literal["softcap"] = "softcap"
     cap: float = Field(30.0, gt=0, allow_inf_nan=False)
 
-    def transform(self, model: torch.nn.Module) -> None:
-        model.lm_head.cap = self.cap
+    def transform(self, model: PreTrainedModel) -> None:
+        loss_head(model).cap = self.cap
 
     def check(self, weights: list[Weight]) -> None:
         if any(weight.role == "bias" and ".mlp." in weight.name for weight in weights):
@@ -66,7 +67,7 @@ class Softcap(Method):
         return f"softcap: {self.cap:g} tanh(logits / {self.cap:g})" if weight.name == self.run.head else None
 
     def fold(self, tensors: LazyTensors, hf_config: PreTrainedConfig) -> PreTrainedConfig:
-        # Llama's, or Granite's with its own factor for the embedding
+        # The configuration is Llama's, or Granite's with a factor for the embedding.
         factor = getattr(hf_config, "embedding_multiplier", 1.0) / sqrt(hf_config.hidden_size)
         change(tensors, _EMBEDDING, lambda rows: rows * factor)
         if hf_config.tie_word_embeddings:
@@ -88,23 +89,30 @@ class Softcap(Method):
 
 
 def _move_gain(tensors: LazyTensors, old: str, new: str, readers: list[str]) -> None:
-    """Store the norm `old` as the `new` one, which multiplies by 1 + its weight; `readers` multiply what it gives."""
+    """Store the gain of a norm for a class that multiplies by 1 + its weight.
+
+    Args:
+        tensors: the exported weights, changed in place.
+        old: the name of the gain.
+        new: the name in VaultGemma.
+        readers: the matrices that multiply the norm's output.
+    """
     gain = tensors.pop(old)()
     power = _powers(gain) if readers else torch.ones_like(gain)
     for name in readers:
         change(tensors, name, partial(torch.mul, power))
-    tensors |= as_lazy({new: gain / power - 1.0})
+    tensors.update(as_lazy({new: gain / power - 1.0}))
 
 
 def _powers(gain: torch.Tensor) -> torch.Tensor:
-    """A power of two with the gain's sign for each gain, such that `gain` divided by it is 0 or in [1/2, 2]."""
+    """Return a power of two with the gain's sign for each gain, such that `gain` divided by it is 0 or in [1/2, 2]."""
     fits = (gain == 0) | ((gain >= 0.5) & (gain <= 2.0))
     exponent = torch.frexp(gain).exponent
     return torch.where(fits, torch.ones_like(gain), torch.ldexp(gain.sign(), exponent))
 
 
 def _vault_gemma(hf_config: PreTrainedConfig, cap: float) -> VaultGemmaConfig:
-    """The same model as a VaultGemma. Its defaults are those of one model of Google's, so what Llama lacks is given."""
+    """Return the same model as a VaultGemma. Its defaults are those of one of Google's models, so all fields are given."""
     return as_config(
         VaultGemmaConfig,
         hf_config,

@@ -1,4 +1,4 @@
-"""What the methods have in common that put trained factors beside stored matrices (`pretrain.model.reparameterization`)."""
+"""The base of methods with trained factors beside stored matrices (`pretrain.model.reparameterization`)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pretrain.sharded.full import small_weights
 
 
 class TrainedFactors(Method):
-    """Matrices, those of the blocks unless `matrices` says otherwise, are multiplied by as `effective` makes them.
+    """A method whose forward multiplies by a function of each stored matrix: of the blocks, unless `matrices` is overridden.
 
-    A fold has to take the factors, `<module>.weight_scale`, out of what is exported.
+    A fold must remove the factors, `<module>.weight_scale`, from the exported tensors.
     """
 
     decides: ClassVar[frozenset[str]] = frozenset({INITIAL_DEVIATIONS, FORM_OF_MATRICES})
@@ -25,15 +25,15 @@ class TrainedFactors(Method):
     fold_order: ClassVar[int] = 0
 
     def effective(self, matrix: Weight) -> Effective:
-        """A new function of this stored matrix and its factors."""
+        """Return a new function of this stored matrix and its factors."""
         raise NotImplementedError
 
     def matrices(self) -> Mapping[str, Weight]:
-        """The matrices, by module."""
+        """Return the matrices by the names of their modules."""
         return {module: weight for module, weight in self.run.matrices.items() if weight.in_block_matrix}
 
     def matrix_of(self, scale: Weight) -> Weight:
-        """The matrix that factors belong to."""
+        """Return the matrix that factors belong to."""
         return self.run.matrices[scale.name.removesuffix(SCALE)]
 
     def transform(self, model: torch.nn.Module) -> None:
@@ -49,12 +49,15 @@ class TrainedFactors(Method):
 
 
 def follow_masters(weights: ShardedWeights) -> None:
-    """Give forward the float32 values of all trained factors. One collective; none where forward computes in float32."""
-    modules = {
+    """Give forward the float32 values of all trained factors. Collective, except where forward computes in float32."""
+    rounded = {
         name + SCALE: module
         for name, module in weights.engine.module.named_modules()
-        if isinstance(module, Reparameterized) and module.weight_scale is not None
+        if isinstance(module, Reparameterized)
+        and module.weight_scale is not None
+        and module.weight_scale.dtype != torch.float32
     }
-    rounded = [name for name, module in modules.items() if module.weight_scale.dtype != torch.float32]
-    for name, value in small_weights(weights, rounded).items() if rounded else ():
-        modules[name].exact_scale = value
+    if not rounded:
+        return
+    for name, value in small_weights(weights, rounded).items():
+        rounded[name].exact_scale = value

@@ -5,20 +5,20 @@ Every `interval_steps` optimizer steps, for each matrix W of the decoder blocks 
 
     if s / σ_t > ratio_threshold:   W ← (W − m) · σ_t / s + m,   σ_t = target_std  or  target_std / √l
 
-The mean is kept, optimizer moments are left alone, a smaller deviation is left alone unless `two_sided`. Both the
-fp32 master and the working copy change: under DeepSpeed a change of the working copy alone is undone by the next
-optimizer step. W is the matrix that forward multiplies by: where another method has forward multiply the stored matrix
-by a factor α, it is the stored one that is rescaled, by the same ratio, as soon as |α| s is too large.
+The mean and the optimizer's moments do not change. A smaller deviation is left as it is unless `two_sided`. Both the fp32
+master and the working copy change, because under DeepSpeed a change of the working copy alone is undone by the next
+optimizer step. W is the matrix that forward multiplies by. Where another method multiplies the stored matrix by a factor
+α in forward, the stored one is rescaled by the same ratio as soon as |α| s is too large.
 
 The target may also be given relative to where the deviation would end if nothing held it. AdamW's updates of noisy
 gradients are a random walk with steps of one learning rate, and weight decay λ pulls it back:
 
     s² ← s² (1 − lr_t λ)² + lr_t²    over all steps t of the run, from the initial s²
 
-Source: Owen et al. 2025 (arXiv 2503.17500) and its release. Where the release differs: it counts its interval from the
-first step that it sees, so with 5 it acts after steps 6, 11, 16, ..., and after others once it was resumed; it wipes the
+Source: Owen et al. 2025 (arXiv 2503.17500) and its release. The release differs in this: it counts its interval from the
+first step after a start, so with 5 it acts after steps 6, 11, 16, ..., and after others once it was resumed. It wipes the
 bias of a rescaled module, computes in the storage dtype, and does nothing under ZeRO. Relative targets and their warmup
-are ours.
+are Evenkeel's.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from pydantic import Field, field_validator, model_validator
 
 from pretrain.errors import UserError
 from pretrain.methods.base import Method
-from pretrain.model.layout import MATRIX_ROLES, Weight
+from pretrain.model.layout import MATRIX_ROLES, MatrixRole, Weight
 from pretrain.sharded import GatheredWeights, ShardedWeights
-from pretrain.sharded.moments import Moments, require_finite
+from pretrain.sharded.moments import require_finite
 
-_ALTERNATIVES = {"target_std": "relative_target", "interval_steps": "interval_tokens"}  # of each pair one
+_ALTERNATIVES = {"target_std": "relative_target", "interval_steps": "interval_tokens"}  # only one of each pair is given
 
 
 class TVR(Method):
@@ -69,7 +69,7 @@ class TVR(Method):
     interval_tokens: float | None = Field(None, gt=0, allow_inf_nan=False)
     scale_with_depth: bool = False
     two_sided: bool = False
-    roles: tuple[Literal["q", "k", "v", "qkv", "o", "gate", "up", "down"], ...] = MATRIX_ROLES
+    roles: tuple[MatrixRole, ...] = MATRIX_ROLES
     exclude: tuple[str, ...] = ()
     zero_bias: bool = False
     engine: Literal["sharded", "gathered"] = "sharded"
@@ -77,7 +77,7 @@ class TVR(Method):
     @model_validator(mode="before")
     @classmethod
     def _one_of_each_pair(cls, options: Any) -> Any:
-        """An alternative that is given takes the place of the default."""
+        """Remove the default of an option whose alternative is given."""
         if not isinstance(options, Mapping):
             return options
         given = {name for name, value in options.items() if value is not None}
@@ -97,30 +97,43 @@ class TVR(Method):
 
     @property
     def interval(self) -> int:
-        """Steps from one application to the next."""
+        """The number of steps from one application to the next."""
         if self.interval_steps is not None:
             return self.interval_steps
+        assert self.interval_tokens is not None  # one of the two is given
         return max(1, round(self.interval_tokens / self.run.tokens_per_step))
 
     def applies_to(self, weight: Weight) -> bool:
-        """Whether this matrix is held at the target."""
+        """Return whether this matrix is held at the target."""
         return weight.in_block_matrix and weight.role in self.roles and weight.name not in self.exclude
 
     def target(self, weight: Weight, step: int, factor: float = 1.0) -> float:
-        """σ_t of this matrix at one step, as a deviation of the stored one, which forward multiplies by `factor`."""
-        if self.relative_target is None:
-            final = self.target_std / abs(factor) if factor else inf
-        else:
+        """Return the target of the stored matrix's standard deviation at an optimizer step.
+
+        Args:
+            weight: the matrix.
+            step: the optimizer step, counted from 1.
+            factor: α, the factor that forward multiplies the stored matrix by.
+        """
+        if self.relative_target is not None:
             final = self.relative_target * self.free_running(weight)
+        else:
+            assert self.target_std is not None  # one of the two is given
+            final = self.target_std / abs(factor) if factor else inf
         if self.scale_with_depth:
-            final /= sqrt(weight.layer)
+            final /= sqrt(weight.depth)
         if step >= self.target_warmup_steps:
             return final
         initial = self.run.initial_std(weight)
         return initial + (final - initial) * step / self.target_warmup_steps
 
+    def passes_threshold(self, std: float, target: float) -> bool:
+        """Return whether a matrix is rescaled: its standard deviation is too far from its target."""
+        ratio = std / target
+        return ratio > self.ratio_threshold or (self.two_sided and 0.0 < ratio < 1.0 / self.ratio_threshold)
+
     def free_running(self, weight: Weight) -> float:
-        """The deviation that this stored matrix is predicted to have at the end of the run if nothing holds it."""
+        """Return the predicted standard deviation of this stored matrix at the end of the run if nothing holds it."""
         kept, added = _random_walk(self.run.learning_rate, self.run.total_steps, self.run.weight_decay(weight))
         return sqrt(kept * self.run.initial_std(weight) ** 2 + added)
 
@@ -144,31 +157,36 @@ class TVR(Method):
             )
 
     def prepare(self, weights: ShardedWeights) -> None:
-        self._reach(weights)
+        self._arithmetic(weights)
 
     def after_step(self, step: int, weights: ShardedWeights) -> dict[str, dict[str, float | bool]]:
-        """Facts: std and mean of the stored matrix before a rescale, its target, threshold (two-sided: also
-        lower_threshold), rescaled.
+        """Rescale the matrices that pass the threshold, if the step is a multiple of the interval. Collective.
+
+        Returns:
+            For each matrix: `std` and `mean` of the stored one before a rescale, its `target`, the `threshold` (with
+            `two_sided` also the `lower_threshold`) that its deviation is compared with, and whether it was `rescaled`.
         """
         if step % self.interval:
             return {}
-        reached = self._reach(weights)
-        chosen = [weight for weight in reached.layout.values() if self.applies_to(weight)]
+        arithmetic = self._arithmetic(weights)
+        chosen = [weight for weight in arithmetic.layout.values() if self.applies_to(weight)]
         factors = {weight.name: self.run.forward_factor(weight) for weight in chosen}
         trained = {factor for factor in factors.values() if isinstance(factor, str)}
-        moments = reached.moments([*factors, *sorted(trained)])
+        moments = arithmetic.moments([*factors, *sorted(trained)])
         require_finite(moments, f"at step {step} (found by tvr)")
-        facts, changes = {}, {}
+        measurements: dict[str, dict[str, float | bool]] = {}
+        changes: dict[str, tuple[float, float]] = {}
         for weight in chosen:
-            factor = factors[weight.name]
+            factor, std, mean = factors[weight.name], moments[weight.name].std, moments[weight.name].mean
             target = self.target(weight, step, moments[factor].mean if isinstance(factor, str) else factor)
-            facts[weight.name] = seen = self._judged(moments[weight.name], target)
-            if seen["rescaled"]:
-                scale = target / seen["std"]
-                changes[weight.name] = (scale, seen["mean"] * (1.0 - scale))
-                changes.update(self._zeroed_bias(weight, reached.layout))
-        reached.rescale_(changes)
-        return facts
+            rescaled = self.passes_threshold(std, target)
+            measurements[weight.name] = {"std": std, "mean": mean, **self._limits(target), "rescaled": rescaled}
+            if rescaled:
+                scale = target / std
+                changes[weight.name] = (scale, mean * (1.0 - scale))
+                changes.update(self._zeroed_bias(weight, arithmetic.layout))
+        arithmetic.rescale_(changes)
+        return measurements
 
     def training_rule(self, weight: Weight) -> str | None:
         if not self.applies_to(weight):
@@ -179,30 +197,32 @@ class TVR(Method):
         return f"tvr: {above} -> {self._target_rule(weight)}, every {self.interval} steps"
 
     def _target_rule(self, weight: Weight) -> str:
-        depth = " / sqrt(l)" * self.scale_with_depth
+        depth = " / sqrt(l)" if self.scale_with_depth else ""
         warmup = f" from step {self.target_warmup_steps} on" if self.target_warmup_steps else ""
         if self.relative_target is None:
             return f"{self.target_std:g}{depth}{warmup}"
         return f"{self.relative_target:g} x {self.free_running(weight):.2g}{depth}{warmup}"
 
-    def _reach(self, weights: ShardedWeights) -> ShardedWeights | GatheredWeights:
+    def _arithmetic(self, weights: ShardedWeights) -> ShardedWeights | GatheredWeights:
+        """Return the weights as the option `engine` reads and writes them."""
         return weights if self.engine == "sharded" else GatheredWeights(weights.engine)
 
-    def _judged(self, found: Moments, target: float) -> dict[str, float | bool]:
-        ratio, threshold = found.std / target, self.ratio_threshold
-        is_off = ratio > threshold or (self.two_sided and 0.0 < ratio < 1.0 / threshold)
-        lower = {"lower_threshold": target / threshold} if self.two_sided else {}
-        limits = {"target": target, "threshold": target * threshold, **lower}
-        return {"std": found.std, "mean": found.mean, **limits, "rescaled": is_off}
+    def _limits(self, target: float) -> dict[str, float]:
+        """Return the target and the deviations from which a matrix is rescaled, as the report shows them."""
+        limits = {"target": target, "threshold": target * self.ratio_threshold}
+        if self.two_sided:
+            limits["lower_threshold"] = target / self.ratio_threshold
+        return limits
 
     def _zeroed_bias(self, weight: Weight, layout: dict[str, Weight]) -> dict[str, tuple[float, float]]:
+        """Return the change of the bias beside a rescaled matrix, if `zero_bias` wants one."""
         bias = weight.name.removesuffix("weight") + "bias"
         return {bias: (0.0, 0.0)} if self.zero_bias and bias in layout else {}
 
 
 @lru_cache(maxsize=16)
 def _random_walk(learning_rate: Callable[[int], float], total_steps: int, weight_decay: float) -> tuple[float, float]:
-    """(kept, added): the recurrence above over a whole run makes s² into kept · s² + added."""
+    """Return (kept, added): over a whole run the recurrence above turns s² into kept · s² + added."""
     kept, added = 1.0, 0.0
     for step in range(1, total_steps + 1):
         lr = learning_rate(step)

@@ -2,18 +2,18 @@
 
     W̄_i = g_i · w_i / ‖w_i‖      w_i: all weights of output i;   W ~ N(0, σ²),   g_i starts at σ_target √fan_in
 
-for the matrices of the blocks; gradients flow through the norm. σ_target is what He's or Small's initialization
-(`backbone`) would give the matrix, which W̄ so has at the start, exactly in every row. The gains, one for each output,
-are trained in float32 without weight decay. W̄ is computed in float32 and then cast, the norm is summed in float64: so
-neither threads nor kernels show in it, and the fold is exact to the bit.
+This is done for the matrices of the blocks, and gradients flow through the norm. σ_target is the deviation that He's or
+Small's initialization (`backbone`) would give the matrix. W̄ starts with it, exactly in every row. The gains, one for each
+output, are trained in float32 without weight decay. W̄ is computed in float32 and then cast, and the norm is summed in
+float64. So the number of threads and the kernels have no effect on it, and the fold is exact to the bit.
 
-Embeddings and head are plain, with the backbone's deviation: a row there is a token, and how long it is says how
-frequent the token is.
+Embeddings and head are plain, with the backbone's deviation, because a row there is a token, and its length depends on
+how frequent the token is.
 
 Source: Salimans and Kingma 2016 (arXiv 1602.07868), who set g from the first batch. For transformers: Nishida et
-al. 2024 (arXiv 2410.05052), Tables 6 and 12, who normalize embeddings and head too; the default σ² = 16e-5 is their best
-of 1, 4, 16, 64 and 256e-5 at 1.3B. They let each method's factors start as its own paper does (section 5.3, appendix
-C.1), so g from the first batch. It starts at the backbone's scale here, as in `wesar`, a number that the run file tells.
+al. 2024 (arXiv 2410.05052), Tables 6 and 12, who normalize embeddings and head too. The default σ² = 16e-5 is their best
+of 1, 4, 16, 64 and 256e-5 at 1.3B. Their factors start as in each method's own paper (section 5.3, appendix C.1), so g
+from the first batch. Here g starts at the backbone's scale, as in `wesar`, a number that follows from the run file.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class RowGains(Effective):
     def scale_shape(self, outputs: int) -> tuple[int, ...]:
         return (outputs,)
 
-    def __call__(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def __call__(self, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        assert scale is not None  # g is trained
         lengths = torch.linalg.vector_norm(weight, dim=1, keepdim=True, dtype=torch.float64).float()
         return weight * (scale[:, None] / lengths)
 
@@ -73,11 +74,9 @@ class WeightNorm(TrainedFactors):
         return RowGains()
 
     def init_std(self, weight: Weight) -> float | None:
-        return (
-            sqrt(self.variance)
-            if weight.in_block_matrix
-            else backbone_std(self.backbone, weight, self.run, self.run.tied)
-        )
+        if weight.in_block_matrix:
+            return sqrt(self.variance)
+        return backbone_std(self.backbone, weight, self.run, self.run.tied)
 
     def init_draw(self, weight: Weight) -> Draw | None:
         if weight.role != "scale":
@@ -105,4 +104,4 @@ class WeightNorm(TrainedFactors):
         return hf_config
 
     def fold_note(self) -> str | None:
-        return "each row of the blocks' matrices is brought to the length that its gain says"
+        return "each row of the blocks' matrices is scaled to the length that its gain gives"

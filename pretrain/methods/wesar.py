@@ -2,20 +2,21 @@
 
     W̄ = α · W,    W ~ N(0, σ²),   α starts at σ_target / σ
 
-for every matrix, embeddings and head included; σ is the same for all of them, σ_target is what He's or Small's
-initialization (`backbone`) would give this matrix, and 1 for the embedding with either. So W̄ starts as with the backbone
-and a scaled embedding, while every stored W, and with it the size of Adam's relative steps, has the same scale:
+This is done for every matrix, embeddings and head included. σ is the same for all of them. σ_target is the deviation that
+He's or Small's initialization (`backbone`) would give this matrix, and 1 for the embedding with either. So W̄ starts as
+with the backbone and a scaled embedding, while every stored W, and with it the size of Adam's relative steps, has the
+same scale:
 
                      stored     α starts at           W̄ starts with
     embedding        σ          1 / σ                 1
     q, k, v, ...     σ          σ_backbone / σ        σ_backbone
 
-α is a scalar in float32, trained like any weight, without weight
-decay; W̄ is computed in float32 and then cast, so the fold is exact to the bit.
+α is a scalar in float32, trained like any weight, without weight decay. W̄ is computed in float32 and then cast, so the
+fold is exact to the bit.
 
-Source: Nishida et al. 2024 (arXiv 2410.05052), section 3, Table 1 and, for the embedding, section 5.3: all that they
-compare has embedding scaling. Defaults: σ² = 4e-5, He. The paper does not say whether α decays; it does not here, like
-every gain. In its Table 7 a frozen α is worse than a trained one.
+Source: Nishida et al. 2024 (arXiv 2410.05052), section 3, Table 1 and, for the embedding, section 5.3: all runs that they
+compare have embedding scaling. The defaults are σ² = 4e-5 and He. The paper does not say whether α decays. Here it does
+not, like every gain. In its Table 7 a frozen α is worse than a trained one.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Gate(Effective):
     def scale_shape(self, outputs: int) -> tuple[int, ...]:
         return (1,)
 
-    def __call__(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def __call__(self, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        assert scale is not None  # α is trained
         return weight * scale
 
 
@@ -61,8 +63,8 @@ class WeSaR(TrainedFactors):
     decides: ClassVar[frozenset[str]] = TrainedFactors.decides | {EMBEDDING}
     conflicts: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
-            "embedding_scale": "wesar has a scaled embedding already, with either backbone: what it multiplies the embedding "
-            "by starts at 1 / its deviation"
+            "embedding_scale": "wesar has a scaled embedding already, with either backbone: its factor of the embedding "
+            "starts at 1 / the embedding's deviation"
         }
     )
 
@@ -98,7 +100,9 @@ class WeSaR(TrainedFactors):
     def training_rule(self, weight: Weight) -> str | None:
         if weight.role == "scale":
             return "wesar: factor of its matrix"
-        return ("wesar: times a constant" if self.frozen else "wesar: times its scale") if weight.fan_in else None
+        if not weight.fan_in:
+            return None
+        return "wesar: times a constant" if self.frozen else "wesar: times its scale"
 
     def fold(self, tensors: LazyTensors, hf_config: PreTrainedConfig) -> PreTrainedConfig:
         scales = {module: None if self.frozen else tensors.pop(module + SCALE)() for module in self.matrices()}
@@ -112,15 +116,17 @@ class WeSaR(TrainedFactors):
         return hf_config
 
     def fold_note(self) -> str | None:
-        tied = "; the final norm's gain takes up the head's factor, as the tied matrix holds the embedding's"
-        return "each matrix is multiplied by its factor" + (tied if self.run.tied else "")
+        note = "each matrix is multiplied by its factor"
+        if not self.run.tied:
+            return note
+        return f"{note}; the final norm's gain takes up the head's factor, as the tied matrix holds the embedding's"
 
     def _alpha(self, matrix: Weight) -> float:
-        """How α starts."""
+        """Return the initial value of α."""
         target = 1.0 if _is_embedding(matrix) else backbone_std(self.backbone, matrix, self.run, tied=False)
         return target / sqrt(self.variance)
 
 
 def _is_embedding(matrix: Weight) -> bool:
-    """Whether its rows are what the residual stream starts as; GPT-2's positions are added to it at the same scale."""
+    """Return whether the residual stream starts as rows of this matrix: GPT-2 adds two of the same scale."""
     return matrix.role in ("embed", "position")

@@ -2,12 +2,12 @@
 
     every matrix    √(2 / (fan_in + fan_out))
 
-Embeddings and head included: of a vocabulary V both are near √(2 / V), however wide the model. GPT-2's fused qkv counts
-as the three matrices that it holds, so that it starts like LLaMA's separate ones. Biases 0, norms 1.
+Embeddings and head are included. With a vocabulary V both are near √(2 / V), however wide the model is. GPT-2's fused qkv
+counts as the three matrices that it holds, so that it starts like LLaMA's separate ones. Biases are 0, norms 1.
 
 Source: Glorot and Bengio 2010, "Understanding the difficulty of training deep feedforward neural networks", with the
-gain 1 and normal values. The options are what nanoGPT and its descendants do otherwise, so the runs of "Output Embedding
-Centering" (arXiv 2601.02031): their q, k and v are one matrix of 3d outputs, √(1 / (2d)).
+gain 1 and normal values. The options are the differences of nanoGPT and its descendants, and so of the runs of "Output
+Embedding Centering" (arXiv 2601.02031): their q, k and v are one matrix of 3d outputs, √(1 / (2d)).
 """
 
 from __future__ import annotations
@@ -60,5 +60,5 @@ class XavierInit(Method):
 
     @property
     def _fused_outputs(self) -> int:
-        """The outputs of q, k and v together; they are the same in every block."""
+        """The number of outputs of q, k and v together, the same in every block."""
         return sum(m.fan_out for m in self.run.matrices.values() if m.role in _QKV and m.layer == 1)

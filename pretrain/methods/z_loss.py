@@ -3,10 +3,10 @@
     L += coefficient · mean over tokens of (log Σ_v exp(logit_v))²
 
 Only tokens that count in the cross-entropy count here (the published code of arXiv 2601.02031 also counts ignored ones).
-It holds down the mean of the logits and their spread; mu-centering and mu-loss hold down the mean alone.
+It holds down the mean of the logits and their spread. mu-centering and mu-loss hold down the mean alone.
 
-Source: Chowdhery et al. 2022 (PaLM, arXiv 2204.02311, section 5); Wortsman et al. 2023 (arXiv 2309.14322).
-Default: 1e-4.
+Source: Chowdhery et al. 2022 (PaLM, arXiv 2204.02311, section 5) and Wortsman et al. 2023 (arXiv 2309.14322).
+The default is 1e-4.
 """
 
 from __future__ import annotations
@@ -39,4 +39,5 @@ class ZLoss(Method):
         return f"z_loss: + {self.coefficient:g} x logsumexp(logits)^2" if weight.name == self.run.head else None
 
     def _of_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the term of each token, (tokens,), for logits (tokens, vocabulary)."""
         return self.coefficient * logits.logsumexp(-1).square()

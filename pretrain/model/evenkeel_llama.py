@@ -1,6 +1,6 @@
-"""The model class for what no class of transformers can hold; `modeling_evenkeel.py` is all of it and travels with exports.
+"""The model class for architectures that no class of transformers has. Importing this registers it with transformers.
 
-Importing this makes transformers' Auto classes know it.
+`modeling_evenkeel.py` holds the whole class and is copied into exports.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pretrain.model.modeling_evenkeel import EvenkeelLlamaConfig, EvenkeelLlamaF
 
 MODELING_FILE = Path(modeling_evenkeel.__file__)
 
-# Why no method that needs this class goes with softcap: as `conflicts` of a method has it.
+# The entry of `conflicts` in methods that need this class: why they cannot be combined with softcap.
 UNLIKE_SOFTCAP = {
     "softcap": "capped logits are exported as a VaultGemma, which has stock norms and residuals; z_loss or mu_centering "
     "keep logits small without a cap"
@@ -28,9 +28,13 @@ AutoModelForCausalLM.register(EvenkeelLlamaConfig, EvenkeelLlamaForCausalLM, exi
 
 
 def bring_modeling_file(hf_config: PreTrainedConfig, folder: Path) -> None:
-    """Put the file that a model of `hf_config` needs into the exported `folder`, and say so in `hf_config`.
+    """Copy the modelling file that a model needs into an exported folder, and name it in the configuration.
 
-    A stock model needs none, whatever file `hf_config` came with the name of.
+    A stock model needs none, and any name of one is removed.
+
+    Args:
+        hf_config: the model's configuration, changed in place.
+        folder: the folder of the export.
     """
     vars(hf_config).pop("auto_map", None)
     if isinstance(hf_config, EvenkeelLlamaConfig):
@@ -40,7 +44,12 @@ def bring_modeling_file(hf_config: PreTrainedConfig, folder: Path) -> None:
 
 
 def evenkeel_llama(hf_config: PreTrainedConfig, **parts: Any) -> EvenkeelLlamaConfig:
-    """`hf_config`, of a LLaMA, a Qwen3 or this class already, with the given `parts`, its fields, besides what it has."""
+    """Return a configuration of this class with more parts.
+
+    Args:
+        hf_config: the configuration of a LLaMA, a Qwen3 or this class.
+        parts: fields of `EvenkeelLlamaConfig` to set.
+    """
     if not isinstance(hf_config, EvenkeelLlamaConfig):
         parts = {"qk_norm": hf_config.model_type == "qwen3", **parts}
     return as_config(EvenkeelLlamaConfig, hf_config, declared_only=True, **parts)

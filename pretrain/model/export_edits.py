@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedConfig
 
-# Exported weights by name, each a function that loads it (float32), so that only the tensor at hand is in memory.
+# Exported weights by name, each a function that loads it (float32), so that only one tensor at a time is in memory.
 LazyTensors = MutableMapping[str, Callable[[], torch.Tensor]]
 
 _Config = TypeVar("_Config", bound=PreTrainedConfig)
@@ -18,18 +18,18 @@ _FINAL_NORM = ("model.norm.weight", "model.norm.alpha", "transformer.ln_f.weight
 
 
 def as_lazy(tensors: Mapping[str, torch.Tensor]) -> LazyTensors:
-    """Tensors that are in memory, as folds take them."""
+    """Return tensors that are in memory in the form that folds take."""
     return {name: partial(_itself, tensor) for name, tensor in tensors.items()}
 
 
 def change(tensors: LazyTensors, name: str, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Make the weight `name` what `function` makes of it."""
+    """Replace a weight by a function of it, which runs when the weight is loaded."""
     load = tensors[name]
     tensors[name] = lambda: function(load())
 
 
 def scale_final_norm(tensors: LazyTensors, factor: float | torch.Tensor) -> None:
-    """Multiply what the final norm gives to the head by `factor`."""
+    """Multiply the output of the final norm by `factor`: a number, or a tensor of one element."""
     for name in _FINAL_NORM:
         if name in tensors:
             change(tensors, name, lambda gain: gain * factor)
@@ -38,9 +38,16 @@ def scale_final_norm(tensors: LazyTensors, factor: float | torch.Tensor) -> None
 def as_config(
     cls: type[_Config], hf_config: PreTrainedConfig, *, declared_only: bool = False, **changes: Any
 ) -> _Config:
-    """What `hf_config` says, as a configuration of the class `cls`, with `changes`.
+    """Convert a configuration to another class.
 
-    Fields that `cls` does not declare are kept all the same (Granite reads a `head_dim`), unless `declared_only`.
+    Args:
+        cls: the class.
+        hf_config: the configuration.
+        declared_only: drop fields that `cls` does not declare. Otherwise they are kept (Granite reads a `head_dim`).
+        changes: fields to set.
+
+    Returns:
+        A new configuration.
     """
     kept = {key: value for key, value in hf_config.to_dict().items() if key not in ("model_type", "architectures")}
     if declared_only:

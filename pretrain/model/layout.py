@@ -1,8 +1,8 @@
-"""What each weight IS: its role, its layer and its fans, from its exact Hugging Face name.
+"""The layout of a model: the role of each weight, its layer and its fans, from its exact Hugging Face name.
 
-Methods and monitors ask the layout instead of matching substrings, so a weight is never skipped by accident:
-a name that no table knows is an error. Shapes come from the layout too, because under ZeRO-3 a parameter's own
-`shape` is a zero-length placeholder.
+Methods and monitors use the layout instead of matching substrings, so a weight is never skipped by accident: a name that
+is in no table is an error. Shapes come from the layout too, because under ZeRO-3 a parameter's own `shape` is a
+zero-length placeholder.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Literal
 
 import torch
+from torch import nn
 
 from pretrain.errors import UserError
 
-MATRIX_ROLES = ("q", "k", "v", "qkv", "o", "gate", "up", "down")
+MatrixRole = Literal["q", "k", "v", "qkv", "o", "gate", "up", "down"]
+MATRIX_ROLES: tuple[MatrixRole, ...] = ("q", "k", "v", "qkv", "o", "gate", "up", "down")
 
 _BLOCK = re.compile(r"(?:model\.layers|transformer\.h)\.(\d+)\.(.+)")
 
@@ -54,8 +57,8 @@ _OUTSIDE = {
     "model.head_projection": "projection",
 }
 
-# What the last part of a name makes of its module's role; None keeps it.
-_KINDS = {
+# The role of a weight by the last part of its name. None: the role of its module.
+_KINDS: dict[str, str | None] = {
     "weight": None,
     "bias": "bias",
     "weight_scale": "scale",
@@ -74,37 +77,51 @@ _INPUT_MAJOR = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "
 class Weight:
     """One parameter of the model, described without its values.
 
-    name: its Hugging Face name (zero-based block numbers).
-    role: q, k, v, qkv, o, gate, up, down, embed, position, head, norm, bias, scale (trained factors of a stored matrix),
-    alpha or beta (what makes a norm's gain depend on the token), query (what scores sub-layers' outputs), projection
-    (square, between the blocks and the embedding or the head).
-    layer: the block it belongs to, counted from 1 as in the papers; None outside the blocks.
-    shape: the FULL shape, whatever piece this rank owns.
-    fan_in, fan_out: of a matrix; None for vectors.
-    padding_row: the row of an embedding that stands for padding (torch's `padding_idx`): it starts at 0, and looking it up
-    gives it no gradient. None where there is none.
+    Attributes:
+        name: the Hugging Face name (with zero-based block numbers).
+        role: q, k, v, qkv, o, gate, up, down, embed, position, head, norm, bias, scale (trained factors of a stored
+            matrix), alpha or beta (vectors of a norm whose gain depends on the token), query (scores the outputs of
+            sub-layers), or projection (square, between the blocks and the embedding or the head).
+        layer: the number of its block, counted from 1 as in the papers. None outside the blocks.
+        shape: the shape of the full weight, whatever piece this rank owns.
+        fan_in: the number of inputs of a matrix, 0 for vectors.
+        fan_out: the number of outputs of a matrix, 0 for vectors.
+        padding_row: the row of an embedding that stands for padding (torch's `padding_idx`). It starts at 0, and looking
+            it up gives it no gradient. None where there is none.
     """
 
     name: str
     role: str
     layer: int | None
     shape: tuple[int, ...]
-    fan_in: int | None
-    fan_out: int | None
+    fan_in: int
+    fan_out: int
     padding_row: int | None = None
 
     @property
     def numel(self) -> int:
+        """The number of elements of the full weight."""
         return prod(self.shape)
 
     @property
-    def single_fan_out(self) -> int | None:
-        """The outputs of one matrix: GPT-2's fused qkv holds three."""
+    def depth(self) -> int:
+        """The number l of its block, counted from 1.
+
+        Raises:
+            ValueError: for a weight outside the blocks.
+        """
+        if self.layer is None:
+            raise ValueError(f"{self.name} is in no block")
+        return self.layer
+
+    @property
+    def single_fan_out(self) -> int:
+        """The number of outputs of one matrix: GPT-2's fused qkv holds three."""
         return self.fan_out // 3 if self.role == "qkv" else self.fan_out
 
     @property
     def in_block_matrix(self) -> bool:
-        """True for the 2-D weights of the decoder blocks, which LIR and TVR act on."""
+        """True for the matrices of the decoder blocks, which LIR and TVR act on."""
         return self.layer is not None and self.role in MATRIX_ROLES
 
     @property
@@ -114,9 +131,10 @@ class Weight:
 
 
 def role_and_layer(name: str) -> tuple[str, int | None]:
-    """The role of the weight called `name` and its block counted from 1 (None outside the blocks).
+    """Return the role of a weight and the number of its block, counted from 1 (None outside the blocks).
 
-    Raises UserError for a name that no table here knows.
+    Raises:
+        UserError: for a name that is in no table here.
     """
     module, _, kind = name.rpartition(".")
     if block := _BLOCK.fullmatch(module):
@@ -132,10 +150,14 @@ def role_and_layer(name: str) -> tuple[str, int | None]:
 
 
 def describe(name: str, shape: Iterable[int]) -> Weight:
-    """The `Weight` called `name` with full shape `shape`. Raises UserError for an unknown name."""
+    """Return the `Weight` of this name and full shape.
+
+    Raises:
+        UserError: for a name that is in no table here.
+    """
     shape = tuple(shape)
     role, layer = role_and_layer(name)
-    fan_in = fan_out = None
+    fan_in = fan_out = 0
     if len(shape) == 2:
         fan_out, fan_in = shape
         if name.endswith(_INPUT_MAJOR):
@@ -143,18 +165,25 @@ def describe(name: str, shape: Iterable[int]) -> Weight:
     return Weight(name, role, layer, shape, fan_in, fan_out)
 
 
-def full_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
-    """The shape of the whole parameter, also where ZeRO-3 has replaced it by a placeholder or AutoTP has cut it."""
+def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Return the shape of a whole parameter, also where ZeRO-3 holds a placeholder for it or AutoTP has cut it."""
     uncut = getattr(parameter, "ds_autotp_universal_checkpoint_meta", {}).get("logical_shape")
-    return tuple(uncut or getattr(parameter, "ds_shape", parameter.shape))
+    return tuple(uncut) if uncut else tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def describe_model(model: torch.nn.Module) -> list[Weight]:
-    """Every weight of `model` in the order of its definition; a tied weight appears once, under its first name."""
-    found = [describe(name, full_shape(parameter)) for name, parameter in model.named_parameters()]
+def embedding_of(model: nn.Module, module: str) -> nn.Embedding:
+    """Return the embedding of this name in `model`."""
+    embedding = model.get_submodule(module)
+    assert isinstance(embedding, nn.Embedding)  # by its role
+    return embedding
+
+
+def describe_model(model: nn.Module) -> list[Weight]:
+    """Return every weight of `model` in the order of its definition. A tied weight appears once, under its first name."""
+    weights = [describe(name, full_shape(parameter)) for name, parameter in model.named_parameters()]
     return [
-        replace(weight, padding_row=model.get_submodule(weight.name.removesuffix(".weight")).padding_idx)
+        replace(weight, padding_row=embedding_of(model, weight.name.removesuffix(".weight")).padding_idx)
         if weight.role == "embed"
         else weight
-        for weight in found
+        for weight in weights
     ]

@@ -1,8 +1,8 @@
 """Next-token cross-entropy that never holds the full fp32 logits, and the terms that methods add to it.
 
-The head computes logits, loss and gradients for a few tokens at a time, in the forward pass, so memory is
-(chunk, vocabulary) instead of (tokens, vocabulary) and no logits are kept or recomputed for the backward pass. The
-loss lives in the head's own forward because under ZeRO-3 a module sees its full weight only there.
+The head computes logits, loss and gradients for a few tokens at a time, in the forward pass. So the memory is
+(chunk, vocabulary) instead of (tokens, vocabulary), and no logits are kept or recomputed for the backward pass. The loss
+is computed in the head's own forward because under ZeRO-3 a module has its full weight only there.
 (`torch.nn.functional.linear_cross_entropy` does the same but rounds the loss of a bf16 model to bf16: 4.625 or 4.656.)
 """
 
@@ -11,13 +11,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.modeling_outputs import BaseModelOutput
 
+from pretrain.errors import UserError
 from pretrain.model.reparameterization import Effective, ReparameterizedLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.utils import ModelOutput
 
 CHUNK_LOGITS = 1 << 25  # elements of one chunk's logits: 128 MB in float32
 CROSS_ENTROPY = "cross_entropy"
@@ -27,7 +33,8 @@ CROSS_ENTROPY = "cross_entropy"
 class TokenTerm:
     """A term of the loss that is a mean over the tokens that count.
 
-    of_logits: (tokens, vocab_size) float32 logits -> (tokens,). The coefficient is part of it.
+    Attributes:
+        of_logits: maps (tokens, vocab_size) float32 logits to (tokens,). The coefficient is part of it.
     """
 
     of_logits: Callable[[torch.Tensor], torch.Tensor]
@@ -37,7 +44,9 @@ class TokenTerm:
 class HeadTerm:
     """A term of the loss that depends on the head's matrix alone.
 
-    of_weight: (vocab_size, hidden_size) float32, as forward multiplies by it -> scalar. The coefficient is part of it.
+    Attributes:
+        of_weight: maps the matrix, (vocab_size, hidden_size) float32 as forward multiplies by it, to a scalar. The
+            coefficient is part of it.
     """
 
     of_weight: Callable[[torch.Tensor], torch.Tensor]
@@ -47,11 +56,13 @@ LossTerm = TokenTerm | HeadTerm
 
 
 class LossHead(ReparameterizedLinear):
-    """An output head that returns logits, or the loss when it is given targets. Holds no bias.
+    """An output head without a bias that returns logits, or the loss when it is given targets.
 
-    terms: what is added to the cross-entropy, by name. cap: c of `c tanh(logits / c)`, None leaves logits as they are.
-    gradient_scale: fp16's loss scale. The gradients that forward computes are computed at it: without it they would
-    vanish before backward multiplies them by it.
+    Attributes:
+        terms: the terms that are added to the cross-entropy, by name.
+        cap: c of `c tanh(logits / c)`. None leaves logits as they are.
+        gradient_scale: fp16's loss scale. The gradients that forward computes are computed with it. Without it they would
+            underflow before backward multiplies them by it.
     """
 
     cap: float | None = None
@@ -66,14 +77,30 @@ class LossHead(ReparameterizedLinear):
         new.cap = self.cap
         return new
 
+    @overload
+    def forward(
+        self, hidden: torch.Tensor, targets: None = None, divisor: torch.Tensor | None = None
+    ) -> torch.Tensor: ...
+
+    @overload
+    def forward(
+        self, hidden: torch.Tensor, targets: torch.Tensor, divisor: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]: ...
+
     def forward(
         self, hidden: torch.Tensor, targets: torch.Tensor | None = None, divisor: torch.Tensor | None = None
     ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """hidden: (batch, seq_len, hidden_size). targets: (batch, seq_len) token ids, -100 where none counts. divisor:
-        scalar, what sums over tokens are divided by; None: the number of targets that count here, which gives means.
+        """Return logits, or the loss of the targets.
 
-        Returns (batch, seq_len, vocab_size) logits; or float32 scalars: `total`, to be minimized, its parts
-        `cross_entropy` (mean, in nats) and one for each of the terms, without gradients.
+        Args:
+            hidden: (batch, seq_len, hidden_size), of the precision of the weight.
+            targets: (batch, seq_len) token ids, -100 where no token counts.
+            divisor: a scalar that sums over tokens are divided by. None: the number of targets that count here, which
+                gives means.
+
+        Returns:
+            Without targets, (batch, seq_len, vocab_size) logits. With targets, float32 scalars by name: `total`, to be
+            minimized, and without gradients its parts, `cross_entropy` (mean, in nats) and one for each of the terms.
         """
         if targets is None:
             return self._capped(super().forward(hidden))
@@ -90,18 +117,19 @@ class LossHead(ReparameterizedLinear):
             self.gradient_scale,
             divisor,
         )
-        found = dict(zip((CROSS_ENTROPY, *of_tokens, *of_weight), parts.unbind(), strict=True))
-        return {"total": sum(found.values()), **{name: value.detach() for name, value in found.items()}}
+        by_name = dict(zip((CROSS_ENTROPY, *of_tokens, *of_weight), parts.unbind(), strict=True))
+        total = cast("torch.Tensor", sum(by_name.values()))
+        return {"total": total, **{name: value.detach() for name, value in by_name.items()}}
 
     def _capped(self, logits: torch.Tensor) -> torch.Tensor:
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Sums over tokens of the cross-entropy and of further terms, divided; gradients are computed chunk by chunk in forward.
+    """Divided sums over tokens of the cross-entropy and of further terms, with gradients computed in forward, by chunks.
 
-    Returns (1 + all terms,); what is differentiated must be their sum. The gradients of all parts are added in float32 and
-    rounded once: added to the others' in bf16, the small gradient of a HeadTerm would vanish.
+    Returns (1 + all terms,) float32. Only their sum may be differentiated. The gradients of all parts are added in float32
+    and rounded once. In bf16 the small gradient of a HeadTerm would vanish beside the others.
     """
 
     @staticmethod
@@ -118,10 +146,7 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         with_gradients = any(ctx.needs_input_grad[:2])
         parts = torch.zeros(1 + len(terms), dtype=torch.float32, device=hidden.device)
-        hidden_gradient = torch.zeros_like(hidden) if with_gradients else None
-        weight_gradient = (
-            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if with_gradients else None
-        )
+        gradients = (torch.zeros_like(hidden), _float32_zeros_like(weight)) if with_gradients else None
         divisor = (targets != -100).sum().clamp_min(1) if divisor is None else divisor
         chunk_tokens = max(1, CHUNK_LOGITS // weight.shape[0])
         for first in range(0, len(hidden), chunk_tokens):
@@ -133,45 +158,55 @@ class _ChunkedLoss(torch.autograd.Function):
                 chunk = _sums(logits, targets[rows], terms) / divisor
                 scaled_loss = chunk.sum() * gradient_scale
             parts += chunk.detach()
-            if with_gradients:
-                hidden_gradient[rows], chunk_gradient = torch.autograd.grad(scaled_loss, (some_hidden, the_weight))
-                weight_gradient += chunk_gradient
+            if gradients is not None:
+                of_hidden, of_weight = gradients
+                of_hidden[rows], of_weight_in_chunk = torch.autograd.grad(scaled_loss, (some_hidden, the_weight))
+                of_weight += of_weight_in_chunk
         for term in head_terms:
             with torch.set_grad_enabled(with_gradients):
                 the_weight = weight.detach().float().requires_grad_(with_gradients)
                 value = term.of_weight(the_weight)
                 scaled_loss = value * gradient_scale
             parts = torch.cat((parts, value.detach().view(1)))
-            if with_gradients:
-                weight_gradient += torch.autograd.grad(scaled_loss, the_weight)[0]
-        if with_gradients:
-            ctx.save_for_backward(hidden_gradient, weight_gradient.to(weight.dtype))
+            if gradients is not None:
+                _, of_weight = gradients
+                of_weight += torch.autograd.grad(scaled_loss, the_weight)[0]
+        if gradients is not None:
+            of_hidden, of_weight = gradients
+            ctx.save_for_backward(of_hidden, of_weight.to(weight.dtype))
             ctx.gradient_scale = gradient_scale
         return parts
 
     @staticmethod
     def backward(ctx: Any, scales: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden_gradient, weight_gradient = ctx.saved_tensors
+        of_hidden, of_weight = ctx.saved_tensors
         scale = scales[0] / ctx.gradient_scale
-        return hidden_gradient * scale, weight_gradient * scale, None, None, None, None, None, None
+        return of_hidden * scale, of_weight * scale, None, None, None, None, None, None
+
+
+def _float32_zeros_like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
 
 
 def _sums(logits: torch.Tensor, targets: torch.Tensor, terms: Sequence[TokenTerm]) -> torch.Tensor:
-    """(1 + terms,) sums over the tokens that count."""
+    """Return the sums of the cross-entropy and of the terms over the tokens that count: (1 + terms,)."""
     counts = targets != -100
     cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
     return torch.stack([cross_entropy, *((term.of_logits(logits) * counts).sum() for term in terms)])
 
 
 @cache
-def with_loss_head(model_class: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of a Hugging Face causal LM whose forward takes `targets` and then returns what `LossHead` does."""
+def with_loss_head(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Return a subclass of a Hugging Face causal LM with a `LossHead`.
 
-    class Trained(model_class):  # type: ignore[misc, valid-type]
+    Its forward takes `targets` and a `divisor` besides the stock arguments, and with targets returns what `LossHead` does.
+    """
+
+    class Trained(model_class):  # type: ignore[misc, valid-type]  # a base class that is only known at run time
         # The stock class would have tensor parallelism replace the head, and with it the loss. It stays whole.
         _tp_plan = None
 
-        def __init__(self, config) -> None:
+        def __init__(self, config: PreTrainedConfig) -> None:
             super().__init__(config)
             self.lm_head = LossHead(config.hidden_size, config.vocab_size)
             self.tie_weights()
@@ -181,8 +216,8 @@ def with_loss_head(model_class: type[nn.Module]) -> type[nn.Module]:
             input_ids: torch.Tensor,
             targets: torch.Tensor | None = None,
             divisor: torch.Tensor | None = None,
-            **kwargs,
-        ):
+            **kwargs: Any,
+        ) -> ModelOutput | dict[str, torch.Tensor]:
             if targets is None:
                 return super().forward(input_ids, **kwargs)
             hidden = self.base_model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
@@ -190,3 +225,44 @@ def with_loss_head(model_class: type[nn.Module]) -> type[nn.Module]:
 
     Trained.__name__ = Trained.__qualname__ = model_class.__name__
     return Trained
+
+
+def loss_head(model: nn.Module) -> LossHead:
+    """Return the head of a model whose class `with_loss_head` made."""
+    head = model.get_submodule("lm_head")
+    assert isinstance(head, LossHead)
+    return head
+
+
+def require_plain_logits(model: PreTrainedModel) -> None:
+    """Refuse a class that changes the logits after its head, by a factor or a cap: its loss would be another one here.
+
+    A neutral factor of 1 is refused as well. The forward of the class runs with empty tensors in place of the decoder.
+
+    Args:
+        model: a model of a class that `with_loss_head` made, on the meta device.
+
+    Raises:
+        UserError: for such a class.
+    """
+    head, decoder, outputs = loss_head(model), cast("PreTrainedModel", model.base_model), []
+    watch = head.register_forward_hook(lambda module, args, output: outputs.append(output))
+    decoded = _Decoded(last_hidden_state=torch.empty(1, 1, head.in_features, device="meta"))
+    decoder.forward = lambda *args, **kwargs: decoded
+    try:
+        logits = model(torch.zeros(1, 1, dtype=torch.long, device="meta"), use_cache=False).logits
+    finally:
+        del decoder.forward
+        watch.remove()
+    if logits is not outputs[-1]:
+        raise UserError(
+            f"{type(model).__name__} changes the logits after its head, and the loss here would not. Teach LossHead in "
+            "pretrain/model/loss.py the change before this family is trained."
+        )
+
+
+class _Decoded(BaseModelOutput):
+    """A decoder's output that has every further field that a class may read, as None."""
+
+    def __getattr__(self, name: str) -> None:
+        return None

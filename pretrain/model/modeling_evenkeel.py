@@ -1,10 +1,10 @@
 """A LLaMA with parts that no class of transformers has: dynamic gains in its norms, attention over depth.
 
-This one file is the model. It needs torch and transformers and nothing else, so it travels with exported weights:
+This one file is the model. It needs only torch and transformers, so it is copied beside exported weights:
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`. Without any of its parts it is a stock LLaMA.
 
     seednorm             RMSNorm(x) gets the gain  tanh(x·β) α + γ,  which depends on the token
-    attention_residuals  a sub-layer reads  Σ_i softmax_i(w · RMSNorm(v_i)) v_i  of what earlier ones wrote, not Σ_i v_i
+    attention_residuals  a sub-layer reads  Σ_i softmax_i(w · RMSNorm(v_i)) v_i  of the outputs of earlier ones, not Σ_i v_i
     qk_norm              RMSNorm over the values of each head of q and k, before the rotation (as in Qwen3)
 
 Sources: Cai et al. 2025, "SeeDNorm" (arXiv 2510.22777); Kimi Team 2026, "Attention Residuals" (arXiv 2603.15031).
@@ -27,15 +27,19 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-# What depth has left to read: the newest source, and those before it from the oldest on.
+# The tensors that later sub-layers read: the newest source, and those before it from the oldest on.
 Sources = tuple[torch.Tensor, tuple[torch.Tensor, ...]]
 
 
 class EvenkeelLlamaConfig(LlamaConfig):
-    """A LLaMA's configuration and the parts that it has besides.
+    """A LLaMA's configuration and the additional parts of the model.
 
-    attention_residual_blocks: in how many blocks of consecutive sub-layers outputs are summed up before later ones read
-    them; null: each output is read for itself.
+    Attributes:
+        seednorm: SeeDNorm in place of RMSNorm.
+        qk_norm: RMSNorm of queries and keys.
+        attention_residuals: attention over depth.
+        attention_residual_blocks: the number of blocks of consecutive sub-layers within which outputs are summed before
+            later ones read them. None: each output is read separately.
     """
 
     model_type = "evenkeel_llama"
@@ -46,7 +50,7 @@ class EvenkeelLlamaConfig(LlamaConfig):
     attention_residual_blocks: int | None = None
 
     def opens_block(self, sublayer: int) -> bool:
-        """Whether sub-layer 0 to 2N - 1 (attention, MLP, attention, ...) is the first of its block.
+        """Return whether a sub-layer, 0 to 2N - 1 (attention, MLP, attention, ...), is the first of its block.
 
         Where the blocks cannot all have the same size, the first ones are one sub-layer larger.
         """
@@ -63,7 +67,7 @@ def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 class SeeDNorm(nn.Module):
     """y = [tanh(x·β) α + γ] ⊙ x / RMS(x), with γ (`weight`), α and β vectors of `hidden_size`.
 
-    Computed in float32; like stock RMSNorm it rounds x / RMS(x), and here the gain, before it multiplies the two.
+    It is computed in float32. x / RMS(x) and the gain are rounded before they are multiplied, as in the stock RMSNorm.
     """
 
     def __init__(self, hidden_size: int, eps: float) -> None:
@@ -80,14 +84,15 @@ class SeeDNorm(nn.Module):
         return self.gain(share).to(hidden_states.dtype) * normal.to(hidden_states.dtype)
 
     def gain(self, share: torch.Tensor) -> torch.Tensor:
-        """share: (..., 1), tanh(x·β)."""
+        """Return the gain for tanh(x·β), which is (..., 1)."""
         return share * self.alpha + self.weight
 
 
 class DepthRead(nn.Module):
-    """What one sub-layer reads: Σ_i a_i v_i over the sources v_i, with a = softmax_i(query · RMSNorm(v_i)).
+    """The input of one sub-layer: Σ_i a_i v_i over the sources v_i, with a = softmax_i(query · RMSNorm(v_i)).
 
-    query: (hidden_size,), 0 at first, so that a plain average is read. (RMSNorm has no gain: the query would take it up.)
+    The query, (hidden_size,), is 0 at first, so that a plain average is read. RMSNorm has no gain, because it would only
+    multiply the query.
     """
 
     def __init__(self, hidden_size: int, eps: float) -> None:
@@ -101,7 +106,7 @@ class DepthRead(nn.Module):
 
 
 class _Mixture(torch.autograd.Function):
-    """`DepthRead`, computed in float32. Keeps the sources for backward and nothing else of their size.
+    """The mixture of `DepthRead`, computed in float32. It keeps the sources for backward and nothing else of their size.
 
     Autograd alone would keep float32 copies of all sources of a half precision model, once for every sub-layer.
     """
@@ -128,19 +133,20 @@ def _mixture(eps: float, query: torch.Tensor, *sources: torch.Tensor) -> torch.T
 
 
 class EvenkeelLlamaDecoderLayer(LlamaDecoderLayer):
-    """A LLaMA's block with the attention and the norms that the configuration asks for."""
+    """A LLaMA's block with the attention and the norms of the configuration."""
 
     def __init__(self, config: EvenkeelLlamaConfig, layer_idx: int) -> None:
         nn.Module.__init__(self)
         self.hidden_size = config.hidden_size
-        self.self_attn = (Qwen3Attention if config.qk_norm else LlamaAttention)(config, layer_idx)
+        attention: Any = Qwen3Attention if config.qk_norm else LlamaAttention
+        self.self_attn = attention(config, layer_idx)
         self.mlp = LlamaMLP(config)
         self.input_layernorm = _norm(config)
         self.post_attention_layernorm = _norm(config)
 
 
 class DepthReadingLayer(EvenkeelLlamaDecoderLayer):
-    """A block with attention over depth. It takes and gives `Sources`; the last one gives what the final norm reads."""
+    """A block with attention over depth. It takes and returns `Sources`. The last one returns the final norm's input."""
 
     def __init__(self, config: EvenkeelLlamaConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
@@ -151,8 +157,15 @@ class DepthReadingLayer(EvenkeelLlamaDecoderLayer):
         self.attn_opens_block = config.opens_block(2 * layer_idx)
         self.mlp_opens_block = config.opens_block(2 * layer_idx + 1)
 
-    def forward(self, hidden_states: torch.Tensor | Sources, **kwargs: Any) -> torch.Tensor | Sources:
-        """hidden_states: the embedding's output in the first block, what the block before gave in the others."""
+    def forward(  # type: ignore[override]  # LLaMA's decoder passes on whatever a block returns
+        self, hidden_states: torch.Tensor | Sources, **kwargs: Any
+    ) -> torch.Tensor | Sources:
+        """Return the sources after this block.
+
+        Args:
+            hidden_states: the embedding's output in the first block, the result of the block before in the others.
+            kwargs: the arguments of the attention.
+        """
         sources = (hidden_states, ()) if isinstance(hidden_states, torch.Tensor) else hidden_states
         read = self.input_layernorm(self.attn_read(sources))
         written, _ = self.self_attn(hidden_states=read, **kwargs)
@@ -163,22 +176,23 @@ class DepthReadingLayer(EvenkeelLlamaDecoderLayer):
 
 
 def _written(sources: Sources, output: torch.Tensor, opens_block: bool) -> Sources:
-    """The sources once a sub-layer has given its output: one more, or one that has grown."""
+    """Return the sources after a sub-layer: with its output as one more, or added to the newest."""
     newest, earlier = sources
     return (output, (*earlier, newest)) if opens_block else (newest + output, earlier)
 
 
-def _norm(config: EvenkeelLlamaConfig) -> nn.Module:
+def _norm(config: EvenkeelLlamaConfig) -> Any:
     return (SeeDNorm if config.seednorm else LlamaRMSNorm)(config.hidden_size, eps=config.rms_norm_eps)
 
 
 class EvenkeelLlamaPreTrainedModel(LlamaPreTrainedModel):
-    """What transformers must know of the classes below."""
+    """The declarations that transformers reads."""
 
     config: EvenkeelLlamaConfig
     config_class = EvenkeelLlamaConfig
-    _no_split_modules: ClassVar = ["EvenkeelLlamaDecoderLayer", "DepthReadingLayer"]
-    _can_record_outputs: ClassVar = {
+    # transformers declares these two as instance variables.
+    _no_split_modules: ClassVar = ["EvenkeelLlamaDecoderLayer", "DepthReadingLayer"]  # type: ignore[misc]
+    _can_record_outputs: ClassVar = {  # type: ignore[misc]
         "hidden_states": EvenkeelLlamaDecoderLayer,
         "attentions": [LlamaAttention, Qwen3Attention],
     }
@@ -195,7 +209,7 @@ class EvenkeelLlamaPreTrainedModel(LlamaPreTrainedModel):
 
 
 class EvenkeelLlamaModel(EvenkeelLlamaPreTrainedModel, LlamaModel):
-    """Embedding, blocks and final norm; LLaMA's forward passes on whatever the blocks give each other."""
+    """Embedding, blocks and final norm. LLaMA's forward passes on whatever a block returns."""
 
     def __init__(self, config: EvenkeelLlamaConfig) -> None:
         LlamaPreTrainedModel.__init__(self, config)
@@ -210,7 +224,7 @@ class EvenkeelLlamaModel(EvenkeelLlamaPreTrainedModel, LlamaModel):
 
 
 class EvenkeelLlamaForCausalLM(EvenkeelLlamaPreTrainedModel, LlamaForCausalLM):
-    """The language model; generates with the stock KV cache, since depth is read anew for every token."""
+    """The language model. It generates with the stock KV cache, because depth is read again for every token."""
 
     def __init__(self, config: EvenkeelLlamaConfig) -> None:
         LlamaPreTrainedModel.__init__(self, config)

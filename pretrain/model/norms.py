@@ -2,14 +2,15 @@
 
     y = c γ (x - m) / sqrt(mean((x - m)²) + eps)      m = 0: RMSNorm;  m = mean(x): LayerNorm without a bias
 
-γ is trained, a gain for each channel or one for all; c is a constant. The product c γ is made of the gain, in float32,
-and then cast to the precision that forward computes in: so an export that stores c γ multiplies by the very same gain.
-Rounding is that of Hugging Face's RMSNorm: float32 up to the normalized value, which is cast before the gain.
+γ is trained, a gain for each channel or one for all. c is a constant. The product c γ is computed in float32 and then
+cast to the precision that forward computes in, so an export that stores c γ multiplies by exactly the same gain. Rounding
+is that of Hugging Face's RMSNorm: float32 up to the normalized value, which is cast before the gain.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,14 @@ FINAL_NORMS = ("model.norm", "transformer.ln_f")
 
 @dataclass(frozen=True)
 class NormKind:
-    """gains: trained gains, the hidden size or 1. centred: subtract the mean. factor: c."""
+    """The form of a norm.
+
+    Attributes:
+        eps: the eps of the formula.
+        gains: the number of trained gains, the hidden size or 1.
+        centred: whether m is the mean of x.
+        factor: c.
+    """
 
     eps: float
     gains: int
@@ -33,15 +41,15 @@ class NormKind:
 
 
 def scaled(gain: torch.Tensor, factor: float) -> torch.Tensor:
-    """`factor` times a gain or a bias, computed in float32, in its own precision.
+    """Return `factor` times a gain or a bias, computed in float32 and cast to its precision.
 
-    A product: a GPU divides by a constant otherwise than a CPU does, in the last bit.
+    It is a product because the last bit of a division by a constant differs between GPUs and CPUs.
     """
     return gain if factor == 1.0 else (gain.float() * factor).to(gain.dtype)
 
 
 class Norm(nn.Module):
-    """The norm of one `NormKind`. Its gain is called `weight`, as in the stock norms."""
+    """A norm of one `NormKind`. Its gain is called `weight`, as in the stock norms."""
 
     def __init__(self, kind: NormKind) -> None:
         super().__init__()
@@ -49,7 +57,11 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(kind.gains))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden: (..., hidden_size) of any float dtype, which the result has too."""
+        """Return the normalized values.
+
+        Args:
+            hidden: (..., hidden_size) of any float dtype, which the result has too.
+        """
         values = hidden.float()
         if self.kind.centred:
             values = values - values.mean(-1, keepdim=True)
@@ -58,7 +70,7 @@ class Norm(nn.Module):
 
 
 class ScaledLayerNorm(nn.LayerNorm):
-    """GPT-2's norm, gain and bias times a constant."""
+    """GPT-2's norm with gain and bias multiplied by a constant."""
 
     def __init__(self, hidden_size: int, eps: float, factor: float) -> None:
         super().__init__(hidden_size, eps=eps)
@@ -70,7 +82,7 @@ class ScaledLayerNorm(nn.LayerNorm):
 
 
 class ScaledSeeDNorm(SeeDNorm):
-    """SeeDNorm, what it gives times a constant: both terms of its gain are."""
+    """SeeDNorm with both terms of its gain, and so its output, multiplied by a constant."""
 
     def __init__(self, hidden_size: int, eps: float, factor: float) -> None:
         super().__init__(hidden_size, eps)
@@ -81,21 +93,27 @@ class ScaledSeeDNorm(SeeDNorm):
 
 
 def is_stream_norm(module: str) -> bool:
-    """Whether the module of this name norms the residual stream: in a block or at the end, not the values of heads."""
+    """Return whether the module of this name normalizes the residual stream: in a block or at the end, not in a head."""
     return module.endswith(BLOCK_NORMS) or module in FINAL_NORMS
 
 
 def stream_norms(model: nn.Module) -> list[str]:
-    """The names of the model's norms of the residual stream."""
+    """Return the names of the model's norms of the residual stream."""
     return [name for name, _ in model.named_modules() if is_stream_norm(name)]
 
 
-def change_norm(model: nn.Module, name: str, **changes: float | bool) -> None:
-    """Give the RMSNorm `name` of `model`, a stock one or a `Norm`, other fields of its `NormKind`.
+def change_norm(model: nn.Module, name: str, **changes: Any) -> None:
+    """Replace an RMSNorm by one of another form.
 
-    Raises TypeError for another module.
+    Args:
+        model: the model.
+        name: the name of a stock RMSNorm or a `Norm` in it.
+        changes: fields of `NormKind`.
+
+    Raises:
+        TypeError: for another kind of module.
     """
-    old = model.get_submodule(name)
+    old: Any = model.get_submodule(name)
     if isinstance(old, Norm):
         kind = old.kind
     elif hasattr(old, "variance_epsilon"):

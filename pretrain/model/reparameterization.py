@@ -1,13 +1,13 @@
 """Modules that multiply by a function of their stored weight, W̄ = f(W, s), with trained factors s or without.
 
 f is computed in float32 on the weight, then cast to the precision that forward computes in. So an export that stores
-f(W, s) computes the very same (pretrain/methods/*: `fold`). Three things make it work on sharded weights:
+f(W, s) computes exactly the same (pretrain/methods/*: `fold`). Three things make it work on sharded weights:
 
-- W and s are parameters of one module, because under ZeRO-3 a module sees its full weights only in its own forward;
-- W̄ is made anew in the backward pass instead of being kept from forward to backward: kept, the W̄ of all modules
-  would be a full copy of the model on every rank;
-- under bf16 and fp16, s itself would be rounded to 8 or 11 bits. `exact_scale`, float32, is what forward takes instead
-  when `follow_masters` has fetched it from the optimizer; gradients go to s all the same.
+- W and s are parameters of one module, because under ZeRO-3 a module has its full weights only in its own forward.
+- W̄ is computed again in the backward pass instead of being kept from forward to backward. If they were kept, the W̄ of
+  all modules would be a full copy of the model on every rank.
+- Under bf16 and fp16, s itself would be rounded to 8 or 11 bits. Forward uses `exact_scale`, float32, instead, when
+  `follow_masters` has fetched it from the optimizer. Gradients still go to s.
 """
 
 from __future__ import annotations
@@ -19,33 +19,40 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-SCALE = ".weight_scale"  # after the module's name: the factors' own
+SCALE = ".weight_scale"  # the name of the factors, after that of the module
 
 
 class Effective:
-    """The function f of one module. Override what it needs; by default there are no factors, and biases stay as they are.
+    """The function f of one module. By default there are no factors, and biases stay as they are.
 
-    bias_factor: what forward multiplies the bias beside the weight by, in float32.
+    Attributes:
+        bias_factor: the factor that forward multiplies the bias beside the weight by, in float32.
     """
 
     bias_factor: float = 1.0
 
     def scale_shape(self, outputs: int) -> tuple[int, ...] | None:
-        """The shape of the trained factors s for a matrix of so many outputs; None where there are none."""
+        """Return the shape of the trained factors s for a matrix of so many outputs. None where there are none."""
 
     def advance(self, weight: torch.Tensor) -> None:
-        """Called in each forward pass of training before W̄ is made, recomputation in backward included.
+        """Update the state of f. Called in each forward pass of training before W̄ is computed, also in recomputation.
 
-        weight: as in `__call__`, in any precision, without gradients.
+        Args:
+            weight: (outputs, inputs), however the module stores it, in any precision, without gradients.
         """
 
     def __call__(self, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-        """weight: (outputs, inputs) float32, whichever way the module stores it. scale: float32. Differentiable."""
+        """Return W̄, differentiable.
+
+        Args:
+            weight: W, (outputs, inputs) float32, however the module stores it.
+            scale: s, float32. None where there are no factors.
+        """
         raise NotImplementedError
 
 
 class Multiple(Effective):
-    """W̄ = c W with a constant c, by which the bias is multiplied too if `with_bias`."""
+    """W̄ = c W with a constant c, which multiplies the bias too if `with_bias`."""
 
     def __init__(self, factor: float, with_bias: bool = False) -> None:
         self.factor = factor
@@ -58,16 +65,20 @@ class Multiple(Effective):
 def applied(
     effective: Effective, weight: torch.Tensor, scale: torch.Tensor | None = None, input_major: bool = False
 ) -> torch.Tensor:
-    """W̄ in float32, stored the way `weight` is: (outputs, inputs), or (inputs, outputs) if `input_major`.
+    """Return W̄ in float32. Forward and fold both call this, so that they agree to the bit.
 
-    Forward and fold both call this, so that they agree to the bit.
+    Args:
+        effective: f.
+        weight: W, (outputs, inputs), or (inputs, outputs) if `input_major`. W̄ has the same shape.
+        scale: s, float32. None where there are no factors.
+        input_major: whether the weight is stored as (inputs, outputs).
     """
     result = effective(_outputs_first(weight.float(), input_major), scale)
     return result.T if input_major else result
 
 
 def applied_to_bias(effective: Effective, bias: torch.Tensor) -> torch.Tensor:
-    """The bias that forward adds, in the precision of the stored one."""
+    """Return the bias that forward adds, in the precision of the stored one."""
     return bias if effective.bias_factor == 1.0 else (bias.float() * effective.bias_factor).to(bias.dtype)
 
 
@@ -76,47 +87,59 @@ def _outputs_first(weight: torch.Tensor, input_major: bool) -> torch.Tensor:
 
 
 class Reparameterized(nn.Module):
-    """What the modules below have in common. `effective` None: the stored weight is what forward multiplies by."""
+    """The common part of the modules below.
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    input_major = False  # stored as (inputs, outputs)
+    Attributes:
+        input_major: whether the weight is stored as (inputs, outputs).
+        effective: f. None: forward multiplies by the stored weight.
+        weight_scale: s, if f has factors.
+        exact_scale: s in float32, on the device of the module, once `follow_masters` has fetched it.
+    """
+
+    # The stock classes declare these two in different ways: a parameter, and a parameter or None.
+    weight: Any
+    bias: Any
+    input_major = False
 
     def reparameterize(self, effective: Effective | None, outputs: int) -> None:
-        """To be called in `__init__`, where ZeRO-3 takes up the new parameter."""
+        """Add the factors. Call it in `__init__`, where ZeRO-3 partitions the new parameter."""
         self.effective = effective
         shape = effective.scale_shape(outputs) if effective else None
         self.weight_scale = None if shape is None else nn.Parameter(torch.ones(shape))
         self.exact_scale: torch.Tensor | None = None
 
     def effective_weight(self) -> torch.Tensor:
-        """W̄ in the shape and precision of the stored weight; keeps nothing but W and s for the backward pass."""
+        """Return W̄ in the shape and precision of the stored weight. Keeps only W and s for the backward pass."""
         if self.effective is None:
             return self.weight
-        self._advance()
+        self._advance(self.effective)
         return _EffectiveWeight.apply(self, self.weight, self.weight_scale)
 
     def product(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden W̄ᵀ + bias; keeps nothing but `hidden`, W and s for the backward pass."""
-        self._advance()
+        """Return hidden W̄ᵀ + bias. Keeps only `hidden`, W and s for the backward pass."""
+        assert self.effective is not None
+        self._advance(self.effective)
         bias = self.bias if self.bias is None else applied_to_bias(self.effective, self.bias)
         return _Product.apply(self, hidden, self.weight, self.weight_scale, bias)
 
     def multiply(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """What the stock module does with `hidden`, to the bit."""
+        """Return what the stock module makes of `hidden`, to the bit."""
         raise NotImplementedError
 
-    def _advance(self) -> None:
+    def _advance(self, effective: Effective) -> None:
         if self.training:
-            self.effective.advance(_outputs_first(self.weight.detach(), self.input_major))
+            effective.advance(_outputs_first(self.weight.detach(), self.input_major))
 
     def _compute(self, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
-        """W̄ from the stored weight and float32 factors."""
+        """Return W̄ from the stored weight and float32 factors."""
+        assert self.effective is not None
         return applied(self.effective, weight, scale, self.input_major).to(weight.dtype)
 
     def _scale_value(self, scale: torch.Tensor | None) -> torch.Tensor | None:
-        """The factors as forward takes them."""
-        return scale if scale is None else scale.float() if self.exact_scale is None else self.exact_scale
+        """Return the factors as forward uses them."""
+        if scale is None:
+            return None
+        return scale.float() if self.exact_scale is None else self.exact_scale
 
 
 class ReparameterizedLinear(Reparameterized, nn.Linear):
@@ -129,7 +152,7 @@ class ReparameterizedLinear(Reparameterized, nn.Linear):
         self.reparameterize(effective, out_features)
 
     def remade(self, effective: Effective) -> ReparameterizedLinear:
-        """A new module of this kind and size that computes with `effective`."""
+        """Return a new module of this kind and size that computes with `effective`."""
         return ReparameterizedLinear(self.in_features, self.out_features, self.bias is not None, effective)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -151,28 +174,30 @@ class ReparameterizedConv1D(Reparameterized, Conv1D):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.product(hidden)
 
-    def multiply(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def multiply(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        assert bias is not None  # a Conv1D has one
         flat = torch.addmm(bias, hidden.view(-1, hidden.size(-1)), weight)
         return flat.view(*hidden.shape[:-1], self.nf)
 
 
 class ReparameterizedEmbedding(Reparameterized, nn.Embedding):
-    """`nn.Embedding` with W̄, made of the rows that are looked up: f must treat all rows alike and each by itself."""
+    """`nn.Embedding` with W̄, made of the rows that are looked up: f must treat all rows in one way, each by itself."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None, effective: Effective) -> None:
         super().__init__(num_embeddings, embedding_dim, padding_idx)
         self.reparameterize(effective, num_embeddings)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        assert self.effective is not None
         rows = super().forward(ids)
-        scale = self.weight_scale
+        scale: torch.Tensor | None = self.weight_scale
         if scale is not None and self.exact_scale is not None:
             scale = self.exact_scale + (scale - scale.detach()).float()  # the exact value, and a gradient for s
         return self.effective(rows.float(), None if scale is None else scale.float()).to(rows.dtype)
 
 
 class _MadeAgain:
-    """W̄ for the backward pass, with what leads from its gradient to those of W and s."""
+    """W̄, computed again for the backward pass, and the graph that leads from its gradient to those of W and s."""
 
     def __init__(self, module: Reparameterized, weight: torch.Tensor, scale: torch.Tensor | None) -> None:
         self.scale, value = scale, module._scale_value(scale)
@@ -181,13 +206,13 @@ class _MadeAgain:
             self.made = module._compute(self.leaves[0], self.leaves[1] if scale is not None else None)
 
     def gradients(self, of_made: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Of W and s, from that of W̄."""
+        """Return the gradients of W and s from that of W̄."""
         of_weight, *rest = torch.autograd.grad(self.made, self.leaves, of_made)
-        return of_weight, rest[0].to(self.scale.dtype) if rest else None
+        return of_weight, None if self.scale is None else rest[0].to(self.scale.dtype)
 
 
 class _EffectiveWeight(torch.autograd.Function):
-    """W̄ for who needs it as a tensor and keeps none of it."""
+    """W̄ as a tensor, of which nothing is kept for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, module: Reparameterized, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
@@ -229,10 +254,18 @@ class _Product(torch.autograd.Function):
 
 
 def reparameterize(model: nn.Module, name: str, effective: Effective) -> None:
-    """Replace the module `name` of `model` (nn.Linear, Conv1D, nn.Embedding or the head) by one that computes with
-    `effective` of its weight. A tied weight must be tied again afterwards. Raises TypeError for another module.
+    """Replace a module by one that computes with a function of its weight. A tied weight must be tied again afterwards.
+
+    Args:
+        model: the model.
+        name: the name of an nn.Linear, a Conv1D, an nn.Embedding or the head in it.
+        effective: the function.
+
+    Raises:
+        TypeError: for another kind of module.
     """
     old = model.get_submodule(name)
+    new: nn.Module
     if isinstance(old, ReparameterizedLinear):
         new = old.remade(effective)
     elif isinstance(old, nn.Linear):
