@@ -1,1 +1,1 @@
-"""What a person watches while a run goes on, and where it is written."""
+"""Measurements that a person watches during a run, and the files and services that get them."""

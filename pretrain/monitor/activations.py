@@ -1,8 +1,8 @@
 """Massive activations: the extremes of the residual stream after each block.
 
-On the probe batch, per layer (Sun et al. 2024, "Massive Activations in Large Language Models"): the largest |h|, the
-median |h|, and the excess kurtosis E[(h − h̄)⁴]/σ⁴ − 3 over channels, averaged over tokens. In training itself, the
-largest |h| alone.
+On the probe batch, for each layer (Sun et al. 2024, "Massive Activations in Large Language Models"): the largest |h|, the
+median |h|, and the excess kurtosis E[(h − h̄)⁴]/σ⁴ − 3 over channels, averaged over tokens. In training, only the largest
+|h|.
 """
 
 from __future__ import annotations

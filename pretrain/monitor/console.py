@@ -1,4 +1,4 @@
-"""The one line that a run prints per interval, and how much memory it has used."""
+"""The line that a run prints at each interval, and the memory that it has used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pretrain.monitor.throughput import Pace
 
 
 def progress_line(step: int, total: int, loss: float, grad_norm: float | None, lr: float, pace: Pace) -> str:
-    """Step, loss, gradient norm, learning rate, speed, share of time waiting for data, time left."""
+    """Return step, loss, gradient norm, learning rate, speed, share of time waiting for data, and time left."""
     mfu = f"mfu {pace.mfu:.1%}  " if pace.mfu is not None else ""
     norm = "-" if grad_norm is None else f"{grad_norm:.3f}"
     return (
@@ -22,7 +22,7 @@ def progress_line(step: int, total: int, loss: float, grad_norm: float | None, l
 
 
 def memory_bytes() -> int:
-    """Peak memory of this rank so far: the GPU's allocator's, or the process's resident set on CPU."""
+    """Return the peak memory of this rank so far: of the GPU's allocator, or the resident set on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,4 +1,4 @@
-"""Files that grow by whole lines, on disks that may be full: what is not taken now is kept, and written when it is."""
+"""Files that grow by whole lines, on disks that may be full: a line that cannot be written is kept and written later."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ import os
 from collections import deque
 from pathlib import Path
 
-KEPT_BYTES = 64 << 20  # of lines that wait for room
+KEPT_BYTES = 64 << 20  # the most that waiting lines take in memory
 
 log = logging.getLogger("evenkeel")
 
 
 class Lines:
-    """Appends lines to the file at `path`, which no other process writes to. A half-written last line is dropped first.
+    """Appends lines to a file that no other process writes to. A half-written last line is dropped first.
 
-    fault: why the last line could not be written; None if the disk has all. lost: lines given up because too many waited.
+    Attributes:
+        path: the file.
+        fault: the error at the last line. None if the disk has all lines.
+        lost: lines given up because too many waited.
     """
 
     def __init__(self, path: Path) -> None:
@@ -25,15 +28,15 @@ class Lines:
         self._descriptor: int | None = None
         self._waiting: deque[bytes] = deque()
         self._waiting_bytes = 0
-        self._cut_at: int | None = None  # where a line begins that is on the disk in part
+        self._cut_at: int | None = None  # the start of a line of which the disk has a part
 
     @property
     def waiting(self) -> int:
-        """Lines that are kept in memory."""
+        """The number of lines that are kept in memory."""
         return len(self._waiting)
 
     def append(self, line: str) -> None:
-        """Write `line` and a line break after what waits. (A log record of several lines counts as one.)"""
+        """Write `line` and a line break after the lines that wait. A log record of several lines counts as one."""
         self._waiting.append(line.encode(errors="backslashreplace") + b"\n")
         self._waiting_bytes += len(self._waiting[-1])
         self.flush()
@@ -42,7 +45,7 @@ class Lines:
             self.lost += 1
 
     def flush(self) -> None:
-        """Write what waits, as far as the disk takes it."""
+        """Write the lines that wait, as far as the disk takes them."""
         try:
             while self._waiting:
                 self._write(self._waiting[0])
@@ -53,13 +56,13 @@ class Lines:
             self.fault = None
 
     def close(self) -> None:
-        """Write what waits, for the last time."""
+        """Write the lines that wait, for the last time."""
         self.flush()
         if self._descriptor is not None:
             os.close(self._descriptor)
 
     def _write(self, line: bytes) -> None:
-        """The whole line, or nothing of it."""
+        """Write the whole line, or nothing of it."""
         if self._descriptor is None:
             end_last_line(self.path)
             self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -97,21 +100,24 @@ def end_last_line(path: Path) -> None:
 
 
 class LogFile(logging.Handler):
-    """Log records as lines of a file. That the disk does not take them is said to the other handlers, once each time."""
+    """A handler that writes log records as lines of a file.
+
+    When the disk stops taking them, the other handlers get one warning.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self._lines, self._said = Lines(path), False
+        self._lines, self._fault_logged = Lines(path), False
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self._lines.append(self.format(record))
-        except Exception:  # of the record: logging's own way is to print it
+        except Exception:  # from the record itself, which logging reports by printing it
             self.handleError(record)
-        if bool(self._lines.fault) != self._said:
-            self._said = not self._said
-            if self._said:
-                log.warning(f"cannot write to {self._lines.path} ({self._lines.fault.strerror}); its lines are kept")
+        fault, was_logged = self._lines.fault, self._fault_logged
+        self._fault_logged = fault is not None  # set before the warning below, which comes back to this handler
+        if fault is not None and not was_logged:
+            log.warning(f"cannot write to {self._lines.path} ({fault.strerror}); its lines are kept")
 
     def close(self) -> None:
         self._lines.close()

@@ -12,7 +12,11 @@ log = logging.getLogger("evenkeel")
 
 
 def log_to(path: Path, console: bool) -> None:
-    """Send this package's log to `path`, and to stdout: all of it with `console`, else errors only."""
+    """Send this package's log to the file `path` and to stdout.
+
+    Args:
+        console: whether stdout gets all of it. If not, it gets errors only.
+    """
     log.handlers.clear()
     log.setLevel(logging.INFO)
     log.propagate = False

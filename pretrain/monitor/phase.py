@@ -1,4 +1,4 @@
-"""What this rank is doing right now, for whoever has to tell where a run stands when it stands still."""
+"""The phase of work that this rank is in, so that a run that hangs can say where."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ _MIRROR_BYTES = 256
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of work. number: how many phases this rank has entered; began: on the monotonic clock."""
+    """One stretch of work.
+
+    Attributes:
+        step: the optimizer step that it belongs to.
+        number: how many phases this rank has entered.
+        began: its start, in seconds of the monotonic clock.
+    """
 
     name: str = "starting"
     step: int = 0
@@ -22,7 +28,7 @@ class Phase:
 
     @property
     def seconds(self) -> float:
-        """How long it has taken so far."""
+        """The time that it has taken so far."""
         return time.monotonic() - self.began
 
 
@@ -31,25 +37,26 @@ _mirror: int | None = None
 
 
 def enter(name: str, step: int | None = None) -> None:
-    """Begin the phase `name`, of optimizer step `step` or the one of the phase before."""
+    """Begin the phase `name` of optimizer step `step`, by default the step of the phase before."""
     global _current
     _current = Phase(name, _current.step if step is None else step, _current.number + 1)
     _reflect()
 
 
 def current() -> Phase:
+    """Return the phase that this rank is in."""
     return _current
 
 
 def mirror(path: Path) -> None:
-    """Keep the phase in a file from now on, where it stays whatever becomes of this process."""
+    """Keep the phase in a file from now on. The file remains if this process is killed."""
     global _mirror
     _mirror = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     _reflect()
 
 
 def read_mirror(path: Path) -> str:
-    """ "'forward' of step 7", as another rank left it; '' where there is nothing."""
+    """Return the phase in another rank's file, as "'forward' of step 7". Empty if there is no file."""
     return path.read_bytes().rstrip(b"\0").decode(errors="replace") if path.exists() else ""
 
 

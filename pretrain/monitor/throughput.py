@@ -16,12 +16,12 @@ from transformers import PreTrainedConfig
 
 from pretrain.model.layout import Weight
 
-# Dense bf16 tensor-core peaks in FLOP/s from the vendors' data sheets (without sparsity), by a part of the device name.
+# Dense bf16 tensor-core peaks (without sparsity) from the vendors' data sheets, in FLOP/s, by a part of the device's name.
 _PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "MI300X": 1307e12}
 
 
 def flops_per_token(weights: list[Weight], config: PreTrainedConfig, seq_len: int) -> float:
-    """FLOPs that training spends on one token of a sequence of `seq_len` tokens."""
+    """Return the FLOPs that training spends on one token of a sequence of `seq_len` tokens."""
     multiplied = sum(w.numel for w in weights if w.in_block_matrix or w.role in ("head", "projection"))
     if not any(w.role == "head" for w in weights):  # tied: the embedding serves as head
         multiplied += sum(w.numel for w in weights if w.role == "embed")
@@ -31,7 +31,7 @@ def flops_per_token(weights: list[Weight], config: PreTrainedConfig, seq_len: in
 
 
 def peak_flops() -> float | None:
-    """The dense bf16 peak of this rank's GPU; None on a CPU or an unknown device, where no MFU is reported."""
+    """Return the dense bf16 peak of this rank's GPU in FLOP/s. None on a CPU or an unknown device: no MFU is reported there."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
@@ -40,7 +40,13 @@ def peak_flops() -> float | None:
 
 @dataclass(frozen=True)
 class Pace:
-    """One interval's speed, over all ranks."""
+    """The speed of one interval, of all ranks together.
+
+    Attributes:
+        data_wait: the share of the interval in which this rank waited for data.
+        mfu: model FLOPs utilization, None where the peak is not known.
+        remaining_s: the time that the rest of the run takes at this speed.
+    """
 
     tokens_per_s: float
     step_time_s: float
@@ -50,27 +56,33 @@ class Pace:
 
 
 class Throughput:
-    """Measures the pace between calls of `lap`; evaluation and saving are left out with `pause` and `resume`."""
+    """Measures the pace between calls of `lap`. Evaluation and saving are left out with `pause` and `resume`."""
 
     def __init__(self, tokens_per_step: int, flops_per_token: float, world_size: int, step: int) -> None:
-        """`step`: the optimizer steps already done."""
+        """Start the clock after `step` optimizer steps."""
         self.tokens_per_step, self.flops_per_token, self.world_size = tokens_per_step, flops_per_token, world_size
         self._step, self._waited_s = step, 0.0
         self._started = time.perf_counter()
         self._paused_at = self._paused_s = 0.0
 
     def restart(self, step: int) -> None:
-        """Measure from now on, where `step` steps are done."""
+        """Start the clock again, after `step` optimizer steps."""
         self._step, self._started, self._paused_s = step, time.perf_counter(), 0.0
 
     def pause(self) -> None:
+        """Stop the clock."""
         self._paused_at = time.perf_counter()
 
     def resume(self) -> None:
+        """Let the clock continue."""
         self._paused_s += time.perf_counter() - self._paused_at
 
     def lap(self, step: int, total_steps: int, waited_s: float) -> Pace:
-        """The pace since the last lap; `waited_s` is how long this rank has waited for data since the start."""
+        """Return the pace since the last lap, which ends at `step` of `total_steps`.
+
+        Args:
+            waited_s: how long this rank has waited for data since the start of the run.
+        """
         now = time.perf_counter()
         elapsed, steps = now - self._started - self._paused_s, step - self._step
         waited = waited_s - self._waited_s

@@ -1,6 +1,6 @@
-"""Reads back which rows the offline files of wandb hold, as what a killed process had not flushed is not there.
+"""A reader of wandb's offline files, which says what rows they hold. A killed process has not flushed all of its rows.
 
-A `.wandb` file is a log of protocol buffers in LevelDB's format, after a header of 7 bytes: blocks of 32 KiB, with records
+A `.wandb` file is a log of protocol buffers in LevelDB's format, after a header of 7 bytes. Blocks of 32 KiB hold records
 of a checksum (4 bytes), a length (2), a type (1: whole, 2: first, 3: middle, 4: last part) and content.
 """
 
@@ -10,26 +10,31 @@ import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 _HEADER, _BLOCK = struct.Struct("<IHB"), 1 << 15
 _FILE_HEADER = b":W&B"
 
 
 def steps_in_files(folder: Path, run_id: str) -> int:
-    """One more than wandb's last step in the run folder's offline files of the run `run_id`; 0 if there is none."""
+    """Return one more than wandb's last step in the offline files of the run `run_id`, 0 if there are none.
+
+    Args:
+        folder: the run folder.
+    """
     files = folder.glob(f"wandb/offline-run-*-{run_id}/*.wandb")
     return max((step + 1 for file in files for step in history_steps(file)), default=0)
 
 
 def history_steps(path: Path) -> Iterator[int]:
-    """wandb's step of each row in a `.wandb` file, as far as that is whole."""
+    """Yield wandb's step of each row in a `.wandb` file, as far as the file is whole."""
     for row in history(path):
         yield int(row["_step"])
 
 
-def history(path: Path) -> Iterator[dict]:
-    """The rows that have been logged into a `.wandb` file, as far as it is whole."""
-    from wandb.proto.wandb_internal_pb2 import Record
+def history(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows that were logged into a `.wandb` file, as far as it is whole."""
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # chosen by protobuf's version
 
     for content in _records(path.read_bytes()):
         record = Record.FromString(content)
@@ -40,6 +45,7 @@ def history(path: Path) -> Iterator[dict]:
 
 
 def _records(data: bytes) -> Iterator[bytes]:
+    """Yield the content of each whole record."""
     if not data.startswith(_FILE_HEADER):
         return
     at, parts = 7, []

@@ -1,10 +1,10 @@
-"""Brings the rows of a run into wandb, in a process of its own: nothing that wandb does or waits for reaches training.
+"""The process that sends the rows of a run to wandb, so that nothing that wandb does or waits for reaches training.
 
     python -m pretrain.monitor.wandb_session RUN_FOLDER MODE      # started by pretrain/monitor/tracker.py
 
-`metrics.jsonl` is the truth, and wandb follows it. Row number n of those that are no events is wandb's step n, so wandb's
-own count says which rows it has: those that a server, or the offline files of the run folder, hold are not given again.
-Imports no torch: it starts in the time that wandb takes.
+`metrics.jsonl` is the record of the run, and wandb follows it. Rows other than events are numbered, and row n is wandb's
+step n. So wandb's own count says what it has. Rows that the server or the offline files of the run folder hold are not
+sent again. Imports no torch, to start in the time that wandb takes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, Literal, cast
 
 import yaml
 
@@ -32,29 +32,29 @@ from pretrain.files import write_text
 from pretrain.monitor.rows import AnyRow, parse_row
 from pretrain.monitor.wandb_files import steps_in_files
 
-INIT_S = 30  # that wandb may take to begin
+INIT_S = 30  # the time that wandb may take to begin
 POLL_S = 2.0
-LINGER_S = 60  # that the rest of the rows may take once the trainer is gone
-_LONGEST_REASON = 300  # letters
+LINGER_S = 60  # the time for the remaining rows once the trainer is gone
+_LONGEST_REASON = 300  # characters
 _MODES = {"run": "online", "dryrun": "offline"}  # wandb's older names
 _EVENT = b'{"kind": "event"'
-# wandb reads its settings from the environment, and passes over those that its version does not know.
+# wandb reads its settings from the environment, and ignores those that its version does not have.
 _SETTINGS = {"WANDB_CONSOLE": "off", "WANDB_INIT_TIMEOUT": str(INIT_S), "WANDB__TRANSACTION_LOG_FLUSH_INTERVAL": "2"}
 
 
 def asked_mode(otherwise: str) -> str:
-    """The mode that the variable WANDB_MODE asks for, under its present name; `otherwise` if it is not set."""
+    """Return the mode in the variable WANDB_MODE, under its present name, or `otherwise` if it is not set."""
     asked = os.environ.get("WANDB_MODE") or otherwise
     return _MODES.get(asked, asked)
 
 
 def fault_of_mode(mode: str) -> str | None:
-    """Why nothing can be tracked in this mode, which only the variable can have given; None if it can."""
+    """Return why nothing can be tracked in this mode, which only the variable can have set. None if it can."""
     return None if mode in ("online", "offline") else f"WANDB_MODE is '{mode}': only online and offline track a run."
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the message of an error on one line: pydantic, with which wandb checks its variables, takes several lines."""
+    """Return the message of an error on one line. pydantic, with which wandb checks its variables, takes several lines."""
     return shorten(str(error).rstrip("."), _LONGEST_REASON, placeholder=" ...") or type(error).__name__
 
 
@@ -82,10 +82,24 @@ class NumberedRows:
 
 
 class Session:
-    """One wandb run under way, the same one at every start of the run: its id is in `wandb_id` in the run folder."""
+    """The wandb run of a run folder. Every start of the run continues it: its id is in the file `wandb_id`.
+
+    Attributes:
+        first: number of the first row that wandb does not have.
+        place: where the run is tracked: a URL, or a folder of offline files.
+    """
 
     def __init__(self, folder: Path, mode: str) -> None:
-        """mode: online or offline. Takes up to INIT_S seconds, and raises whatever wandb raises."""
+        """Start wandb, which takes up to INIT_S seconds.
+
+        Args:
+            folder: the run folder.
+            mode: online or offline.
+
+        Raises:
+            UserError: the mode is another one.
+            BaseException: whatever wandb raises.
+        """
         if fault := fault_of_mode(mode):
             raise UserError(fault)
         for name, value in _SETTINGS.items():
@@ -104,7 +118,7 @@ class Session:
             id=run_id,
             resume="allow",
             dir=str(folder),
-            mode=mode,
+            mode=cast(Literal["online", "offline"], mode),
             config=config,
         )
         self._run.define_metric("*", step_metric="step")
@@ -120,7 +134,7 @@ class Session:
         return sent
 
     def finish(self, exit_code: int = 0) -> None:
-        """Wait until wandb has all rows where they belong. exit_code: of the run."""
+        """Wait until wandb has stored all rows. exit_code: that of the run."""
         self._run.finish(exit_code=exit_code)
 
 
@@ -147,7 +161,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @contextmanager
 def alone(folder: Path, patience_s: float) -> Iterator[None]:
-    """Hold the run's place in wandb. UserError if another process does so for longer than `patience_s`."""
+    """Keep other processes from sending the rows of this run folder. UserError if one does so for `patience_s` seconds."""
     deadline = time.monotonic() + patience_s
     with open(folder / ".wandb_lock", "w", encoding="utf-8") as file:
         while True:
@@ -162,7 +176,11 @@ def alone(folder: Path, patience_s: float) -> Iterator[None]:
 
 
 def follow(folder: Path, mode: str, say: Callable[..., None]) -> None:
-    """Give wandb each row as it comes, until the trainer closes stdin or is gone; then the rest, within LINGER_S."""
+    """Send each row as it comes, until the trainer closes stdin or is gone. Then send the rest, within LINGER_S.
+
+    Args:
+        say: called with `on` and the place once tracking works.
+    """
     with alone(folder, LINGER_S):
         session = Session(folder, mode)
         say(on=str(session.place))
@@ -174,14 +192,15 @@ def follow(folder: Path, mode: str, say: Callable[..., None]) -> None:
 
 
 def _exit_code(folder: Path) -> int:
-    """That of the run, as its status says."""
+    """Return the exit code of the run from its status."""
     return json.loads((folder / "status.json").read_text(encoding="utf-8")).get("exit_code", 0)
 
 
 def main() -> None:
+    """Track the run, and report on stdout, one JSON object a line, that tracking works (`on`) or why not (`off`)."""
     startup.begin()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # the trainer says when to end, or its end does
+        signal.signal(number, signal.SIG_IGN)  # stdin says when to end: the trainer closes it, or is gone
     channel = os.dup(1)
     os.dup2(2, 1)
 
@@ -194,7 +213,7 @@ def main() -> None:
     except BaseException as error:  # wandb also raises SystemExit
         say(off=reason_of(error))
         os._exit(1)
-    os._exit(0)  # what wandb would do at exit waits for a server that may be away
+    os._exit(0)  # at exit wandb would wait for a server that may be away
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""One run from its plan to its exit code."""
+"""One run, from its plan to its exit code."""

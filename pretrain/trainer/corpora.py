@@ -1,4 +1,4 @@
-"""The corpora that a run reads: opened, checked against its tokenizer, cut into samples and mixed in the run's order."""
+"""The corpora that a run reads, checked against its tokenizer, cut into samples and mixed in the run's order."""
 
 from __future__ import annotations
 
@@ -28,10 +28,14 @@ from pretrain.errors import UserError
 
 @dataclass(frozen=True)
 class Corpora:
-    """What a run trains on and is evaluated on.
+    """The training and validation samples of a run.
 
-    sources: the samples of each corpus of `data.train`. tokenizer_fingerprint: of the run's tokenizer. bos_id: the token
-    before every document, None: no other than the separator that ended the one before. beginning: the same for people.
+    Attributes:
+        tokenizer_fingerprint: that of the run's tokenizer.
+        bos_id: the token before every document. None if only the separator that ended the document before stands there.
+        beginning: `bos_id` in words.
+        sources: the samples of each corpus of `data.train`.
+        val: the validation samples.
     """
 
     data: DataSection
@@ -49,12 +53,12 @@ class Corpora:
 
     @cached_property
     def mixture(self) -> Mixture:
-        """Which source each sample of the run comes from."""
+        """The source of each sample of the run."""
         return Mixture([source.weight for source in self.data.train])
 
     @property
     def fingerprint(self) -> str:
-        """Stands for which tokens every sample of the run holds, given its seed and sequence length."""
+        """A digest of the tokens in every sample of the run, given its seed and sequence length."""
         data = self.data
         parts = [
             [source.shards.fingerprint for source in self.sources],
@@ -64,7 +68,7 @@ class Corpora:
         return content_hash([*parts, windows, data.packing, data.document_attention])
 
     def feed(self) -> Feed:
-        """The training samples in the run's order; whoever takes it closes it."""
+        """Return the training samples in the run's order. The caller closes it."""
         streams = [
             Stream(samples, self._order(samples, derived_seed(self.seed, number)))
             for number, samples in enumerate(self.sources)
@@ -72,7 +76,7 @@ class Corpora:
         return Feed(streams, self.mixture)
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """How often each corpus has been read, by its path, after the run's first `samples` samples."""
+        """Return how often each corpus has been read, by its path, after the run's first `samples` samples."""
         taken = self.mixture.taken(samples).tolist()
         return {
             source.path: count / held.counts.sum().item()
@@ -80,19 +84,18 @@ class Corpora:
         }
 
     def describe(self, samples: int) -> str:
-        """The corpora as a person reads it, for a run of `samples` samples."""
-        lines = [
-            f"{source.shards.tokens:,} training tokens of {path}"
-            + f", {float(weight):.2%} of the samples" * (len(self.sources) > 1)
-            + f"; the run takes {epochs:.2f} epochs of them"
-            for source, weight, (path, epochs) in zip(
-                self.sources, self.mixture.weights, self.epochs(samples).items(), strict=True
-            )
-        ]
-        if self.data.packing == "best_fit":
+        """Describe the corpora in lines for a person, for a run of `samples` samples."""
+        lines = []
+        for source, weight, (path, epochs) in zip(
+            self.sources, self.mixture.weights, self.epochs(samples).items(), strict=True
+        ):
+            share = f", {float(weight):.2%} of the samples" if len(self.sources) > 1 else ""
             lines.append(
-                f"whole documents packed: {min(s.utilization for s in self.sources):.2%} of the places hold a target"
+                f"{source.shards.tokens:,} training tokens of {path}{share}; the run takes {epochs:.2f} epochs of them"
             )
+        utilizations = [source.utilization for source in self.sources if isinstance(source, BestFit)]
+        if utilizations:
+            lines.append(f"whole documents packed: {min(utilizations):.2%} of the places hold a target")
         return ("\n" + " " * 10).join([*lines, self.beginning])
 
     def _order(self, samples: Samples, seed: int) -> Order:
@@ -105,25 +108,30 @@ class Corpora:
 def open_corpora(
     config: Config, tokenizer: PreTrainedTokenizerBase, data_ranks: int, rank: int | None = None, world_size: int = 1
 ) -> Corpora:
-    """Open what `config.data` names. Rank `rank` of `world_size` verifies its share of the shards, None all of them.
+    """Open the corpora that `config.data` names.
 
-    UserError where a corpus is damaged, was made with another tokenizer, holds too little, or is too large for the cache.
+    Args:
+        data_ranks: groups of ranks that read batches of their own.
+        rank: the rank that verifies its share of the shards, of `world_size` ranks. None verifies all of them.
+
+    Raises:
+        UserError: a corpus is damaged, was made with another tokenizer, holds too little, or is too large for the cache.
     """
     data = config.data
-    found, vocab_size = fingerprint(tokenizer), max(tokenizer.get_vocab().values()) + 1
+    digest, vocab_size = fingerprint(tokenizer), max(tokenizer.get_vocab().values()) + 1
     cache = CacheSettings(data.cache.path / "shards", int(data.cache.limit_gb * 1e9), data.cache.downloads)
     share = {} if rank is None else {"rank": rank, "world_size": world_size}
 
     def opened(location: str) -> Samples:
         shards = open_shards(location, verify=data.verify, vocab_size=vocab_size, cache=cache, **share)
-        check_tokenizer(shards, found, config.tokenizer)
+        check_tokenizer(shards, digest, config.tokenizer)
         return _cut(shards, data, vocab_size)
 
     sources = tuple(opened(source.path) for source in data.train)
     val = opened(data.val) if data.val else None
     bos_id = _bos_id([samples.shards for samples in (*sources, *([val] if val else []))], tokenizer)
     beginning = _beginning(bos_id, first_ids(tokenizer, config.tokenizer), tokenizer, data.document_attention)
-    corpora = Corpora(data, config.seed, found, bos_id, beginning, sources, val)
+    corpora = Corpora(data, config.seed, digest, bos_id, beginning, sources, val)
     _check_cache(corpora, config.eval.batches * data.global_batch_size)
     ranks = data_ranks if len(sources) == 1 else 1  # of a mixture a rank may have no sample of some source
     for samples, weight in zip(sources, corpora.mixture.weights, strict=True):
@@ -132,32 +140,32 @@ def open_corpora(
 
 
 def _bos_id(corpora: list[TokenShards], tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token before every document of all `corpora`. UserError if they differ in it."""
-    found = [shards.bos_before_documents(tokenizer.bos_token_id, tokenizer.eos_token_id) for shards in corpora]
-    for shards, bos_id in zip(corpora, found, strict=True):
-        if bos_id != found[0]:
+    """Return the token before every document of all `corpora`. UserError if they differ in it."""
+    ids = [shards.bos_before_documents(tokenizer.bos_token_id, tokenizer.eos_token_id) for shards in corpora]
+    for shards, bos_id in zip(corpora, ids, strict=True):
+        if bos_id != ids[0]:
             raise UserError(
-                f"every document of '{corpora[0].location}' begins with {_named(found[0], tokenizer)}, of "
+                f"every document of '{corpora[0].location}' begins with {_named(ids[0], tokenizer)}, of "
                 f"'{shards.location}' with {_named(bos_id, tokenizer)}. What precedes a document is one thing in a run: "
                 "prepare one of them again (tools/prepare_data.py, --add-bos always or never)."
             )
-    return found[0]
+    return ids[0]
 
 
 def _beginning(
     bos_id: int | None, first: tuple[int, ...], tokenizer: PreTrainedTokenizerBase, document_attention: bool
 ) -> str:
+    """Describe what precedes a document. first: the ids that the tokenizer itself puts before a text."""
     if bos_id is not None:
-        said = f"every document begins with {_named(bos_id, tokenizer)}, and so will every text of an export"
+        text = f"every document begins with {_named(bos_id, tokenizer)}, and so will every text of an export"
     elif document_attention:
-        said = "nothing precedes a document that its first token could attend to (--add-bos always puts a token there)"
+        text = "nothing precedes a document that its first token could attend to (--add-bos always puts a token there)"
     else:
-        said = "a document is preceded by the separator of the one before, and exports put nothing before a text"
+        text = "a document is preceded by the separator of the one before, and exports put nothing before a text"
     if first != (() if bos_id is None else (bos_id,)):
-        said += (
-            f"; the tokenizer itself would put {' '.join(tokenizer.convert_ids_to_tokens(first)) or 'nothing'} there"
-        )
-    return said
+        tokens = " ".join(tokenizer.convert_ids_to_tokens(list(first)))
+        text += f"; the tokenizer itself would put {tokens or 'nothing'} there"
+    return text
 
 
 def _named(bos_id: int | None, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -171,7 +179,7 @@ def _cut(shards: TokenShards, data: DataSection, vocab_size: int) -> Samples:
 
 
 def _check_cache(corpora: Corpora, val_samples: int) -> None:
-    """UserError unless the cache holds what a rank needs at a time of all remote corpora together."""
+    """Raise UserError unless the cache holds what a rank needs at a time of all remote corpora together."""
     data = corpora.data
     windowed = data.shuffle.scope == "windowed"
     sizes = {samples.shards.location: _held_at_once(samples, data) for samples in corpora.sources}
@@ -189,17 +197,17 @@ def _check_cache(corpora: Corpora, val_samples: int) -> None:
 
 
 def _held_at_once(samples: Samples, data: DataSection) -> int:
-    """Bytes of the shards that are needed together: two windows, or all where any sample may come next."""
+    """Return the bytes of the shards that are needed together: of two windows, or all if any sample may come next."""
     sizes = sorted(_bytes(samples), reverse=True)
     return sum(sizes[: 2 * data.shuffle.window_shards] if data.shuffle.scope == "windowed" else sizes)
 
 
 def _bytes(samples: Samples) -> list[int]:
-    """Of each shard, with the ends of its documents."""
+    """Return the bytes of each shard, with the ends of its documents."""
     return [shard.bytes + ENDS_DTYPE.itemsize * shard.documents for shard in samples.shards.shards]
 
 
 def read_again(config: Config) -> Feed:
-    """Open the training samples of a run a second time, beside its loader. UserError where they are not there any more."""
+    """Open the training samples of a run a second time, beside its loader. UserError if they are gone."""
     data = config.data.model_copy(update={"val": None, "verify": "size"})
     return open_corpora(config.model_copy(update={"data": data}), load_tokenizer(config.tokenizer), data_ranks=1).feed()

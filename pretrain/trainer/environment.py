@@ -12,12 +12,11 @@ from pretrain.paths import REPOSITORY
 
 RECORD = "snapshot.json"
 
-
-_GIT_S = 20.0  # that git may take to answer
+_GIT_S = 20.0  # the time that git may take to answer
 
 
 def version_of(package: str) -> str | None:
-    """The installed version of a package; None where it was put there without saying."""
+    """Return the installed version of a package. None if it was installed without metadata, or not at all."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -25,7 +24,7 @@ def version_of(package: str) -> str | None:
 
 
 def code_version() -> dict[str, Any]:
-    """`git_revision` and `git_changed_files` of this very code: of a snapshot, those it was taken from."""
+    """Return `git_revision` and `git_changed_files` of this code. For a snapshot they are those of its origin."""
     record = REPOSITORY / RECORD
     if record.is_file():
         stored = json.loads(record.read_bytes())
@@ -37,6 +36,7 @@ def code_version() -> dict[str, Any]:
 
 
 def installed_packages() -> dict[str, Any]:
+    """Return the versions of Python, of the platform and of all installed packages."""
     installed = {distribution.name: distribution.version for distribution in metadata.distributions()}
     return {
         "python": platform.python_version(),
@@ -46,7 +46,7 @@ def installed_packages() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    """git's answer about this code, or None outside a checkout, and where git is not there or does not answer."""
+    """Return git's answer about this code. None outside a checkout, and if git is missing or does not answer."""
     try:
         done = subprocess.run(
             ["git", "-C", str(REPOSITORY), *arguments], capture_output=True, check=True, timeout=_GIT_S

@@ -1,7 +1,7 @@
-"""Everything that can be known about a run before it starts, and everything that can be wrong with it.
+"""The plan of a run: everything that is known before it starts, checked.
 
 `make_plan` reads and checks the whole input (model, tokenizer, shards, DeepSpeed file, methods) without building the
-model; `--dry-run` prints it, training goes on from it.
+model. `--dry-run` prints the plan, and training starts from it.
 """
 
 from __future__ import annotations
@@ -36,15 +36,18 @@ from pretrain.model.layout import Weight
 from pretrain.monitor.throughput import flops_per_token
 from pretrain.trainer.corpora import Corpora, open_corpora
 
-# Of a matrix, so that the squares that its moments are made of are float32 numbers, and its working copy is one of fp16.
+# The least and the largest for a matrix: the squares in its moments must be float32 numbers, and its elements fp16 numbers.
 _INITIAL_DEVIATIONS = (1e-15, 1e4)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that has been checked: what will be built, from what, for how long.
+    """A run that has been checked: its model, its data and its length.
 
-    tokenizer_files: those of the run's tokenizer as checkpoints keep it, by name.
+    Attributes:
+        config: the configuration, with the content of the DeepSpeed file and methods that are bound to the model.
+        tokenizer_files: the files of the run's tokenizer as checkpoints keep it, by name.
+        weights: the layout of every weight that the model will have.
     """
 
     config: Config
@@ -71,17 +74,17 @@ class Plan:
 
     @property
     def precision(self) -> str:
-        """Of the working copies: fp32, bf16 or fp16."""
+        """The precision of the working copies: fp32, bf16 or fp16."""
         return precision_of(self.ds_config)
 
     @property
     def data_ranks(self) -> int:
-        """How many groups of ranks read batches of their own: all ranks, without tensor parallelism."""
+        """The number of groups of ranks that read batches of their own. Without tensor parallelism each rank is one."""
         return data_ranks(self.config, self.world_size)
 
     @property
     def elements_per_rank(self) -> int:
-        """Elements that one rank holds before ZeRO cuts them."""
+        """The elements that one rank holds before ZeRO shards them."""
         return elements_per_rank(self.weights, self.config.parallel.tensor)
 
     @property
@@ -90,12 +93,12 @@ class Plan:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of one checkpoint on disk."""
+        """The size of one checkpoint on disk."""
         tensor = self.config.parallel.tensor  # each rank of a group stores the weights that are whole on all of them
         return checkpoint_bytes(tensor * self.elements_per_rank, half=self.precision != "fp32")
 
     def state_at(self, step: int, samples: int) -> TrainerState:
-        """What a checkpoint of this run stores after `step` steps and `samples` samples of all ranks."""
+        """Return the state that a checkpoint of this run stores after `step` steps and `samples` samples of all ranks."""
         return TrainerState(
             step=step,
             samples=samples,
@@ -118,8 +121,13 @@ class Plan:
 def make_plan(config: Config, world_size: int, rank: int | None = None) -> Plan:
     """Check the input of `config` for a run on `world_size` ranks.
 
-    Rank `rank` verifies its share of the shards, None all of them. The plan's configuration holds the content of the
-    DeepSpeed file, so that it reproduces the run alone. Raises UserError for whatever does not fit.
+    The plan's configuration holds the content of the DeepSpeed file, so that it alone reproduces the run.
+
+    Args:
+        rank: the rank that verifies its share of the shards. None verifies all of them.
+
+    Raises:
+        UserError: something in the input is wrong, or does not fit the rest.
     """
     require_utf8(config.folder, "the run folder")
     ds_config = deepspeed_config(config, world_size)
@@ -144,21 +152,21 @@ def make_plan(config: Config, world_size: int, rank: int | None = None) -> Plan:
     return plan
 
 
-def _set_bos(model_config: PreTrainedConfig, config: Config, found: int | None) -> None:
-    """Make the model's bos_token_id `found`, the token before every document: its own, or the separator of the one before.
+def _set_bos(model_config: PreTrainedConfig, config: Config, bos_id: int | None) -> None:
+    """Set the model's bos_token_id to the token before every document: its own, or the separator of the one before.
 
-    The separator is the tokenizer's; model.eos_token_id says where generation ends, and may be several.
+    The separator is the tokenizer's: model.eos_token_id says where generation ends, and may be several tokens.
     """
-    if (asked := config.model.hf_fields.get("bos_token_id", found)) != found:
+    if (asked := config.model.hf_fields.get("bos_token_id", bos_id)) != bos_id:
         raise UserError(
             f"model.bos_token_id is {asked}, and what stands before every document in {config.data.train[0].path} is "
-            f"{found}. Leave the key out, or prepare the data again (tools/prepare_data.py, --add-bos)."
+            f"{bos_id}. Leave the key out, or prepare the data again (tools/prepare_data.py, --add-bos)."
         )
-    model_config.bos_token_id = found
+    model_config.bos_token_id = bos_id
 
 
 def _digest_of_forward(plan: Plan) -> str:
-    """Of the weights' names and shapes, and of the methods that change what forward computes, with their options."""
+    """Return a digest of the weights' names and shapes, and of the methods that change the forward pass, with options."""
     acting = [method for method in plan.config.methods if _acts_in_forward(method)]
     lines = [f"{weight.name} {weight.shape}" for weight in plan.weights]
     lines += sorted(method.forward_identity() for method in acting)
@@ -170,13 +178,13 @@ def _acts_in_forward(method: Method) -> bool:
 
 
 def _check_touches(method: Method, weights: list[Weight]) -> None:
-    """UserError if the method has no rule for any weight: it would be listed and do nothing."""
+    """Raise UserError if the method has no rule for any weight: it would be listed and do nothing."""
     if not any(method.init_rule(weight) or method.training_rule(weight) for weight in weights):
         raise UserError(f"methods: {method.name} matches no weight of the model, so it would do nothing. Remove it.")
 
 
 def _check_initial_values(config: Config, weights: list[Weight], default_std: float) -> None:
-    """UserError where a weight would start beyond what float32 arithmetic holds, or all matrices at zero."""
+    """Raise UserError if a weight would start beyond what float32 arithmetic holds, or all matrices at zero."""
     smallest, largest = _INITIAL_DEVIATIONS
     rules = {weight.name: initial_rule(weight, config, default_std) for weight in weights if weight.fan_in}
     for name, (draw, rule) in rules.items():
@@ -192,7 +200,10 @@ def _check_initial_values(config: Config, weights: list[Weight], default_std: fl
 
 
 def training_batches(plan: Plan, rank: int, samples: int) -> Loader:
-    """Rank `rank`'s batches from the run's sample number `samples` on; ranks of a tensor-parallel group have the same."""
+    """Return the batches of rank `rank` after the run's first `samples` samples.
+
+    The ranks of a tensor-parallel group have the same batches.
+    """
     data = plan.config.data
     return Loader(
         plan.corpora.feed(),
@@ -206,10 +217,11 @@ def training_batches(plan: Plan, rank: int, samples: int) -> Loader:
 
 
 def validation_batches(plan: Plan, rank: int) -> Iterator[MicroBatch]:
-    """Rank `rank`'s micro-batches of one evaluation, the same at every call."""
-    data = plan.config.data
+    """Return the micro-batches of one evaluation for rank `rank`, the same at every call. The run has validation data."""
+    data, val = plan.config.data, plan.corpora.val
+    assert val is not None
     return eval_batches(
-        plan.corpora.val,
+        val,
         global_batch_size=data.global_batch_size,
         micro_batch_size=data.micro_batch_size,
         rank=data_rank(plan.config, rank),
@@ -219,13 +231,13 @@ def validation_batches(plan: Plan, rank: int) -> Iterator[MicroBatch]:
 
 
 def fixed_probe(plan: Plan) -> torch.Tensor:
-    """The batch whose logits every checkpoint of the run stores: the first training tokens, (2, length) int64."""
+    """Return the batch whose logits every checkpoint of the run stores: the first training tokens, (2, length) int64."""
     tokens = plan.corpora.sources[0].shards.head(4096)
     return probe_batch(torch.from_numpy(tokens.astype("int64")), plan.config.data.seq_len)
 
 
 def _check_disk(plan: Plan) -> None:
-    """UserError unless the run folder can be written and holds one checkpoint."""
+    """Raise UserError unless the run folder can be written and there is room for one checkpoint."""
     existing, one = existing_folder(plan.config), plan.checkpoint_bytes
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"cannot write to the run folder {plan.config.folder}: {existing} is not a writable folder.")
@@ -235,7 +247,7 @@ def _check_disk(plan: Plan) -> None:
 
 
 def existing_folder(config: Config) -> Path:
-    """The run folder, or the nearest thing above it that exists."""
+    """Return the run folder, or the nearest folder above it that exists."""
     folder = config.folder.absolute()
     try:
         return next(path for path in (folder, *folder.parents) if path.exists())

@@ -1,4 +1,4 @@
-"""The plan of a run as a person reads it before queueing the run."""
+"""The plan of a run in lines for the person who queues it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop", "attention_dropout")  # 
 
 
 def describe_plan(plan: Plan) -> str:
-    """The plan as a person reads it before queueing the run."""
+    """Describe the plan in lines for the person who queues the run."""
     config, data = plan.config, plan.config.data
     tokens, tensor = config.total_steps * config.tokens_per_step, config.parallel.tensor
     lines = {
@@ -41,7 +41,7 @@ def describe_plan(plan: Plan) -> str:
 
 
 def short(count: float) -> str:
-    """A count with three digits and its unit: 1.25M."""
+    """Return a count with three digits and its unit, such as 1.25M."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:
             return f"{count / size:.3g}{unit}"
@@ -49,9 +49,9 @@ def short(count: float) -> str:
 
 
 def _state_bytes(plan: Plan) -> float:
-    """Bytes per rank of working copy, gradient, fp32 master and two Adam moments, by ZeRO stage.
+    """Return the bytes per rank of working copy, gradient, fp32 master and two Adam moments, by ZeRO stage.
 
-    Offloaded to the CPU, gradients and optimizer do not count.
+    Gradients and optimizer do not count if they are offloaded to the CPU.
     """
     working, optimizer = (4, 8) if plan.precision == "fp32" else (2, 12)
     gradient = 4 if plan.ds_config["data_types"]["grad_accum_dtype"] == "fp32" else 2
@@ -78,10 +78,10 @@ def _describe_disk(plan: Plan) -> str:
 
 
 def _describe_dropout(model_config: PreTrainedConfig) -> dict[str, str]:
-    """A line for a model that trains with dropout, which few expect: Hugging Face's GPT-2 does unless told otherwise."""
+    """Return a line if the model trains with dropout. Few expect it, but it is the default of Hugging Face's GPT-2."""
     rates = {field: getattr(model_config, field, 0.0) for field in _DROPOUTS}
-    said = [f"model.{field} {rate:g}" for field, rate in rates.items() if rate]
-    return {"dropout": ", ".join(said) + " in training"} if said else {}
+    fields = [f"model.{field} {rate:g}" for field, rate in rates.items() if rate]
+    return {"dropout": ", ".join(fields) + " in training"} if fields else {}
 
 
 def _describe_rate(config: Config) -> str:

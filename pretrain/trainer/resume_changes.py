@@ -19,7 +19,7 @@ from pretrain.errors import UserError
 from pretrain.optim.schedule import learning_rate
 from pretrain.trainer.environment import version_of
 
-# They say where a run is and where it goes on from, not what it does.
+# Keys that say where a run is and what it resumes from. They do not change what it computes.
 _PLACES = ("name", "out", "checkpoint.resume")
 _OF_SCHEDULE = ("steps", "tokens", "data.global_batch_size", "data.seq_len", "optim.lr", "optim.schedule.")
 _EFFECTS = {
@@ -32,9 +32,12 @@ _EFFECTS = {
 
 
 def changes(checkpoint: Path, config: Config, step: int) -> list[Change]:
-    """Every key that differs from those of the run that wrote `checkpoint` after `step` steps.
+    """List the keys that differ from those of the run that wrote `checkpoint` after `step` steps.
 
-    Keys that an older version did not know count as their defaults. UserError if the checkpoint's cannot be read.
+    Keys that an older version did not have count as their defaults.
+
+    Raises:
+        UserError: the checkpoint's configuration cannot be read.
     """
     path = checkpoint / "config.yaml"
     try:
@@ -59,7 +62,7 @@ def changes(checkpoint: Path, config: Config, step: int) -> list[Change]:
 
 
 def environment_changes(checkpoint: Path) -> list[Change]:
-    """The versions that differ from those of the last start in the checkpoint's run folder; none where it has no record."""
+    """List the versions that differ from those of the last start in the checkpoint's run folder, as far as it has them."""
     path = checkpoint.parent.parent / "environment.json"
     if not path.exists():
         return []
@@ -73,7 +76,7 @@ def environment_changes(checkpoint: Path) -> list[Change]:
 
 
 def check_length(checkpoint: Path, step: int, config: Config) -> None:
-    """UserError if the run is to be shorter than what has been trained."""
+    """Raise UserError if the run would be shorter than what has been trained."""
     total = config.total_steps
     if step <= total:
         return
@@ -85,11 +88,12 @@ def check_length(checkpoint: Path, step: int, config: Config) -> None:
 
 
 def _effect(key: str) -> str:
+    """Return what follows from a change of the key, empty if it is plain."""
     return next((effect for start, effect in _EFFECTS.items() if key.startswith(start)), "")
 
 
 def _with_schedule(found: Sequence[Change], before: Config | None, now: Config, step: int) -> list[Change]:
-    """`found`, the last key of those that make the learning rate with what becomes of it."""
+    """Return `found`, with the effect on the learning rate at the last of the keys that determine it."""
     of_schedule = [change for change in found if change.key.startswith(_OF_SCHEDULE)]
     if not of_schedule:
         return list(found)
@@ -98,7 +102,7 @@ def _with_schedule(found: Sequence[Change], before: Config | None, now: Config, 
 
 
 def schedule_effect(before: Config | None, now: Config, step: int) -> str:
-    """Say what becomes of the learning rate after `step` steps by the configuration `before`; None if that is not known."""
+    """Describe the learning rate after `step` steps that the run took with the configuration `before`, None if unknown."""
     total, following = now.total_steps, step + 1
     if following > total:
         return "all steps are done"
@@ -123,7 +127,7 @@ def schedule_effect(before: Config | None, now: Config, step: int) -> str:
 
 
 def _as_config(stored: dict[str, Any]) -> Config | None:
-    """None where another version wrote what this one does not take."""
+    """Return the stored configuration, None if another version wrote what this one does not accept."""
     try:
         return Config.model_validate(stored)
     except ValidationError:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,22 +31,28 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "sa
 
 
 class RunFolder:
-    """Creates the run folder and keeps its files. Collective at construction; writing is rank 0's.
+    """Creates the run folder and keeps its files. Collective at construction. Rank 0 writes.
 
-    step: the optimizer step the run is at, for the status. begun: whether the folder's files speak of this run yet.
+    Attributes:
+        step: the optimizer step that the run is at, for the status.
+        begun: whether the files in the folder are of this run yet.
     """
 
     def __init__(self, path: Path, ranks: Ranks) -> None:
-        """Raises UserError on every rank if the folder cannot be written or another run is using it."""
+        """Create the folder, lock it and start the log.
+
+        Raises:
+            UserError: on every rank, if the folder cannot be written or another run is using it.
+        """
         self.path, self.ranks, self.step, self.begun = path, ranks, 0, False
         on_every_rank(self._create)
         self._check_shared()
         log_to(self.path / ("log.txt" if ranks.is_first else f"logs/rank_{ranks.rank}.txt"), console=ranks.is_first)
 
     def begin(self, config: Config, step: int) -> None:
-        """Record what runs here, once nothing can refuse it any more."""
+        """Record the configuration and the environment of the run that resumes at `step`. Nothing refuses it after this."""
         self.step, self.begun = step, True
-        hosts = all_gather_object(f"{socket.gethostname()} {_fact(_device_name)}")
+        hosts = all_gather_object(f"{socket.gethostname()} {_known(_device_name)}")
 
         def record() -> None:
             with _explained(self.path):
@@ -57,12 +64,16 @@ class RunFolder:
         from_first_rank(record)
 
     def status(self, status: str, reason: str = "") -> None:
-        """Record running, finished, preempted or stopped."""
+        """Record the status running, finished, preempted or stopped."""
         if self.ranks.is_first:
             self._write_status(status, reason)
 
     def not_started(self, why: str, *, requested: bool) -> None:
-        """Record that this start ended before it had begun, by `why`; how far the run has come stays."""
+        """Record that this start was stopped by `why` before it began. The step of the run's status stays.
+
+        Args:
+            requested: whether a person asked for the stop.
+        """
         log.info(f"not started: stopped by {why}")
         recorded = from_first_rank(self._recorded) or {}
         if recorded.get("status") not in ("finished", "stopped"):
@@ -72,21 +83,22 @@ class RunFolder:
     def fail(self, reason: str, exit_code: int) -> None:
         """Record a failure of this rank, if the disk still takes it.
 
-        What an earlier run left is not touched, nor what another rank has recorded: its failure ended the others.
+        The status of an earlier run stays, and so does the failure of another rank, which ended the others.
         """
         with suppress(OSError, UserError):
             recorded = self._recorded()
             if recorded is None or (self.begun and recorded.get("status") != "failed"):
                 self._write_status("failed", reason, exit_code=exit_code)
 
-    def _recorded(self) -> dict | None:
+    def _recorded(self) -> dict[str, Any] | None:
+        """Return the status in the folder, None if there is none."""
         path = self.path / "status.json"
         return read_json(path) if path.exists() else None
 
     def _write_status(self, status: str, reason: str, **more: int) -> None:
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        found = {"status": status, "step": self.step, "reason": reason, **more, "time": now}
-        _replace_status(self.path / "status.json", found)
+        record = {"status": status, "step": self.step, "reason": reason, **more, "time": now}
+        _replace_status(self.path / "status.json", record)
 
     def _create(self) -> None:
         with _explained(self.path):
@@ -97,10 +109,10 @@ class RunFolder:
             if self.ranks.is_first:
                 self._lock()
                 for left in (*self.path.glob(".*.tmp"), *self.path.glob("logs/pulses/.*.tmp")):
-                    left.unlink(missing_ok=True)  # by a process that was killed while it wrote
+                    left.unlink(missing_ok=True)  # left by a process that was killed while it wrote
 
     def _check_shared(self) -> None:
-        """UserError on every rank unless all of them see what rank 0 writes here: checkpoints are written together."""
+        """Raise UserError on every rank unless all see what rank 0 writes here: checkpoints are written together."""
         marker = self.path / f".shared_{from_first_rank(time.time_ns)}"
         from_first_rank(marker.touch)
 
@@ -118,7 +130,7 @@ class RunFolder:
                 marker.unlink()
 
     def _lock(self) -> None:
-        """Hold the folder until this process ends, so that two runs never write the same checkpoints."""
+        """Lock the folder until this process ends, so that two runs never write the same checkpoints."""
         self._lock_file = open(self.path / ".lock", "w", encoding="utf-8")  # noqa: SIM115 (held as long as the process lives)
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -133,29 +145,31 @@ class RunFolder:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
+    """Turn an OSError within the block into a UserError that names the run folder."""
     try:
         yield
     except OSError as error:
         raise UserError(f"cannot write to the run folder {path}: {error.strerror}.") from error
 
 
-def _replace_status(path: Path, found: dict) -> None:
-    """Write `found` atomically, or where there is no room for that over the file that is there, the reason cut to fit."""
+def _replace_status(path: Path, record: dict[str, Any]) -> None:
+    """Write the status atomically. Without room for that, overwrite the file in place, with the reason cut to fit."""
     try:
-        write_json(path, found)
+        write_json(path, record)
     except OSError as error:
         if error.errno not in NO_ROOM or not path.exists():
             raise
         room = allocated_bytes(path)
-        while len(text := json.dumps(found, indent=2) + "\n") > room and found["reason"]:
-            found = found | {"reason": found["reason"][: room - len(text)]}
+        while len(text := json.dumps(record, indent=2) + "\n") > room and record["reason"]:
+            record = record | {"reason": record["reason"][: room - len(text)]}
         overwrite(path, text)
 
 
-def _environment(hosts: list[str]) -> dict:
+def _environment(hosts: list[str]) -> dict[str, Any]:
+    """Return the content of environment.json. hosts: host and device of each rank."""
     return {
         "python": platform.python_version(),
-        "platform": _fact(platform.platform),
+        "platform": _known(platform.platform),
         "packages": {name: version_of(name) for name in _PACKAGES},
         "cuda": torch.version.cuda,
         "ranks": hosts,
@@ -164,8 +178,8 @@ def _environment(hosts: list[str]) -> dict:
     }
 
 
-def _fact(find: Callable[[], str]) -> str | None:
-    """Return what `find` finds; None, which is said, where it fails."""
+def _known(find: Callable[[], str]) -> str | None:
+    """Return the result of `find`. If it fails, log that and return None."""
     with optional("environment", "a fact about the environment is not known"):
         return find()
     return None

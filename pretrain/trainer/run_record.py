@@ -34,6 +34,7 @@ from pretrain.monitor.rows import (
     WentWithout,
 )
 from pretrain.monitor.throughput import Pace
+from pretrain.monitor.tracker import TrackingEvent
 from pretrain.trainer.plan import Plan
 from pretrain.trainer.run_folder import RunFolder
 
@@ -187,7 +188,7 @@ class RunRecord:
         step = self._folder.step
         self._metrics.write(WentWithout(kind="event", step=step, event="went_without", what=kind, reason=reason))
 
-    def tracking_changed(self, event: Literal["tracking_off", "tracking_on"], about: str) -> None:
+    def tracking_changed(self, event: TrackingEvent, about: str) -> None:
         """Report that tracking has stopped because of `about`, or works again at the place `about`."""
         log.warning(_TRACKING[event].format(about.rstrip(".")))
         self._metrics.write(TrackingChanged(kind="event", step=self._folder.step, event=event, reason=about))

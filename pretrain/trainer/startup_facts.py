@@ -1,4 +1,4 @@
-"""What every rank of a run must have in common before it trains, as this rank finds it."""
+"""Startup facts: what every rank of a run must have in common before it trains, as this rank finds it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from pretrain.trainer.environment import version_of
 from pretrain.trainer.plan import Plan
 
 _LIBRARIES = ("torch", "deepspeed", "transformers", "tokenizers", "numpy", "safetensors")
-# They change what is computed, or which collectives a rank joins.
+# Environment variables that change what is computed, or which collectives a rank joins.
 _VARIABLES = ("NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NCCL_PROTO", "SLURM_RESTART_COUNT")
 
 Facts = dict[str, Any]
 
 
 def facts_of_process(config: Config) -> Facts:
-    """What is known before any data is opened: the configuration, the code, libraries, device and arithmetic."""
+    """Return the facts that are known before any data is opened: configuration, code, libraries, device and arithmetic."""
     return {
         "configuration": config.model_dump(mode="json"),
         "order of methods": [method.name for method in config.methods],
-        "file": code(Path(pretrain.__file__).parent),
+        "file": digests_of_code(Path(pretrain.__file__).parent),
         "version of": {
             "python": platform.python_version(),
             **{name: version_of(name) for name in _LIBRARIES},
@@ -41,7 +41,7 @@ def facts_of_process(config: Config) -> Facts:
 
 
 def facts_of_plan(plan: Plan) -> Facts:
-    """What this rank has read: data, tokenizer, model and the complete DeepSpeed configuration."""
+    """Return the facts of what this rank has read: data, tokenizer, model and the complete DeepSpeed configuration."""
     corpora = plan.corpora
     sources = {source.path: held for source, held in zip(plan.config.data.train, corpora.sources, strict=True)}
     return {
@@ -54,13 +54,13 @@ def facts_of_plan(plan: Plan) -> Facts:
 
 
 def facts_of_checkpoint(path: Path | None) -> Facts:
-    """Which checkpoint this rank goes on from, and what it sees of it. UserError where it cannot be read."""
+    """Return the checkpoint that this rank resumes from, and its content. UserError if it cannot be read."""
     content = None if path is None else content_hash(read_json(path / "manifest.json"))
     return {"checkpoint": str(path), "content of the checkpoint": content}
 
 
-def code(package: Path) -> dict[str, str]:
-    """A digest of every Python file of `package`, by its path."""
+def digests_of_code(package: Path) -> dict[str, str]:
+    """Return a digest of every Python file of `package`, by its path."""
     return {f"{package.name}/{path.relative_to(package)}": checksum(path) for path in sorted(package.rglob("*.py"))}
 
 
@@ -71,7 +71,7 @@ def _device() -> str:
 
 
 def _arithmetic() -> Facts:
-    """Settings of torch that change what the same operations give."""
+    """Return the settings of torch that change the results of the same operations."""
     cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     return {
         "float32_matmul_precision": torch.get_float32_matmul_precision(),

@@ -53,7 +53,7 @@ from pretrain.trainer.run_record import RunRecord
 from pretrain.trainer.startup_facts import facts_of_checkpoint
 from pretrain.trainer.weight_table import describe_weights
 
-FINISHED_S, STOPPED_S = 60.0, 5.0  # that a run waits at its end for its tracker
+FINISHED_S, STOPPED_S = 60.0, 5.0  # the time that a run waits at its end for its tracker
 
 
 def train(plan: Plan, folder: RunFolder, ranks: Ranks) -> None:
@@ -178,16 +178,15 @@ class Trainer:
             self.save()
 
     def evaluate(self) -> None:
-        """Report validation loss and perplexity, on the console and as an `eval` row; due again if a stop cuts it short."""
+        """Report validation loss and perplexity. The evaluation stays due if a stop cuts it short."""
         batches = validation_batches(self.plan, self.ranks.rank)
         loss = validation_loss(self.engine, batches, self.ranks, self.requests.now)
         self.evaluation_due = loss is None
-        if loss is None:
-            return
-        self.record.evaluation(self.step, loss)
+        if loss is not None:
+            self.record.evaluation(self.step, loss)
 
     def measure_activations(self) -> None:
-        """Write an `activations` row: the extremes of the residual stream on the fixed probe, for layers that can be hooked."""
+        """Record the extremes of the residual stream on the fixed probe, for the layers that can be measured."""
         enter("activations")
         kind, failing = "activations", "the activations on the probe could not be measured"
         with ExitStack() as hooks:
@@ -310,7 +309,7 @@ class Trainer:
         log.info(f"{status} at step {self.step:,}: {reason}. Run folder: {self.folder.path}")
 
     def _resume(self) -> tuple[TrainerState, list[Change]] | None:
-        """Load the checkpoint that the run resumes from, and log what has changed since; None to start from scratch."""
+        """Load the checkpoint that the run resumes from, and log what has changed since. None to start from scratch."""
         enter("loading the checkpoint")
         found = self.checkpoints.find()
         check_start(lambda: facts_of_checkpoint(found))
@@ -324,7 +323,7 @@ class Trainer:
         return state, changed
 
     def _load(self, found: Path) -> TrainerState:
-        """Put engine, methods and random generators into the state that the checkpoint `found` holds, which is returned."""
+        """Load the checkpoint `found` into engine, methods and random generators. Returns its state."""
         state = self.checkpoints.load(found, self.engine, self.plan.state_at(0, 0))
         on_every_rank(lambda: load_method_state(found, self.plan.config.methods, self.engine.module))
         return state

@@ -1,4 +1,4 @@
-"""The table that a run prints at its start: every weight, what it begins with, who steps it, what methods do with it."""
+"""The table of weights that a run prints at its start: initial values, optimizer, and the rules of the methods."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ _HEADER = ("weights", "layers", "count", "shape", "initial values", "std", "opti
 def describe_weights(
     weights: Sequence[Weight], config: Config, default_std: float, measured: Mapping[str, Moments] | None = None
 ) -> str:
-    """One row for the weights that have everything but their layer in common.
+    """Return the table, with one row for all weights that differ in their layer only.
 
-    With `measured` moments the standard deviations are the measured ones, first to last layer.
+    Args:
+        default_std: the standard deviation of weights for which no method has a rule.
+        measured: moments by name. If given, the table has these standard deviations, from the first to the last layer.
     """
     groups: dict[tuple[str, ...], list[tuple[Weight, float]]] = {}
     for weight in weights:
@@ -38,7 +40,7 @@ def describe_weights(
 
 
 def _label(weight: Weight) -> str:
-    """The role, and for what stands beside a matrix or a norm, that of its owner."""
+    """Return the role of a weight, with that of its owner for a weight that belongs to a matrix or a norm."""
     owner, _ = role_and_layer(f"{weight.name.rpartition('.')[0]}.weight")
     return weight.role if weight.role == owner else f"{weight.role} of {owner}"
 

@@ -1,4 +1,4 @@
-"""Files of whole lines on disks that are full for a while."""
+"""Files of whole lines on disks that are full for some time."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pretrain.optional import optional
 
 
 @pytest.fixture(autouse=True)
-def heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What another test of this process has done to the log does not matter."""
+def propagated_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let pytest see the log, whatever another test of this process has done to it."""
     monkeypatch.setattr(logging.getLogger("evenkeel"), "propagate", True)
 
 
 class Disk:
-    """Takes `room` bytes, then says that it is full, after whatever part of the last write still fitted."""
+    """A disk that takes `room` bytes, with a part of the last write, and then reports that it is full."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.room, self._write = 1 << 30, os.write
@@ -40,7 +40,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     return Disk(monkeypatch)
 
 
-def test_what_does_not_fit_waits_and_no_part_of_it_is_on_the_disk(disk: Disk, tmp_path: Path) -> None:
+def test_a_line_that_does_not_fit_waits_and_no_part_of_it_is_on_the_disk(disk: Disk, tmp_path: Path) -> None:
     path = tmp_path / "rows"
     rows = Lines(path)
     rows.append("one")
@@ -55,7 +55,7 @@ def test_what_does_not_fit_waits_and_no_part_of_it_is_on_the_disk(disk: Disk, tm
     assert (rows.waiting, rows.fault) == (0, None)
 
 
-def test_a_torn_line_that_could_not_be_taken_back_at_once_is_taken_back_later(
+def test_a_partial_line_that_cannot_be_removed_at_once_is_removed_later(
     disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "rows"
@@ -76,7 +76,9 @@ def test_a_torn_line_that_could_not_be_taken_back_at_once_is_taken_back_later(
     assert path.read_text() == "one\ntwo\nthree\n"
 
 
-def test_the_oldest_lines_go_when_too_many_wait(disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_oldest_lines_are_dropped_when_too_many_wait(
+    disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lines, "KEPT_BYTES", 10)
     rows = Lines(tmp_path / "rows")
     disk.room = 0
@@ -100,7 +102,7 @@ def test_only_a_half_written_last_line_is_dropped(tmp_path: Path, whole: str, to
     assert path.read_text() == whole + "next\n"
 
 
-def test_a_log_says_on_the_other_handlers_that_its_lines_wait(
+def test_a_log_file_warns_on_the_other_handlers_that_its_lines_wait(
     disk: Disk, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     log = logging.getLogger("evenkeel")
@@ -123,7 +125,7 @@ def test_a_log_says_on_the_other_handlers_that_its_lines_wait(
     ]
 
 
-def test_what_is_optional_is_said_once_for_each_kind_and_what_asks_to_stop_is_heard(
+def test_an_optional_failure_is_logged_once_for_each_kind_and_a_request_to_stop_passes(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     for _ in range(3):

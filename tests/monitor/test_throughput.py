@@ -27,7 +27,9 @@ GPT2 = {"vocab_size": 300, "n_embd": 64, "n_layer": 2, "n_head": 4, "bos_token_i
     ],
     ids=["llama", "llama with grouped keys and a tied head", "gpt2"],
 )
-def test_flops_equal_those_that_torch_counts(model_class, config):
+def test_flops_equal_those_that_torch_counts(
+    model_class: type[LlamaForCausalLM] | type[GPT2LMHeadModel], config: LlamaConfig | GPT2Config
+) -> None:
     config._attn_implementation = "eager"
     model, tokens = model_class(config), torch.zeros(2, 48, dtype=torch.long)
     counter = FlopCounterMode(display=False)

@@ -1,4 +1,4 @@
-"""The tracker against processes in wandb's place that fail, hang, and come back."""
+"""The tracker with processes in wandb's place that fail, hang, and work again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TAKES_ALL, HANGS = f"{ON}; cat > /dev/null", f"{ON}; sleep 100"
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Tracker, list]]:
-    """Makes a tracker whose processes do what the given shell commands say, one after another, the last for ever."""
+    """Return a function that makes a tracker whose processes run the given shell commands in turn, the last one repeatedly."""
     (tmp_path / "logs").mkdir()
     monkeypatch.setattr(tracker, "RETRY_S", 0.01)
 
@@ -31,8 +31,8 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
         stand_in.write_text(f"#!/bin/bash\ncd {tmp_path}\n{count}{cases}*) {scripts[-1]};;\nesac\n")
         stand_in.chmod(0o755)
         monkeypatch.setattr(tracker.sys, "executable", str(stand_in))
-        told: list = []
-        return Tracker(tmp_path, "online", lambda *words: told.append(words)), told
+        announced: list = []
+        return Tracker(tmp_path, "online", lambda *words: announced.append(words)), announced
 
     return made
 
@@ -47,39 +47,41 @@ def look_until(found: Tracker, condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_it_is_tried_again_with_growing_pauses_and_each_change_is_said_once(start: Callable, tmp_path: Path) -> None:
-    found, told = start(OFF, OFF, "exit 7", TAKES_ALL)
-    look_until(found, lambda: len(told) == 2)
-    assert told == [("tracking_off", "away"), ("tracking_on", "there")]
+def test_attempts_come_with_growing_pauses_and_each_change_is_announced_once(start: Callable, tmp_path: Path) -> None:
+    found, announced = start(OFF, OFF, "exit 7", TAKES_ALL)
+    look_until(found, lambda: len(announced) == 2)
+    assert announced == [("tracking_off", "away"), ("tracking_on", "there")]
     assert (tmp_path / "count").read_text() == "4\n"
     assert found._pause_s == pytest.approx(0.01 * 2**3)
     found.close(60)
-    assert len(told) == 2
+    assert len(announced) == 2
 
 
 def test_a_process_that_does_not_begin_is_given_up(start: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracker, "START_S", 0.2)
-    found, told = start("sleep 100")
-    look_until(found, lambda: bool(told))
-    assert told == [("tracking_off", "wandb has not begun within 0 s")]
+    found, announced = start("sleep 100")
+    look_until(found, lambda: bool(announced))
+    assert announced == [("tracking_off", "wandb has not begun within 0 s")]
     found.close(0)
 
 
-def test_an_end_that_hangs_is_waited_for_no_longer_than_it_may_take(start: Callable) -> None:
-    found, told = start(HANGS)
+def test_close_waits_for_a_process_that_hangs_no_longer_than_allowed(start: Callable) -> None:
+    found, announced = start(HANGS)
     look_until(found, lambda: found._works is True)
     process = found._process
     found.close(0.2)
-    assert told == [("tracking_off", "wandb has not taken all rows within 0 s")]
+    assert announced == [("tracking_off", "wandb has not taken all rows within 0 s")]
     assert process.poll() is not None
 
 
-def test_one_that_cannot_be_started_is_off(start: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_process_that_cannot_be_started_turns_tracking_off(
+    start: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     start(OFF)
     monkeypatch.setattr(tracker.sys, "executable", str(tmp_path / "nothing"))
-    told: list = []
-    Tracker(tmp_path, "online", lambda *words: told.append(words))
-    [(event, reason)] = told
+    announced: list = []
+    Tracker(tmp_path, "online", lambda *words: announced.append(words))
+    [(event, reason)] = announced
     assert event == "tracking_off"
     assert "No such file" in reason
 
@@ -96,7 +98,7 @@ def test_one_that_cannot_be_started_is_off(start: Callable, monkeypatch: pytest.
         ("disabled", "online", "disabled"),
     ],
 )
-def test_the_environment_decides_how_a_run_is_tracked_and_the_file_whether(
+def test_the_environment_sets_how_a_run_is_tracked_and_the_run_file_if_it_is(
     in_file: str, variable: str | None, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
@@ -105,7 +107,7 @@ def test_the_environment_decides_how_a_run_is_tracked_and_the_file_whether(
     assert mode_of(WandbSection(mode=in_file)) == mode
 
 
-def test_the_plan_says_what_stands_in_the_way_of_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_names_what_stands_in_the_way_of_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", "/nonexistent")
@@ -119,7 +121,7 @@ def test_the_plan_says_what_stands_in_the_way_of_tracking(monkeypatch: pytest.Mo
     assert "the package wandb does not work here" in describe(WandbSection(mode="online"))
 
 
-def test_what_an_error_says_in_several_lines_is_one() -> None:
+def test_an_error_of_several_lines_is_reported_on_one() -> None:
     error = ValueError("1 validation error for Settings\nbase_url\n  Input should be a URL, got 'nonsense'.")
     assert reason_of(error) == "1 validation error for Settings base_url Input should be a URL, got 'nonsense'"
     assert reason_of(KeyboardInterrupt()) == "KeyboardInterrupt"
