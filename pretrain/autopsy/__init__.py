@@ -1,4 +1,4 @@
-"""What a person wants to see after a spike: the last steps in figures, and the batch that was read."""
+"""Autopsies of bad steps: the last steps in figures, and the batch that was read."""
 
 from pretrain.autopsy.autopsies import Autopsies
 from pretrain.autopsy.recorder import Recorder

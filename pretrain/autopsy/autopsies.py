@@ -6,14 +6,15 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from math import isfinite, sqrt
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from pretrain.autopsy import report
 from pretrain.autopsy.batch import Batch, read_batch, sequence_losses
-from pretrain.autopsy.parts import measures, update_ratio
-from pretrain.autopsy.recorder import Figures, Recorder
+from pretrain.autopsy.parts import length, measures, update_ratio
+from pretrain.autopsy.recorder import Recorder, StepFigures
+from pretrain.autopsy.report import Content, StepEntry, WeightSeries
 from pretrain.config.schema import Config
 from pretrain.data.batches.batch import MicroBatch
 from pretrain.data.batches.feed import Feed
@@ -24,14 +25,14 @@ from pretrain.model.loss import CROSS_ENTROPY
 from pretrain.optional import optional
 from pretrain.sharded.engine_protocol import Engine
 
-KEPT = 20  # of a run: a spike a day for three weeks
+KEPT = 20  # autopsies of a run: one a day for three weeks
 _COMPLETE = re.compile(r"step_\d{8,}(_\d+)?")
 
 
 class Autopsies:
-    """Writes the autopsies of a run, the newest KEPT of which stay.
+    """Writes the autopsies of a run and keeps the newest KEPT.
 
-    A spike that lasts gets one: the steps that the last autopsy has looked at are not looked at again.
+    A spike that lasts gets one autopsy, because steps that the last autopsy covers get none of their own.
     """
 
     def __init__(
@@ -48,10 +49,15 @@ class Autopsies:
         self._newest: int | None = None
 
     def write(self, engine: Engine, reason: str, micro_batches: Sequence[MicroBatch]) -> Path | None:
-        """The autopsy of the step recorded last, which read `micro_batches` on this rank. Collective.
+        """Write the autopsy of the newest recorded step. Collective.
 
-        reason: what was seen, as in the guard's verdict. The path is known on rank 0, which writes; None where there is
-        nothing to write, or the disk does not take it: that is logged and ends nothing.
+        Args:
+            reason: what was seen, as in the guard's verdict.
+            micro_batches: those that this rank read at the step.
+
+        Returns:
+            The folder of the autopsy on rank 0, which writes it. None on other ranks, if the last autopsy covers the
+            step, and if the disk does not take it, which is only logged.
         """
         now = self.recorder.newest_step
         if self._newest is not None and self._newest < now <= self._newest + self.config.resilience.autopsy_steps:
@@ -65,47 +71,50 @@ class Autopsies:
                 path = self._write(steps, reason, losses)
         return path
 
-    def _write(self, steps: list[Figures], reason: str, losses: list[float | None]) -> Path:
+    def _write(self, steps: list[StepFigures], reason: str, losses: list[float | None]) -> Path:
         with read_batch(self._read_again(), self.config.tokenizer, steps[-1].samples, losses) as batch:
-            facts, text = self._facts(steps, reason, batch)
+            content, text = self._content(steps, reason, batch)
             self.folder.mkdir(exist_ok=True)
-            aside = self.folder / ".writing"
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
-            write_json(aside / "autopsy.json", _as_json(facts))
-            write_text(aside / "report.md", text)
-            write_text(aside / "batch.txt", "\n\n".join(_texts(batch)) + "\n")
+            unfinished = self.folder / ".writing"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            write_json(unfinished / "autopsy.json", _as_json(content))
+            write_text(unfinished / "report.md", text)
+            write_text(unfinished / "batch.txt", "\n\n".join(_texts(batch)) + "\n")
         path = _free_name(self.folder / f"step_{steps[-1].step:08d}")
-        os.rename(aside, path)
+        os.rename(unfinished, path)
         sync_folder(self.folder)
         for old in _complete(self.folder)[:-KEPT]:
             shutil.rmtree(old)
         return path
 
-    def _facts(self, steps: list[Figures], reason: str, batch: Batch) -> tuple[dict, str]:
-        """What autopsy.json holds, and report.md says."""
+    def _content(self, steps: list[StepFigures], reason: str, batch: Batch) -> tuple[Content, str]:
+        """Return the content of autopsy.json and the text of report.md."""
         layout = self.recorder.layout
-        found = measures(steps, layout)
-        facts = {
+        measured = measures(steps, layout)
+        content: Content = {
             "step": steps[-1].step,
             "reason": reason,
             "moved": [
-                *(sentence for measure in found for sentence in report.sentences(measure)),
+                *(sentence for measure in measured for sentence in report.sentences(measure)),
                 *report.worst_sample(batch.samples),
             ],
             "steps": [self._step(step) for step in steps],
-            "parts": {measure.name: measure.series for measure in found},
+            "parts": {measure.name: measure.series for measure in measured},
             "weights": {name: _series(steps, weight) for name, weight in layout.items()},
             "batch": batch.samples,
         }
         worst = [batch.with_texts(sample) for sample in batch.samples[: report.SHOWN_SAMPLES]]
-        return facts, report.report(facts, found, worst)
+        return content, report.report(content, measured, worst)
 
-    def _step(self, step: Figures) -> dict[str, Any]:
-        gradients = [of.gradient for of in step.norms.values()]
-        norm = None if None in gradients else sqrt(sum(gradient**2 for gradient in gradients))
+    def _step(self, step: StepFigures) -> StepEntry:
+        norm = length(norms.gradient for norms in step.norms.values())
         limit = self.config.optim.grad_clip
-        by_norm = 1.0 if limit is None else None if norm is None else min(1.0, limit / (norm + 1e-6))
+        clip = None
+        if limit is None:
+            clip = step.factor
+        elif norm is not None:
+            clip = min(1.0, limit / (norm + 1e-6)) * step.factor
         terms = {name: loss for name, loss in step.losses.items() if name not in ("total", CROSS_ENTROPY)}
         return {
             "step": step.step,
@@ -113,19 +122,23 @@ class Autopsies:
             "loss": step.losses[CROSS_ENTROPY],
             "loss_terms": terms,
             "gradient_norm": norm,
-            "clip": None if by_norm is None else by_norm * step.factor,
+            "clip": clip,
             "lr": step.lr,
             "skipped": step.factor == 0.0,
         }
 
 
-def _series(steps: Sequence[Figures], weight: Weight) -> dict[str, list[float | None]]:
-    norms = [step.norms[weight.name] for step in steps]
-    return {"gradient_norm": [of.gradient for of in norms], "update_ratio": [update_ratio([of]) for of in norms]}
+def _series(steps: Sequence[StepFigures], weight: Weight) -> WeightSeries:
+    """Return the figures of a weight at each step."""
+    of_steps = [step.norms[weight.name] for step in steps]
+    return {
+        "gradient_norm": [norms.gradient for norms in of_steps],
+        "update_ratio": [update_ratio([norms]) for norms in of_steps],
+    }
 
 
 def _texts(batch: Batch) -> Iterator[str]:
-    """The samples in full, the worst first, until the file would be too large."""
+    """Yield the samples in full, the worst first, until the file would be too large."""
     left = report.TEXT_BYTES
     for number, sample in enumerate(batch.samples):
         if left <= 0:
@@ -137,7 +150,7 @@ def _texts(batch: Batch) -> Iterator[str]:
 
 
 def _as_json(value: Any) -> Any:
-    """Numbers that JSON has no word for as strings, "nan" and "inf", which float() reads."""
+    """Return `value` with strings in place of NaN and infinity, which JSON lacks: "nan" and "inf", as float() reads them."""
     if isinstance(value, dict):
         return {key: _as_json(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -146,7 +159,7 @@ def _as_json(value: Any) -> Any:
 
 
 def _free_name(path: Path) -> Path:
-    """The path, or with a number behind it: a run that was rolled back comes to the same step with other samples."""
+    """Return the path, with a number if it is taken: after a rollback a run comes to the same step with other samples."""
     number, free = 1, path
     while free.exists():
         number += 1
@@ -155,6 +168,6 @@ def _free_name(path: Path) -> Path:
 
 
 def _complete(folder: Path) -> list[Path]:
-    """The autopsies in the folder, oldest first."""
+    """Return the autopsies in the folder, the oldest first."""
     found = [path for path in folder.iterdir() if _COMPLETE.fullmatch(path.name)]
     return sorted(found, key=lambda path: (path.stat().st_mtime, path.name))

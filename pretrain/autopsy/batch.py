@@ -1,10 +1,11 @@
-"""What a step read: where each of its samples comes from, what its tokens look like, its loss, and its text."""
+"""The samples that a step read: the source, the statistics of the tokens, the loss and the text of each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import isnan
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,49 +25,68 @@ from pretrain.sharded.engine_protocol import Engine
 def sequence_losses(
     engine: Engine, micro_batches: Sequence[MicroBatch], tensor: int, ranks: Ranks
 ) -> list[float | None]:
-    """The mean cross-entropy of each sequence of the global batch, with the weights as they are and without dropout.
+    """Return the mean cross-entropy of each sequence of the global batch, with the present weights and without dropout.
 
-    tensor: how many consecutive ranks share a batch. None where no target counts. One forward
-    pass for each sequence, of all ranks at once: collective.
+    Collective: one forward pass for each sequence, of all ranks at once.
+
+    Args:
+        tensor: how many consecutive ranks share a batch.
+
+    Returns:
+        The losses in nats per token, None for a sequence in which no target counts.
     """
     engine.eval()
     rows = []
     for batch in micro_batches:
         batch = batch.to(ranks.device)
         for row in range(len(batch.tokens)):
-            one = MicroBatch(*(None if part is None else part[row : row + 1] for part in batch))
+            one = _sequence(batch, row)
             loss = engine(one.inputs, one.targets, position_ids=one.positions)[CROSS_ENTROPY]
             rows.append(torch.stack((loss.double(), (one.targets != NO_TARGET).sum().double())))
     whole = all_gather(torch.stack(rows))[::tensor]
     return [loss if counted else None for loss, counted in whole.flatten(0, 1).tolist()]
 
 
+def _sequence(batch: MicroBatch, row: int) -> MicroBatch:
+    """Return a micro-batch of one sequence."""
+    rows = slice(row, row + 1)
+    return MicroBatch(
+        batch.tokens[rows],
+        None if batch.counted is None else batch.counted[rows],
+        None if batch.positions is None else batch.positions[rows],
+    )
+
+
 class Batch:
-    """The samples of a step: dicts as from `trace`, with their `loss` and facts about their tokens, worst loss first."""
+    """The samples of a step.
+
+    Attributes:
+        samples: dicts as from `trace`, with their `loss` and statistics of their tokens, the worst loss first.
+    """
 
     def __init__(self, feed: Feed, samples: range, losses: Sequence[float | None], decoder: Decoder) -> None:
         self._feed, self._decoder = feed, decoder
         self._sources = feed.at(np.asarray(samples)).sources.tolist()
         self._first = samples.start
         rows = [
-            {"loss": loss, **row, **self._token_facts(row)}
+            {"loss": loss, **row, **self._token_statistics(row)}
             for row, loss in zip(trace(feed, samples), losses, strict=True)
         ]
         self.samples = sorted(rows, key=_worst_first)
 
-    def with_texts(self, sample: dict) -> dict:
-        """The sample with the `text` of each of its documents."""
+    def with_texts(self, sample: dict[str, Any]) -> dict[str, Any]:
+        """Return the sample with the `text` of each of its documents."""
         documents = [dict(document) for document in sample["documents"]]
         add_texts(documents, self._tokens(sample), self._decoder)
         return {**sample, "documents": documents}
 
     def close(self) -> None:
-        """Let go of the shards that were read: remote ones may leave the cache."""
+        """Close the shards that were read, so that remote ones may leave the cache."""
         for sample in self.samples:
             self._shards(sample).close(sample["shard"])
 
-    def _token_facts(self, row: dict) -> dict:
-        """What gives degenerate text away: how many different tokens, the most frequent one, the longest run of one."""
+    def _token_statistics(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return statistics that show degenerate text: distinct tokens, the most frequent one, the longest run of one."""
         of_shard = self._tokens(row)
         tokens = np.concatenate([of_shard[slice(*document["tokens"])] for document in row["documents"]])
         values, counts = np.unique(tokens, return_counts=True)
@@ -79,17 +99,17 @@ class Batch:
             "longest_run": int(runs.max()),
         }
 
-    def _tokens(self, row: dict) -> np.ndarray:
-        """Those of the shard that the sample lies in."""
+    def _tokens(self, row: dict[str, Any]) -> np.ndarray:
+        """Return the tokens of the shard that holds the sample."""
         return self._shards(row).open_tokens(row["shard"])
 
-    def _shards(self, row: dict) -> TokenShards:
+    def _shards(self, row: dict[str, Any]) -> TokenShards:
         return self._feed.streams[self._sources[row["sample"] - self._first]].shards
 
 
 @contextmanager
 def read_batch(feed: Feed, tokenizer: str, samples: range, losses: Sequence[float | None]) -> Iterator[Batch]:
-    """Yield the samples of a run, read again from `feed`. UserError where the `tokenizer` cannot be loaded."""
+    """Yield the samples of a run, read again from `feed`. UserError if the `tokenizer` cannot be loaded."""
     batch = Batch(feed, samples, losses, Decoder(tokenizer))
     try:
         yield batch
@@ -97,8 +117,8 @@ def read_batch(feed: Feed, tokenizer: str, samples: range, losses: Sequence[floa
         batch.close()
 
 
-def _worst_first(sample: dict) -> tuple[bool, float]:
-    """NaN is worse than anything, no loss better."""
+def _worst_first(sample: dict[str, Any]) -> tuple[bool, float]:
+    """Return a key that sorts NaN first, then losses from large to small. A sample without a loss counts as loss 0."""
     loss = sample["loss"]
     if loss is None:
         return True, 0.0

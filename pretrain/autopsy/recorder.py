@@ -1,7 +1,7 @@
-"""The last steps of a run in numbers, kept on the device: what an autopsy is made from.
+"""The last steps of a run in numbers, kept on the device, from which autopsies are made.
 
-Nothing here waits for the device or talks to other ranks, but for `figures`. Each rank keeps what it knows of its own
-pieces of the weights, three numbers for each; they are put together when somebody asks, which is seldom.
+Only `figures` waits for the device and communicates. Each rank keeps three numbers for each of its pieces of the weights.
+They are put together when an autopsy needs them, which is rare.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pretrain.sharded.engine_protocol import Engine
 
 @dataclass(frozen=True)
 class _Record:
-    """One step, as this rank knows it; see `Recorder.end_step`.
+    """One step, as this rank has it. See `Recorder.end_step`.
 
     gradients, steps: as from `UpdateNorms`. activations: as from `LargestActivations`.
     """
@@ -40,9 +40,12 @@ class _Record:
 
 @dataclass(frozen=True)
 class Norms:
-    """Of one weight at one step: its gradient before clipping, its step (not yet changed by methods), and itself.
+    """Norms of one weight at one step.
 
-    None where they are not known: steps that Muon takes and, under ZeRO-1 and 2, gradients of what it steps.
+    Attributes:
+        gradient: that of the gradient before clipping. None if it is not known: under ZeRO-1 and 2, for weights of Muon.
+        step: that of the step, before methods edit the weight. None if it is not known: for weights of Muon.
+        weight: that of the weight after the step.
     """
 
     gradient: float | None
@@ -51,12 +54,15 @@ class Norms:
 
 
 @dataclass(frozen=True)
-class Figures:
-    """One step as all ranks know it.
+class StepFigures:
+    """One step, from all ranks.
 
-    samples: of the run's order, that it read. losses: means over the batch by name, as in `StepResult`. factor: what the
-    gate multiplied the gradient by, on top of the clipping by its norm; 0 for a step that was left out. norms: by weight.
-    activations: the largest |h| after each block.
+    Attributes:
+        samples: the samples of the run's order that it read.
+        losses: means over the batch by name, as in `StepResult`.
+        factor: what the gate multiplied the gradient by, besides clipping by its norm. 0 for a skipped step.
+        norms: the norms of each weight, by name.
+        activations: the largest |h| after each block.
     """
 
     step: int
@@ -69,9 +75,10 @@ class Figures:
 
 
 class Recorder:
-    """Keeps the newest step, and the `steps` steps before it."""
+    """Keeps the newest step and the steps before it."""
 
     def __init__(self, engine: Engine, weights: ShardedWeights, steps: int) -> None:
+        """Record the steps of `engine` and keep `steps` steps before the newest."""
         self.layout: dict[str, Weight] = weights.layout
         self._update_norms = UpdateNorms(weights)
         self._activations = LargestActivations(engine.module, engine.device)
@@ -80,33 +87,34 @@ class Recorder:
 
     @property
     def newest_step(self) -> int:
-        """The step that was recorded last; there must be one."""
+        """The step that was recorded last. There must be one."""
         return self._records[-1].step
 
     def gradients(self) -> None:
-        """Between the last backward of a step and the engine's step, which drops the gradients."""
+        """Record the gradients. Call it after the last backward of a step, before the engine's step drops them."""
         self._gradients = self._update_norms.gradient_squares()
 
     def end_step(self, step: int, samples: range, losses: Mapping[str, torch.Tensor], lr: float, factor: float) -> None:
-        """After the engine's step, before anything else changes the weights. The arguments are those of `Figures`.
+        """Record a step. Call it after the engine's step, before anything else changes the weights.
 
-        losses: scalars on the device.
+        The arguments are those of `StepFigures`. `losses` are scalars on the device.
         """
         gradients = self._gradients
+        assert gradients is not None, "`gradients` has been called during the step"
         steps = self._update_norms.step_squares() if factor else gradients.new_zeros(len(gradients), 2)
         self._records.append(_Record(step, samples, losses, lr, factor, gradients, steps, self._activations.take()))
 
     def forget(self) -> None:
-        """The run goes back to an earlier step: what is recorded has been undone."""
+        """Forget all steps, as when a run goes back to an earlier step."""
         self._records.clear()
 
-    def figures(self) -> list[Figures]:
-        """The recorded steps, oldest first; at least one. Collective."""
+    def figures(self) -> list[StepFigures]:
+        """Return the recorded steps, the oldest first. There must be one. Collective."""
         records = list(self._records)
         activations = all_gather(torch.stack([record.activations for record in records])).amax(0).tolist()
         norms = self._norms(records)
         return [
-            Figures(
+            StepFigures(
                 record.step,
                 record.samples,
                 {name: float(loss) for name, loss in record.losses.items()},
@@ -119,7 +127,7 @@ class Recorder:
         ]
 
     def _norms(self, records: list[_Record]) -> list[dict[str, Norms]]:
-        """Of the full weights at each step: squares are summed over the ranks."""
+        """Return the norms of the full weights at each step. Squares are summed over the ranks."""
         mine = torch.stack([torch.cat((record.gradients[:, None], record.steps), 1) for record in records])
         numbers = {name: number for number, name in enumerate(self.layout)}
         where = torch.tensor([numbers[name] for name in self._update_norms.names], device=mine.device)

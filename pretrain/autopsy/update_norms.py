@@ -1,10 +1,10 @@
-"""How large the gradient and the last step of each weight are, from what lies on this rank: no copies, no communication.
+"""Norms of the gradient and of the last step of each weight, from the memory of this rank: no copies, no communication.
 
-The base optimizer steps flat tensors that hold this rank's masters; Adam's moments are laid out as they are, and so are the
-gradients that DeepSpeed has averaged over ranks and micro-batches by the time its own step begins. Then they are neither
-clipped nor rejected yet, and Muon has not made updates of them (under ZeRO-1 it has, but for bf16: see `known`).
+The base optimizer steps flat tensors that hold this rank's masters. Adam's moments have the same layout. So have the
+gradients that DeepSpeed has averaged over ranks and micro-batches when its own step begins. They are neither clipped nor
+rejected then, and Muon has not turned them into updates (under ZeRO-1 it has, except in bf16: see `known`).
 
-AdamW's step follows from what it leaves behind. Torch computes W <- (1 - h d) W - h U, where h is the learning rate, d
+AdamW's step follows from the state after it. Torch computes W <- (1 - h d) W - h U, where h is the learning rate, d
 the weight decay, and U = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps). With the W after the step:
 
     dW = -h (d W + U) / (1 - h d)
@@ -27,12 +27,17 @@ from pretrain.sharded.stepped_tensors import averaged_gradients, base_optimizer,
 from pretrain.sharded.weights import ShardedWeights
 from pretrain.sharded.zero12 import Zero12
 
-BATCH = {"cpu": 1 << 20, "cuda": 1 << 25}  # elements whose steps are computed at a time, and in memory twice
+BATCH = {"cpu": 1 << 20, "cuda": 1 << 25}  # elements whose steps are computed at a time; they are in memory twice
 
 
 @dataclass
 class _Pieces:
-    """Some of this rank's pieces, or parts of them, in a flat tensor: their numbers, and [first, last) of what is counted."""
+    """Pieces of this rank, or parts of them, in a flat tensor.
+
+    Attributes:
+        numbers: the index of each piece among all of this rank.
+        ranges: the elements [first, last) of the flat tensor that count.
+    """
 
     numbers: list[int] = field(default_factory=list)
     ranges: list[tuple[int, int]] = field(default_factory=list)
@@ -42,7 +47,7 @@ class _Pieces:
         self.ranges.append((first, last))
 
     def on(self, device: torch.device) -> torch.Tensor:
-        """The numbers as an index. To be made once: what is sent to a GPU is waited for."""
+        """Return the numbers as an index on the device. Make it once: sending it to a GPU waits for the GPU."""
         return torch.tensor(self.numbers, device=device)
 
 
@@ -59,20 +64,20 @@ class _Flat:
 
     @cached_property
     def whole(self) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-        """The index of all pieces, and their ranges."""
+        """The index of all pieces and their ranges."""
         return self.pieces.on(self.device), self.pieces.ranges
 
     @cached_property
     def batches(self) -> list[tuple[torch.Tensor, list[tuple[int, int]]]]:
-        """The same, at most BATCH elements at a time; long pieces come in parts."""
+        """The same, at most BATCH elements at a time. Long pieces come in parts."""
         return [(some.on(self.device), some.ranges) for some in _batches(self.pieces, BATCH[self.device.type])]
 
 
 class UpdateNorms:
-    """This rank's pieces as the optimizer of an engine steps them.
+    """Measures the gradients and steps of this rank's pieces. Sums of squares over all ranks are those of the full weights.
 
-    names: the weights that this rank counts something of, one for each value that the methods return. Sums of squares over
-    all ranks are those of the full weights.
+    Attributes:
+        names: the weight of each piece, in the order of the values that the methods return.
     """
 
     def __init__(self, weights: ShardedWeights) -> None:
@@ -82,15 +87,18 @@ class UpdateNorms:
         self._find_pieces(weights)
 
     def known(self, weight: Weight) -> tuple[bool, bool]:
-        """Whether the gradient of a weight, and its step, can be told on this engine."""
+        """Return whether the gradient of a weight, and whether its step, can be measured on this engine."""
         by_muon = muon.steps(weight) and any(group.get("use_muon") for group in self._base.param_groups)
         return not (by_muon and isinstance(self._weights.placement, Zero12)), not by_muon
 
     @torch.no_grad()
     def gradient_squares(self) -> torch.Tensor:
-        """(pieces,) float64: the squared norm of each piece's gradient, before clipping.
+        """Return the squared norm of each piece's gradient before clipping.
 
         Call it between the last backward and the engine's step. Nothing waits for the device.
+
+        Returns:
+            (pieces,) float64 on the device of the optimizer.
         """
         engine = self._weights.engine
         scale = float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
@@ -103,9 +111,12 @@ class UpdateNorms:
 
     @torch.no_grad()
     def step_squares(self) -> torch.Tensor:
-        """(pieces, 2) float64: the squared norms of the last step of each piece, and of the piece after it.
+        """Return the squared norms of the last step of each piece, and of the piece after it.
 
-        Call it after the engine's step, before anything else changes the weights. 0 for what Adam does not step.
+        Call it after the engine's step, before anything else changes the weights.
+
+        Returns:
+            (pieces, 2) float64 on the device of the optimizer. 0 for pieces that Adam does not step.
         """
         squares = torch.zeros(2, len(self.names), dtype=torch.float64, device=self._device)
         for flat in self._flats:
@@ -120,7 +131,7 @@ class UpdateNorms:
         return squares.T
 
     def _find_pieces(self, weights: ShardedWeights) -> None:
-        """A piece's master is a view of one of the flat tensors: its address says which, and where."""
+        """Find the flat tensor of each piece, and the place in it, by the address of its master, which is a view of it."""
         flats = sorted((flat for flat in self._flats if flat.tensor.numel()), key=lambda flat: flat.tensor.data_ptr())
         starts = [flat.tensor.data_ptr() for flat in flats]
         for piece in weights.pieces():
@@ -135,16 +146,16 @@ class UpdateNorms:
         return self._flats[0].device
 
 
-def _add_squares(squares: torch.Tensor, where: torch.Tensor, parts: list[torch.Tensor], scale: float = 1.0) -> None:
+def _add_squares(squares: torch.Tensor, where: torch.Tensor, parts: Sequence[torch.Tensor], scale: float = 1.0) -> None:
     """Add the squared norms of the parts, times scale², to `squares` at the places `where`."""
-    norms = torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float32)).double().mul_(scale)
+    norms = torch.stack(torch._foreach_norm(list(parts), 2, dtype=torch.float32)).double().mul_(scale)
     squares.index_add_(0, where, norms.square_())
 
 
 def _adam_steps(
     flat: _Flat, state: dict[str, Any], ranges: list[tuple[int, int]]
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """W + U / d of each range, or U without decay, in fresh memory; and W, a view."""
+) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    """Return W + U / d of each range (U without decay), in new memory, and W, as views."""
     masters, firsts, seconds = (
         [tensor.view(-1)[first:last] for first, last in ranges]
         for tensor in (flat.tensor.data, state["exp_avg"], state["exp_avg_sq"])
@@ -160,7 +171,7 @@ def _adam_steps(
 
 
 def _cut(tensors: Sequence[torch.Tensor], ranges: list[tuple[int, int]]) -> Iterator[torch.Tensor]:
-    """The ranges of tensors laid end to end, none of which crosses from one into the next."""
+    """Yield the ranges of tensors laid end to end. No range crosses from one tensor into the next."""
     starts = list(accumulate((tensor.numel() for tensor in tensors), initial=0))
     for first, last in ranges:
         number = bisect_right(starts, first) - 1
@@ -168,7 +179,7 @@ def _cut(tensors: Sequence[torch.Tensor], ranges: list[tuple[int, int]]) -> Iter
 
 
 def _batches(pieces: _Pieces, size: int) -> Iterator[_Pieces]:
-    """The pieces, at most `size` elements at a time."""
+    """Yield the pieces, at most `size` elements at a time."""
     some, left = _Pieces(), size
     for number, (first, last) in zip(pieces.numbers, pieces.ranges, strict=True):
         while first < last:

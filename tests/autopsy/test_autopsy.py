@@ -1,7 +1,6 @@
-"""Autopsies: what is recorded of each step is what one process with all weights and the whole batch finds, and what is
-written names the document that was to blame.
+"""Autopsies: the figures of each step equal those of one process with all weights, and the report names the bad document.
 
-The ranks of autopsy_worker.py go through every case; those of autopsy_run_worker.py train on a corpus.
+The ranks of autopsy_worker.py run every case. Those of autopsy_run_worker.py train on a corpus.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from tests.support.workers.autopsy_run_worker import POISON, examine
 from tests.support.workers.autopsy_worker import BROKEN, KEPT, STEPS, examine_all
 
 
-def zero(stage: int, **more) -> dict:
+def zero(stage: int, **more: object) -> dict:
     return {"zero_optimization": {"stage": stage}, **more}
 
 
@@ -56,7 +55,7 @@ REJECTED = [each for each in ALL if "muon" not in each.id]
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], dict]:
-    """What the two ranks of a group found in a case; they are started when it is first asked for."""
+    """Return a function that gives the results of a case. The two ranks of its group start at the first call."""
 
     @cache
     def of_group(group: str) -> dict:
@@ -70,8 +69,10 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], dict]
 
 
 def tolerance(name: str) -> float:
-    """bf16 against a float32 reference of the rounded weights has two digits; float32 leaves rounding."""
-    return 0.05 if "bf16" in name else 0.02 if "fp16" in name else 1e-4
+    """Return the relative tolerance against a float32 reference of the rounded weights."""
+    if "bf16" in name:
+        return 0.05
+    return 0.02 if "fp16" in name else 1e-4
 
 
 @pytest.mark.parametrize(("group", "name"), ALL)
@@ -98,7 +99,7 @@ def test_update_ratios_are_those_of_the_weights_before_and_after(seen: Callable,
                 assert "muon" in name
                 assert "_proj" in weight
                 continue
-            # The difference of two float32 weights has lost the digits that a small step has beside them.
+            # The difference of two float32 weights lacks the last digits of a small step.
             assert norms["step"] == pytest.approx(expected["updates"][weight], rel=1e-4)
             ratio = norms["step"] / norms["weight"] if norms["weight"] else 0.0
             assert ratio == pytest.approx(expected["monitored"][weight], rel=1e-4)
@@ -115,9 +116,7 @@ def test_the_largest_activations_and_the_loss_of_each_sequence_are_those_of_one_
 
 
 @pytest.mark.parametrize(("group", "name"), REJECTED)
-def test_of_a_step_that_was_rejected_the_gradients_are_known_and_the_update_is_none(
-    seen: Callable, group: str, name: str
-) -> None:
+def test_a_rejected_step_has_known_gradients_and_no_update(seen: Callable, group: str, name: str) -> None:
     (step,) = (step for step in seen(group, name)["steps"] if step["step"] == BROKEN)
     assert step["factor"] == 0.0
     finite = {weight for weight, norms in step["norms"].items() if isfinite(norms["gradient"])}
@@ -127,7 +126,7 @@ def test_of_a_step_that_was_rejected_the_gradients_are_known_and_the_update_is_n
 
 @pytest.fixture(scope="module")
 def autopsy(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, str]:
-    """The autopsy of the step that reads a poisoned document on two ranks, what is known of it, and what was logged."""
+    """Return the autopsy of a step that reads a poisoned document on two ranks, the expected values, and the log."""
     out = tmp_path_factory.mktemp("autopsy")
     documents = documents_of(400)
     documents.insert(200, POISON)
@@ -144,10 +143,10 @@ def test_the_report_shows_the_poisoned_document_first_and_where_it_came_from(aut
     folder, known, _ = autopsy
     report = (folder / "report.md").read_text()
     assert report.startswith("# Step 4: the loss is 9.1, which is a made-up spike\n")
-    facts = json.loads((folder / "autopsy.json").read_text())
-    worst = facts["batch"][0]
+    content = json.loads((folder / "autopsy.json").read_text())
+    worst = content["batch"][0]
     assert worst["sample"] == known["poisoned"]
-    assert worst["loss"] == max(sample["loss"] for sample in facts["batch"])
+    assert worst["loss"] == max(sample["loss"] for sample in content["batch"])
     assert worst["top_token_share"] > 0.4
     assert worst["distinct_tokens"] < 10
     assert worst["documents"][0]["source"].endswith("text.jsonl")
@@ -157,10 +156,10 @@ def test_the_report_shows_the_poisoned_document_first_and_where_it_came_from(aut
     assert POISON[:20] in texts.partition("=== sample ")[0]
 
 
-def test_every_sample_of_the_batch_is_there_in_full(autopsy: tuple) -> None:
+def test_every_sample_of_the_batch_is_written_in_full(autopsy: tuple) -> None:
     folder, known, _ = autopsy
-    facts = json.loads((folder / "autopsy.json").read_text())
-    assert sorted(sample["sample"] for sample in facts["batch"]) == known["samples"]
+    content = json.loads((folder / "autopsy.json").read_text())
+    assert sorted(sample["sample"] for sample in content["batch"]) == known["samples"]
     text = (folder / "batch.txt").read_text()
     for sample, expected in zip(known["samples"], known["texts"], strict=True):
         shown = text.partition(f"=== sample {sample:,}: ")[2].partition("\n\n=== sample ")[0]
@@ -169,11 +168,11 @@ def test_every_sample_of_the_batch_is_there_in_full(autopsy: tuple) -> None:
 
 
 def test_the_steps_before_are_in_the_figures(autopsy: tuple) -> None:
-    facts = json.loads((autopsy[0] / "autopsy.json").read_text())
-    assert [step["step"] for step in facts["steps"]] == [1, 2, 3, 4]
-    assert [step["samples"][1] - step["samples"][0] + 1 for step in facts["steps"]] == [8] * 4
-    assert all(0 < step["clip"] <= 1 and step["gradient_norm"] > 0 for step in facts["steps"])
-    assert {len(series) for parts in facts["parts"].values() for series in parts.values()} == {4}
+    content = json.loads((autopsy[0] / "autopsy.json").read_text())
+    assert [step["step"] for step in content["steps"]] == [1, 2, 3, 4]
+    assert [step["samples"][1] - step["samples"][0] + 1 for step in content["steps"]] == [8] * 4
+    assert all(0 < step["clip"] <= 1 and step["gradient_norm"] > 0 for step in content["steps"])
+    assert {len(series) for parts in content["parts"].values() for series in parts.values()} == {4}
 
 
 def test_a_spike_that_lasts_has_one_autopsy_and_a_disk_that_takes_none_ends_nothing(autopsy: tuple) -> None:
