@@ -3,7 +3,7 @@
     deepspeed pretrain/train.py --config configs/1b_tvr.yaml [--set key=value ...] [--dry-run]
 
 Runs under `deepspeed`, `torchrun`, `srun` with one task per rank, or plain `python`. Started again, the same command
-goes on from the newest valid checkpoint.
+resumes from the newest valid checkpoint.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pretrain.distributed import signals
 
 if __name__ == "__main__":
     startup.begin()
-    signals.catch()  # the libraries below take their seconds to load
+    signals.catch()  # the libraries below take seconds to load
 
 import argparse
 import os
@@ -28,7 +28,7 @@ from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
-from pretrain import quiet  # noqa: F401  (before the libraries that would speak)
+from pretrain import quiet  # noqa: F401  (before the libraries that it silences)
 from pretrain.checkpoints.folders import resolve
 from pretrain.cli.parser import tool_parser
 from pretrain.config.schema import Config, ResilienceSection, load_config
@@ -57,7 +57,7 @@ from pretrain.trainer.weight_table import describe_weights
 
 
 def dry_run(config: Config) -> None:
-    """Check everything and print the plan, for as many ranks as the launcher started; train nothing."""
+    """Check everything and print the plan for as many ranks as the launcher started. Train nothing."""
     signals.release()
     map_environment()
     if rank_from_environment() == 0:
@@ -71,6 +71,7 @@ def dry_run(config: Config) -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Return the arguments of the command line."""
     parser = tool_parser("Pretrain a language model with its weights' variance under control.")
     parser.add_argument("--config", required=True, help="the run file, e.g. configs/tiny_tvr.yaml")
     parser.add_argument(
@@ -82,7 +83,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """The command line; pretrain/trainer/exit_codes.py has the exit codes."""
+    """Run the command line. pretrain/trainer/exit_codes.py lists the exit codes."""
     arguments = parse_arguments()
     signals.catch()
     try:
@@ -97,7 +98,7 @@ def main() -> None:
 
 
 def meet(config: Config) -> Ranks:
-    """Join the other ranks. The communication library waits longer than the watchdog, which can tell for whom."""
+    """Join the other ranks. The communication library waits longer than the watchdog, which can name the rank at fault."""
     watchdog_s = config.resilience.watchdog_s
     try:
         return initialize(watchdog_s and 2 * watchdog_s + 60, signals.catch())
@@ -108,7 +109,7 @@ def meet(config: Config) -> Ranks:
 
 
 def run(config: Config, ranks: Ranks) -> None:
-    """Train, and turn what goes wrong into a status and an exit code."""
+    """Train, and turn errors into a status and an exit code."""
     folder = None
     try:
         enter("checking the plan")
@@ -120,7 +121,7 @@ def run(config: Config, ranks: Ranks) -> None:
         log.info(f"rank {ranks.rank} of {ranks.world_size} on {socket.gethostname()}, process {os.getpid()}")
         with watched(folder, config.resilience, ranks):
             train(plan, folder, ranks)
-            with suppress(RuntimeError):  # all is said and saved: a peer that has left already is no fault
+            with suppress(RuntimeError):  # everything is saved: a peer that has exited already is no fault
                 dist.destroy_process_group()
     except Exception as error:
         end_badly(error, folder, ranks)
@@ -128,7 +129,7 @@ def run(config: Config, ranks: Ranks) -> None:
 
 @contextmanager
 def watched(folder: RunFolder, config: ResilienceSection, ranks: Ranks) -> Iterator[None]:
-    """The watchdog, where the run file wants one."""
+    """Run the watchdog during the block, if the run file asks for one."""
     if config.watchdog_s is None:
         yield
         return

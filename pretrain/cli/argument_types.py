@@ -1,4 +1,4 @@
-"""Types of command-line arguments, for argparse: paths as run files have them, and numbers that are numbers."""
+"""Types of command-line arguments for argparse: paths as in run files, and numbers that must be finite."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ _LARGEST_INTEGER = 2**63 - 1
 
 
 def path(text: str) -> Path:
-    """A file or folder, with $VAR and ~ filled in: scripts quote them, and then no shell has done it."""
+    """Return a file or folder, with $VAR and ~ filled in: in a script they may be quoted, so no shell has done it."""
     return Path(_filled_in(paths.local, text))
 
 
 def location(text: str) -> str:
-    """A path as `path` takes it, a pattern of paths, or a URL."""
+    """Return a path (as by `path`), a pattern of paths, or a URL."""
     return _filled_in(paths.expanded, text)
 
 
 def whole(least: float = -inf) -> Callable[[str], int]:
-    """The type of whole numbers from `least` on, which may be written 1e9 or 1_000."""
+    """Return the type of whole numbers from `least` on, which may be written 1e9 or 1_000."""
 
     def parse(text: str) -> int:
         value = _finite(text)
@@ -37,7 +37,7 @@ def whole(least: float = -inf) -> Callable[[str], int]:
 
 
 def number(*, above: float = -inf, least: float = -inf) -> Callable[[str], float]:
-    """The type of finite numbers above or from a bound on."""
+    """Return the type of finite numbers that are more than `above` and at least `least`."""
 
     def parse(text: str) -> float:
         value = _finite(text)

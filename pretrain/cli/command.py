@@ -1,4 +1,4 @@
-"""What command lines here share: how they end on the user's mistakes, and how text is named."""
+"""Code that command lines share: the way in which they end, and the arguments that name text."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from pretrain.distributed.signal_listener import STOP_SIGNALS, SignalListener, i
 from pretrain.errors import OTHER, USER_ERROR, UserError
 from pretrain.files import remove_unfinished
 
-PATIENCE_S = 10.0  # from a signal to the end of the process, whatever it is doing
-CHILDREN_S = 5.0  # of which for the processes that it has started
+PATIENCE_S = 10.0  # the time from a signal to the end of the process, whatever it is doing
+CHILDREN_S = 5.0  # the part of it that the processes it has started get
 
 if TYPE_CHECKING:
     from types import FrameType, TracebackType
@@ -29,13 +29,14 @@ if TYPE_CHECKING:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main` and exit: 0 when it returns, 2 on a `UserError`; other exceptions keep their traceback.
+    """Call `main` and exit: with 0 when it returns, with 2 on a `UserError`. Other exceptions keep their traceback.
 
-    SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP end it in order, with 128 + their number: what is half written goes. One
-    that is ignored from the start, as SIGHUP is under `nohup`, stays so. Processes that `main` has started are told to end.
+    SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGHUP end it in order, with 128 + their number: half-written files are removed,
+    and processes that `main` has started are terminated. A signal that is ignored from the start, as SIGHUP under
+    `nohup`, stays ignored.
 
-    Where standard output takes no more, as on a full disk, `main` goes on, and the exit code is 1 instead of 0. A reader
-    that has closed it, as `head` does, has what it wanted.
+    If standard output takes no more, as on a full disk, `main` continues, and the exit code is 1 instead of 0. A reader
+    that has closed it, as `head` does, is no fault.
     """
     code = _exit_code(main, _Stop())
     if why := startup.lost_output():
@@ -45,18 +46,18 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(code)
 
 
-def _tell(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """End on what nothing else caught: Ctrl-C while a tool imports its libraries, or an error with its traceback."""
+def _report(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    """End on an exception that nothing else caught: Ctrl-C while a tool imports its libraries, or an error."""
     if issubclass(kind, KeyboardInterrupt):
         _end_by(signal.SIGINT)
     sys.__excepthook__(kind, error, traceback)
 
 
-sys.excepthook = _tell  # from the first import of a tool on
+sys.excepthook = _report  # from the first import of a tool on
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Add the arguments that name text, for `open_source_of`, and that say what to do about records that give none."""
+    """Add the arguments that name text, for `open_source_of`, and those about records without text."""
     parser.add_argument(
         "--source",
         nargs="+",
@@ -99,7 +100,11 @@ def add_source_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
 
 
 def open_source_of(options: argparse.Namespace, part: tuple[int, int] | None = None) -> Source:
-    """The source that the arguments of `add_source_arguments` name, or a part of it."""
+    """Return the source that the arguments of `add_source_arguments` name.
+
+    Args:
+        part: (number, count) to take only one of `count` parts of the source.
+    """
     from pretrain.data.text.sources import open_source
 
     if options.max_bad_records > 1:
@@ -115,7 +120,11 @@ def open_source_of(options: argparse.Namespace, part: tuple[int, int] | None = N
 
 
 class _Stop:
-    """Signals that end this process, as exceptions in its main thread; number: of the one that came, 0 if none has."""
+    """Turns the signals that end this process into exceptions in its main thread.
+
+    Attributes:
+        number: that of the signal that came, 0 if none has.
+    """
 
     def __init__(self) -> None:
         self.number = 0
@@ -127,7 +136,7 @@ class _Stop:
 
     def _end(self, number: int, frame: FrameType | None) -> None:
         if self.number:
-            return  # it is being cleaned up
+            return  # the process is ending already
         self.number = number
         _end_children()
         if number == signal.SIGINT:
@@ -136,7 +145,7 @@ class _Stop:
 
 
 def _end_by(number: int) -> NoReturn:
-    """End at once, what must be cleaned up aside: an interpreter that winds down is aborted by a library's busy thread."""
+    """Clean up and exit at once: a library's busy thread would abort an interpreter that shuts down in its own way."""
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -144,7 +153,7 @@ def _end_by(number: int) -> NoReturn:
 
 
 def _end_children() -> None:
-    """Have the processes that this one has started end in order: `subprocess` would kill them, and they have some too."""
+    """Terminate the processes that this one has started. `subprocess` would kill them, and theirs would be left."""
     children = psutil.Process().children()
     for child in children:
         with suppress(psutil.Error):
@@ -153,11 +162,11 @@ def _end_children() -> None:
 
 
 def _exit_code(main: Callable[[], None], stop: _Stop) -> int | str | None:
-    """Call `main`; what `sys.exit` is to be told then."""
+    """Call `main` and return the argument for `sys.exit`."""
     try:
         main()
     except BaseException as error:
-        if stop.number:  # libraries make other exceptions of it
+        if stop.number:  # libraries may have turned its exception into another
             print(f"stopped by {signal.Signals(stop.number).name}", file=sys.stderr)
             _end_by(stop.number)
         if isinstance(error, UserError):

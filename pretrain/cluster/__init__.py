@@ -1,1 +1,1 @@
-"""What a Slurm job does around the training: before it, and once it has ended."""
+"""The work of a Slurm job before training starts and after it has ended."""

@@ -1,4 +1,4 @@
-"""The code and the environment of a job, kept in its run folder: what is edited later does not change a run under way."""
+"""A copy of the code and the environment of a job in its run folder, so that later edits do not change the run."""
 
 from __future__ import annotations
 
@@ -18,21 +18,27 @@ _PARTS = ("pretrain", "tools", "configs", "ds_configs", "slurm", "pyproject.toml
 
 
 def take_snapshot(folder: Path, config: Config, job: dict[str, str]) -> None:
-    """Make `folder`: this code, `config` with its DeepSpeed file's content as `run.yaml`, and `snapshot.json`.
+    """Make `folder` with this code, `config` (with the content of its DeepSpeed file) as `run.yaml`, and `snapshot.json`.
 
-    snapshot.json: the git revision, the installed packages and the facts about the `job`; nothing else of the
-    environment, which holds secrets. UserError if it cannot be written; then there is no `folder`.
+    `snapshot.json` holds the git revision, the installed packages and `job`. It holds nothing else of the environment,
+    which has secrets.
+
+    Args:
+        job: Slurm's variables of the job.
+
+    Raises:
+        UserError: the folder cannot be written. Then it does not exist.
     """
     _, deepspeed = read_deepspeed(config)
     frozen = config.model_copy(update={"deepspeed": deepspeed})
     try:
-        with unfinished(folder.with_name(f".{folder.name}.{os.getpid()}.incomplete")) as aside:
-            aside.mkdir(parents=True)
+        with unfinished(folder.with_name(f".{folder.name}.{os.getpid()}.incomplete")) as incomplete:
+            incomplete.mkdir(parents=True)
             for part in filter(Path.exists, (REPOSITORY / name for name in _PARTS)):
-                _copy(part, aside / part.name)
-            write_text(aside / RUN_FILE, frozen.to_yaml())
-            write_json(aside / RECORD, {**code_version(), **installed_packages(), "job": job})
-            aside.rename(folder)
+                _copy(part, incomplete / part.name)
+            write_text(incomplete / RUN_FILE, frozen.to_yaml())
+            write_json(incomplete / RECORD, {**code_version(), **installed_packages(), "job": job})
+            incomplete.rename(folder)
         sync_folder(folder.parent)
     except OSError as error:
         raise UserError(f"cannot write the snapshot of the code to {folder}: {error.strerror or error}.") from error

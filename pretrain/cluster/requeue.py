@@ -1,4 +1,4 @@
-"""Whether a job goes back into the queue once its training has ended."""
+"""The decision whether a job goes back into the queue after its training has ended."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from dataclasses import dataclass
 from pretrain.cluster.slurm_attempts import FAULT, Attempts, Task
 from pretrain.errors import DIVERGED, MACHINE_FAULT, OTHER, USER_ERROR
 
-MAX_FAULTS = 3  # in a row that leave no newer checkpoint: the next start would end like them
-_BY_SIGNAL = 128  # and more: ended by a signal
+MAX_FAULTS = 3  # faults in a row without a newer checkpoint, after which the next start would end like them
+_BY_SIGNAL = 128  # exit codes above it mean the end by a signal
 
 
 @dataclass(frozen=True)
 class RequeueDecision:
-    """requeue: go on later; else the job ends with `code`. exclude: nodes on which it shall not start again."""
+    """What happens to a job after a start of it has ended.
+
+    Attributes:
+        requeue: whether it goes back into the queue. If not, it ends with `code`.
+        exclude: nodes on which it shall not start again.
+    """
 
     requeue: bool
     code: int
@@ -22,26 +27,31 @@ class RequeueDecision:
     exclude: tuple[str, ...] = ()
 
 
-def decide(attempts: Attempts, code: int, told_to_stop: bool, nodes: int, max_restarts: int) -> RequeueDecision:
-    """Judge the present start of a job and note it there.
+def decide(attempts: Attempts, code: int, signalled: bool, nodes: int, max_restarts: int) -> RequeueDecision:
+    """Decide what happens after the present start of a job, and record how the start ended.
 
-    code: srun's, which says reliably only whether all ranks ended with 0. told_to_stop: whether the batch script was
-    signalled. nodes: how many the job has.
+    Args:
+        attempts: the starts of the job.
+        code: srun's exit code, which is reliable only on whether all ranks ended with 0.
+        signalled: whether the batch script was signalled to stop.
+        nodes: the number of nodes of the job.
+        max_restarts: how often a job may be requeued.
     """
-    found = _decide(attempts, code, told_to_stop, nodes)
-    attempts.end(found.outcome, found.reason)
-    if not found.requeue:
-        return found
-    if found.outcome == FAULT and (faults := attempts.faults_without_progress()) >= MAX_FAULTS:
-        return _end(found, f"{faults} starts ended so without a new checkpoint between them")
+    decision = _decide(attempts, code, signalled, nodes)
+    attempts.end(decision.outcome, decision.reason)
+    if not decision.requeue:
+        return decision
+    if decision.outcome == FAULT and (faults := attempts.faults_without_progress()) >= MAX_FAULTS:
+        return _end(decision, f"{faults} starts ended so without a new checkpoint between them")
     if attempts.job.restart >= max_restarts:
-        return _end(found, f"it has been restarted {attempts.job.restart} times (MAX_RESTARTS)")
-    return found
+        return _end(decision, f"it has been restarted {attempts.job.restart} times (MAX_RESTARTS)")
+    return decision
 
 
-def _decide(attempts: Attempts, code: int, told_to_stop: bool, nodes: int) -> RequeueDecision:
+def _decide(attempts: Attempts, code: int, signalled: bool, nodes: int) -> RequeueDecision:
+    """Decide from this start alone."""
     unhealthy = attempts.failed_tasks("health")
-    if unhealthy and not (told_to_stop and all(task.code > _BY_SIGNAL for task in unhealthy)):
+    if unhealthy and not (signalled and all(task.code > _BY_SIGNAL for task in unhealthy)):
         return _unhealthy(unhealthy, nodes)
     failed, status = attempts.failed_tasks("ranks"), attempts.status()
     state, reason = status.get("status"), str(status.get("reason", ""))
@@ -53,10 +63,12 @@ def _decide(attempts: Attempts, code: int, told_to_stop: bool, nodes: int) -> Re
             return RequeueDecision(
                 False, hopeless, "refused" if hopeless == USER_ERROR else "diverged", _first(attempts, failed)
             )
-    # Where a rank fails by itself, srun tells the others to end, and what they then say of a stop is not the reason.
-    if state == "preempted" and (told_to_stop or not codes & {OTHER, MACHINE_FAULT}):
+    # If a rank fails by itself, srun signals the others to end. They record a stop, which is not the reason.
+    if state == "preempted" and (signalled or not codes & {OTHER, MACHINE_FAULT}):
         return RequeueDecision(True, MACHINE_FAULT, state, reason)
-    if told_to_stop and all(ended > _BY_SIGNAL for ended in codes):  # by the signal itself: nobody listened yet
+    if signalled and all(
+        ended > _BY_SIGNAL for ended in codes
+    ):  # the signal itself ended ranks that did not handle it yet
         return RequeueDecision(True, MACHINE_FAULT, "preempted", "told to stop before the training had begun")
     if code == 0 and not codes:
         return RequeueDecision(
@@ -68,15 +80,16 @@ def _decide(attempts: Attempts, code: int, told_to_stop: bool, nodes: int) -> Re
 
 
 def _unhealthy(failed: list[Task], nodes: int) -> RequeueDecision:
-    """What all of several nodes have is not the nodes' fault: excluding them would leave nothing to run on."""
+    """Exclude the nodes that failed the health check, unless all of several nodes did: then none would be left."""
     names = tuple(sorted({task.node for task in failed}))
-    common = 1 < nodes == len(names)
-    reason = f"failed the health check: {', '.join(names)}" + " (every node: none is excluded)" * common
-    return RequeueDecision(True, MACHINE_FAULT, FAULT, reason, () if common else names)
+    reason = f"failed the health check: {', '.join(names)}"
+    if 1 < nodes == len(names):
+        return RequeueDecision(True, MACHINE_FAULT, FAULT, f"{reason} (every node: none is excluded)")
+    return RequeueDecision(True, MACHINE_FAULT, FAULT, reason, names)
 
 
 def _first(attempts: Attempts, failed: list[Task]) -> str:
-    """Who failed first, and its last word."""
+    """Name the rank that failed first, with its last message."""
     status = attempts.status()
     recorded = "" if status.get("status") == "preempted" else str(status.get("reason", ""))
     if not failed:
@@ -84,9 +97,9 @@ def _first(attempts: Attempts, failed: list[Task]) -> str:
     task = failed[0]
     log = attempts.rank_log(task.number)
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
-    last_word = recorded or (lines[-1] if lines else "it said nothing")
-    return f"rank {task.number} on {task.node} ended first, with code {task.code}: {last_word} (its log: {log})"
+    message = recorded or (lines[-1] if lines else "it said nothing")
+    return f"rank {task.number} on {task.node} ended first, with code {task.code}: {message} (its log: {log})"
 
 
-def _end(found: RequeueDecision, why: str) -> RequeueDecision:
-    return RequeueDecision(False, found.code, found.outcome, f"{found.reason}; not requeued: {why}")
+def _end(decision: RequeueDecision, why: str) -> RequeueDecision:
+    return RequeueDecision(False, decision.code, decision.outcome, f"{decision.reason}; not requeued: {why}")

@@ -1,8 +1,8 @@
-"""What a job remembers from one start to the next, in `<run>/slurm/<job id>/`.
+"""The record that a job keeps from one start to the next, in `<run>/slurm/<job id>/`.
 
 `attempts.json` lists its starts. `<restart>/ranks/` and `<restart>/health/` hold the exit code of each task that did not
-end with 0, in a file called `<node>.<task>`, which slurm/task.sh writes: srun's own exit code is that of whichever task it
-ended, and tells nothing.
+end with 0, in a file called `<node>.<task>`, which slurm/task.sh writes. srun's own exit code is of no use: it can be that
+of a task that srun has ended.
 """
 
 from __future__ import annotations
@@ -11,16 +11,23 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 from pretrain.errors import UserError
 from pretrain.files import write_json
 
 FAULT = "fault"
+TaskKind: TypeAlias = Literal["ranks", "health"]  # the ranks of a start, or the health checks of its nodes
 
 
 @dataclass(frozen=True)
 class Job:
-    """Who this job is. restart: how often Slurm has requeued it."""
+    """A Slurm job.
+
+    Attributes:
+        restart: how often Slurm has requeued it.
+        nodes: its nodes, in Slurm's notation.
+    """
 
     id: str
     restart: int
@@ -28,7 +35,7 @@ class Job:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Job:
-        """Raises UserError outside of a job."""
+        """Return the job that the variables in `environment` name. UserError outside of a job."""
         if "SLURM_JOB_ID" not in environment:
             raise UserError("this is no Slurm job (SLURM_JOB_ID is not set): sbatch slurm/train.sbatch starts one.")
         restart, nodes = environment.get("SLURM_RESTART_COUNT", "0"), environment.get("SLURM_JOB_NODELIST", "")
@@ -39,9 +46,10 @@ class Job:
 class Attempt:
     """One start of a job.
 
-    checkpoint: the run's newest when it began. status_written_ns: when status.json had last been written by then, to
-    know whether this start has written it. outcome: how it ended; None where nobody was left to say, as when the node of
-    the batch script dies.
+    Attributes:
+        checkpoint: the run's newest when it began.
+        status_written_ns: the time of the last change to status.json before it began. A later one is by this start.
+        outcome: how it ended. None if nothing was left to record it, as when the node of the batch script dies.
     """
 
     restart: int
@@ -54,7 +62,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Task:
-    """One that did not end with 0."""
+    """A task that did not end with 0."""
 
     node: str
     number: int
@@ -62,48 +70,51 @@ class Task:
 
 
 class Attempts:
-    """The starts of `job` in the run folder `run`."""
+    """The starts of a job, in a run folder."""
 
     def __init__(self, run: Path, job: Job) -> None:
+        """Read the record of `job` in the run folder `run`."""
         self.run, self.job = run, job
         self.folder = run / "slurm" / job.id
         self._file = self.folder / "attempts.json"
         self.all = [Attempt(**entry) for entry in json.loads(self._file.read_bytes())] if self._file.exists() else []
 
     def begin(self) -> None:
-        """Note this start, before anything of the run does."""
+        """Record this start, before the run writes anything."""
         for kind in ("ranks", "health"):
-            (self._endings / kind).mkdir(parents=True, exist_ok=True)
+            (self._failures / kind).mkdir(parents=True, exist_ok=True)
         written = self._status.stat().st_mtime_ns if self._status.exists() else None
         self.all.append(Attempt(self.job.restart, self.job.nodes, self.newest_checkpoint(), written))
         self._write()
 
     def end(self, outcome: str, reason: str) -> None:
-        """Note how this start ended."""
+        """Record how this start ended."""
         self.all[-1] = Attempt(**{**asdict(self.all[-1]), "outcome": outcome, "reason": reason})
         self._write()
 
     def faults_without_progress(self) -> int:
-        """How many starts have ended in a fault and left no newer checkpoint than they had found."""
+        """Return how many starts have ended in a fault and left no newer checkpoint than they had found."""
         now = self.newest_checkpoint()
         return sum(attempt.outcome == FAULT and attempt.checkpoint == now for attempt in self.all)
 
     def newest_checkpoint(self) -> str | None:
+        """Return the name of the run's newest checkpoint, None if it has none."""
         latest = self.run / "checkpoints/latest"
         return latest.read_text(encoding="utf-8").strip() if latest.is_file() else None
 
-    def status(self) -> dict:
-        """status.json, if this start has written it."""
+    def status(self) -> dict[str, Any]:
+        """Return the content of status.json if this start has written it, else {}."""
         if not self._status.exists() or self._status.stat().st_mtime_ns == self.all[-1].status_written_ns:
             return {}
         return json.loads(self._status.read_bytes())
 
-    def failed_tasks(self, kind: str) -> list[Task]:
-        """Of this start's ranks ("ranks"), or of its nodes' health checks ("health"); first the one that failed first."""
-        files = sorted((self._endings / kind).iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    def failed_tasks(self, kind: TaskKind) -> list[Task]:
+        """Return the tasks of this start that failed, in the order in which they failed."""
+        files = sorted((self._failures / kind).iterdir(), key=lambda path: path.stat().st_mtime_ns)
         return [Task(path.stem, int(path.suffix[1:]), int(path.read_text(encoding="utf-8"))) for path in files]
 
     def rank_log(self, rank: int) -> Path:
+        """Return the log of a rank."""
         return self.run / "logs" / f"slurm_{self.job.id}_rank_{rank}.txt"
 
     @property
@@ -111,7 +122,7 @@ class Attempts:
         return self.run / "status.json"
 
     @property
-    def _endings(self) -> Path:
+    def _failures(self) -> Path:
         return self.folder / str(self.job.restart)
 
     def _write(self) -> None:

@@ -1,4 +1,4 @@
-"""What a job does before its ranks start: refuse what cannot run, and keep what runs."""
+"""The preparation of a job before its ranks start: check that there is work, and keep the code that runs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pretrain.config.schema import Config
 from pretrain.errors import UserError
 from pretrain.resilience.stop_requests import STOP_FILE
 
-# Facts about the job that its snapshot keeps; the rest of the environment is nobody's business.
-_FACTS = (
+# Slurm's variables that the job's snapshot keeps. The rest of the environment may hold secrets.
+_JOB_VARIABLES = (
     "JOB_ID",
     "JOB_NAME",
     "JOB_NODELIST",
@@ -24,12 +24,14 @@ _FACTS = (
     "JOB_PARTITION",
     "JOB_ACCOUNT",
     "CLUSTER_NAME",
+    "SUBMIT_DIR",
+    "ARRAY_JOB_ID",
+    "ARRAY_TASK_ID",
 )
-_FACTS += ("SUBMIT_DIR", "ARRAY_JOB_ID", "ARRAY_TASK_ID")
 
 
 def reason_not_to_start(config: Config) -> str | None:
-    """Why there is nothing to do, so that chained jobs end at once; None to start."""
+    """Return why there is nothing to do, so that chained jobs end at once. None if the job is to start."""
     run = config.folder
     if (run / STOP_FILE).exists():
         return f"{run / STOP_FILE} exists. Delete it to go on."
@@ -40,36 +42,47 @@ def reason_not_to_start(config: Config) -> str | None:
 
 
 def prepare(config: Config, job: Job, environment: Mapping[str, str]) -> Path:
-    """Make the run folder and the job's snapshot in it, and note the start; returns the snapshot.
+    """Make the run folder and the job's snapshot in it, and record the start.
 
-    A requeued job gets the snapshot that it began with. UserError if the folder cannot be written.
+    Args:
+        environment: the environment variables of the job.
+
+    Returns:
+        The folder of the snapshot. A requeued job gets the one that it began with.
+
+    Raises:
+        UserError: the folder cannot be written.
     """
     run = config.folder.absolute()
     snapshot = run / "code" / job.id
     try:
         if job.restart == 0:
             for kind in ("code", "slurm"):
-                _set_aside(run / kind / job.id)
+                _move_away(run / kind / job.id)
         for folder in ("code", "logs", "slurm"):
             (run / folder).mkdir(parents=True, exist_ok=True)
         if not snapshot.exists():
-            take_snapshot(snapshot, config, facts(environment))
+            take_snapshot(snapshot, config, job_variables(environment))
         Attempts(run, job).begin()
     except OSError as error:
         raise UserError(f"cannot write to the run folder {run}: {error.strerror or error}.") from error
     return snapshot
 
 
-def facts(environment: Mapping[str, str]) -> dict[str, str]:
-    """What Slurm says about this job."""
-    given = {name.lower(): environment.get(f"SLURM_{name}") for name in _FACTS}
+def job_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return Slurm's variables of this job, by their names in lower case without SLURM_."""
+    given = {name.lower(): environment.get(f"SLURM_{name}") for name in _JOB_VARIABLES}
     return {name: value for name, value in given.items() if value}
 
 
 def words_of(listing: Path, number: int) -> list[str]:
-    """The run of line `number` of a sweep's list (from 1; empty lines and those with # do not count), as words.
+    """Return the words of run number `number` in a sweep's list.
 
-    Quotes and backslashes group as in a shell, and nothing is expanded or run. UserError if there is no such line.
+    Runs are counted from 1, without empty lines and lines that begin with #. Quotes and backslashes group as in a shell.
+    Nothing is expanded or run.
+
+    Raises:
+        UserError: there is no such line, or its quotes are not closed.
     """
     try:
         lines = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines()]
@@ -84,7 +97,7 @@ def words_of(listing: Path, number: int) -> list[str]:
         raise UserError(f"{listing}, run {number}: {error}: {runs[number - 1]}") from error
 
 
-def _set_aside(folder: Path) -> None:
-    """A job's number comes again on another cluster, or when Slurm is set up anew."""
+def _move_away(folder: Path) -> None:
+    """Rename a folder of an older job: numbers come again on another cluster, or when Slurm is installed again."""
     if folder.exists():
         folder.rename(folder.with_name(f"{folder.name}.before_{time.strftime('%Y%m%d_%H%M%S')}"))

@@ -1,4 +1,4 @@
-"""What one node must have before it trains. Every check gives findings, a sentence each; none means healthy."""
+"""Checks of one node before it trains. Each check yields a sentence for each fault, and none if the node is healthy."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from pretrain.cluster.health.system import check_folder, check_limits, check_mem
 
 
 def check_node(folder: Path, gpus: int | None, min_free_gb: float) -> Iterator[str]:
-    """What is wrong with this node, the quickly found first.
+    """Yield what is wrong with this node. The fastest checks come first.
 
-    folder: of the run; it need not exist yet. gpus: how many there must be; None for as many as there are. min_free_gb:
-    10^9 bytes that the folder's file system must have free.
+    Args:
+        folder: the run folder, which need not exist yet.
+        gpus: how many GPUs there must be. None accepts any number.
+        min_free_gb: 10^9 bytes that the folder's file system must have free.
     """
     yield from check_limits()
     yield from check_memory()

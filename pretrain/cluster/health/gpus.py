@@ -1,4 +1,4 @@
-"""What the driver says of a node's GPUs, by `nvidia-smi -q -x`: one document, in which a driver leaves out what it has not."""
+"""A check of a node's GPUs by the report of the driver, `nvidia-smi -q -x`. Drivers leave out values that they lack."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from pathlib import Path
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-SHARED_MEMORY = Path("/dev/shm")  # NCCL's, between the GPUs of a node
+SHARED_MEMORY = Path("/dev/shm")  # NCCL uses it between the GPUs of a node
 
 _PATIENCE_S = 120.0
 _IDLE_MIB = 1024  # some drivers count their own memory
-_NO_DEVICES = ("", "-1", "NoDevFiles")  # what launchers set CUDA_VISIBLE_DEVICES to
+_NO_DEVICES = ("", "-1", "NoDevFiles")  # values of CUDA_VISIBLE_DEVICES that hide all devices
 _NOTHING = ("", "None", "N/A")
-# What is wrong where the document says Yes.
+# Elements that report a fault by Yes, and the fault.
 _BAD = {
     "pending_retirement": "pages of its memory are to be retired: reset it",
     "pending_blacklist": "pages of its memory are to be retired: reset it",
     "remapped_row_pending": "rows of its memory are to be remapped: reset it",
     "remapped_row_failure": "a broken row of its memory could not be remapped: replace it",
 }
-# Clocks are reduced for these reasons; idling and the power limit are no faults.
+# Reasons for reduced clocks that are faults. Idling and the power limit are not.
 _THROTTLED = ("thermal_slowdown", "power_brake_slowdown")
 
 
 def read_gpus() -> tuple[list[Element], str]:
-    """What the driver says of each GPU that this process may use, and what is wrong where it says nothing."""
+    """Return the driver's report of each GPU that this process may use, and what is wrong if there is none."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible in _NO_DEVICES or shutil.which("nvidia-smi") is None:
         return [], ""
@@ -46,7 +46,7 @@ def read_gpus() -> tuple[list[Element], str]:
 
 
 def check_gpus(gpus: Sequence[Element]) -> Iterator[str]:
-    """What is wrong with GPUs of `read_gpus`, that nothing runs on yet."""
+    """Yield what is wrong with the GPUs of `read_gpus`, on which nothing should run yet."""
     for number, gpu in enumerate(gpus):
         for finding in _check(gpu):
             yield f"GPU {number} ({gpu.findtext('uuid')}): {finding}"
@@ -80,6 +80,6 @@ def _uncorrected(gpu: Element) -> int:
 
 
 def _number(text: str | None) -> int:
-    """`12 MiB` as 12; 0 for what the GPU has not."""
+    """Return `12 MiB` as 12, and 0 for a value that the GPU lacks."""
     word = (text or "").split()[:1]
     return int(word[0]) if word and word[0].isdigit() else 0

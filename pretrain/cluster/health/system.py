@@ -1,4 +1,4 @@
-"""Room, limits and clock of a node: what a run meets sooner or later, in the least that it needs."""
+"""Checks of a node's disk space, memory, limits and clock, for the least that a run needs."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _OPEN_FILES = 1024
-_FILES_LEFT = 10_000  # a checkpoint has a few for each rank
+_FILES_LEFT = 10_000  # a checkpoint has a few files for each rank
 _SCRATCH_GB = 1.0
-_MEMORY_FREE = 0.1  # of all
-_CLOCK_S = 5.0  # apart; what a network file system rounds and delays stays well below
+_MEMORY_FREE = 0.1  # the least share of all memory
+_CLOCK_S = 5.0  # the largest difference; rounding and delay of a network file system stay well below it
 
 
 def check_limits() -> Iterator[str]:
+    """Yield a sentence if a process may open too few files."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < _OPEN_FILES:
         yield f"a process may open {soft} files, fewer than {_OPEN_FILES}: raise the limit with `ulimit -n`"
 
 
 def check_memory(table: Path = Path("/proc/meminfo")) -> Iterator[str]:
-    """table: what the kernel says of its memory, in kB."""
+    """Yield a sentence if too little memory is available. table: the kernel's table, in kB."""
     lines = (line.split() for line in table.read_text(encoding="utf-8", errors="replace").splitlines())
     kilobytes = {words[0].rstrip(":"): int(words[1]) for words in lines}
     total, available = kilobytes["MemTotal"], kilobytes["MemAvailable"]
@@ -32,7 +33,7 @@ def check_memory(table: Path = Path("/proc/meminfo")) -> Iterator[str]:
 
 
 def check_scratch(folder: Path | None = None) -> Iterator[str]:
-    """folder: None for that of temporary files."""
+    """Yield a sentence if a folder has too little room. folder: that of temporary files if None."""
     folder = folder or Path(tempfile.gettempdir())
     try:
         yield from _check_room(folder, _SCRATCH_GB)
@@ -41,7 +42,7 @@ def check_scratch(folder: Path | None = None) -> Iterator[str]:
 
 
 def check_folder(folder: Path, min_free_gb: float) -> Iterator[str]:
-    """Whether the run folder, or the nearest folder above it that exists, takes and keeps data, and in time."""
+    """Yield what is wrong with the run folder, or with the nearest folder above it that exists: space, content, clock."""
     folder = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     try:
         yield from _check_room(folder, min_free_gb)
