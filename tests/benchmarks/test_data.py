@@ -1,4 +1,4 @@
-"""The two measurements of the data path count what they say they count; times are never looked at."""
+"""The two measurements of the data path count correctly; their times are not tested."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_data_reads_and_starts_beside_the_raw_gather():
 
 
 def _rows(table: str) -> dict[str, list[str]]:
-    """The cells of a table's rows but the first, by the first."""
+    """Return the cells of a table's rows but the first, by the first."""
     lines = [line for line in table.splitlines() if line.startswith("| ")][1:]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return {row[0]: row[1:] for row in cells}

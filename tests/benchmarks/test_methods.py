@@ -1,4 +1,4 @@
-"""The measurement of methods measures every one that it is asked for; times are never looked at."""
+"""The measurement of methods covers all methods that are asked for; its times are not tested."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""tools/soak.py as a user runs it, for a few faults."""
+"""tools/soak.py as a user runs it, with a few faults."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.runs import arguments, launch
 
 
 @pytest.mark.slow
-def test_a_short_soak_tells_what_it_did_and_that_nothing_was_lost(run_file: Path, tmp_path: Path) -> None:
+def test_a_short_soak_reports_its_faults_and_that_nothing_was_lost(run_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "soak"
     words = arguments(run_file, {"steps": 60, "checkpoint.interval_steps": 5, "checkpoint.asynchronous": True})
     ended = launch([sys.executable, "tools/soak.py", *words, "--out", str(out), "--kills", "4", "--seed", "3"])

@@ -1,4 +1,4 @@
-"""The TVR measurement counts what it says it counts; times are never looked at."""
+"""The TVR measurement counts traffic and memory correctly; its times are not tested."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RANKS = 4
 
 @pytest.fixture
 def process_group():
-    """A group of four ranks of which three are imagined."""
+    """A group of four ranks, three of them fake."""
     dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
     yield
     dist.destroy_process_group()

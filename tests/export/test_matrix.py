@@ -1,7 +1,7 @@
-"""Each class that the conversion writes, with tokenizers of five shapes, in the hands of those who take exports.
+"""Each class that the conversion writes, with tokenizers of five shapes, read by the tools that take exports.
 
-Everything is made as users make it: trained, converted, and given to each tool in a process of its own. What does not work
-is stated in expected.py; a statement that is no longer true fails as well.
+Everything is made as users make it: trained, converted, and given to each tool in a process of its own. expected.py lists
+the cells that do not work; an entry that is no longer true fails as well.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tests.support.workers.registry_worker import train_all
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(4000)]
 
-# Heads of 32, the smallest that vLLM has on a CPU. No default theta: a reader that does not find it must not be right.
+# Heads of 32, the smallest that vLLM has on a CPU. Theta is not the default: a reader that ignores it must fail.
 LLAMA = {
     "family": "llama",
     "hidden_size": 64,
@@ -61,7 +61,7 @@ TOLERANCE = 1e-4  # of logits, relative to the largest; all were within 2e-5
 # llama.cpp's converter asks tokenizer_config.json about a space before the text for Llamas alone.
 NO_SPACE = {"tokenizer.ggml.add_space_prefix": False}
 
-# Which script asks, with whose packages.
+# The script of each consumer, and the peers whose packages it needs.
 ASKED: dict[str, tuple[str, tuple[str, ...]]] = {
     "transformers 5": ("ask_transformers", ()),
     "transformers 4": ("ask_transformers", ("transformers4",)),
@@ -74,7 +74,13 @@ ASKED: dict[str, tuple[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Export:
-    """One cell's model. source: the tokenizer's files before any training."""
+    """One cell's model.
+
+    Attributes:
+        source: The tokenizer's files before any training.
+        checkpoint: The trained checkpoint.
+        folder: The exported model.
+    """
 
     source: Path
     checkpoint: Path
@@ -88,7 +94,7 @@ class Export:
 
 
 class Matrix:
-    """The exports, made when first asked for, and each consumer's answers."""
+    """The exports, made on first use, and each consumer's answers."""
 
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
@@ -116,7 +122,7 @@ class Matrix:
         return made
 
     def answers(self, consumer: str) -> dict[str, Any]:
-        """By export; each tool is asked once for all of them. Skips where it is not installed."""
+        """Return a consumer's answers by export; it is asked once for all of them. Skip the test if it is not installed."""
         if consumer not in self._answers:
             script, peers = ASKED[consumer]
             if absent := environments.missing(peers):
@@ -169,7 +175,7 @@ class Matrix:
 
 
 def is_tried(consumer: str, cls: str, tokenizer: str) -> bool:
-    """vLLM takes seconds to load a model and has no tokenizer of its own: one of each class will do."""
+    """Return whether a cell is tried. vLLM takes seconds to load a model and has no tokenizer: one of each class suffices."""
     return consumer != "vLLM" or tokenizer == "own"
 
 
@@ -196,7 +202,7 @@ def test_cell(consumer: str, cls: str, tokenizer: str, matrix: Matrix) -> None:
 
 @dataclass(frozen=True)
 class Cell:
-    """What a consumer answered about an export. The methods say what is wrong with it, or None."""
+    """A consumer's answer about an export. The methods return its faults, or None."""
 
     matrix: Matrix
     consumer: str
@@ -210,11 +216,11 @@ class Cell:
 
     @cached_property
     def reference(self) -> dict[str, Any]:
-        """transformers 5, which is itself compared with the trainer and the tokenizer's own library."""
+        """The answer of transformers 5, which is itself compared with the trainer and the tokenizer's own library."""
         return self.matrix.answers("transformers 5")[f"{self.cls}-{self.tokenizer}"]
 
     def ids(self, expected: list[list[int] | None] | None = None) -> str | None:
-        """Token ids of all texts; None in `expected` for a text that is not compared."""
+        """Compare the token ids of all texts; None in `expected` for a text that is not compared."""
         pairs = zip(texts(), self.found["ids"], expected or self.reference["ids"], strict=True)
         wrong = [(text, ids, right) for text, ids, right in pairs if right is not None and ids != right]
         return f"ids of {len(wrong)} of {len(texts())} texts differ: {wrong[:5]}" if wrong else None
@@ -231,7 +237,7 @@ class Cell:
         return "; ".join(f"{key}: {self.found[key]!r} for {self.reference[key]!r}" for key in wrong) or None
 
     def log_likelihoods(self) -> dict[str, float]:
-        """As lm-eval defines them, by one pass over each sequence in float64."""
+        """Return the scores that lm-eval defines, by one pass over each sequence in float64."""
         tokenizer = AutoTokenizer.from_pretrained(self.export.folder)
         model = AutoModelForCausalLM.from_pretrained(self.export.folder, dtype=torch.float64)
         plain = partial(tokenizer.encode, add_special_tokens=False)
@@ -291,7 +297,7 @@ def _lm_eval(cell: Cell) -> str | None:
 
 
 def _llama_cpp(cell: Cell) -> str | None:
-    whole = "\N{REPLACEMENT CHARACTER}" not in cell.reference["text"]  # of half a character each shows something else
+    whole = "\N{REPLACEMENT CHARACTER}" not in cell.reference["text"]  # consumers show half a character differently
     return _all(
         *(cell.found.get(key) for key in ("undetected", "overridden")),
         cell.ids(),

@@ -1,4 +1,4 @@
-"""docs/exports.md shows what test_matrix.py proves."""
+"""docs/exports.md shows the table that test_matrix.py proves."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from pretrain.export.weights import write_weights
 
 
 def store(folder: Path, values: torch.Tensor, cuts: list[int]) -> StoredWeight:
-    """`values` in one file for each of the stretches between `cuts`, each behind a few bytes of something else."""
+    """Write `values` to one file for each of the stretches between `cuts`, each after a few other bytes."""
     spans = []
     for number, part in enumerate(np.split(values.flatten().numpy(), cuts)):
         path = folder / f"{len(list(folder.iterdir()))}_{number}"

@@ -1,4 +1,4 @@
-"""What precedes a document in training is one decision, from preparation to lm-evaluation-harness."""
+"""The token before a document in training is one decision, from preparation to lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TEXT = "the weight of a layer"
 
 @dataclass(frozen=True)
 class Prepared:
-    """A tokenizer folder, shards made with it, and a run file of theirs."""
+    """A tokenizer folder, shards made with it, and a run file for them."""
 
     tokenizer: Path
     shards: Path
@@ -76,7 +76,7 @@ def begin_id(folder: Path) -> int:
 
 
 def harness(folder: Path):
-    """lm-evaluation-harness as its users start it on an exported folder."""
+    """Return lm-evaluation-harness as its users start it on an exported folder."""
     if find_spec("lm_eval") is None:
         pytest.skip("the extra 'eval' is not installed")
     from lm_eval.models.huggingface import HFLM
@@ -111,7 +111,7 @@ def test_its_export_begins_texts_as_training_did(llama3: Prepared, checkpoint: P
 
 
 def whole_text_score(folder: Path) -> float:
-    """The log-likelihood of `TEXT` behind what began documents, as tools/evaluate.py computes it."""
+    """Return the log-likelihood of `TEXT` after the token that begins documents, as tools/evaluate.py computes it."""
     from lm_eval.api.instance import Instance
 
     from pretrain.evaluation.lm_eval import OneBos
@@ -123,14 +123,14 @@ def whole_text_score(folder: Path) -> float:
 
 
 def likelihood(folder: Path) -> float:
-    """The same, by one pass in float64 over the text with the one BOS that its tokenizer puts there."""
+    """Return the same by one pass in float64 over the text with the one BOS that its tokenizer puts there."""
     ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(TEXT)["input_ids"])
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(folder).double()(ids[None]).logits[0, :-1]
     return float(logits.log_softmax(-1).gather(-1, ids[1:, None]).sum())
 
 
-def test_checkpoints_of_older_trainers_go_on_and_are_exported_as_they_were_trained(
+def test_checkpoints_of_older_trainers_resume_and_are_exported_as_they_were_trained(
     llama3: Prepared, checkpoint: Path, tmp_path: Path
 ) -> None:
     older = Path(shutil.copytree(checkpoint.parent.parent, tmp_path / "run")) / "checkpoints/step_00000002"

@@ -1,4 +1,4 @@
-"""tools/evaluate.py against log-likelihoods computed with transformers alone, on tasks made here; and what it refuses."""
+"""tools/evaluate.py against log-likelihoods computed with transformers alone, on tasks made here; and its refusals."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def setting(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Setting
 
 
 def llama(vocab_size: int) -> LlamaConfig:
-    """Initialized so widely that its predictions differ."""
+    """Return the configuration of a model with initial weights so large that its predictions differ."""
     return LlamaConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -136,7 +136,7 @@ def write_tasks(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def evaluated(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What was written, and what was printed, of the group and the pages."""
+    """Return the results of the group and the pages, and the printed output."""
     pytest.importorskip("lm_eval")
     out = tmp_path_factory.mktemp("out") / "new" / "folder"
     words = ["--model", setting.model, "--tasks", "both,pages", "--task-dir", setting.tasks, "--out", out]
@@ -338,8 +338,8 @@ def test_a_metric_that_cannot_be_computed_is_null_and_the_others_stand(
     both = {"group": "faulty", "task": ["long", "spaceless"], "aggregate_metric_list": [{"metric": "perplexity"}]}
     (tasks / "faulty.yaml").write_text(yaml.safe_dump(both))
     words = ["--task-dir", tasks]
-    code, said = evaluate(capsys, setting, tasks="faulty,unscored,words", out=tmp_path, words=words)
-    assert code == 0, said
+    code, stderr = evaluate(capsys, setting, tasks="faulty,unscored,words", out=tmp_path, words=words)
+    assert code == 0, stderr
     written = (tmp_path / "results.json").read_text()
     results = json.loads(written, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
     values = {(row["task"], row["metric"]): (row["value"], row["stderr"]) for row in results["results"]}
@@ -373,7 +373,7 @@ def test_results_are_never_overwritten(setting: Setting, tmp_path: Path, capsys:
 
 
 def test_missing_packages_and_networks_are_named_and_a_signal_leaves_nothing(setting: Setting, tmp_path: Path) -> None:
-    """Together: each is a process of its own."""
+    """They run together: each is a process of its own."""
     words = ["--model", str(setting.model), "--task-dir", str(setting.tasks), "--out"]
     without = (
         "import runpy, sys; sys.modules['lm_eval'] = None; sys.argv = sys.argv[1:]; "
@@ -412,14 +412,14 @@ class Reference:
         return self.tokenizer(text)["input_ids"]
 
     def continuation(self, context: str, text: str) -> float:
-        """Of `text` after `context`, which are encoded together."""
+        """Return the log-likelihood of `text` after `context`, which are encoded together."""
         whole = self.ids(context + text)
         return self._last(whole, len(whole) - len(self.ids(context)))
 
     def page(self, page: str) -> float:
-        """Each token once, in windows of LONGEST; what comes before a window's first token is the token before it only.
+        """Return the log-likelihood of each token once, in windows of LONGEST.
 
-        The last window reaches back as far as it can.
+        Before a window's first token stands only the token before it. The last window reaches back as far as it can.
         """
         ids = [self.tokenizer.bos_token_id, *self.ids(page)]
         total, done = 0.0, 1
@@ -431,7 +431,7 @@ class Reference:
 
     @torch.inference_mode()
     def _last(self, ids: list[int], count: int) -> float:
-        """Of the last `count` of `ids`, given those before."""
+        """Return the log-likelihood of the last `count` of `ids`, given those before."""
         logs = self.model(torch.tensor([ids[:-1]])).logits[0].double().log_softmax(-1)
         return float(logs[-count:].gather(1, torch.tensor(ids[-count:])[:, None]).sum())
 
@@ -446,7 +446,7 @@ def evaluate(
     words: list = (),
     with_harness_tasks: bool = False,
 ) -> tuple[int, str]:
-    """The tool in this process: its exit code and what it wrote to stderr. Listing the harness's own tasks takes seconds."""
+    """Run the tool in this process; return its exit code and stderr. Listing the harness's own tasks takes seconds."""
     lm_eval = pytest.importorskip("lm_eval.tasks")
     manager = partial(lm_eval.TaskManager, include_defaults=with_harness_tasks)
     arguments = ["--model", model or setting.model, "--tasks", tasks, "--task-dir", setting.tasks, *words]

@@ -1,4 +1,4 @@
-"""tools/inspect_data.py as a user runs it: what it says of a run against the loader, of a corpus against numpy."""
+"""tools/inspect_data.py as a user runs it: its output for a run against the loader, for a corpus against numpy."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ TOOL = Path(__file__).parents[2] / "tools/inspect_data.py"
 
 @pytest.fixture(scope="module")
 def numbers(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A second corpus of the same tokenizer, shuffled: 240 documents of three files, no two alike in any part."""
+    """Make a second corpus of the same tokenizer, shuffled: 240 documents of three files that share no part."""
     folder = tmp_path_factory.mktemp("numbers")
     for file in range(3):
         texts = [" ".join(f"{i}.{j}" for j in range(9 + i % 23)) for i in range(80 * file, 80 * file + 80)]
         (folder / f"{file}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     source = open_source([str(folder / "*.jsonl")], text_field="text", subset=None, split="train")
-    facts = load_tokenizer_info(corpus.tokenizer)
-    prepare(source, facts, folder / "out", val_fraction=0.1, shard_tokens=2000, workers=1, shuffle_seed=3)
+    tokenizer = load_tokenizer_info(corpus.tokenizer)
+    prepare(source, tokenizer, folder / "out", val_fraction=0.1, shard_tokens=2000, workers=1, shuffle_seed=3)
     return folder / "out/train"
 
 
 @pytest.fixture(scope="module")
 def run_config(corpus: Corpus, numbers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on both corpora, as its folder has it; it reads the second one more than twice."""
+    """Write the configuration of a run on both corpora, as in its folder; it reads the second one more than twice."""
     content = tiny(corpus)
     content["data"]["train"] = [{"path": str(corpus.train), "weight": 0.3}, {"path": str(numbers), "weight": 0.7}]
     content |= {"steps": 300}
@@ -93,7 +93,7 @@ def test_the_listed_tokens_are_those_that_the_loader_gives(
 
 
 def _compare(sample: dict, batch, row: int) -> None:
-    """A traced sample with what numpy reads from the files, and that with the loader's row."""
+    """Compare a traced sample with the tokens that numpy reads from the files, and those with the loader's row."""
     folder = Path(sample["corpus"])
     tokens = np.fromfile(folder / sample["file"], dtype="<u2")
     ends = np.fromfile((folder / sample["file"]).with_suffix(".ends"), dtype="<u8").tolist()
@@ -117,7 +117,7 @@ def _compare(sample: dict, batch, row: int) -> None:
 def test_a_decoded_sample_is_a_part_of_the_documents_that_it_is_said_to_come_from(
     corpus: Corpus, numbers: Path, run_config: Path, tmp_path: Path
 ) -> None:
-    """Through the shuffle of the preparation, and with the texts of the files themselves."""
+    """The trace goes through the shuffle of the preparation and is compared with the texts of the files themselves."""
     settings = _settings(VARIANTS["within documents"], tmp_path)
     words = ["--config", run_config, *_set(settings), "--step", 3, "--text"]
     traced = json.loads(_run(*words, "--json").stdout)
@@ -162,7 +162,7 @@ def test_one_sample_is_shown_as_its_step_shows_it(run_config: Path, capsys: pyte
 def test_a_run_that_went_back_reads_other_samples_at_a_step(
     run_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """At step 7 it went back to step 4, and on with sample 56."""
+    """At step 7 it went back to step 4 and continued with sample 56."""
     config = Path(shutil.copy(run_config, tmp_path / "config.yaml"))
     events = [
         {"kind": "event", "step": 0, "event": "started"},
@@ -183,32 +183,32 @@ def test_a_run_that_went_back_reads_other_samples_at_a_step(
 def test_statistics_are_those_of_the_files(corpus: Corpus, numbers: Path) -> None:
     tokens, documents = _tokens_of(numbers), _documents_of(numbers)
     lengths = np.array(list(map(len, documents)))
-    facts = json.loads(_run("--corpus", numbers, "--tokenizer", corpus.tokenizer, "--json").stdout)
+    statistics = json.loads(_run("--corpus", numbers, "--tokenizer", corpus.tokenizer, "--json").stdout)
 
     shares = {"min": 0, "p25": 25, "median": 50, "p75": 75, "p99": 99, "max": 100}
     expected = {name: np.percentile(lengths, share, method="inverted_cdf") for name, share in shares.items()}
-    assert {name: facts["lengths"][name] for name in shares} == expected
-    assert facts["lengths"]["mean"] == pytest.approx(lengths.mean())
-    assert [facts[key] for key in ("tokens", "documents", "dtype", "format")] == [
+    assert {name: statistics["lengths"][name] for name in shares} == expected
+    assert statistics["lengths"]["mean"] == pytest.approx(lengths.mean())
+    assert [statistics[key] for key in ("tokens", "documents", "dtype", "format")] == [
         len(tokens),
         len(documents),
         "uint16",
         "evenkeel",
     ]
-    for row in facts["histogram"]:
+    for row in statistics["histogram"]:
         here = (row["from"] <= lengths) & (lengths <= row["to"])
         assert (row["documents"], row["tokens"]) == (here.sum(), lengths[here].sum())
-    assert sum(row["documents"] for row in facts["histogram"]) == len(documents)
+    assert sum(row["documents"] for row in statistics["histogram"]) == len(documents)
 
     counts = Counter(tokens.tolist())
-    assert facts["ids_used"] == len(counts)
-    assert [token["count"] for token in facts["top_tokens"]] == [count for _, count in counts.most_common(20)]
+    assert statistics["ids_used"] == len(counts)
+    assert [token["count"] for token in statistics["top_tokens"]] == [count for _, count in counts.most_common(20)]
     tokenizer = Tokenizer.from_file(str(corpus.tokenizer / "tokenizer.json"))
-    for token in facts["top_tokens"]:
+    for token in statistics["top_tokens"]:
         assert token["count"] == counts[token["id"]]
         assert token["text"] == tokenizer.decode([token["id"]], skip_special_tokens=False)
-    assert facts["source_files"] == 3
-    assert sum(source["documents"] for source in facts["largest_sources"]) == len(documents)
+    assert statistics["source_files"] == 3
+    assert sum(source["documents"] for source in statistics["largest_sources"]) == len(documents)
 
 
 def test_long_documents_count_by_their_tokens(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -216,10 +216,10 @@ def test_long_documents_count_by_their_tokens(tmp_path: Path, capsys: pytest.Cap
     writer = ShardWriter(tmp_path / "long", np.dtype("<u4"), 2000)
     writer.append(np.full(lengths.sum(), 70_000, "<u4"), np.cumsum(lengths))
     writer.finish({"vocab_size": 70_001, "eos_id": 2, "tokenizer_fingerprint": "abc", "text_bytes": None})
-    facts = _inside(capsys, "--corpus", tmp_path / "long")
-    assert facts["lengths"]["share_of_tokens_over_2048"] == pytest.approx((2049 + 8193) / lengths.sum())
-    assert facts["lengths"]["share_of_tokens_over_8192"] == pytest.approx(8193 / lengths.sum())
-    assert facts["top_tokens"] == [{"id": 70_000, "count": lengths.sum()}]
+    statistics = _inside(capsys, "--corpus", tmp_path / "long")
+    assert statistics["lengths"]["share_of_tokens_over_2048"] == pytest.approx((2049 + 8193) / lengths.sum())
+    assert statistics["lengths"]["share_of_tokens_over_8192"] == pytest.approx(8193 / lengths.sum())
+    assert statistics["top_tokens"] == [{"id": 70_000, "count": lengths.sum()}]
     assert "text       unknown" in _print(capsys, "--corpus", tmp_path / "long")
 
 
@@ -254,8 +254,8 @@ def test_a_remote_corpus_is_read_through_the_cache(
     objects = {f"/train/{path.name}": path.read_bytes() for path in corpus.train.iterdir()}
     with FaultyServer(objects) as server:
         words = ["--corpus", f"{server.url}/train", "--cache-folder"]
-        facts = _inside(capsys, *words, tmp_path / "one")
-        assert facts | {"location": str(corpus.train)} == _inside(capsys, "--corpus", corpus.train)
+        statistics = _inside(capsys, *words, tmp_path / "one")
+        assert statistics | {"location": str(corpus.train)} == _inside(capsys, "--corpus", corpus.train)
         server.faults |= {f"/train/shard_0000{number}.bin": StorageFault("flip") for number in (1, 4)}
         refusal = _refused(capsys, *words, tmp_path / "two", "--verify")
         assert refusal.count("came with the checksum") == 2
@@ -364,7 +364,7 @@ def _run(*words: object, code: int = 0) -> subprocess.CompletedProcess:
 
 
 def _print(capsys: pytest.CaptureFixture, *words: object) -> str:
-    """What the tool prints, in this process, which has loaded torch already."""
+    """Return the output of the tool, run in this process, which has loaded torch already."""
     arguments = sys.argv
     sys.argv = [str(TOOL), *map(str, words)]
     try:
@@ -401,7 +401,7 @@ def _documents_of(folder: Path) -> list[np.ndarray]:
 
 
 def _texts_by_file(corpus: Corpus, folder: Path) -> dict[str, list[str]]:
-    """The texts of each .jsonl file beside the shards, in their order, that are in the split `folder`."""
+    """Return the texts of each .jsonl file beside the shards, in their order, that are in the split `folder`."""
     tokenizer = Tokenizer.from_file(str(corpus.tokenizer / "tokenizer.json"))
     held = {tokenizer.decode(document[:-1].tolist()) for document in _documents_of(folder)}
     found = {}

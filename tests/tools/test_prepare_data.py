@@ -1,4 +1,4 @@
-"""tools/prepare_data.py and slurm/prepare_data.sbatch as a user runs them, killed with SIGKILL too."""
+"""tools/prepare_data.py and slurm/prepare_data.sbatch as a user runs them, also killed with SIGKILL."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _run(*command: object, **environment: object) -> subprocess.CompletedProcess
 
 
 def test_a_preparation_killed_again_and_again_ends_with_the_same_bytes(tokenizer_folder: Path, tmp_path: Path) -> None:
-    """Killed as it tokenises, as its terminal closes and as it shuffles."""
+    """It is killed while it tokenises and while it shuffles, and its terminal closes."""
     options = ("--shard-tokens", 700_000, "--max-tokens", 3_000_000, "--held-out-fraction", 0.05, "--shuffle", 9)
     whole = _run(*_command(tokenizer_folder, tmp_path / "whole", *options, "--workers", 1))
     assert whole.returncode == 0, whole.stderr
@@ -66,7 +66,7 @@ def test_a_preparation_killed_again_and_again_ends_with_the_same_bytes(tokenizer
     command = _command(tokenizer_folder, out, *options, "--workers", 2)
     eager = [command[0], "-c", EAGER, *command[1:]]
     reached = [_end_after_progress(eager, out / ".unshuffled", how) for how in (signal.SIGKILL, signal.SIGHUP)]
-    assert 0 < reached[0] < reached[1], "the second attempt did not go on from the first"
+    assert 0 < reached[0] < reached[1], "the second attempt did not continue the first"
     _end_after_progress(eager, out, signal.SIGKILL)
     assert (out / ".unshuffled/train/manifest.json").exists()
 
@@ -183,13 +183,13 @@ def test_the_tool_starts_without_the_heavy_libraries() -> None:
 
 
 def _end_after_progress(command: list[str], folder: Path, how: signal.Signals) -> int:
-    """Run `command`, end it once it has recorded progress in `folder`; the documents it had recorded."""
+    """Run `command`, end it once it has recorded progress in `folder`, and return the documents that it had recorded."""
     before = _recorded(folder)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _wait_until(lambda: process.poll() is not None or _recorded(folder) > before)
         workers = _descendants(process.pid)
-        assert process.poll() is None, "it ended before it could be told to"
+        assert process.poll() is None, "it ended before the signal"
         process.send_signal(how)
         assert process.wait(60) == (-how if how == signal.SIGKILL else 128 + how)
     finally:
@@ -200,7 +200,7 @@ def _end_after_progress(command: list[str], folder: Path, how: signal.Signals) -
 
 
 def _recorded(folder: Path) -> int:
-    """The documents of train that the journal in `folder` has."""
+    """Return the documents of train that the journal in `folder` has."""
     if not (folder / "prepare.json").exists():
         return 0
     train = json.loads((folder / "prepare.json").read_text()).get("writers", {}).get("train")
@@ -229,7 +229,7 @@ def _wait_until(condition: Callable[[], bool]) -> None:
 
 
 def _tokens(folder: Path) -> np.ndarray:
-    """All tokens of a shard folder, by numpy and the names in the manifest."""
+    """Return all tokens of a shard folder, by numpy and the names in the manifest."""
     manifest = json.loads((folder / "manifest.json").read_text())
     return np.concatenate([np.fromfile(folder / shard["file"], "<u2") for shard in manifest["shards"]])
 

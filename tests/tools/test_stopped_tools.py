@@ -1,4 +1,4 @@
-"""A command line that is told to end leaves nothing half-written, whatever its main thread is doing, and no child."""
+"""A command line that gets a signal to end leaves no unfinished file and no child, whatever its main thread is doing."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def main():
 
 """
 SLEEPS = HEAD + "def work(): time.sleep(100)\ncommand.run(main)"
-# As libraries do, which make another exception of what their callback raises.
+# Some libraries turn the exception of a callback into another one.
 SWALLOWS = HEAD + (
     "def work():\n    try:\n        time.sleep(100)\n    except BaseException:\n"
     "        raise RuntimeError('not enough text') from None\ncommand.run(main)"
 )
-# A mutex that its own thread waits for: no signal interrupts that, and Python's handlers do not run.
+# A mutex that its own thread waits for: no signal interrupts that, so Python's handlers do not run.
 BLOCKED = HEAD + (
     "import ctypes\ncommand.PATIENCE_S = 1.0\n"
     "def work():\n    c, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(128)\n"
@@ -47,7 +47,7 @@ BLOCKED = HEAD + (
 )
 HAS_CHILD = HEAD + (
     "import subprocess\n"
-    "child = 'trap \"sleep 0.5; echo told > told; exit\" TERM; echo > ready; while :; do sleep 0.1; done'\n"
+    "child = 'trap \"sleep 0.5; echo stopped > stopped; exit\" TERM; echo > ready; while :; do sleep 0.1; done'\n"
     "def work(): subprocess.run(['bash', '-c', child], check=False)\ncommand.run(main)"
 )
 
@@ -109,12 +109,12 @@ def test_nohup_keeps_a_command_line_alive(tmp_path: Path) -> None:
     end(process, signal.SIGTERM)
 
 
-def test_the_processes_of_a_command_line_are_told_to_end_before_it_does(tmp_path: Path) -> None:
+def test_the_processes_of_a_command_line_end_before_it_does(tmp_path: Path) -> None:
     process = start(HAS_CHILD, tmp_path)
     wait_until((tmp_path / "ready").exists)
     (child,) = psutil.Process(process.pid).children()
     end(process, signal.SIGHUP)
-    assert (tmp_path / "told").read_text(encoding="utf-8") == "told\n"
+    assert (tmp_path / "stopped").read_text(encoding="utf-8") == "stopped\n"
     assert not child.is_running()
 
 

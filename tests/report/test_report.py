@@ -1,4 +1,4 @@
-"""The report of made-up run folders: as a user makes it with tools/report.py, and each odd run in this process."""
+"""Reports of made-up run folders: with tools/report.py as a user runs it, and each odd run in this process."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def config(name: str = "tiny", steps: int = 400, layers: int = 2, methods: list[
 
 
 def llama_weights(layers: int) -> dict[str, int]:
-    """Weight name -> layer from 1 (0 outside the blocks)."""
+    """Return the layer of each weight, from 1 (0 outside the blocks)."""
     names = {
         f"model.layers.{layer}.{part}.{role}_proj.weight": layer + 1
         for layer in range(layers)
@@ -60,7 +60,7 @@ def llama_weights(layers: int) -> dict[str, int]:
 
 
 def run_rows(run: dict, names: dict[str, int] | None = None, seed: int = 0) -> list[dict]:
-    """The rows of an uninterrupted run: a falling noisy loss, and weights that grow as under AdamW until TVR acts."""
+    """Return the rows of an uninterrupted run: a falling noisy loss, and weights that grow as under AdamW until TVR acts."""
     noise = random.Random(seed)
     steps, tvr = run["steps"], any(method["name"] == "tvr" for method in run["methods"])
     names = llama_weights(run["model"]["num_hidden_layers"]) if names is None else names
@@ -89,8 +89,8 @@ def run_rows(run: dict, names: dict[str, int] | None = None, seed: int = 0) -> l
             variance[name] += 1.6e-2 / steps * decay**2 * (1 + 0.6 * math.log(layer + 1)) * noise.uniform(0.6, 1.4)
         if step % 50 == 0:
             held = {name for name, layer in names.items() if tvr and layer and variance[name] > 0.012**2}
-            facts = {name: {"std": variance[name] ** 0.5, "mean": 0.0, "rescaled": name in held} for name in names}
-            rows.append({"kind": "weights", "step": step, "weights": facts})
+            weights = {name: {"std": variance[name] ** 0.5, "mean": 0.0, "rescaled": name in held} for name in names}
+            rows.append({"kind": "weights", "step": step, "weights": weights})
             variance |= dict.fromkeys(held, 0.01**2)
         if step % max(100, steps // 2000 * 100) == 0:
             loss = mean_loss + 0.05
@@ -109,7 +109,7 @@ def write_run(folder: Path, run: dict, rows: list[dict], status: dict | None = N
 
 
 class Page(HTMLParser):
-    """What a browser would find in the page: tags left open, what it would load, table rows, tiles and pictures."""
+    """A page as a browser parses it: tags left open, resources to load, table rows, tiles and pictures."""
 
     VOID = ("meta", "br", "link", "img", "input", "hr")
 
@@ -157,13 +157,13 @@ class Page(HTMLParser):
 
 
 def report(*folders: Path, out: Path) -> subprocess.CompletedProcess[str]:
-    """What a user types."""
+    """Run the command of a user."""
     command = [sys.executable, str(TOOL), *map(str, folders), "--out", str(out)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 def drawn(*folders: Path, out: Path) -> Page:
-    """The page of a report that must succeed without a warning."""
+    """Return the page of a report that must succeed without a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         write_report(folders, out)
@@ -171,20 +171,20 @@ def drawn(*folders: Path, out: Path) -> Page:
 
 
 def ink(png: Path) -> float:
-    """The share of the picture that is not background."""
+    """Return the share of the picture that is not background."""
     pixels = read_png(png)[..., :3]
     return float((pixels < 0.97).any(axis=-1).mean())
 
 
 def colors(png: Path, *wanted: str) -> list[int]:
-    """How many pixels have each of the colours, as hexadecimal RGB."""
+    """Return how many pixels have each of the colours, given as hexadecimal RGB."""
     pixels = (read_png(png)[..., :3] * 255).round().astype(int)
     return [int((pixels == [int(color[i : i + 2], 16) for i in (1, 3, 5)]).all(axis=-1).sum()) for color in wanted]
 
 
 @pytest.fixture(scope="module")
 def two_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page]:
-    """The report of a TVR run and its baseline: its folder and the page."""
+    """Return the report of a TVR run and its baseline: its folder and the page."""
     folder = tmp_path_factory.mktemp("two")
     tvr, baseline = config("tiny_tvr"), config("tiny_baseline", steps=300, methods=[])
     folders = [
@@ -353,8 +353,8 @@ def test_gpt2_weights_find_their_roles_and_unknown_names_are_listed(tmp_path):
 def test_weight_path_drops_to_the_target_of_its_layer_at_each_rescale(tmp_path):
     name, other = "model.layers.3.mlp.down_proj.weight", "model.layers.3.mlp.up_proj.weight"
     run = config(methods=[TVR | {"scale_with_depth": True, "exclude": [other]}])
-    facts = [{"std": 0.004, "rescaled": False}, {"std": 0.007, "rescaled": True}, {"std": 0.0055, "rescaled": False}]
-    rows = [{"kind": "weights", "step": 50 * n, "weights": {name: f, other: f}} for n, f in enumerate(facts, start=1)]
+    logged = [{"std": 0.004, "rescaled": False}, {"std": 0.007, "rescaled": True}, {"std": 0.0055, "rescaled": False}]
+    rows = [{"kind": "weights", "step": 50 * n, "weights": {name: v, other: v}} for n, v in enumerate(logged, start=1)]
     rows.append({"kind": "train", "step": 150, "tokens": 1, "loss": 1.0})
     held, left = read_weights(read_runs([write_run(tmp_path / "tiny", run, rows)])[0])
     assert (held.role, held.layer, held.target.tolist()) == ("down", 4, pytest.approx([0.005] * 3))
@@ -385,12 +385,12 @@ def test_targets_that_the_rows_hold_count_more_than_the_options(tmp_path):
     name = "model.layers.3.mlp.down_proj.weight"
     run = config(methods=[TVR | {"target_std": None, "relative_target": 0.3, "target_warmup_steps": 100}])
     limits = {"target": 0.004, "threshold": 0.006, "lower_threshold": 0.002}
-    facts = [
+    logged = [
         {"std": 0.004, "rescaled": False},  # a row of the monitor alone
         {"std": 0.007, "rescaled": True, **limits},
         {"std": 0.0055, "rescaled": False, **limits, "target": 0.005},
     ]
-    rows = [{"kind": "weights", "step": 50 * n, "weights": {name: fact}} for n, fact in enumerate(facts, start=1)]
+    rows = [{"kind": "weights", "step": 50 * n, "weights": {name: values}} for n, values in enumerate(logged, start=1)]
     rows.append({"kind": "train", "step": 150, "tokens": 1, "loss": 1.0})
     folder = write_run(tmp_path / "tiny", run, rows)
     (held,) = read_weights(read_runs([folder])[0])
@@ -401,17 +401,17 @@ def test_targets_that_the_rows_hold_count_more_than_the_options(tmp_path):
 
 
 def every_name() -> list[str]:
-    """A weight of each module and kind that the layout knows."""
+    """Return a weight of each module and kind in the layout."""
     gpt2 = ("attn.", "ln_", "mlp.c_")
     blocks = [f"{'transformer.h' if part.startswith(gpt2) else 'model.layers'}.0.{part}" for part in layout._IN_BLOCK]
     return [f"{module}.{kind}" for module in (*blocks, *layout._OUTSIDE) for kind in layout._KINDS]
 
 
-def weight_run(folder: Path, facts_of: dict[str, list[dict]], name: str = "tiny") -> Path:
-    """A run that logged these facts of these weights at steps 50, 100, ..."""
-    count = max(map(len, facts_of.values()))
+def weight_run(folder: Path, logged: dict[str, list[dict]], name: str = "tiny") -> Path:
+    """Write a run that logged these values of these weights at steps 50, 100, ..."""
+    count = max(map(len, logged.values()))
     rows = [
-        {"kind": "weights", "step": 50 * (n + 1), "weights": {weight: facts[n] for weight, facts in facts_of.items()}}
+        {"kind": "weights", "step": 50 * (n + 1), "weights": {weight: values[n] for weight, values in logged.items()}}
         for n in range(count)
     ]
     rows.append({"kind": "train", "step": 50 * count, "tokens": 1, "loss": 1.0})
@@ -435,11 +435,11 @@ def test_every_role_of_the_layout_has_a_panel(tmp_path):
     names = every_name()
     roles = {layout.role_and_layer(name)[0] for name in names}
     assert roles >= {*layout.MATRIX_ROLES, "embed", "head", "norm", "bias", "scale", "alpha", "beta", "query"}
-    facts = [{"std": 0.1 + 0.01 * n, "mean": 1.0 + n, "rescaled": False} for n in range(3)]
-    folder = weight_run(tmp_path / "tiny", dict.fromkeys(names, facts))
+    values = [{"std": 0.1 + 0.01 * n, "mean": 1.0 + n, "rescaled": False} for n in range(3)]
+    folder = weight_run(tmp_path / "tiny", dict.fromkeys(names, values))
     weights = read_weights(read_runs([folder])[0])
     others = {weight.name for weight in weights if panel_of(weight) == "other"}
-    # Factors of what is no matrix, which no method has.
+    # Factors of weights that are no matrices, which no method has.
     assert {layout.role_and_layer(name)[0] for name in others} <= {"scale"}
     assert {layout.role_and_layer(name.replace("_scale", ""))[0] for name in others} == {"norm", "query"}
     pictures = weight_pictures_of(folder)
@@ -464,8 +464,8 @@ def test_factors_are_drawn_by_their_mean_in_the_panel_of_their_matrix(tmp_path):
     one_number = [{"std": 0.0, "mean": mean, "rescaled": False} for mean in means]
     vector = [{"std": 0.3, "mean": mean, "rescaled": False} for mean in means]
     matrix = [{"std": 0.02, "mean": 0.0, "rescaled": True, "target": 0.01, "threshold": 0.012}] * 3
-    facts = {alpha: one_number, gains: vector, one_gain: one_number, "model.layers.1.mlp.up_proj.weight": matrix}
-    run = weight_run(tmp_path / "factors", facts, "factors")
+    logged = {alpha: one_number, gains: vector, one_gain: one_number, "model.layers.1.mlp.up_proj.weight": matrix}
+    run = weight_run(tmp_path / "factors", logged, "factors")
     std, mean = weight_pictures_of(run)
     assert titles(std) == ["up · MLP"]
     assert titles(mean) == ["norm · gains", "q · factor", "up · factor"]
@@ -489,8 +489,8 @@ def test_factors_are_drawn_by_their_mean_in_the_panel_of_their_matrix(tmp_path):
 def test_factor_that_diverged_or_never_moves_is_drawn(tmp_path):
     name = "lm_head.weight_scale"
     nothing = {"std": None, "mean": None, "rescaled": False}
-    for label, facts in {"diverged": [nothing], "frozen": [{"std": 0.0, "mean": 0.0, "rescaled": False}]}.items():
-        folder = weight_run(tmp_path / label, {name: facts * 2}, label)
+    for label, values in {"diverged": [nothing], "frozen": [{"std": 0.0, "mean": 0.0, "rescaled": False}]}.items():
+        folder = weight_run(tmp_path / label, {name: values * 2}, label)
         page = drawn(folder, out=tmp_path / f"{label}.html")
         assert ">head · factor<" in page.source
         low, high = by_layer(read_weights(read_runs([folder])[0]), from_zero=False).axes[0].get_ylim()

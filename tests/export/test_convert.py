@@ -54,7 +54,7 @@ BF16 = {"bf16": {"enabled": True}}
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a checkpoint is made: ranks, the model, DeepSpeed's JSON, and methods where not those of the tiny run."""
+    """The settings of a checkpoint: ranks, the model, DeepSpeed's JSON, and methods if not those of the tiny run."""
 
     ranks: int
     model: dict
@@ -90,7 +90,7 @@ MORE_SHARDINGS = {
         },
     ),
 }
-# What no stock class can hold.
+# A model that no stock class can hold.
 OWN_CLASS = Sharding(
     2,
     TIED_LLAMA,
@@ -104,7 +104,7 @@ STOCK = {"llama": LlamaForCausalLM, "gpt2": GPT2LMHeadModel}
 
 @pytest.fixture(scope="module")
 def checkpoint_of(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The checkpoint of two steps of training under a sharding, made when first asked for. Copy it to damage it."""
+    """Return a function to the checkpoint of two steps under a sharding, made on first use. Copy it before you damage it."""
     out = tmp_path_factory.mktemp("runs")
     template = yaml.safe_load(run_file.read_text(encoding="utf-8"))
     made: dict[str, Path] = {}
@@ -132,7 +132,7 @@ def fp32_checkpoint(checkpoint_of) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(fp32_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the command line makes of `fp32_checkpoint`, named by its `latest` file."""
+    """Convert `fp32_checkpoint` by the command line, named by its `latest` file."""
     out = tmp_path_factory.mktemp("hf") / "model"
     ended = command_line(fp32_checkpoint.parent / "latest", out)
     assert ended.code == 0, ended.stderr
@@ -145,7 +145,7 @@ def exported(fp32_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def copied(fp32_checkpoint: Path, tmp_path: Path) -> Path:
-    """A checkpoint to damage."""
+    """Return a checkpoint to damage."""
     return Path(shutil.copytree(fp32_checkpoint, tmp_path / "step_00000002"))
 
 
@@ -155,7 +155,7 @@ def command_line(checkpoint: Path, out: Path, *flags: str, variables: dict[str, 
 
 
 def deepspeed_says(checkpoint: Path) -> tuple[dict[str, torch.Tensor], torch.dtype]:
-    """The weights by DeepSpeed's own reader where it can read them, else the working copies; and their precision."""
+    """Return the weights by DeepSpeed's own reader if it can read them, else the working copies; and their precision."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     state = torch.load(next((checkpoint / "deepspeed").glob("*mp_rank_00_model_states.pt")), weights_only=False)
@@ -172,7 +172,7 @@ def change(
 ) -> None:
     """Replace one master weight in the checkpoint's files, and make the manifest agree.
 
-    With `also_moments` the trainer's moments agree too, so that only its logits can tell.
+    With `also_moments` the trainer's moments agree too, so that only its logits differ.
     """
     stored = master_weights(checkpoint / "deepspeed")[name]
     values = new(stored())
@@ -195,7 +195,7 @@ def change(
 
 
 def visible(folder: Path) -> list[str]:
-    """Everything in a folder, hidden leftovers too."""
+    """Return the names in a folder, hidden ones too."""
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -431,7 +431,7 @@ def test_methods_fold_by_their_fold_order_and_then_as_listed(
 def test_a_fold_gets_the_weights_as_forward_saw_them(
     checkpoint_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float32, but rounded as the working copies were: the function of a rounded weight is what forward computed."""
+    """They are float32, rounded like the working copies: forward computed with rounded weights."""
     checkpoint, seen = checkpoint_of("zero1_bf16"), {}
 
     def fold(self, tensors, hf_config):
@@ -452,7 +452,7 @@ def test_a_fold_gets_the_weights_as_forward_saw_them(
 
 @pytest.fixture(scope="module")
 def own_class(checkpoint_of, tmp_path_factory: pytest.TempPathFactory):
-    """(checkpoint, folder, output of the command line), converted where no cache can be written."""
+    """Return (checkpoint, folder, output of the command line), converted where no cache can be written."""
     out = tmp_path_factory.mktemp("hf") / "model"
     ended = command_line(checkpoint_of("own_class"), out, variables={"HF_HOME": "/dev/null/nowhere"})
     assert ended.code == 0, ended.stderr
@@ -529,7 +529,7 @@ def test_a_weight_that_no_stock_model_has_is_an_error(
     assert visible(tmp_path) == []
 
 
-# What is refused
+# Refusals
 
 
 def _remove(checkpoint: Path) -> Path:
@@ -594,16 +594,18 @@ def test_a_conversion_that_breaks_off_leaves_nothing(
     assert visible(tmp_path) == []
 
 
-def test_a_conversion_that_is_told_to_stop_leaves_nothing_and_may_start_again(
+def test_a_conversion_that_gets_a_signal_leaves_nothing_and_may_start_again(
     fp32_checkpoint: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, "tools/convert_to_hf.py", "--checkpoint", str(fp32_checkpoint), "--out"]
-    told = {number: open_process([*command, str(tmp_path / number.name)]) for number in (signal.SIGHUP, signal.SIGTERM)}
-    for number, process in told.items():
+    started = {
+        number: open_process([*command, str(tmp_path / number.name)]) for number in (signal.SIGHUP, signal.SIGTERM)
+    }
+    for number, process in started.items():
         while not list(tmp_path.glob(f".{number.name}.*/model")) and process.poll() is None:
             time.sleep(0.001)
         process.send_signal(number)
-    for number, process in told.items():
+    for number, process in started.items():
         ended = wait_for([process])
         assert ended.code == 128 + number
         assert ended.stderr.endswith(f"stopped by {number.name}\n")
@@ -613,7 +615,7 @@ def test_a_conversion_that_is_told_to_stop_leaves_nothing_and_may_start_again(
 
 
 def test_files_of_another_checkpoint_among_the_shards_are_noticed(copied: Path) -> None:
-    """Below the manifest's guard: the reader itself counts the ranks."""
+    """The reader itself counts the ranks, below the check of the manifest."""
     _remove(copied)
     with pytest.raises(UserError, match="written by 3 ranks but holds the optimizer states of 2"):
         master_weights(copied / "deepspeed")
