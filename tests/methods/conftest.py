@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from pretrain.methods import REGISTRY
-from tests.support.method_suite import METHODS, SLOW_STAGES, Case, Run, Runs, cases_of
+from tests.support.method_suite import METHODS, Case, Run, Runs, cases_of, is_slow
 
 
 class Lazily:
@@ -29,9 +29,11 @@ def on_two(corpus, tmp_path_factory) -> Lazily:
 
     every = [case for method in METHODS for case in cases_of(method)]
     plain = [case for case in every if case.label == "zero3"]
-    variants = [case for case in every if case.stage == 3 and case not in plain]
-    slow = [case for case in every if case.stage in SLOW_STAGES]
-    return Lazily([plain, variants, [case for case in every if case.stage == 2], slow], start)
+    variants = [case for case in every if case not in plain and not is_slow(case.methods[0], case.label)]
+    slow = [
+        [case for case in every if case.stage == stage and is_slow(case.methods[0], case.label)] for stage in range(4)
+    ]
+    return Lazily([plain, variants, *slow], start)
 
 
 @pytest.fixture(scope="session")

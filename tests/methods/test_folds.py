@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from pretrain.checkpoints.method_state import read_method_state
 from pretrain.export.convert import convert
 from pretrain.methods import REGISTRY
-from tests.support.method_suite import METHODS, Run, assert_same_logits, generated, reference, trainer_model
+from tests.support.method_suite import METHODS, Run, assert_same_logits, generated, parameters, reference, trainer_model
 
 
 class Pair:
@@ -49,7 +49,7 @@ def variants(*labels: str):
             if label == "zero2_gpt2" and ("gpt2" not in REGISTRY[method].families or hasattr(told, "REFUSES_TIED")):
                 continue
             found.append((method, label))
-    return pytest.mark.parametrize(("method", "label"), found)
+    return pytest.mark.parametrize(("method", "label"), parameters(found))
 
 
 def is_bit_equal(method: str, label: str) -> bool:

@@ -20,10 +20,10 @@ from pretrain.methods import REGISTRY
 from pretrain.trainer.plan import make_plan
 from tests.support.method_suite import (
     METHODS,
-    SLOW_STAGES,
     STAGES_BELOW_3,
     Case,
     has_reference,
+    parameters,
     reference,
     trained_densely,
 )
@@ -56,19 +56,15 @@ def test_zero3_trains_as_the_dense_reference(on_two, method):
     assert_trained_alike(run, method, run.initial)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_three_ranks_train_as_the_dense_reference(on_two, on_three, method):
     assert_trained_alike(on_three.run(f"{method}-zero3"), method, on_two.run(f"{method}-zero3").initial)
 
 
-@pytest.mark.parametrize(
-    ("method", "stage"),
-    [
-        pytest.param(method, stage, marks=[pytest.mark.slow] * (stage in SLOW_STAGES))
-        for method in METHODS
-        for stage in STAGES_BELOW_3
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES_BELOW_3)
+@pytest.mark.parametrize("method", METHODS)
 def test_other_stages_train_as_the_dense_reference(on_two, method, stage):
     assert_trained_alike(on_two.run(f"{method}-zero{stage}"), method, on_two.run(f"{method}-zero3").initial)
 
@@ -78,9 +74,12 @@ def test_matrices_cut_by_tensor_parallelism_train_as_the_dense_reference(on_two,
     assert_trained_alike(cut_in_two.run(f"{method}-cut"), method, on_two.run(f"{method}-zero3").initial)
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if not hasattr(reference(method), "REFUSES_TIED")])
-def test_a_tied_model_trains_as_the_dense_reference(on_two, method):
-    run = on_two.run(f"{method}-zero3_tied")
+TIED = [(method, "zero3_tied") for method in METHODS if not hasattr(reference(method), "REFUSES_TIED")]
+
+
+@pytest.mark.parametrize(("method", "label"), parameters(TIED))
+def test_a_tied_model_trains_as_the_dense_reference(on_two, method, label):
+    run = on_two.run(f"{method}-{label}")
     assert_trained_alike(run, method, run.initial)
 
 
@@ -93,12 +92,7 @@ def test_a_tied_model_is_refused(corpus, tmp_path, method):
 
 @pytest.mark.parametrize(
     ("method", "label"),
-    [
-        (method, label)
-        for method in METHODS
-        for label in ("zero3", "zero3_tied")
-        if label == "zero3" or not hasattr(reference(method), "REFUSES_TIED")
-    ],
+    parameters([*((method, "zero3") for method in METHODS), *TIED]),
 )
 def test_every_weight_starts_as_the_formula_says(on_two, method, label):
     run, told = on_two.run(f"{method}-{label}"), reference(method)

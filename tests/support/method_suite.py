@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 
 from pretrain.config.schema import Config
@@ -41,7 +43,6 @@ NOTHING_RESIDENT = {"stage3_param_persistence_threshold": 0}  # a module sees it
 
 
 STAGES_BELOW_3 = (0, 1, 2)
-SLOW_STAGES = (0, 1)  # their pieces are those of stage 2, or whole
 
 # Defaults of the names in a reference file; see dense.py.
 DEFAULTS: dict[str, Any] = {
@@ -134,6 +135,23 @@ def cases_of(method: str) -> list[Case]:
     if "gpt2" in cls.families and not hasattr(module, "REFUSES_TIED"):
         cases.append(Case(alone, "zero2_gpt2", stage=2, gpt2=True))
     return cases
+
+
+def is_slow(method: str, label: str) -> bool:
+    """Return whether a case is left to the slow tests.
+
+    The fast ones have ZeRO-3 in both precisions and tensor parallelism. What another stage does to pieces of weights is
+    tested without methods in tests/sharded. A tied model is fast where the method treats it in a way of its own.
+    """
+    if label == "zero3_tied":
+        return not any(name.endswith("_TIED") for name in vars(reference(method)))
+    return not label.startswith("zero3")
+
+
+def parameters(cases: Iterable[tuple[str, str]]) -> list[Any]:
+    """Return pytest's parameters of (method, label), with the mark of those that are slow."""
+    marks = {True: [pytest.mark.slow], False: []}
+    return [pytest.param(method, label, marks=marks[is_slow(method, label)]) for method, label in cases]
 
 
 class Runs:
