@@ -1,5 +1,7 @@
 # make demo      from nothing to an evaluated model and a report, on this machine
 # make test      every fast test; JOBS=2 is how many at once
+# make coverage  the same, and which lines of pretrain/ no test runs, ranks included; fails below the floor of pyproject.toml
+# make wheel     dist/evenkeel-VERSION-py3-none-any.whl
 # make lint      style, scripts: what can be seen without running anything
 # make docs      the documentation site, in site/; a dead link or a missing reference fails
 # make peers     the tools that exports are tried with (llama.cpp, vLLM, ...): 3.5 GB and 10 minutes; PEERS=llama_cpp one of them
@@ -11,7 +13,7 @@ JOBS ?= 2
 VENV := .venv
 STAMP := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: setup demo test docs peers lint style scripts clean
+.PHONY: setup demo test docs coverage wheel peers lint style scripts clean
 
 setup: $(STAMP)
 
@@ -26,6 +28,17 @@ demo: setup
 
 test: setup
 	$(VENV)/bin/python -m pytest -n $(JOBS)
+
+coverage: setup
+	$(VENV)/bin/coverage erase
+	$(VENV)/bin/coverage run -m pytest -n $(JOBS)
+	$(VENV)/bin/coverage combine --quiet
+	$(VENV)/bin/coverage report
+
+wheel: setup
+	rm -rf build dist
+	$(VENV)/bin/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
+	rm -rf build
 
 docs:
 	@$(MAKE) --no-print-directory setup EXTRAS=docs
