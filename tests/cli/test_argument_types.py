@@ -1,4 +1,4 @@
-"""Arguments of command lines: a path that a script has quoted, and numbers that are none."""
+"""Arguments of command lines: paths that a script has quoted, and texts that are no numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pretrain.cli import argument_types
 from tests.support.runs import REPOSITORY
 
 
-def test_paths_are_filled_in_where_no_shell_has_done_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_in_paths_are_filled_in_if_no_shell_has_done_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("SCRATCH", "/scratch/me")
     assert argument_types.path("~/x") == Path("/home/me/x")
@@ -49,7 +49,7 @@ def test_numbers_are_read_as_they_are_written(kind: Callable, text: str, expecte
         (argument_types.location, ("", "$UNSET/x", "~no_such_user/x", "x" * 300)),
     ],
 )
-def test_what_is_no_number_or_no_path_is_refused(
+def test_a_text_that_is_no_number_or_no_path_is_refused(
     kind: Callable, texts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("UNSET", raising=False)
@@ -58,8 +58,8 @@ def test_what_is_no_number_or_no_path_is_refused(
             kind(text)
 
 
-def test_no_tool_takes_a_path_or_a_number_as_python_has_it() -> None:
-    """Path("~/x") is a folder named ~, and float("nan") is a number."""
+def test_no_tool_parses_a_path_or_a_number_by_pythons_own_types() -> None:
+    """Path("~/x") would be a folder named ~, and float("nan") a number."""
     scripts = [
         path.read_text()
         for folder in ("tools", "pretrain/cli", "benchmarks")
@@ -68,7 +68,7 @@ def test_no_tool_takes_a_path_or_a_number_as_python_has_it() -> None:
     assert not [found for text in scripts for found in re.findall(r"type=(?:Path|int)\b", text)]
 
 
-def test_a_tool_says_what_is_wrong_with_its_arguments() -> None:
+def test_a_tool_reports_what_is_wrong_with_its_arguments() -> None:
     words = ["tools/train_tokenizer.py", "--source", "stdlib", "--out", "$NOWHERE/x", "--max-bytes", "nan"]
     ended = subprocess.run([sys.executable, *words], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert ended.returncode == 2

@@ -16,7 +16,7 @@ PARTS = ("pretrain", "tools", "ds_configs", "slurm")
 
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MiniSlurm]:
-    """Two nodes of four cores. Skips where Slurm is not installed."""
+    """Yield a Slurm of two nodes with four cores each. Skip if Slurm is not installed."""
     if why := missing():
         pytest.skip(why)
     cluster = MiniSlurm(tmp_path_factory.mktemp("slurm"))
@@ -29,7 +29,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MiniSlurm]:
 
 @pytest.fixture(scope="module")
 def submit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout of one's own, which a test may edit and break."""
+    """Return a checkout that a test may edit and break."""
     folder = tmp_path_factory.mktemp("cluster") / "my $(touch pwned) checkout"
     for part in PARTS:
         shutil.copytree(REPOSITORY / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,4 +1,4 @@
-"""tools/check_node.py as a job runs it on each node, and its checks for what a healthy machine cannot be made to show."""
+"""tools/check_node.py as a job runs it on each node, and its checks of faults that a healthy machine cannot show."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_healthy_node_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.Mo
     assert not list(tmp_path.iterdir())
 
 
-def test_all_that_is_wrong_is_found_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_faults_are_found_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     done = run(
         *("--folder", "/proc/run", "--gpus", 8, "--min-free-gb", 1),
@@ -131,7 +131,7 @@ def test_wrong_arguments_end_with_exit_code_2(tmp_path: Path, options: list[str]
     assert options[0] in done.stderr
 
 
-def test_gpus_are_counted_and_looked_at_through_nvidia_smi(tmp_path: Path, nvidia_smi: Callable) -> None:
+def test_gpus_are_counted_and_checked_through_nvidia_smi(tmp_path: Path, nvidia_smi: Callable) -> None:
     hot = HEALTHY.replace("slowdown>Not Active", "slowdown>Active").replace("GPU-7", "GPU-8")
     (tmp_path / "smi.xml").write_text(document(HEALTHY, hot))
     nvidia_smi(f'[ "$*" = "-q -x" ] && cat {tmp_path}/smi.xml')
@@ -144,7 +144,7 @@ def test_gpus_are_counted_and_looked_at_through_nvidia_smi(tmp_path: Path, nvidi
         assert [line.split(":")[0] for line in found[2:]] == ["torch finds 0 GPUs and nvidia-smi 2"]
 
 
-def test_only_gpus_that_the_launcher_gave_are_looked_at(nvidia_smi: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_gpus_that_the_launcher_gave_are_checked(nvidia_smi: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     nvidia_smi(f'[ "$*" = "-q -x -i 2,3" ] && echo \'{document(HEALTHY)}\'')
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     gpus, complaint = read_gpus()
@@ -168,7 +168,7 @@ def test_a_driver_that_does_not_answer_is_a_finding(nvidia_smi: Callable, script
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_the_driver_knows_of_a_fault_is_said(fault: str) -> None:
+def test_a_fault_that_the_driver_reports_is_a_finding(fault: str) -> None:
     (old, new), finding = FAULTS[fault]
     assert old in HEALTHY
     healthy_and_not = document(HEALTHY, HEALTHY.replace(old, new, 1))
@@ -217,7 +217,7 @@ WRONG = "multiplies matrices of {} wrongly: off by"
         ({}, ""),
     ],
 )
-def test_a_bit_that_a_processor_gets_wrong_is_found(
+def test_a_wrong_bit_of_a_processor_is_found(
     monkeypatch: pytest.MonkeyPatch, flips: dict[int, int], finding: str
 ) -> None:
     multiply, made = torch.Tensor.__matmul__, []

@@ -1,4 +1,4 @@
-"""What a job makes of what its ranks left, and what it keeps before they start. No Slurm is needed here."""
+"""The decision of a job by what its ranks left, and what it keeps before they start. No Slurm is needed here."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def started(run: Path, restart: int = 0) -> Attempts:
 def ended(
     attempts: Attempts, status: dict | None = None, ranks: dict[str, int] | None = None, health: dict | None = None
 ) -> None:
-    """What train.py and slurm/task.sh leave behind."""
+    """Write the files that train.py and slurm/task.sh leave."""
     if status:
         (attempts.run / "status.json").write_text(json.dumps({"step": 1, "reason": "why", **status}))
     for kind, codes in (("ranks", ranks), ("health", health)):
@@ -75,7 +75,7 @@ def test_the_status_of_an_earlier_start_decides_nothing(tmp_path: Path) -> None:
     assert judged(attempts).code == 2
 
 
-def test_the_reason_names_the_rank_that_failed_first_its_node_and_its_last_word(tmp_path: Path) -> None:
+def test_the_reason_names_the_rank_that_failed_first_its_node_and_its_last_message(tmp_path: Path) -> None:
     attempts = started(tmp_path)
     ended(attempts, ranks={"node-7.example.5": 1, "n1.0": 3})
     os.utime(tmp_path / "slurm/17/0/ranks/node-7.example.5", (1, 1))
@@ -97,7 +97,7 @@ def test_faults_that_leave_no_newer_checkpoint_end_the_job(tmp_path: Path) -> No
 
 
 def test_a_stop_that_only_the_end_of_another_rank_has_caused_is_a_fault(tmp_path: Path) -> None:
-    """srun sends SIGTERM to the other ranks then, before they have met the one that failed, say."""
+    """srun sends SIGTERM to the other ranks then, perhaps before they have met the one that failed."""
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs/slurm_17_rank_1.txt").write_text("error: rank 1 could not meet the others\n")
     for restart in range(MAX_FAULTS):
@@ -143,7 +143,7 @@ def test_an_unhealthy_node_is_excluded_unless_all_are(
     assert "n1" in found.reason or "n2" in found.reason
 
 
-def test_a_node_whose_check_was_told_to_stop_is_not_excluded(tmp_path: Path) -> None:
+def test_a_node_whose_check_was_stopped_is_not_excluded(tmp_path: Path) -> None:
     attempts = started(tmp_path)
     ended(attempts, health={"n1.0": 128 + signal.SIGUSR1})
     found = judged(attempts, 1, told=True)
@@ -215,6 +215,6 @@ def test_a_list_of_runs_is_read_as_a_shell_reads_words_and_runs_nothing(tmp_path
         words_of(tmp_path / "none.txt", 1)
 
 
-def test_outside_of_a_job_there_is_nothing_to_judge() -> None:
+def test_outside_of_a_job_there_is_nothing_to_decide() -> None:
     with pytest.raises(UserError, match="no Slurm job"):
         Job.from_environment({})

@@ -1,4 +1,4 @@
-"""What becomes of a job whose ranks end in this way or that. Everything is real but the trainer, which only ends."""
+"""The end of jobs whose ranks end in various ways. Everything is real except the trainer, which only ends."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if "convert" in sys.argv[0]:
 
 @dataclass(frozen=True)
 class Over:
-    """A job that is over. starts: (restart, node, rank) of each rank that was started."""
+    """A job that has ended. starts: (restart, node, rank) of each rank that was started."""
 
     job: dict[str, str]
     log: str
@@ -56,7 +56,7 @@ class Over:
 def over(
     slurm: MiniSlurm, submit_folder: Path, run_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Over]:
-    """All jobs of this file, which run side by side."""
+    """Return all jobs of this file, which run at the same time."""
     shutil.copy(REPOSITORY / "tests/support/slurm/stub_trainer.py", submit_folder / "pretrain/train.py")
     (submit_folder / "tools/check_node.py").write_text(SICK_NODE)
     for tool in ("convert_to_hf", "evaluate"):
@@ -170,7 +170,7 @@ def test_ahead_of_a_limit_that_slurm_enforces_the_job_goes_back_into_the_queue(o
     assert job.state == ("FAILED", "3:0", "1"), job.log  # by the cap: no limit ended it (TIMEOUT)
 
 
-def test_jobs_of_a_chain_go_on_one_after_the_other_until_the_run_is_finished(over: dict[str, Over]) -> None:
+def test_jobs_of_a_chain_continue_one_after_the_other_until_the_run_is_finished(over: dict[str, Over]) -> None:
     first, second, third = (over[f"chained-{place}"] for place in ("first", "second", "third"))
     assert first.state == ("FAILED", "3:0", "0"), first.log
     assert second.state == ("COMPLETED", "0:0", "0"), second.log
@@ -179,7 +179,7 @@ def test_jobs_of_a_chain_go_on_one_after_the_other_until_the_run_is_finished(ove
     assert "nothing to do" in third.log
 
 
-def test_a_job_whose_node_fails_the_check_goes_on_without_it(over: dict[str, Over]) -> None:
+def test_a_job_whose_node_fails_the_check_continues_without_it(over: dict[str, Over]) -> None:
     job = over["quick-needs-another-node"]
     assert job.state == ("COMPLETED", "0:0", "1"), job.log
     sick = job.job["ExcNodeList"]

@@ -1,4 +1,4 @@
-"""Real training on a Slurm that takes its nodes away: for a job that is more urgent, and because one of them dies."""
+"""Real training on a Slurm that takes its nodes away: for a more urgent job, and because a node dies."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 @pytest.fixture(scope="module")
 def whole(run_file: Path, settings: dict, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[int, float]]:
-    """Losses of the same runs, uninterrupted and without Slurm: on two ranks, and with two seeds on one."""
+    """Return the losses of the same runs without interruption and without Slurm: on two ranks, and with two seeds on one."""
     out = tmp_path_factory.mktemp("whole")
     commands = {
         "two": (arguments(run_file, settings | {"out": str(out), "name": "two"}), 2),
@@ -57,7 +57,7 @@ def test_a_node_that_dies_in_mid_step_leads_to_requeue_and_resume(
     assert losses(folder) == whole["two"]
 
 
-def test_jobs_that_give_way_to_a_more_urgent_one_go_on_after_it(
+def test_jobs_that_give_way_to_a_more_urgent_one_continue_after_it(
     slurm: MiniSlurm, submit_folder: Path, run_file: Path, settings: dict, whole: dict
 ) -> None:
     out = Path(settings["out"])

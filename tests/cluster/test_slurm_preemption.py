@@ -1,4 +1,4 @@
-"""A job of two nodes is told to stop, saves, goes back into the queue, and ends as if nothing had happened."""
+"""A job of two nodes that is preempted saves, goes back into the queue, and ends as if it had not been stopped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(900)
 
 @pytest.fixture(scope="module")
 def preempted(slurm: MiniSlurm, submit_folder: Path, run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """A run that was preempted once, while its checkout and run file were being spoilt, and one with a wrong run file."""
+    """Return a run that was preempted once, while its checkout and run file were broken, and one with a wrong run file."""
     out = tmp_path_factory.mktemp("runs") / "an out; touch pwned"
     own = submit_folder / "my run.yaml"
     own.write_text(run_file.read_text(encoding="utf-8"))
@@ -103,6 +103,6 @@ def test_a_wrong_run_file_ends_the_job_at_once_with_its_message(preempted: dict)
     assert not (preempted["folder"].parent / "wrong").exists()
 
 
-def test_no_word_of_the_user_is_run(preempted: dict) -> None:
+def test_no_text_of_the_user_is_executed(preempted: dict) -> None:
     places = (preempted["submitted from"], preempted["submitted from"].parent, preempted["folder"], Path.cwd())
     assert not [place for place in places if (place / "pwned").exists()]

@@ -1,4 +1,4 @@
-"""Whatever is wrong with the input: every rank ends with exit code 2, rank 0 says why in one paragraph, nothing is written."""
+"""Wrong input: every rank ends with exit code 2, rank 0 reports why in one paragraph, and nothing is written."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.runs import Ended, arguments, assert_refused, run_ranks, run_
 
 @dataclass
 class Case:
-    """What a user has at hand: a run file, data of his own to break, and overrides on the command line."""
+    """The input of a user: a run file, data that a test may break, and overrides on the command line."""
 
     config: dict
     shards: Path
@@ -34,7 +34,7 @@ class Case:
         (self.shards / "manifest.json").write_text(json.dumps(self.manifest() | changes))
 
     def deepspeed(self, **keys: object) -> None:
-        """Name a DeepSpeed file with these keys."""
+        """Write a DeepSpeed file with these keys, and have the run file name it."""
         (self.home / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3}} | keys))
         self.config["deepspeed"] = str(self.home / "ds.json")
 
@@ -43,7 +43,7 @@ CASES: dict[str, tuple[Callable[[Case], None], tuple[str, ...]]] = {}
 
 
 def case(*parts: str) -> Callable:
-    """Register a way to go wrong, by its function's name, with what the message must hold ({home} is its folder)."""
+    """Register a fault under its function's name, with the texts that the message must hold ({home} is its folder)."""
 
     def register(function: Callable[[Case], None]) -> Callable[[Case], None]:
         CASES[function.__name__] = (function, parts)
@@ -305,7 +305,7 @@ def missing_run_file(at: Case) -> None:
 
 
 def set_up(name: str, corpus: Corpus, home: Path) -> list[str]:
-    """The command line of one case; its run folder would be home/runs/run."""
+    """Return the command line of one case. Its run folder would be home/runs/run."""
     shards = Path(shutil.copytree(corpus.train, home / "shards"))
     config = json.loads(json.dumps(tiny(corpus)))
     config["data"]["train"] = str(shards)
@@ -320,7 +320,7 @@ def set_up(name: str, corpus: Corpus, home: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def on_two_ranks(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Ended]]:
-    """All cases on two real ranks each, at the same time."""
+    """Run all cases at the same time, each on two real ranks."""
     base = tmp_path_factory.mktemp("bad_input")
     commands = {name: (set_up(name, corpus, base / name), 2) for name in CASES}
     return base, run_together(commands, base / "logs")
@@ -341,7 +341,7 @@ def test_a_dry_run_refuses_the_same_input(corpus: Corpus, tmp_path: Path, name: 
     assert not (tmp_path / name / "runs").exists()
 
 
-def test_a_dry_run_refuses_a_checkpoint_that_is_none(run_file: Path, tmp_path: Path) -> None:
+def test_a_dry_run_refuses_a_folder_that_is_no_checkpoint(run_file: Path, tmp_path: Path) -> None:
     settings = {"out": str(tmp_path / "runs"), "checkpoint.resume": str(tmp_path / "nowhere")}
     ended = run_ranks(arguments(run_file, settings, "--dry-run"), tmp_path / "logs", ranks=1)
     assert_refused(ended, f"{tmp_path}/nowhere is not a complete checkpoint")

@@ -1,4 +1,4 @@
-"""What a run trains on does not depend on who reads it, from where, in what format, or after which restart."""
+"""The samples of a run do not depend on the reading rank, the place, the format, or restarts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OTHER_DATA = {"data.packing": "concatenate"}
 
 @dataclass(frozen=True)
 class Mode:
-    """The same samples twice: as one rank reads them, and as two ranks do, perhaps from somewhere else."""
+    """The same samples twice: read by one rank, and by two ranks, perhaps from another place."""
 
     one_rank: dict
     two_ranks: dict
@@ -94,7 +94,7 @@ def test_modes_train_on_different_samples(runs: Path) -> None:
     assert len(set(first.values())) == len(MODES)
 
 
-def test_every_step_says_which_samples_it_took_and_how_far_each_source_is(runs: Path, corpus: Corpus) -> None:
+def test_every_step_records_its_samples_and_the_epochs_of_each_source(runs: Path, corpus: Corpus) -> None:
     found = last_rows(runs / MODES[0] / "two", "train")
     for step, row in found.items():
         assert (row["first_sample"], row["last_sample"]) == ((step - 1) * BATCH, step * BATCH - 1)
@@ -112,7 +112,7 @@ def test_a_damaged_download_was_fetched_again_and_no_rank_fetched_what_another_h
     assert server.requests.count("/train/manifest.json") == 2
 
 
-def test_a_run_goes_on_bit_for_bit_and_refuses_other_data(
+def test_a_run_resumes_bit_for_bit_and_refuses_other_data(
     run_file: Path, runs: Path, modes: dict[str, Mode], tmp_path: Path
 ) -> None:
     name = MODES[0]

@@ -1,4 +1,4 @@
-"""Steps that would harm a run are skipped; where they do not end, it goes back and on without their data, or gives up."""
+"""Steps that would harm a run are skipped. If they do not end, it goes back and continues without their data, or ends."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ended(run_file: Path, out: Path) -> dict[str, Ended]:
-    """What each run left, and an undisturbed one."""
+    """Return how each run ended, and one without faults."""
     with ExitStack() as stack:
         jobs = {
             name: stack.enter_context(
@@ -67,7 +67,7 @@ def ended(run_file: Path, out: Path) -> dict[str, Ended]:
         return {name: job.wait() for name, job in jobs.items()}
 
 
-def test_the_update_of_a_bad_step_is_skipped_and_told(ended: dict, out: Path) -> None:
+def test_the_update_of_a_bad_step_is_skipped_and_reported(ended: dict, out: Path) -> None:
     assert ended["one"].code == 0, ended["one"].stderr
     (event,) = events(out / "one", "not_finite")
     assert (event["step"], event["first_sample"], event["last_sample"]) == (6, *samples_of(6, 6))
@@ -91,10 +91,10 @@ def test_a_bad_step_gets_an_autopsy_with_its_batch(ended: dict, out: Path) -> No
     assert (folder / "report.md").read_text().strip()
 
 
-def test_too_many_bad_steps_in_a_row_send_the_run_back_and_on_without_their_data(
+def test_too_many_bad_steps_in_a_row_roll_the_run_back_and_leave_out_their_data(
     ended: dict, out: Path, run_file: Path
 ) -> None:
-    """As the undisturbed run would go on from its checkpoint of step 4 if the data went on at sample 56."""
+    """The run equals one that resumes from the checkpoint of step 4 with its data at sample 56."""
     assert ended["two"].code == 0, ended["two"].stderr
     (event,) = events(out / "two", "rolled_back")
     assert (event["step"], event["to_step"]) == (7, 4)
@@ -112,7 +112,7 @@ def test_too_many_bad_steps_in_a_row_send_the_run_back_and_on_without_their_data
 
 
 def move_data(checkpoint: Path, samples: int) -> Path:
-    """Let a run that resumes from `checkpoint` go on with another sample; the manifest agrees."""
+    """Let a run that resumes from `checkpoint` continue with another sample. The manifest is made to agree."""
     state, manifest = checkpoint / "trainer.json", checkpoint / "manifest.json"
     state.write_text(json.dumps(json.loads(state.read_text()) | {"samples": samples}))
     listed = json.loads(manifest.read_text())
@@ -122,7 +122,7 @@ def move_data(checkpoint: Path, samples: int) -> Path:
     return checkpoint
 
 
-def test_a_run_killed_after_it_went_back_goes_on_as_if_it_had_not_been(ended: dict, out: Path, run_file: Path) -> None:
+def test_a_run_killed_after_a_rollback_continues_as_if_it_had_not_been(ended: dict, out: Path, run_file: Path) -> None:
     assert ended["two_and_killed"].codes[1] == -signal.SIGKILL
     again = run_ranks(
         arguments(run_file, settings(out, "two_and_killed")),
@@ -138,9 +138,7 @@ def test_a_run_killed_after_it_went_back_goes_on_as_if_it_had_not_been(ended: di
     ("name", "why"),
     [("all", "going back 1 times has not helped"), ("from_the_start", "no checkpoint from before them")],
 )
-def test_a_run_that_does_not_recover_ends_and_says_that_it_has_diverged(
-    ended: dict, out: Path, name: str, why: str
-) -> None:
+def test_a_run_that_does_not_recover_ends_as_diverged(ended: dict, out: Path, name: str, why: str) -> None:
     assert ended[name].code == 4
     left = status(out / name)
     assert (left["status"], left["exit_code"]) == ("failed", 4)

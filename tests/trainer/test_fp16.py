@@ -54,7 +54,7 @@ def fp32(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def overflowed(run_file: Path, tmp_path_factory: pytest.TempPathFactory):
-    """The folder of a run whose first steps overflow, trained when first asked for."""
+    """Return a function that gives the folder of a run whose first steps overflow. It trains at the first call."""
     out = tmp_path_factory.mktemp("fp16")
     made: dict[str, Path] = {}
 
@@ -110,7 +110,7 @@ def test_a_checkpoint_with_skipped_steps_converts(overflowed, layout: str, tmp_p
 
 
 @pytest.mark.parametrize("layout", EVERY)
-def test_a_killed_run_goes_on_with_its_loss_scale(run_file: Path, overflowed, tmp_path: Path, layout: str) -> None:
+def test_a_killed_run_resumes_with_its_loss_scale(run_file: Path, overflowed, tmp_path: Path, layout: str) -> None:
     killed = tmp_path / "killed"
     words = arguments(run_file, settings(tmp_path, "killed", layout, OVERFLOWING))
     with start_ranks(words, tmp_path / "logs", prepare=allow_fp16_on_cpu) as job:
@@ -142,7 +142,7 @@ def test_gradients_that_overflow_at_the_smallest_scale_are_skips_of_the_guard(
 
 
 @pytest.mark.slow
-def test_fp16_goes_with_tensor_parallelism(run_file: Path, overflowed, tmp_path: Path) -> None:
+def test_fp16_works_with_tensor_parallelism(run_file: Path, overflowed, tmp_path: Path) -> None:
     words = arguments(run_file, settings(tmp_path, "run", "zero3", OVERFLOWING, **{"parallel.tensor": 2}))
     assert run_ranks(words, tmp_path / "logs", ranks=4, prepare=allow_fp16_on_cpu).code == 0
     for step, expected in last_rows(overflowed("zero3"), "train").items():

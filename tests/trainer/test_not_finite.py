@@ -1,4 +1,4 @@
-"""A model with NaN or infinity is never saved, and the run that made it ends as diverged, on its last good checkpoint."""
+"""A model with NaN or infinity is never saved. Its run ends as diverged and keeps its last good checkpoint."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def checkpoints(folder: Path) -> list[str]:
         ("skipped_for_ever", [2, 4], "the updates of steps 5 to 6 were skipped"),
     ],
 )
-def test_a_run_that_diverges_ends_with_code_4_and_keeps_what_was_good(
+def test_a_run_that_diverges_ends_with_code_4_and_keeps_good_checkpoints(
     ended: dict, out: Path, name: str, kept: list[int], why: str
 ) -> None:
     assert ended[name].code == 4, ended[name].stderr
@@ -79,16 +79,14 @@ def test_a_run_that_diverges_ends_with_code_4_and_keeps_what_was_good(
 
 
 @pytest.mark.parametrize("name", ["in_the_middle", "at_the_end"])
-def test_what_is_not_saved_is_told_with_the_weight_at_fault(ended: dict, out: Path, name: str) -> None:
+def test_a_refused_save_is_reported_with_the_weight_at_fault(ended: dict, out: Path, name: str) -> None:
     event = events(out / name, "not_saved")[0]
     assert event["step"] == {"in_the_middle": 4, "at_the_end": STEPS}[name]
     assert "NaN or infinity in model." in event["reason"]
     assert f"not saved: {event['reason']}" in ended[name].stdout
 
 
-def test_a_run_whose_last_step_was_skipped_goes_on_with_other_data_before_it_is_finished(
-    ended: dict, out: Path
-) -> None:
+def test_a_run_whose_last_step_was_skipped_takes_other_data_before_it_is_finished(ended: dict, out: Path) -> None:
     assert ended["last_step_skipped"].code == 0, ended["last_step_skipped"].stderr
     assert status(out / "last_step_skipped")["status"] == "finished"
     (event,) = events(out / "last_step_skipped", "rolled_back")
@@ -97,7 +95,7 @@ def test_a_run_whose_last_step_was_skipped_goes_on_with_other_data_before_it_is_
 
 
 def spoil(checkpoint: Path) -> str:
-    """Make a checkpoint as older versions saved them of a model with NaN; returns the weight that holds it."""
+    """Make a checkpoint of a model with NaN, as older versions saved them. Return the weight that holds it."""
     moments, manifest = checkpoint / "moments.json", checkpoint / "manifest.json"
     found = json.loads(moments.read_text(encoding="utf-8"))
     weight = list(found)[-1]

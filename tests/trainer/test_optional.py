@@ -1,4 +1,4 @@
-"""Nothing that training does not need ends a run: trackers, disks for rows, consoles, probes, autopsies, figures."""
+"""Faults of parts that training does not need end no run: trackers, disks for rows, consoles, probes, autopsies."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ ONLINE = {"log.wandb.mode": "online"}
 
 
 def with_environment(variables: dict[str, str]) -> None:
-    """As a user's shell has it: nothing of wandb but `variables`."""
+    """Set the environment of a user's shell, with no variables of wandb except `variables`."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         del os.environ[name]
     os.environ.update({"HOME": "/nonexistent", "WANDB_INIT_TIMEOUT": "3", **variables})
 
 
 def kill_wandb_core() -> None:
-    """wandb's own process dies once it has begun to take rows."""
+    """Kill wandb's own process once it has begun to take rows."""
     folder = Path(sys.argv[sys.argv.index("--set") + 1].removeprefix("out=").strip('"')) / "killed"
     while "tracked by wandb" not in (folder / "log.txt").read_text():
         look_after_tracker()
@@ -76,7 +76,7 @@ def look_after_tracker() -> None:
 
 
 def without_a_reader() -> None:
-    """stdout is a pipe that nobody reads any more, as after `| head`."""
+    """Make stdout a pipe without a reader, as after `| head`."""
     read, write = os.pipe()
     os.close(read)
     os.dup2(write, 1)
@@ -86,7 +86,7 @@ def without_a_reader() -> None:
 
 
 def full_disk(first: int, last: int) -> None:
-    """Of what is appended to metrics.jsonl and log.txt, calls number first..last get half a line onto the disk."""
+    """Let the writes number `first` to `last` to metrics.jsonl and log.txt get only half a line onto the disk."""
     from pretrain.monitor import lines
 
     write, calls = os.write, [0]
@@ -104,7 +104,7 @@ def full_disk(first: int, last: int) -> None:
 
 
 def blind_figures() -> None:
-    """Neither the disk nor git nor the packages say anything."""
+    """Let the disk, git and the packages give no information."""
     import shutil
     from importlib import metadata
 
@@ -119,7 +119,7 @@ def blind_figures() -> None:
 
 
 def probe_that_fails(rank: int) -> None:
-    """Of four probes on two ranks only the last gives a row, without the statistics of `rank`.
+    """Let only the last of four probes on two ranks give a row, without the statistics of `rank`.
 
     The first cannot be hooked in on `rank`; the second fails in the middle, on all; the third at its end, on `rank`.
     """
@@ -178,14 +178,14 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def silent_server() -> Iterator[str]:
-    """The address of a server that takes connections and never answers."""
+    """Yield the address of a server that takes connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
 
 
 @pytest.fixture(scope="module")
 def ended(run_file: Path, out: Path, silent_server: str) -> dict[str, Ended]:
-    """Runs on one rank, each with something that fails, and one without tracking that is left alone."""
+    """Run on one rank, each time with a part that fails, and once without faults and tracking."""
     stub = out / "stub"
     stub.mkdir()
     (stub / "wandb.py").write_text('raise ModuleNotFoundError("No module named wandb", name="wandb")')
@@ -215,7 +215,7 @@ def ended(run_file: Path, out: Path, silent_server: str) -> dict[str, Ended]:
 
 
 def numbers(folder: Path) -> list[dict]:
-    """All rows but events, without what the clock says."""
+    """Return all rows except events, without the fields that depend on the clock."""
     found = [row for kind in KINDS for row in rows(folder, kind)]
     return [{key: value for key, value in row.items() if key not in TIMES} for row in found]
 
@@ -234,7 +234,7 @@ def test_the_run_ends_as_one_without_the_fault_and_has_its_rows(ended: dict, out
 
 
 @pytest.mark.parametrize("name", REASONS)
-def test_why_nothing_is_tracked_is_said_once(ended: dict, out: Path, name: str) -> None:
+def test_the_reason_why_nothing_is_tracked_is_logged_once(ended: dict, out: Path, name: str) -> None:
     assert ended[name].stdout.count("tracking is off: ") == 1
     assert "tools/sync_wandb.py" in ended[name].stdout
     [event] = events(out / name, "tracking_off")
@@ -242,7 +242,7 @@ def test_why_nothing_is_tracked_is_said_once(ended: dict, out: Path, name: str) 
     assert "Traceback" not in ended[name].stdout + ended[name].stderr
 
 
-def test_a_run_whose_file_says_disabled_is_not_tracked_whatever_the_environment_says(ended: dict, out: Path) -> None:
+def test_a_run_whose_file_disables_tracking_is_not_tracked_by_the_environment(ended: dict, out: Path) -> None:
     assert not events(out / "not_tracked", "tracking_off")
     assert not (out / "not_tracked/wandb_id").exists()
 
@@ -279,7 +279,7 @@ def sync(folder: Path, variables: dict[str, str]) -> subprocess.CompletedProcess
     return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_what_a_dead_helper_did_not_write_is_brought_to_the_offline_files_once(ended: dict, out: Path) -> None:
+def test_rows_that_a_dead_process_did_not_write_are_added_to_the_offline_files_once(ended: dict, out: Path) -> None:
     folder = out / "killed"
     done = sync(folder, {"WANDB_MODE": "offline"})
     assert done.returncode == 0, done.stderr
@@ -309,7 +309,7 @@ def test_a_server_gets_each_row_once_however_often_it_is_asked(ended: dict, out:
     assert run_id == (folder / "wandb_id").read_text()
 
 
-def test_sync_without_a_key_or_a_run_says_so(ended: dict, out: Path) -> None:
+def test_sync_without_a_key_or_a_run_is_refused(ended: dict, out: Path) -> None:
     cases: list[tuple[Path, dict, str]] = [
         (out / "no_key", {}, "No API key configured"),
         (out / "no_key", {"WANDB_MODE": "disabled"}, "WANDB_MODE is 'disabled': only online and offline track a run"),

@@ -1,4 +1,4 @@
-"""A run that is killed, or stopped, or whose checkpoints are damaged, goes on as if nothing had happened, or says why not."""
+"""A run that is killed or stopped, or whose checkpoints are damaged, resumes as if it had not been, or reports why not."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ WITH_DROPOUT = {"model": {"family": "gpt2", "n_embd": 48, "n_layer": 2, "n_head"
 
 
 def settings(out: Path, name: str, **more: object) -> dict:
-    """Twelve steps, a checkpoint every third, TVR every second: their steps must not drift apart after a resume."""
+    """Return the keys of twelve steps with a checkpoint every third and TVR every second, which must not drift apart."""
     chosen = {"out": str(out), "name": name, "steps": STEPS, "checkpoint.interval_steps": 3}
     return chosen | {"methods.1.interval_steps": 2, "log.weights_interval_steps": 2} | more
 
 
 def kill_between_saves(job: Job, folder: Path) -> None:
-    """SIGKILL every rank after a step that no checkpoint holds."""
+    """Kill every rank after a step that no checkpoint holds."""
     wait_until(lambda: max(losses(folder), default=0) in (4, 5, 7, 8), job)
     job.signal(signal.SIGKILL)
 
 
 def kill_during_save(job: Job, folder: Path) -> None:
-    """SIGKILL every rank while a checkpoint is half written: they are stopped first, to see that it is."""
+    """Kill every rank while a checkpoint is half written. They are suspended first, to see that it is."""
     while True:
         wait_until(lambda: bool(list(folder.glob("checkpoints/.step_*.incomplete"))), job)
         job.signal(signal.SIGSTOP)
@@ -118,7 +118,7 @@ def rescaled_steps(folder: Path) -> set[int]:
 
 @pytest.fixture(scope="module")
 def half_done(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with checkpoints of steps 2 and 4, as a run of 4 steps leaves it; copy before use."""
+    """Return a run folder with checkpoints of steps 2 and 4, as a run of 4 steps leaves it. Copy it before use."""
     out = tmp_path_factory.mktemp("half_done")
     assert run_ranks(arguments(run_file, go_on(out / "run", steps=4)), out / "logs").code == 0
     return out / "run"
@@ -137,7 +137,7 @@ def folder(half_done: Path, tmp_path: Path) -> Path:
 
 
 def go_on(folder: Path, **more: object) -> dict:
-    """The run in `folder` up to step 6; its learning rate does not depend on its length."""
+    """Return the keys of the run in `folder` up to step 6. Its learning rate does not depend on its length."""
     run = {"out": str(folder.parent), "name": folder.name, "steps": 6, "checkpoint.interval_steps": 2}
     return run | {"optim.schedule.name": "constant"} | more
 
@@ -157,7 +157,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_a_damaged_newest_checkpoint_makes_the_run_go_on_from_the_one_before(
+def test_a_damaged_newest_checkpoint_makes_the_run_resume_from_the_one_before(
     run_file: Path, half_done: Path, tmp_path: Path
 ) -> None:
     newest = "checkpoints/step_00000004"
@@ -182,7 +182,7 @@ def test_a_damaged_newest_checkpoint_makes_the_run_go_on_from_the_one_before(
 
 
 def drop_a_shard(corpus: Corpus, folder: Path) -> str:
-    """A copy of the training shards without the last one, and with a manifest that agrees."""
+    """Return a copy of the training shards without the last one, and with a manifest that agrees."""
     other = shutil.copytree(corpus.train, folder)
     manifest = json.loads((other / "manifest.json").read_text())
     dropped = manifest["shards"].pop()
@@ -250,7 +250,7 @@ REFUSALS = {
 
 @pytest.fixture(scope="module")
 def refused(run_file: Path, half_done: Path, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """For each refusal what the ranks said, and the run folder's contents before and after."""
+    """Return for each refusal the output of the ranks, and the run folder's contents before and after."""
     base = tmp_path_factory.mktemp("refused")
     other_shards = drop_a_shard(corpus, base / "shards")
     commands, folders, before = {}, {}, {}
@@ -269,7 +269,7 @@ def refused(run_file: Path, half_done: Path, corpus: Corpus, tmp_path_factory: p
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_a_checkpoint_that_cannot_be_gone_on_from_is_refused_and_left_alone(refused: dict, name: str) -> None:
+def test_a_checkpoint_that_does_not_fit_is_refused_and_left_unchanged(refused: dict, name: str) -> None:
     ended, before, after = refused[name]
     assert_refused(ended, *REFUSALS[name][-1])
     assert after == before
@@ -289,8 +289,8 @@ def test_another_run_can_start_from_a_named_checkpoint(run_file: Path, folder: P
     assert losses(folder.with_name("two"))[5] == losses(folder.with_name("four"))[5]
 
 
-def test_what_the_optimizer_is_told_anew_is_said_and_done(run_file: Path, folder: Path) -> None:
-    """lr x decay = 0.2 a step or so: without the checkpoint's own decay of 0.1 weights fade within two steps."""
+def test_changed_options_of_the_optimizer_are_reported_and_used(run_file: Path, folder: Path) -> None:
+    """lr x decay is about 0.2 a step: with it instead of the checkpoint's decay of 0.1, weights fade within two steps."""
     names = {"as_before": {}, "fading": {"optim.weight_decay": 50.0}}
     commands = {
         name: (
@@ -355,7 +355,7 @@ def test_a_finished_run_started_again_trains_nothing_and_stays_finished(run_file
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system that holds two tiny checkpoints less a bit, where the test may mount one."""
+    """Yield a file system with room for almost two tiny checkpoints, if the test may mount one."""
     mounted = tmp_path / "disk"
     mounted.mkdir()
     done = subprocess.run(

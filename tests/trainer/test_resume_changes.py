@@ -1,4 +1,4 @@
-"""Messages about keys that differ at resume, with values that were worked out by hand from the schedule's formula."""
+"""Messages about keys that differ at resume, with values calculated by hand from the schedule's formula."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TRAINED = {
 
 
 def config(**keys: object) -> Config:
-    """TRAINED with keys replaced; a__b stands for a.b."""
+    """Return TRAINED with keys replaced. a__b stands for a.b."""
     content = json.loads(json.dumps(TRAINED))
     for key, value in keys.items():
         *sections, last = key.split("__")
@@ -117,7 +117,7 @@ def test_a_key_that_differs_is_named_with_both_values_and_what_follows(checkpoin
     assert said(checkpoint, step, **keys) == [expected]
 
 
-def test_several_keys_of_the_schedule_are_a_line_each_and_their_effect_is_said_once(checkpoint: Path) -> None:
+def test_several_keys_of_the_schedule_have_a_line_each_and_one_effect(checkpoint: Path) -> None:
     lines = said(checkpoint, 6, steps=None, tokens=12 * 256.0, optim__lr=2e-3)
     assert lines == [
         "steps: 6 -> null",
@@ -126,7 +126,7 @@ def test_several_keys_of_the_schedule_are_a_line_each_and_their_effect_is_said_o
     ]
 
 
-def test_where_a_run_is_and_keys_that_an_older_version_did_not_know_are_no_changes(checkpoint: Path) -> None:
+def test_the_place_of_a_run_and_keys_that_an_older_version_lacks_are_no_changes(checkpoint: Path) -> None:
     stored = yaml.safe_load((checkpoint / "config.yaml").read_text())
     del stored["resilience"], stored["init"], stored["optim"]["zclip"]
     (checkpoint / "config.yaml").write_text(yaml.safe_dump(stored))
@@ -136,7 +136,7 @@ def test_where_a_run_is_and_keys_that_an_older_version_did_not_know_are_no_chang
     assert not [line for line in lines if line.startswith("optim.zclip:")]
 
 
-def test_a_configuration_that_this_version_does_not_take_is_still_compared(checkpoint: Path) -> None:
+def test_a_configuration_that_this_version_does_not_accept_is_still_compared(checkpoint: Path) -> None:
     stored = yaml.safe_load((checkpoint / "config.yaml").read_text())
     (checkpoint / "config.yaml").write_text(yaml.safe_dump({**stored, "tempo": "presto"}))
     assert said(checkpoint, 6, steps=12) == [

@@ -1,4 +1,4 @@
-"""An engine under way that is given an older checkpoint goes on bit for bit as it went on the first time."""
+"""A running engine that loads an older checkpoint continues bit for bit as it did the first time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What each rank saw, by case."""
+    """Return the results of each rank, by case."""
     out = tmp_path_factory.mktemp("ranks")
     with start_ranks([], out / "logs", prepare=partial(examine_all, CASES, out)) as job:
         ended = job.wait()
@@ -36,7 +36,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_run_that_is_rolled_back_goes_on_as_it_did_and_as_a_resumed_one_does(seen: list[dict], case: str) -> None:
+def test_a_run_that_is_rolled_back_continues_as_it_did_and_as_a_resumed_one_does(seen: list[dict], case: str) -> None:
     for rank in seen:
         found = rank[case]
         assert found["loaded"] == BEFORE

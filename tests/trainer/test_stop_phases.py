@@ -1,4 +1,4 @@
-"""A stop is heard whatever the run is doing, and nothing is lost by it."""
+"""A request to stop is handled in every phase of a run, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ STOPS = {
 
 @pytest.fixture(scope="module")
 def stopped(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, dict]:
-    """The folder of all runs, what each stopped run left, and what the same commands said when started again."""
+    """Return the folder of all runs, the state of each stopped run, and the output of the same commands started again."""
     out = tmp_path_factory.mktemp("phases")
 
     def words(name: str) -> list[str]:
@@ -68,7 +68,7 @@ def stopped(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 
 
 @pytest.mark.parametrize("name", STOPS)
-def test_a_stop_in_any_phase_is_heard_and_the_state_saved(stopped: tuple, name: str) -> None:
+def test_a_stop_in_any_phase_is_handled_and_the_state_saved(stopped: tuple, name: str) -> None:
     _, first, _ = stopped
     ended, left, saved, evaluated = first[name]
     *_, numbers, step = STOPS[name]
@@ -101,7 +101,7 @@ def settings(out: Path, **more: object) -> dict:
 
 
 def wait_until_still(job: Job, folder: Path) -> None:
-    """Until no step has ended for two seconds: the batches that were read ahead are used up."""
+    """Wait until no step has ended for two seconds: the batches that were read ahead are used up."""
     seen, since = 0, time.monotonic()
     while time.monotonic() - since < 2:
         assert job.running
@@ -110,7 +110,7 @@ def wait_until_still(job: Job, folder: Path) -> None:
         time.sleep(0.05)
 
 
-def test_a_stop_is_heard_while_another_rank_waits_for_data_that_does_not_come(run_file: Path, tmp_path: Path) -> None:
+def test_a_stop_is_handled_while_another_rank_waits_for_data_that_does_not_come(run_file: Path, tmp_path: Path) -> None:
     words, folder = arguments(run_file, settings(tmp_path)), tmp_path / "run"
     with start_ranks(words, tmp_path / "logs", prepare=storage_that_hangs(rank=1, after=4)) as job:
         wait_until(lambda: bool(losses(folder)), job)

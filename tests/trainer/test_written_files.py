@@ -1,4 +1,4 @@
-"""Files that replace others: whole or not at all, and where the disk is full, over the one that is there."""
+"""Files that replace others, whole or not at all. On a full disk they overwrite the old file in place."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pretrain.trainer.run_folder import RunFolder
 
 @pytest.fixture
 def full(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A disk on which no new file gets any room."""
+    """Give new files no room on the disk."""
 
     def no_room(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -41,7 +41,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("text", ["", "short", "as long as it was", "longer than what is to be replaced"])
-def test_a_file_is_overwritten_where_it_lies(tmp_path: Path, text: str) -> None:
+def test_a_file_is_overwritten_in_place(tmp_path: Path, text: str) -> None:
     path = tmp_path / "file"
     path.write_text("it was as long as", encoding="utf-8")
     before = path.stat().st_ino
