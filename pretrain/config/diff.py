@@ -6,14 +6,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-_NAMING = {"name", "path"}  # the key that tells the items of a list apart
+_NAMING = {"name", "path"}  # the keys that identify the items of a list
 
 
 @dataclass(frozen=True)
 class Change:
-    """One key of the configuration, or fact of the environment, with the values before and now, as shown to a person.
+    """One key of the configuration, or value of the environment, that has changed.
 
-    effect: what follows from it, where that is not plain.
+    Attributes:
+        key: the dotted key.
+        was: the value before, as shown to a person.
+        now: the value now, as shown to a person.
+        effect: the consequence, where it is not obvious.
     """
 
     key: str
@@ -26,11 +30,15 @@ class Change:
 
     @property
     def with_effect(self) -> str:
+        """The change and its consequence."""
         return f"{self}: {self.effect}" if self.effect else str(self)
 
 
 def flat(value: Any) -> dict[str, Any]:
-    """Dotted keys of nested mappings; the methods of a list go by their names, the sources of a mixture by their paths."""
+    """Return the values of nested mappings by dotted keys.
+
+    In a list, methods are identified by their names and the sources of a mixture by their paths.
+    """
     return dict(_pairs("", value))
 
 

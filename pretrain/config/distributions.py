@@ -1,4 +1,4 @@
-"""The `init` section of a run: which distribution the matrices are drawn from. Methods decide its deviation."""
+"""The `init` section of a run: the distribution that matrices are drawn from. Methods decide its standard deviation."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pretrain.values import Values
 
 
 class Init(Values, ABC):
-    """A distribution but for its deviation."""
+    """A distribution without its standard deviation."""
 
     @abstractmethod
     def draw(self, std: float) -> Draw:
-        """The distribution with deviation `std`."""
+        """Return the distribution with standard deviation `std`."""
 
 
 class NormalInit(Init):
@@ -52,7 +52,7 @@ class UniformInit(Init):
 
 
 class GeneralizedGaussianInit(Init):
-    """Density proportional to exp(-(|x| / scale)^shape).
+    """Values whose density is proportional to exp(-(|x| / scale)^shape).
 
     Attributes:
         shape: 2 is the normal, 1 is Laplace's. Smaller values have heavier tails, larger ones approach the uniform.

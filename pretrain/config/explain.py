@@ -1,4 +1,4 @@
-"""pydantic's findings as lines for people: the place, the full key, what is wrong, the nearest valid key."""
+"""pydantic's errors as lines for people: the place, the full key, the mistake, the nearest valid key."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pretrain.config.yaml_file import Origin, RunFile, is_text
 
 
 def explain(mistake: ErrorDetails, root: type[BaseModel], file: RunFile) -> str:
-    """One line for one validation error of `file.data` against the schema `root`."""
-    keys, section, members = _follow(mistake["loc"], root, file.data)
+    """Return one line for one validation error of `file.data` against the schema `root`."""
+    keys, section, members = _follow(mistake["loc"], root)
     kind, given = mistake["type"], mistake["input"]
     if kind == "at_key":
         keys.append(mistake["ctx"]["key"])
@@ -43,14 +43,14 @@ def explain(mistake: ErrorDetails, root: type[BaseModel], file: RunFile) -> str:
 
 
 def _as_written(given: Any, origin: Origin | None) -> str:
-    """A value as the file has it, if it has it on one line."""
+    """Return a value as it is written in the file, if it is on one line there."""
     if origin is None or origin.text is None or isinstance(given, list | tuple):
         return repr(list(given) if isinstance(given, tuple) else given)
     return repr(origin.text) if origin.quoted or isinstance(given, str) else origin.text or "nothing"
 
 
 def _as_read(kind: str, given: Any, origin: Origin | None) -> str:
-    """Explain how YAML came to another kind of value than was meant, and what to write instead; empty where it did not."""
+    """Explain why YAML reads another kind of value than was meant, and what to write instead. Empty where it does not."""
     if origin is None or not origin.text:
         return ""
     if kind == "string_type":
@@ -67,11 +67,11 @@ def _as_read(kind: str, given: Any, origin: Origin | None) -> str:
 
 
 def _follow(
-    location: tuple, root: type[BaseModel], data: Any
+    location: tuple[int | str, ...], root: type[BaseModel]
 ) -> tuple[list[str], type[BaseModel] | None, list[type[BaseModel]]]:
-    """The keys of pydantic's location, the section that holds the last one, and the sections that it may be itself.
+    """Return the keys of pydantic's location, the section that holds the last one, and the sections that it may be itself.
 
-    pydantic puts the tag of a chosen union member (a model family, a method) between the keys; it is no key.
+    Between the keys pydantic puts the tag of a chosen union member (a model family, a method), which is left out.
     """
     keys: list[str] = []
     section: type[BaseModel] | None = root
@@ -90,37 +90,37 @@ def _follow(
 
 
 def sections_in(annotation: Any) -> list[type[BaseModel]]:
-    """The sections that a field may hold, also inside lists and unions."""
+    """Return the sections that a field may hold, also inside lists and unions."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [section for part in typing.get_args(annotation) for section in sections_in(part)]
 
 
 def _tag_key(section: type[BaseModel]) -> str | None:
-    """The key whose value picks this section from a union: its first literal field that allows only one."""
+    """Return the key whose value selects this section in a union: its first literal field that allows only one."""
     return next((key for key, field in section.model_fields.items() if len(_choices(field.annotation)) == 1), None)
 
 
 def _tag(section: type[BaseModel]) -> Any:
-    """The value of that key."""
+    """Return the value of that key."""
     key = _tag_key(section)
     return _choices(section.model_fields[key].annotation)[0] if key else None
 
 
-def _choices(annotation: Any) -> tuple:
-    """The values that a literal allows."""
+def _choices(annotation: Any) -> tuple[Any, ...]:
+    """Return the values that a literal allows, none for another annotation."""
     return typing.get_args(annotation) if typing.get_origin(annotation) is typing.Literal else ()
 
 
 def _example(given: Any, members: list[type[BaseModel]]) -> str:
-    """What the mapping should have looked like where something else was given."""
+    """Describe the mapping that should have been given instead of something else."""
     if len(members) == 1:
         return f"of the keys {', '.join(members[0].model_fields)}"
     return f"such as {_tagged(given, members)}"
 
 
 def _tagged(given: Any, members: list[type[BaseModel]]) -> str:
-    """A member of the union as YAML has it: the one that `given` seems to mean, if it names one."""
+    """Return a member of the union as it is written in YAML: the one that `given` seems to mean, if it names one."""
     key = _tag_key(members[0])
     named = given.get(key) if isinstance(given, dict) else given
     meant = _normal(named) if isinstance(named, str) else None
@@ -128,7 +128,7 @@ def _tagged(given: Any, members: list[type[BaseModel]]) -> str:
 
 
 def _nearest(key: str, section: type[BaseModel] | None, root: type[BaseModel]) -> str:
-    """The nearest valid key, or else the keys that are valid there."""
+    """Return a hint: the nearest valid key, or else the keys that are valid there."""
     prefix, _, last = key.rpartition(".")
     here = list(section.model_fields) if section else []
     if near := difflib.get_close_matches(last, here, 1, 0.6):
@@ -141,6 +141,7 @@ def _nearest(key: str, section: type[BaseModel] | None, root: type[BaseModel]) -
 
 
 def _unknown_tag(context: dict[str, Any], root: type[BaseModel]) -> str:
+    """Explain a missing or unknown name of a union's member."""
     name = context["discriminator"].strip("'")
     if "tag" not in context:
         return f"its '{name}' is missing"
@@ -155,12 +156,12 @@ def _unknown_tag(context: dict[str, Any], root: type[BaseModel]) -> str:
 
 
 def _normal(name: str) -> str:
-    """`name` as names are spelt here."""
+    """Return `name` in the spelling of names here."""
     return name.casefold().replace("-", "_")
 
 
-def _all_choices(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, tuple]]:
-    """Every key outside of lists whose values are literals, with these."""
+def _all_choices(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Yield every key outside of lists whose values are literals, with these values."""
     for name, field in section.model_fields.items():
         if choices := _choices(field.annotation):
             yield prefix + name, choices
@@ -170,6 +171,7 @@ def _all_choices(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[s
 
 
 def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield every dotted key of a section and of the plain sections below it."""
     for name, field in section.model_fields.items():
         yield prefix + name
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):

@@ -1,7 +1,8 @@
 """The `model` section: the fields of a family's Hugging Face configuration, typed and bounded before anything is built.
 
-The names and most types are transformers' own; it checks few of their values. What it takes and cannot build, or builds
-and ignores, is refused here. The older spelling of RoPE, `rope_theta` and `rope_scaling`, becomes `rope_parameters`.
+The names and most types are transformers' own, which checks few of their values. Values that it accepts and cannot build,
+or builds and ignores, are refused here. The older spelling of RoPE, `rope_theta` and `rope_scaling`, becomes
+`rope_parameters`.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from functools import cache
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, create_model, field_validator, model_serializer, model_validator
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RotaryEmbeddingConfigMixin
+from typing_extensions import Self
 
 from pretrain.values import Positive, Share, Values, at
 
@@ -32,7 +34,7 @@ Factors = tuple[Positive, ...]
 
 
 class RopeSection(Values):
-    """Rotary positions, as in transformers, which decides the keys that go with a `rope_type`."""
+    """Rotary positions, as in transformers. It decides which keys belong to a `rope_type`."""
 
     rope_type: RopeType | None = None
     type: RopeType | None = None
@@ -64,33 +66,39 @@ class RopeSection(Values):
     @property
     def given(self) -> dict[str, Any]:
         """The keys as they were given, `type` under its present name."""
-        found = {key: value for key, value in self if value is not None}
-        return {"rope_type" if key == "type" else key: value for key, value in found.items()}
+        keys = {key: value for key, value in self if value is not None}
+        return {"rope_type" if key == "type" else key: value for key, value in keys.items()}
 
 
 class _KeysOf(Exception):
-    """required, optional: the keys of a rope type."""
+    """The required and the optional keys of a rope type, as its two arguments."""
 
 
-class _Asked(RotaryEmbeddingConfigMixin):
-    """transformers' check of RoPE parameters, asked which keys it is about to look for instead of looking for them."""
+class _KeyFinder(RotaryEmbeddingConfigMixin):
+    """transformers' check of RoPE parameters, which raises the keys that it is about to look for."""
 
     @staticmethod
-    def _check_received_keys(rope_type, received_keys, required_keys, optional_keys=None, ignore_keys=None):
+    def _check_received_keys(
+        rope_type: str,
+        received_keys: set[str],
+        required_keys: set[str],
+        optional_keys: set[str] | None = None,
+        ignore_keys: set[str] | None = None,
+    ) -> None:
         raise _KeysOf(required_keys, optional_keys or set())
 
 
 @cache
 def rope_keys(rope_type: str) -> tuple[set[str], set[str]]:
-    """The keys that `rope_parameters` of this type must have and those that it may have besides."""
+    """Return the keys that `rope_parameters` of this type must have, and those that it may have."""
     try:
-        getattr(_Asked(), f"_validate_{rope_type}_rope_parameters")({"rope_type": rope_type})
+        getattr(_KeyFinder(), f"_validate_{rope_type}_rope_parameters")({"rope_type": rope_type})
     except _KeysOf as keys:
         required, optional = keys.args
     return required, optional | ({"partial_rotary_factor"} if rope_type == "proportional" else set())
 
 
-_ACTIVATIONS = tuple(sorted(ACT2FN.keys() - {"prelu", "xielu"}))  # these train weights that no rule knows how to start
+_ACTIVATIONS = tuple(sorted(ACT2FN.keys() - {"prelu", "xielu"}))  # these two train weights that have no initial rule
 
 
 def _known_activation(name: str) -> str:
@@ -104,7 +112,7 @@ Length = Annotated[int, Field(gt=0, le=2**31)]
 TokenId = Annotated[int, Field(ge=0)]
 Activation = Annotated[str, AfterValidator(_known_activation)]
 
-# What transformers does not say or does not say sharply enough, by field.
+# The types of fields for which transformers has none, or none that is narrow enough.
 _TYPES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "n_embd", "intermediate_size", "n_inner", "head_dim"), Size),
     **dict.fromkeys(("num_attention_heads", "n_head", "num_key_value_heads"), Size),
@@ -117,7 +125,7 @@ _TYPES: dict[str, Any] = {
     "initializer_range": Annotated[float, Field(ge=0, le=1)],
     **dict.fromkeys(("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout"), Share),
     "rope_parameters": RopeSection,
-    # What would be built and never trained, or be without effect.
+    # Other values would be built and never trained, or have no effect.
     "pretraining_tp": Annotated[int, Field(ge=1, le=1)],
     "add_cross_attention": Literal[False],
     "reorder_and_upcast_attn": Literal[False],
@@ -149,6 +157,10 @@ class ModelSection(Values):
     }
 
     family: str
+    if TYPE_CHECKING:  # fields of the families with rotary positions: see `family_section`
+        rope_theta: float | None = None
+        rope_parameters: RopeSection | None = None
+        rope_scaling: RopeSection | None = None
 
     @property
     def hf_fields(self) -> dict[str, Any]:
@@ -176,10 +188,11 @@ class ModelSection(Values):
         return result
 
     def _with_one_spelling_of_rope(self) -> Self:
+        """Merge the older keys into `rope_parameters`."""
         older = {"rope_theta": self.rope_theta} if self.rope_theta else {}
-        spelt = [("rope_parameters", self.rope_parameters), ("rope_scaling", self.rope_scaling)]
+        spellings = {"rope_parameters": self.rope_parameters, "rope_scaling": self.rope_scaling}
         merged: dict[str, Any] = {}
-        for key, given in [*((key, rope.given) for key, rope in spelt if rope), ("rope_theta", older)]:
+        for key, given in [*((key, rope.given) for key, rope in spellings.items() if rope), ("rope_theta", older)]:
             for name, value in given.items():
                 if merged.setdefault(name, value) != value:
                     raise at(
@@ -191,15 +204,17 @@ class ModelSection(Values):
         return self.model_copy(update={"rope_parameters": rope, "rope_scaling": None, "rope_theta": None})
 
     def _spelt_twice(self) -> Exception | None:
+        """Return an error for a field that is given under two names."""
         for alias, name in hf_class(self.family).attribute_map.items():
             if {alias, name} <= self.hf_fields.keys():
                 return at(alias, f"is another name of '{name}', which is given too: keep one of them")
         return None
 
     def _shapes_that_do_not_fit(self) -> list[Exception]:
+        """Return an error for each size that does not divide another as it must."""
         hidden, heads = self._value("hidden_size"), self._value("num_attention_heads")
         key_value_heads = self._value("num_key_value_heads") or heads
-        faults = []
+        faults: list[Exception] = []
         if hidden % heads:
             key = self._spelling("num_attention_heads" if self._is_set("num_attention_heads") else "hidden_size")
             faults.append(at(key, f"the {heads} attention heads do not divide hidden_size {hidden}"))
@@ -208,6 +223,7 @@ class ModelSection(Values):
         return faults
 
     def _rope_that_does_not_work(self) -> Exception | None:
+        """Return an error for rotary positions that transformers would not build, or not as they are written."""
         if "rope_parameters" not in type(self).model_fields:
             return None
         head_dim = self._value("head_dim") or self._value("hidden_size") // self._value("num_attention_heads")
@@ -231,7 +247,7 @@ class ModelSection(Values):
         return None
 
     def _value(self, name: str) -> Any:
-        """A field under its standard name, by default transformers' own."""
+        """Return the value of a field, by its standard name. If it is not set, return transformers' default."""
         given, own = getattr(self, self._spelling(name), None), hf_class(self.family).attribute_map.get(name, name)
         return getattr(hf_class(self.family), own, None) if given is None else given
 
@@ -239,13 +255,13 @@ class ModelSection(Values):
         return getattr(self, self._spelling(name), None) is not None
 
     def _spelling(self, name: str) -> str:
-        """The name that the run file uses for the field, else the family's own."""
+        """Return the name that the run file uses for a field, else the family's own."""
         own = hf_class(self.family).attribute_map.get(name, name)
         return name if getattr(self, name, None) is not None else own
 
 
 def _plain(value: Any) -> Any:
-    """Lists and mappings as transformers and YAML have them."""
+    """Return a value as the lists and mappings that transformers and YAML use."""
     if isinstance(value, RopeSection):
         return {key: _plain(item) for key, item in value.given.items()}
     return list(value) if isinstance(value, tuple) else value
@@ -253,18 +269,19 @@ def _plain(value: Any) -> Any:
 
 @cache
 def hf_class(family: str) -> type[PreTrainedConfig]:
-    """The family's Hugging Face configuration."""
+    """Return the class of the family's Hugging Face configuration."""
     return type(AutoConfig.for_model(family))
 
 
 def family_section(family: str) -> type[ModelSection]:
-    """A `ModelSection` whose keys are the fields of the family's Hugging Face configuration."""
-    found = hf_class(family)
-    theirs = {field.name: field.type for field in dataclasses.fields(found)}
+    """Return a `ModelSection` whose keys are the fields of the family's Hugging Face configuration."""
+    config_class = hf_class(family)
+    theirs = {field.name: field.type for field in dataclasses.fields(config_class)}
     names = theirs.keys() - {field.name for field in dataclasses.fields(PreTrainedConfig)}
-    names |= found.attribute_map.keys() | {"tie_word_embeddings", "bos_token_id", "eos_token_id"}
-    types = {name: _TYPES.get(name) or theirs[name] for name in names}
+    names |= config_class.attribute_map.keys() | {"tie_word_embeddings", "bos_token_id", "eos_token_id"}
+    types: dict[str, Any] = {name: _TYPES.get(name) or theirs[name] for name in names}
     if "rope_parameters" in names:
         types |= _OLDER_ROPE
     fields: dict[str, Any] = {name: (types[name] | None, None) for name in sorted(types)}
-    return create_model(f"{family}_model", __base__=ModelSection, family=(Literal[family], family), **fields)
+    fields["family"] = (Literal[family], family)
+    return create_model(f"{family}_model", __base__=ModelSection, **fields)

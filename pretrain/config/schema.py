@@ -1,7 +1,7 @@
-"""The typed run configuration: one YAML file plus `--set a.b=c`; every error names the key, its line and the nearest key.
+"""The typed run configuration: one YAML file and `--set a.b=c`. Every error names the key, its line and the nearest key.
 
 Sections are frozen pydantic models that refuse unknown keys (`pretrain.values`). The schema is the reference: each
-section's docstring says what its keys mean. `docs/configuration.md` shows a whole file.
+section's docstring gives the meaning of its keys. `docs/configuration.md` shows a whole file.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from functools import reduce
 from math import ceil
 from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, ValidationError, field_serializer, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from pretrain.config.distributions import AnyInit, NormalInit
 from pretrain.config.explain import explain
-from pretrain.config.model_section import family_section
+from pretrain.config.model_section import ModelSection, family_section
 from pretrain.config.yaml_file import RunFile, to_yaml
 from pretrain.credentials import credential_in
 from pretrain.errors import UserError
-from pretrain.methods import REGISTRY, decisions_that_clash
+from pretrain.methods import REGISTRY, Method, decisions_that_clash
 from pretrain.methods.base import INITIAL_DISTRIBUTION
 from pretrain.paths import check_name, expanded, local
 from pretrain.values import Count, LocalPath, Location, Positive, Share, Values, at
@@ -48,7 +48,7 @@ class SourceSection(Values):
 
 
 class ShuffleSection(Values):
-    """How far samples are shuffled in each epoch.
+    """The shuffling of samples in each epoch.
 
     Attributes:
         scope: `global` shuffles over the whole corpus. `windowed` takes shards in a shuffled order and shuffles samples
@@ -67,10 +67,10 @@ class ShuffleSection(Values):
 
 
 class CacheSection(Values):
-    """Where shards of remote corpora are kept on each node, shared by its ranks and by other runs.
+    """A cache of shards of remote corpora on each node, shared by its ranks and by other runs.
 
     Attributes:
-        folder: The folder. Each node expands `~` and variables for itself.
+        folder: The folder. Each node expands `~` and variables by itself.
         limit_gb: The folder never exceeds this many 10^9 bytes.
         downloads: Files of a corpus that are fetched ahead at a time.
     """
@@ -81,15 +81,20 @@ class CacheSection(Values):
 
     @property
     def path(self) -> Path:
-        """The folder as this node has it: `folder` stays as it was written. UserError where it cannot be filled in."""
+        """The folder as this node expands it. `folder` stays as it was written.
+
+        Raises:
+            UserError: where it cannot be expanded.
+        """
         try:
-            return Path(local(os.path.expanduser(self.folder)))  # may be in a home that lasts as long as this process
+            # The home may last only as long as this process.
+            return Path(local(os.path.expanduser(self.folder)))
         except ValueError as error:
             raise UserError(f"data.cache.folder '{self.folder}': {error}.") from error
 
 
 class DataSection(Values):
-    """Where the tokens come from and how they form batches.
+    """The tokens and the batches that they form.
 
     Attributes:
         train: A shard folder or URL, or a list of corpora with their weights.
@@ -264,7 +269,7 @@ class ParallelSection(Values):
 
 
 class CheckpointSection(Values):
-    """When to save, what to keep, where to start.
+    """Checkpoints: when to save, what to keep, where to start.
 
     Attributes:
         interval_steps: Steps between checkpoints.
@@ -314,7 +319,7 @@ class WandbSection(Values):
 
 
 class LogSection(Values):
-    """How often the run logs.
+    """Intervals of logging.
 
     Attributes:
         interval_steps: Steps between console lines and `train` rows.
@@ -330,7 +335,7 @@ class LogSection(Values):
 
 
 class GuardSection(Values):
-    """What happens to steps that would harm the run.
+    """The reaction to steps that would harm the run.
 
     A step whose loss or gradient norm is not finite is always skipped: the batch counts, the weights stay.
 
@@ -367,8 +372,12 @@ class ResilienceSection(Values):
     guard: GuardSection = GuardSection()
 
 
-AnyModelSection = Annotated[reduce(or_, map(family_section, FAMILIES)), Field(discriminator="family")]
-AnyMethod = Annotated[reduce(or_, REGISTRY.values()), Field(discriminator="name")]
+if TYPE_CHECKING:  # the base classes, which have every hook: the members of the unions are found at run time
+    AnyModelSection: TypeAlias = ModelSection
+    AnyMethod: TypeAlias = Method
+else:
+    AnyModelSection = Annotated[reduce(or_, map(family_section, FAMILIES)), Field(discriminator="family")]
+    AnyMethod = Annotated[reduce(or_, REGISTRY.values()), Field(discriminator="name")]
 
 
 def _run_name(name: str) -> str:
@@ -475,24 +484,31 @@ class Config(Values):
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens that one optimizer step trains on."""
+        """The number of tokens that one optimizer step trains on."""
         return self.data.global_batch_size * self.data.seq_len
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
-        return self.steps or ceil(self.tokens / self.tokens_per_step)
+        """The number of optimizer steps of the whole run."""
+        if self.steps is not None:
+            return self.steps
+        assert self.tokens is not None  # one of the two is given
+        return ceil(self.tokens / self.tokens_per_step)
 
     def to_yaml(self) -> str:
-        """The resolved configuration: this text alone reproduces the run."""
+        """Return the resolved configuration. This text alone reproduces the run."""
         return to_yaml(self.model_dump(mode="json"))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read the run file at `path` and apply `--set` overrides ("a.b=c", the value in YAML).
+    """Read a run file.
 
-    path: a text is read as the paths in a run file are. Raises UserError that lists every mistake with its file and
-    line, the full key and the nearest valid key.
+    Args:
+        path: the file. A string is expanded like the paths in a run file.
+        overrides: the values of `--set`: "a.b=c" with c in YAML.
+
+    Raises:
+        UserError: with every mistake on a line: its file and line, the full key and the nearest valid key.
     """
     try:
         file = RunFile(Path(local(path)) if isinstance(path, str) else path)

@@ -1,9 +1,9 @@
-"""A YAML file as plain data that remembers where each key stands: on top of the file that it `extends`, under `--set`.
+"""A YAML file as plain data with the place of each key: on top of the file that it `extends`, under `--set`.
 
-    extends: base_1b.yaml       # relative to the file that says it; the base may extend another
+    extends: base_1b.yaml       # relative to this file. The base may extend another
 
-Mappings merge key by key, lists and scalars replace, null too. A section that changes its kind replaces the whole
-section below it, whose other keys belong to the kind that it was (`_KINDS`).
+Mappings merge key by key. Lists and scalars, null too, replace the value below. A section that changes its kind replaces
+the whole section below it, whose other keys belong to the old kind (`_KINDS`).
 """
 
 from __future__ import annotations
@@ -18,15 +18,18 @@ import yaml
 from pretrain.errors import UserError
 from pretrain.paths import expanded
 
-# The key that says what kind of thing a section is, and so which other keys it may hold.
+# The key that decides the kind of a section, and so which other keys it may hold.
 _KINDS = {"model": "family", "init": "distribution"}
 
 
 @dataclass(frozen=True)
 class Origin:
-    """The place where a key was given, "file:line" or "--set ...", and its value as it is written there.
+    """The place where a key was given, and its value as it is written there.
 
-    text: None for lists and mappings. quoted: a text whatever it looks like.
+    Attributes:
+        place: "file:line" or "--set ...".
+        text: the value as it is written. None for lists and mappings.
+        quoted: whether the value is in quotes, and so a text whatever it looks like.
     """
 
     place: str
@@ -35,37 +38,55 @@ class Origin:
 
 
 class RunFile:
-    """data: the content, on top of that of its bases. origins: of every key."""
+    """A run file with its bases and overrides.
+
+    Attributes:
+        path: the file.
+        data: its content, on top of that of its bases.
+        origins: the origin of every dotted key.
+    """
+
+    data: dict[str, Any]
 
     def __init__(self, path: Path, extended_by: tuple[Path, ...] = ()) -> None:
-        """Read `path` and the files that it extends; `extended_by` are the files whose base it is, the first one first.
+        """Read a file and the files that it extends.
 
-        Raises UserError if a file cannot be read, is not YAML, holds a key twice, or extends itself.
+        Args:
+            path: the file.
+            extended_by: the files whose base it is, the first one first.
+
+        Raises:
+            UserError: if a file cannot be read, is not YAML, holds a key twice, or extends itself.
         """
         self.path = path
         self.origins: dict[str, Origin] = {}
         try:
-            text = path.read_bytes()  # YAML says by itself what its encoding is, whatever the locale
+            text = path.read_bytes()  # YAML detects the encoding by itself, whatever the locale
         except OSError as error:
             raise UserError(f"cannot read the run file {path}: {error}.") from error
         try:
             loader = Loader(text)
             node = loader.get_single_node()
             self._locate(node)
-            self.data = loader.construct_document(node) if node else None
+            content = loader.construct_document(node) if node else None
         except _NOT_YAML as error:
             if isinstance(error, yaml.reader.ReaderError) and error.encoding == "utf-8":
                 raise UserError(f"{path} is not UTF-8 at byte {error.position}. Save it in this encoding.") from error
             raise UserError(f"{path} is not valid YAML: {error}") from error
-        if not isinstance(self.data, dict):
+        if not isinstance(content, dict):
             raise UserError(f"{path} holds no configuration; it must be a mapping of keys such as 'name' and 'model'.")
+        self.data = content
         if "extends" in self.data:
             self._lay_over(self._base((*extended_by, path)))
 
     def override(self, setting: str) -> None:
-        """Apply "a.b=c", c in YAML. List items go by number: methods.1.target_std=0.02.
+        """Apply an override.
 
-        Raises UserError for a malformed setting or a path that leads nowhere.
+        Args:
+            setting: "a.b=c" with c in YAML. List items are named by their index: methods.1.target_std=0.02.
+
+        Raises:
+            UserError: for a malformed setting, or a key below something that is neither a mapping nor a list.
         """
         key, equals, text = setting.partition("=")
         if not equals or not all(key.split(".")):
@@ -93,7 +114,7 @@ class RunFile:
         target[last if isinstance(target, dict) else _index(target, last, setting, parents)] = value
 
     def where(self, key: str) -> str:
-        """The place to look at for a dotted key: its own, that of a key below it or of its section, or the file."""
+        """Return the place of a dotted key: its own, that of a key below it or of its section, or the file."""
         if key in self.origins:
             return self.origins[key].place
         below = (origin.place for other, origin in self.origins.items() if other.startswith(f"{key}."))
@@ -101,7 +122,7 @@ class RunFile:
         return next(below, None) or (self.where(section) if section else str(self.path))
 
     def _base(self, chain: tuple[Path, ...]) -> RunFile:
-        """The file that this one extends; `chain` are the files up to this one."""
+        """Return the file that this one extends. `chain` are the files up to this one."""
         where, named = self.where("extends"), self.data["extends"]
         if not isinstance(named, str):
             raise UserError(f"{where}: extends: give the path of one run file (got {named!r}).")
@@ -124,7 +145,7 @@ class RunFile:
         self.origins = base.origins | self.origins
 
     def _merge(self, below: dict, above: dict, prefix: str = "") -> dict:
-        """`above` on top of `below`, a mapping of this file under `prefix`; forgets the origins of what is replaced."""
+        """Merge `above` on top of `below`, a mapping of this file under `prefix`. Forgets the origins of replaced keys."""
         merged = dict(below)  # a copy, because YAML aliases let several keys share one mapping
         for name, value in above.items():
             key, old = f"{prefix}{name}", below.get(name)
@@ -142,7 +163,7 @@ class RunFile:
         }
 
     def _locate(self, node: yaml.Node | None, prefix: str = "", origin: str | None = None) -> None:
-        """Note the origin of every key in `node`: its line in this file unless `origin` is given."""
+        """Record the origin of every key in `node`: its line in this file unless `origin` is given."""
         if isinstance(node, yaml.SequenceNode):
             pairs = [(str(index), item, item) for index, item in enumerate(node.value)]
         elif isinstance(node, yaml.MappingNode):
@@ -157,27 +178,29 @@ class RunFile:
             self._locate(value, f"{key}.", origin)
 
     def _note(self, key: str, place: str, node: yaml.Node | None) -> None:
-        """Keep where `key` was given, and its value as it was written."""
-        scalar = isinstance(node, yaml.ScalarNode)
-        self.origins[key] = Origin(place, node.value if scalar else None, scalar and node.style is not None)
+        """Record where `key` was given, and its value as it was written."""
+        if isinstance(node, yaml.ScalarNode):
+            self.origins[key] = Origin(place, node.value, node.style is not None)
+        else:
+            self.origins[key] = Origin(place)
 
 
-# RecursionError: an alias inside of what it stands for. ValueError: an integer of thousands of digits.
+# RecursionError: an alias inside the value that it stands for. ValueError: an integer of thousands of digits.
 _NOT_YAML = (yaml.YAMLError, RecursionError, ValueError)
 _TAG = "tag:yaml.org,2002:"
 
 
 class Loader(yaml.SafeLoader):
-    """SafeLoader with the numbers of YAML 1.2 (1e-3 is one); 1:30, 010 and 2026-11-30 are texts, not 90, 8 and a date."""
+    """SafeLoader with the numbers of YAML 1.2 (1e-3 is one). 1:30, 010 and 2026-11-30 are texts, not 90, 8 and a date."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 (how PyYAML has it)
+    yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML declares it so)
         first: [(tag, pattern) for tag, pattern in rules if tag.removeprefix(_TAG) not in ("int", "float", "timestamp")]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes whatever it or `Loader` would not read as a text."""
+    """SafeDumper that quotes each text that it or `Loader` would read as something else."""
 
 
 _WHOLE = r"(0|[1-9]\d*(_\d+)*)"
@@ -192,23 +215,23 @@ for _kind, _pattern in _NUMBERS.items():
 
 
 def is_text(scalar: str) -> bool:
-    """Whether YAML takes these letters for a text also without quotes."""
+    """Return whether YAML reads these letters as a text also without quotes."""
     return Loader("").resolve(yaml.ScalarNode, scalar, (True, False)) == f"{_TAG}str"
 
 
 def to_yaml(data: dict[str, Any]) -> str:
-    """`data` as text that `RunFile`, and every other reader of YAML, reads back as it is."""
+    """Return `data` as YAML that `RunFile`, and every other reader of YAML, reads back unchanged."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False)
 
 
 def _changes_kind(key: str, below: dict, above: dict) -> bool:
-    """Whether the section `key` becomes another kind of thing, so that the other keys below do not apply."""
+    """Return whether the section `key` changes its kind, so that the other keys below do not apply."""
     tag = _KINDS.get(key)
     return tag in above and above[tag] != below.get(tag)
 
 
 def _index(target: Any, part: str, setting: str, parents: list[str]) -> int:
-    """`part` as an index into the list `target`."""
+    """Return `part` as an index into the list `target`."""
     if isinstance(target, list) and part.isdigit() and int(part) < len(target):
         return int(part)
     raise UserError(f"--set {setting}: '{'.'.join(parents)}' has no '{part}'.")

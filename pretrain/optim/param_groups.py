@@ -1,4 +1,4 @@
-"""The optimizer's parameter groups and the learning rate as a pure function of the step."""
+"""The run's optimizer, its parameter groups, and the weight decay of each weight."""
 
 from __future__ import annotations
 
@@ -18,16 +18,22 @@ if TYPE_CHECKING:
 _Answer = TypeVar("_Answer", bool, float)
 
 
-def parameter_groups(model: torch.nn.Module, config: OptimSection, methods: Sequence[Method]) -> list[dict]:
-    """The parameters by optimizer and weight decay, groups of matrices first, in the same order on every rank.
+def parameter_groups(model: torch.nn.Module, config: OptimSection, methods: Sequence[Method]) -> list[dict[str, Any]]:
+    """Return the parameters in groups of the same optimizer and options, matrices first, in one order on every rank.
 
-    Matrices decay and vectors (norms, biases, scales) do not, unless a method says otherwise: see `weight_decay`. In a
-    run with Muon a group says `use_muon`, and `lr_scale` if that is so.
+    Matrices decay and vectors (norms, biases, scales) do not, unless a method decides otherwise: see `weight_decay`. The
+    layout tells them apart, because under ZeRO-3 a parameter's own `ndim` is that of a placeholder.
 
-    Chosen by the layout: under ZeRO-3 a parameter's own `ndim` is that of a placeholder.
+    Args:
+        model: the model that is trained.
+        config: the run's `optim` section.
+        methods: the run's methods.
+
+    Returns:
+        torch's parameter groups. In a run with Muon each has `use_muon`, and those that Muon steps have `lr_scale`.
     """
     parameters = dict(model.named_parameters())
-    groups: dict[tuple, dict] = {}
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for weight in sorted(describe_model(model), key=_is_vector):
         options = _options(weight, config, methods)
         group = groups.setdefault((_is_vector(weight), *options.values()), {"params": [], **options})
@@ -36,19 +42,25 @@ def parameter_groups(model: torch.nn.Module, config: OptimSection, methods: Sequ
 
 
 def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
-    """The run's optimizer over `parameter_groups`; DeepSpeed then swaps in its shards of the parameters.
+    """Return the run's optimizer over `parameter_groups`. DeepSpeed then replaces the parameters by its shards.
 
-    AdamW is torch's own, fused on GPUs: DeepSpeed's CPU Adam needs a C++ compiler and gains nothing here.
+    AdamW is torch's own, fused on GPUs. DeepSpeed's CPU Adam needs a C++ compiler and is no faster here.
     """
     optim = config.optim
     groups = parameter_groups(model, optim, config.methods)
-    adam = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "fused": torch.cuda.is_available() or None}
+    adam: dict[str, Any] = {
+        "lr": optim.lr,
+        "betas": optim.betas,
+        "eps": optim.eps,
+        "fused": torch.cuda.is_available() or None,
+    }
     return muon.optimizer(groups, adam) if optim.name == "muon" else torch.optim.AdamW(groups, **adam)
 
 
 def peak_lr(config: OptimSection, weight: Weight) -> float:
-    """The highest learning rate of the optimizer that steps this weight."""
-    return config.muon.lr or config.lr if config.name == "muon" and muon.steps(weight) else config.lr
+    """Return the highest learning rate of the optimizer that steps this weight."""
+    by_muon = config.name == "muon" and muon.steps(weight)
+    return config.muon.lr if by_muon and config.muon.lr else config.lr
 
 
 def _is_vector(weight: Weight) -> bool:
@@ -56,10 +68,11 @@ def _is_vector(weight: Weight) -> bool:
 
 
 def optimizer_rule(weight: Weight, config: Config) -> str:
-    """Who steps this weight and how it decays, for the table that is printed at start."""
+    """Return the optimizer and the decay of this weight in words, for the table that is printed at start."""
     by_muon = config.optim.name == "muon" and muon.steps(weight)
     decay = weight_decay(weight, _decay_of_matrices(config.optim, by_muon), config.methods)
-    return ("muon" if by_muon else "adamw") + (f", decay {decay:g}" if decay else "")
+    name = "muon" if by_muon else "adamw"
+    return f"{name}, decay {decay:g}" if decay else name
 
 
 def _decay_of_matrices(config: OptimSection, by_muon: bool) -> float:
@@ -68,7 +81,7 @@ def _decay_of_matrices(config: OptimSection, by_muon: bool) -> float:
 
 
 def _options(weight: Weight, config: OptimSection, methods: Sequence[Method]) -> dict[str, Any]:
-    """What the group of this weight says: a group holds the weights that agree in it."""
+    """Return the options of this weight's group. A group holds the weights with equal options."""
     if config.name == "adamw":
         return {"weight_decay": weight_decay(weight, config.weight_decay, methods)}
     if not muon.steps(weight):
@@ -78,14 +91,16 @@ def _options(weight: Weight, config: OptimSection, methods: Sequence[Method]) ->
 
 
 def weight_decay(weight: Weight, of_matrices: float, methods: Sequence[Method]) -> float:
-    """The weight decay of one weight: `of_matrices` if it is a matrix, 0 if not, unless methods say otherwise.
+    """Return the weight decay of one weight.
 
-    Whether a weight decays and by how much are two questions. Of several methods that answer one, the last decides.
+    A matrix decays by `of_matrices` and another weight does not decay, unless methods decide otherwise. Their hooks
+    `decays` and `weight_decay` decide whether a weight decays and by how much. Of several methods that answer one of the
+    two, the last decides.
     """
     decays = _last((method.decays(weight) for method in methods), default=not _is_vector(weight))
     return _last((method.weight_decay(weight) for method in methods), default=of_matrices) if decays else 0.0
 
 
 def _last(answers: Iterable[_Answer | None], default: _Answer) -> _Answer:
-    """The last answer that is none of None."""
-    return reduce(lambda found, answer: found if answer is None else answer, answers, default)
+    """Return the last answer that is not None, else the default."""
+    return reduce(lambda last, answer: last if answer is None else answer, answers, default)

@@ -10,10 +10,15 @@ if TYPE_CHECKING:
 
 
 def learning_rate(config: OptimSection, step: int, total_steps: int) -> float:
-    """The learning rate of optimizer step `step` in 1..total_steps.
+    """Return the learning rate of an optimizer step.
 
-    Linear warmup over `warmup_steps`, then by the schedule's name down to `min_lr_ratio * lr`: `cosine`, `linear`,
-    `wsd` (constant, then linear over the last `decay_ratio` of all steps), `constant`.
+    It rises linearly over `warmup_steps`. Then it follows the schedule's name down to `min_lr_ratio * lr`: `cosine`,
+    `linear`, `wsd` (constant, then linear over the last `decay_ratio` of all steps), or `constant`.
+
+    Args:
+        config: the run's `optim` section.
+        step: the number of the step, from 1 to `total_steps`.
+        total_steps: the number of steps of the run.
     """
     schedule = config.schedule
     if step <= schedule.warmup_steps:
@@ -23,7 +28,7 @@ def learning_rate(config: OptimSection, step: int, total_steps: int) -> float:
 
 
 def _decay(schedule: ScheduleSection, step: int, total_steps: int) -> float:
-    """The share of the way from the floor to the peak that is left after warmup, in 0..1."""
+    """Return the height between the floor (0) and the peak (1) after warmup."""
     if schedule.name == "constant":
         return 1.0
     if schedule.name == "wsd":

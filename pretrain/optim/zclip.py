@@ -1,11 +1,11 @@
-"""ZClip: clip the gradient where its norm is an outlier among the run's own (Kumar et al. 2025, arXiv:2504.02507).
+"""ZClip: clip the gradient if its norm is an outlier among the run's own (Kumar et al. 2025, arXiv 2504.02507).
 
-With mean m and standard deviation s of past norms, a norm g has the z-score z = (g - m) / s. From z > t on, it is clipped to
+With mean m and standard deviation s of past norms, a norm g has the z-score z = (g - m) / s. If z > t, it is clipped to
 
     m + (t^2 / z) s
 
-so the further out a norm lies, the nearer to the mean it is brought. m and s^2 are first those of `warmup_steps` norms,
-then decaying averages of the norms as clipped:
+So the larger an outlier is, the nearer to the mean it is clipped. m and s^2 are first those of `warmup_steps` norms, then
+decaying averages of the norms as clipped:
 
     m <- a m + (1 - a) g        s^2 <- a s^2 + (1 - a) (g - m)^2        with the new m
 """
@@ -22,7 +22,7 @@ _EPS = 1e-6  # added to s, as in the published code
 
 
 class ZClip:
-    """The running statistics of one run's gradient norms; float64 throughout."""
+    """The running statistics of one run's gradient norms, in float64."""
 
     def __init__(self, config: ZClipSection) -> None:
         self.config = config
@@ -30,7 +30,14 @@ class ZClip:
         self._mean = self._variance = 0.0
 
     def clip(self, norm: float) -> float:
-        """The norm that a gradient of norm `norm` is to have, at most that. To be asked once for each step taken."""
+        """Return the norm to clip a gradient to, and update the statistics. Call it once for each step taken.
+
+        Args:
+            norm: the norm of the gradient.
+
+        Returns:
+            `norm`, or less if it is an outlier.
+        """
         if len(self._warmup) < self.config.warmup_steps:
             self._warmup.append(norm)
             self._mean = fsum(self._warmup) / len(self._warmup)
@@ -42,11 +49,11 @@ class ZClip:
         return clipped
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs to clip alike, bit for bit: JSON numbers."""
+        """Return the numbers that a resumed run needs to clip in the same way, bit for bit, as JSON values."""
         return {"warmup": list(self._warmup), "mean": self._mean, "variance": self._variance}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take up the `state` of an earlier run; {} starts anew."""
+        """Restore the `state` of an earlier run. {} is the state at the start of a run."""
         self._warmup = list(state.get("warmup", ()))
         self._mean, self._variance = state.get("mean", 0.0), state.get("variance", 0.0)
 
