@@ -202,6 +202,7 @@ def test_a_home_that_is_there_stays(tmp_path: Path) -> None:
     assert launch([sys.executable, "-c", ask], {"HOME": str(tmp_path)}).stdout == f"{tmp_path}\n"
 
 
+@pytest.mark.slow
 def test_a_run_goes_to_its_end_where_everything_around_it_is_odd(run_file: Path, tmp_path: Path) -> None:
     """Libraries read their own files in the locale's encoding, warn, ask for a home and for user names, and print."""
     (tmp_path / "odd.yaml").write_text(run_file.read_text(encoding="utf-8"), encoding="utf-8-sig")

@@ -166,6 +166,7 @@ def test_a_disk_that_fails_one_rank_ends_all_of_them_with_one_message(
     assert max(losses(folder)) == 6 if not asynchronous else max(losses(folder)) >= 6
 
 
+@pytest.mark.slow
 def test_storage_that_fails_for_a_moment_is_waited_for_and_the_log_says_so(run_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     words = arguments(run_file, settings(folder, steps=3))
@@ -178,6 +179,7 @@ def test_storage_that_fails_for_a_moment_is_waited_for_and_the_log_says_so(run_f
     verify(folder / "checkpoints/step_00000003")
 
 
+@pytest.mark.slow
 def test_storage_that_stays_away_is_a_fault_of_the_machine_on_every_rank(run_file: Path, tmp_path: Path) -> None:
     words = arguments(run_file, settings(tmp_path / "run"))
     away = failing(errno.EIO, "step_00000006.incomplete/deepspeed/zero_pp_rank_1")
@@ -217,6 +219,7 @@ def test_patience_ends(monkeypatch) -> None:
     assert attempts(ValueError("no file at all")) == 1
 
 
+@pytest.mark.slow
 def test_a_second_save_waits_for_the_first(run_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     words = arguments(run_file, settings(folder, steps=4, **{"checkpoint.interval_steps": 1}))

@@ -85,6 +85,7 @@ def assert_trains(plan: Plan) -> None:
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run_file", MODELS, indirect=True)
 def test_each_field_of_a_model_is_refused_or_trains(run_file: Path) -> None:
     fields = keys(type(load_config(run_file).model))
@@ -95,11 +96,13 @@ def test_each_field_of_a_model_is_refused_or_trains(run_file: Path) -> None:
         assert_trains(plan)
 
 
+@pytest.mark.slow
 def test_each_other_key_is_refused_or_can_be_planned(run_file: Path) -> None:
     names = [name for name in keys(Config) if not name.startswith("model.")]
     assert len(plans(run_file, [f"{name}={value}" for name in names for value in ODD])) > 10
 
 
+@pytest.mark.slow
 def test_each_option_of_a_method_is_refused_or_trains(run_file: Path) -> None:
     options = [(name, option) for name, method in REGISTRY.items() for option in method.model_fields.keys() - {"name"}]
     settings = [f"methods=[{{name: {name}, {option}: {value}}}]" for name, option in options for value in ODD]

@@ -54,6 +54,7 @@ def listener() -> Iterator[int]:
         yield silent.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_says_for_whom_and_where_and_any_signal_ends_it(words: list[str], tmp_path: Path) -> None:
     """One rank of each pair is started, and each gets another signal."""
     numbers = {signal.SIGTERM: 0, signal.SIGINT: 1, signal.SIGUSR1: 0, signal.SIGHUP: 1}

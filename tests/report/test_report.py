@@ -331,6 +331,7 @@ def test_diverged_run_is_drawn_and_its_loss_called_not_finite(tmp_path):
     assert drawn(healthy, diverged, out=tmp_path / "both.html").rows[2][3] == "not finite"
 
 
+@pytest.mark.slow
 def test_run_that_logged_a_single_row_is_drawn(tmp_path):
     run = config()
     rows = [row for row in run_rows(run) if row["step"] <= 10]
@@ -509,6 +510,7 @@ def test_thinning_keeps_every_spike_and_the_running_mean_is_a_mean():
     assert running_mean(noisy) == pytest.approx(naive)
 
 
+@pytest.mark.slow
 def test_six_runs_with_awkward_names_and_depths_fit_on_a_page(tmp_path):
     folders = []
     for seed, layers in enumerate((1, 2, 2, 2, 2, 32)):
@@ -590,6 +592,7 @@ def test_mistakes_end_with_exit_code_2_and_one_paragraph(tmp_path):
         assert not page.exists()
 
 
+@pytest.mark.slow
 def test_same_runs_give_the_same_bytes(tmp_path):
     run = config(steps=100)
     folder = write_run(tmp_path / "tiny", run, run_rows(run))

@@ -146,6 +146,7 @@ def test_a_rank_that_stands_still_is_named_with_its_phase_and_all_stacks(hung: d
         assert "in sleep_for_ever" in report
 
 
+@pytest.mark.slow
 def test_hung_runs_go_on_with_the_losses_of_one_that_was_not(
     hung: dict, whole: dict, run_file: Path, out: Path
 ) -> None:

@@ -173,6 +173,7 @@ def rewrite(checkpoint: Path, name: str, content: dict) -> None:
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("write", "bos"), [(None, "</s>"), (write_gpt2, "<|endoftext|>"), (write_neox, "<|endoftext|>"), (write_qwen, None)]
 )

@@ -372,6 +372,7 @@ def test_results_are_never_overwritten(setting: Setting, tmp_path: Path, capsys:
     assert_refused(evaluate(capsys, setting, out=there), "cannot make the folder")
 
 
+@pytest.mark.slow
 def test_missing_packages_and_networks_are_named_and_a_signal_leaves_nothing(setting: Setting, tmp_path: Path) -> None:
     """They run together: each is a process of its own."""
     words = ["--model", str(setting.model), "--task-dir", str(setting.tasks), "--out"]

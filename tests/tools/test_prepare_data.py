@@ -56,6 +56,7 @@ def _run(*command: object, **environment: object) -> subprocess.CompletedProcess
     return subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, env=environment)
 
 
+@pytest.mark.slow
 def test_a_preparation_killed_again_and_again_ends_with_the_same_bytes(tokenizer_folder: Path, tmp_path: Path) -> None:
     """It is killed while it tokenises and while it shuffles, and its terminal closes."""
     options = ("--shard-tokens", 700_000, "--max-tokens", 3_000_000, "--held-out-fraction", 0.05, "--shuffle", 9)

@@ -295,6 +295,7 @@ def test_rows_that_a_dead_process_did_not_write_are_added_to_the_offline_files_o
             assert found["train/loss"] == pytest.approx(row["loss"])
 
 
+@pytest.mark.slow
 def test_a_server_gets_each_row_once_however_often_it_is_asked(ended: dict, out: Path) -> None:
     folder = out / "refused"
     expected = [row for row in rows_in_order(folder) if row["kind"] != "event"]

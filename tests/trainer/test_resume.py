@@ -317,6 +317,7 @@ def test_changed_options_of_the_optimizer_are_reported_and_used(run_file: Path, 
     assert fading["centred_squares"] < 0.7 * as_before["centred_squares"]
 
 
+@pytest.mark.slow
 def test_only_the_newest_checkpoints_and_the_chosen_multiples_are_kept(run_file: Path, tmp_path: Path) -> None:
     keep = {"checkpoint.interval_steps": 1, "checkpoint.keep_last": 2, "checkpoint.keep_every_steps": 3}
     words = arguments(run_file, {"out": str(tmp_path), "name": "run", "steps": 8, "data.val": None} | keep)
@@ -333,6 +334,7 @@ def test_a_damaged_checkpoint_does_not_count_among_those_that_are_kept(run_file:
     assert kept == ["step_00000002", "step_00000003", "step_00000004"]
 
 
+@pytest.mark.slow
 def test_starting_over_in_a_used_folder_does_not_lose_the_new_checkpoints(run_file: Path, folder: Path) -> None:
     anew = go_on(folder, steps=3, **{"checkpoint.resume": "never", "checkpoint.interval_steps": 1})
     anew |= {"checkpoint.keep_last": 1, "optim.lr": 1e-3}
