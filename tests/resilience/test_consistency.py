@@ -219,7 +219,7 @@ def test_a_node_with_other_code_is_refused_and_the_file_is_named(run_file: Path,
         ]
     )
     assert_refused(ended, "the ranks do not run the same", "file pretrain/optim/param_groups.py: ")
-    assert "and" not in ended.stderr.split("optim.py: ")[1].split(". Give")[0]
+    assert "and" not in ended.stderr.split("param_groups.py: ")[1].split(". Give")[0]
 
 
 RUN = {"steps": 6, "data.val": None, "checkpoint.interval_steps": 2, "resilience.agreement_interval_steps": 3}
