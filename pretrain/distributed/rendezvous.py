@@ -247,7 +247,7 @@ def _resolve(place: Place, waiting: _Waiting) -> None:
             if waiting.seconds > NAME_PATIENCE_S:
                 raise UserError(
                     f"MASTER_ADDR={place.address} is unknown on {socket.gethostname()} ({error.strerror}). Set it to the "
-                    "address of the machine of rank 0, or to a name that every machine of the run knows."
+                    "address of the machine of rank 0, or to a name that every machine of the run can resolve."
                 ) from error
         waiting.alone(lambda: None)
 

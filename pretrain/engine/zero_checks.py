@@ -24,7 +24,7 @@ _UNTESTED = {
 
 # Keys that cannot be switched off.
 _NEEDED = {
-    "load_from_fp32_weights": "a resumed run would go on from rounded masters instead of the stored ones",
+    "load_from_fp32_weights": "a resumed run would continue from rounded masters instead of the stored ones",
     "compute_grad_norm": "gradients are clipped by their norm, and it is logged",
 }
 

@@ -118,7 +118,7 @@ def as_under_nohup() -> None:
 def test_a_signal_is_heard_while_the_main_thread_is_in_a_library_that_does_not_return(
     words: list[str], listener: int, tmp_path: Path
 ) -> None:
-    """As in torch's own waiting, a store's client waits for ever at a port whose listener sends nothing."""
+    """A store's client waits, in torch's own code, for ever at a port whose listener sends nothing."""
     variables = {"MASTER_PORT": str(listener)}
     with start_ranks(words, tmp_path / "logs", only=[1], variables=variables, prepare=wait_in_the_library) as job:
         wait_for_words(job, 0, "now in the library")
