@@ -1,4 +1,4 @@
-"""The run file: what it means, what `--set` changes, and that each mistake names its place and the nearest key."""
+"""The run file: its meaning, the effect of `--set`, and that each mistake names its place and the nearest key."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_a_mistake_names_its_line_its_key_and_the_nearest_valid_one(
     assert expected in mistakes(file)
 
 
-def test_all_mistakes_are_told_at_once(file: Path) -> None:
+def test_all_mistakes_are_listed_at_once(file: Path) -> None:
     text = mistakes(file, "optim.lr=-1", "data.seq_length=3", "steps=0")
     for part in ("--set optim.lr=-1", "unknown key 'data.seq_length'; did you mean 'data.seq_len'?", "--set steps=0"):
         assert part in text
@@ -209,7 +209,7 @@ def test_a_configuration_cannot_be_changed_afterwards(file: Path) -> None:
 
 @pytest.fixture
 def child(file: Path) -> Callable[[str], Path]:
-    """Writes a run file that extends `file`, its text from line 2 on."""
+    """Return a function that writes a run file that extends `file`, with its text from line 2 on."""
 
     def write(text: str) -> Path:
         path = file.parent / "child.yaml"
@@ -261,7 +261,7 @@ def test_a_base_may_extend_another_each_named_relative_to_the_file_that_says_it(
     (folder / "child.yaml").write_text("steps: 30\nextends: ../middle.yaml\n")
     config = load_config(folder / "child.yaml")
     assert (config.name, config.seed, config.steps) == ("run", 1, 30)
-    assert config.deepspeed == "ds.json"  # paths in a file mean what they mean without `extends`
+    assert config.deepspeed == "ds.json"  # paths in a file have the meaning that they have without `extends`
 
 
 def test_the_resolved_file_does_not_extend_anything(child: Callable[[str], Path], tmp_path: Path) -> None:
@@ -420,7 +420,7 @@ def test_names_that_look_like_something_else_read_back_as_the_same(file: Path, t
     config = load_config(file, [f'out="{name}"', "name='1e3'"])
     (tmp_path / "resolved.yaml").write_text(config.to_yaml())
     assert load_config(tmp_path / "resolved.yaml") == config
-    assert yaml.safe_load(config.to_yaml())["out"] == config.out  # as other readers of YAML see it
+    assert yaml.safe_load(config.to_yaml())["out"] == config.out  # as other readers of YAML read it
 
 
 def test_whole_numbers_may_be_written_with_an_exponent_or_underscores(file: Path) -> None:
@@ -478,7 +478,7 @@ def test_fields_of_gpt2_have_two_names_and_one_value(child: Callable[[str], Path
     )
 
 
-# What Llama 3.1's config.json says, and what transformers makes of it.
+# The values of Llama 3.1's config.json, and what transformers reads from them.
 LLAMA_31 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -558,7 +558,7 @@ def test_the_cache_folder_is_filled_in_on_the_node_that_uses_it(file: Path, monk
     config = load_config(file, ["data.cache.folder=$LOCAL_DISK/cache"])
     assert config.data.cache.folder == "$LOCAL_DISK/cache"
     assert config.data.cache.path == Path("/local/0/cache")
-    monkeypatch.delenv("LOCAL_DISK")  # on a machine that only converts or evaluates, nothing asks for it
+    monkeypatch.delenv("LOCAL_DISK")  # a machine that only converts or evaluates does not need it
     config = load_config(file, ["data.cache.folder=$LOCAL_DISK/cache"])
     with pytest.raises(UserError, match=r"data.cache.folder '\$LOCAL_DISK/cache': \$LOCAL_DISK is not set here"):
         _ = config.data.cache.path

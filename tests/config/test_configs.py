@@ -24,7 +24,7 @@ BASES = sorted(CONFIGS.rglob("base_*.yaml"))
 RUNS = sorted(set(CONFIGS.rglob("*.yaml")) - set(BASES))
 SIZES = ("130m", "1b")
 
-# Parameters of models whose names do not count what they have; the demo, with the vocabulary of the tests.
+# Parameters of models whose names give another number. The demo has the vocabulary of the tests.
 NAMED_OTHERWISE = {
     "wesar_small_rapid": 1.34e9,
     "wesar_small_stable": 1.34e9,
@@ -49,7 +49,7 @@ def test_a_run_file_reads_back_and_is_named_after_its_file(path: Path) -> None:
 def test_a_run_file_starts_on_the_ranks_of_the_table_with_the_size_of_its_name(
     path: Path, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Everything that `--dry-run` checks, but for the disk and with other data."""
+    """Check all that `--dry-run` checks, except the disk and with other data."""
     monkeypatch.setattr(plans, "_check_disk", lambda plan: None)
     data = [f"data.train={corpus.train}", "data.val=null", "data.seq_len=8"]
     config = load_config(path, [f"tokenizer={corpus.tokenizer}", *data, f"out={tmp_path}"])
@@ -63,7 +63,7 @@ def test_a_run_file_starts_on_the_ranks_of_the_table_with_the_size_of_its_name(
 
 
 def column_of_table(path: Path, column: int) -> str:
-    """What the README's table says about a run file."""
+    """Return the row of the README's table about a run file."""
     rows = (CONFIGS / "README.md").read_text().splitlines()
     return next(row for row in rows if row.startswith(f"| `{of(path)}` |")).split("|")[column].strip()
 
@@ -110,7 +110,7 @@ def test_the_centering_runs_decay_to_the_papers_last_learning_rate(path: Path) -
 
 
 def initial_deviations(config: Config) -> tuple[Config, dict[str, float]]:
-    """The run with methods that know it, and the deviation of each weight of its model."""
+    """Return the run with bound methods, and the standard deviation of each weight of its model."""
     model_config = hf_config(config, TinyTokenizer(config.model.hf_fields["vocab_size"]))
     bound = bind_methods(config, model_config)
     weights = outline(bound, model_config)
@@ -119,7 +119,7 @@ def initial_deviations(config: Config) -> tuple[Config, dict[str, float]]:
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "papers").glob("oec_*.yaml")), ids=of)
 def test_the_centering_runs_start_as_the_papers_code(path: Path) -> None:
-    """nanoGPT's modules: nn.Linear by `xavier_normal_` with a fused c_attn of 3d outputs; N(0, 1/d) for the embedding."""
+    """nanoGPT's modules: nn.Linear by `xavier_normal_` with a fused c_attn of 3d outputs, N(0, 1/d) for the embedding."""
     config = load_config(path)
     d, mlp, layers = (config.model.hf_fields[f] for f in ("hidden_size", "intermediate_size", "num_hidden_layers"))
     _, found = initial_deviations(config)
@@ -138,7 +138,7 @@ def test_the_centering_runs_start_as_the_papers_code(path: Path) -> None:
     ("name", "lr", "tokens", "warmup"), [("rapid", 1e-3, 1.05e6, 100), ("stable", 5e-4, 4.2e6, 2000)]
 )
 def test_the_baselines_of_wesar_are_the_papers(name: str, lr: float, tokens: float, warmup: int) -> None:
-    """arXiv 2410.05052: d 2048, 24 blocks of 16 heads; Small initialization, and an embedding that starts at deviation 1."""
+    """arXiv 2410.05052: d 2048, 24 blocks of 16 heads, Small initialization, and an embedding that starts at deviation 1."""
     config = load_config(CONFIGS / f"papers/wesar_small_{name}.yaml")
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     assert [config.model.hf_fields[size] for size in sizes] == [2048, 24, 16, 32000]

@@ -1,4 +1,4 @@
-"""The run file that docs/configuration.md shows is whole, and its values are the defaults."""
+"""The run file of docs/configuration.md has every key, and its values are the defaults."""
 
 import re
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from pretrain.config.schema import Config
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
 
-# What the page sets to something else than the default, because a run has no default for it or to show a value.
+# Keys that the page sets to another value than the default: there is no default, or the page shows a value.
 CHOSEN = {
     "name",
     "model",

@@ -1,4 +1,4 @@
-"""Every key of a run file with values that none was meant to have: each is refused in a sentence, or trains a step."""
+"""Every key of a run file with values that it was not meant for: each is refused in a sentence, or trains a step."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run_file(corpus: Corpus, tmp_path: Path, request: pytest.FixtureRequest) -> 
 
 
 def keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every key below `section` but those of the model and of methods, by their full names."""
+    """Yield every key below `section`, except those of the model and of methods, by its full name."""
     for name, field in section.model_fields.items():
         yield prefix + name
         if len(inner := sections_in(field.annotation)) == 1:
@@ -52,7 +52,7 @@ def keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def accepted(path: Path, settings: Iterable[str]) -> list[Config]:
-    """The different configurations that these settings make; whatever else a setting raises than a sentence fails."""
+    """Return the different configurations that these settings make. Any error other than a UserError fails the test."""
     found = {}
     for setting in settings:
         with suppress(UserError):
@@ -62,7 +62,7 @@ def accepted(path: Path, settings: Iterable[str]) -> list[Config]:
 
 
 def plans(path: Path, settings: Iterable[str]) -> list[Plan]:
-    """The plans of those that can be planned."""
+    """Return the plans of those that can be planned."""
     found = []
     for config in accepted(path, settings):
         with suppress(UserError):
@@ -72,7 +72,7 @@ def plans(path: Path, settings: Iterable[str]) -> list[Plan]:
 
 
 def assert_trains(plan: Plan) -> None:
-    """The model is built and takes one step of the run's optimizer, with a finite loss."""
+    """Build the model and take one step of the run's optimizer, with a finite loss."""
     torch.manual_seed(0)
     model = build_model(plan.config, plan.model_config, {"zero_optimization": {"stage": 0}})
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""The runs that the tests over the registry look at, started once."""
+"""The runs that the tests over the registry use, started once."""
 
 from collections.abc import Callable
 
@@ -38,7 +38,7 @@ def on_two(corpus, tmp_path_factory) -> Lazily:
 
 @pytest.fixture(scope="session")
 def cut_in_two(corpus, tmp_path_factory) -> Runs:
-    """Two tensor-parallel ranks."""
+    """Start the cases on two tensor-parallel ranks."""
     cases = [Case((method,), "cut", stage=1, tensor=2) for method in METHODS if REGISTRY[method].tensor_parallel]
     return Runs(cases, 2, corpus, tmp_path_factory.mktemp("cut_in_two"))
 

@@ -1,4 +1,4 @@
-"""Attention Residuals: every number of blocks against the dense reference, and what is refused."""
+"""Attention Residuals: every number of blocks against the dense reference, and the refused options."""
 
 import pytest
 import torch

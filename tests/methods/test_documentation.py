@@ -1,4 +1,4 @@
-"""The method that docs/sharded_weights.md writes out does what the page says, in a run that lists it too."""
+"""The method that docs/sharded_weights.md contains does what the page says, also in a run that lists it."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "sharded_weights.md"
 
 
 class DenseHead:
-    """Stands in for ShardedWeights: an embedding and a head, dense."""
+    """A stand-in for ShardedWeights: an embedding and a head, dense."""
 
     def __init__(self) -> None:
         self.layout = {name: describe(name, (4, 3)) for name in ("model.embed_tokens.weight", "lm_head.weight")}

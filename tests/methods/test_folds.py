@@ -1,4 +1,4 @@
-"""Every registered method's trained model against what is exported: a stock class, the same logits, the same text."""
+"""Every registered method's trained model against the exported one: a stock class, the same logits, the same text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.method_suite import METHODS, Run, assert_same_logits, generat
 
 
 class Pair:
-    """The model that was trained in a run, and the exported one."""
+    """Return the model that was trained in a run, and the exported one."""
 
     def __init__(self, run: Run, folder) -> None:
         convert(run.checkpoint, folder)
@@ -39,24 +39,24 @@ def pair_of(on_two, tmp_path_factory):
 
 
 def variants(*labels: str):
-    """(method, label) for those variants that a method can have."""
+    """Return (method, label) for the variants that a method can have."""
     found = []
     for method in METHODS:
-        told = reference(method)
+        formulas = reference(method)
         for label in labels:
-            if label == "zero3_tied" and hasattr(told, "REFUSES_TIED"):
+            if label == "zero3_tied" and hasattr(formulas, "REFUSES_TIED"):
                 continue
-            if label == "zero2_gpt2" and ("gpt2" not in REGISTRY[method].families or hasattr(told, "REFUSES_TIED")):
+            if label == "zero2_gpt2" and ("gpt2" not in REGISTRY[method].families or hasattr(formulas, "REFUSES_TIED")):
                 continue
             found.append((method, label))
     return pytest.mark.parametrize(("method", "label"), parameters(found))
 
 
 def is_bit_equal(method: str, label: str) -> bool:
-    told = reference(method)
-    tied = getattr(told, "FOLD_TIED", told.FOLD)
-    grades = {"zero3_tied": tied, "zero2_gpt2": getattr(told, "FOLD_GPT2", tied)}
-    return grades.get(label, told.FOLD) == "bit"
+    formulas = reference(method)
+    tied = getattr(formulas, "FOLD_TIED", formulas.FOLD)
+    grades = {"zero3_tied": tied, "zero2_gpt2": getattr(formulas, "FOLD_GPT2", tied)}
+    return grades.get(label, formulas.FOLD) == "bit"
 
 
 @variants("zero3", "zero3_tied", "zero2_gpt2")
@@ -86,8 +86,8 @@ def test_greedy_decoding_gives_the_same_64_tokens(pair_of, method, label):
 
 @variants("zero3", "zero3_tied")
 def test_the_class_is_the_one_that_holds_it(pair_of, method, label):
-    told = reference(method)
-    expected = getattr(told, "EXPORTS_TIED", told.EXPORTS) if label.endswith("tied") else told.EXPORTS
+    formulas = reference(method)
+    expected = getattr(formulas, "EXPORTS_TIED", formulas.EXPORTS) if label.endswith("tied") else formulas.EXPORTS
     assert type(pair_of(f"{method}-{label}").exported).__name__ == expected
 
 

@@ -1,4 +1,4 @@
-"""Independent weight decay: what the optimizer's groups say, for AdamW and for Muon."""
+"""Independent weight decay: the options of the optimizer's groups, for AdamW and for Muon."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODEL = {
 
 
 def decays(**optim) -> dict[str, float]:
-    """The share of each weight that one step at the peak takes away."""
+    """Return the share of each weight that one step at the peak takes away."""
     run = Config.model_validate(
         {
             "name": "case",

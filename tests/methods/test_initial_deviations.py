@@ -1,4 +1,4 @@
-"""The methods that choose initial deviations, weight by weight, and what they can be combined with."""
+"""The methods that choose initial deviations, weight by weight, and the methods that they can be combined with."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def config(*methods: dict, model: dict = LLAMA, **changes) -> Config:
 
 
 def draws(run: Config) -> dict[str, Draw]:
-    """What every weight is drawn from, by name."""
+    """Return the distribution of every weight, by name."""
     model_config = hf_config(run, TinyTokenizer(96))
     bound = bind_methods(run, model_config)
     return {weight.name: initial_rule(weight, bound, 0.02)[0] for weight in outline(bound, model_config)}
@@ -97,14 +97,14 @@ def test_xavier_counts_a_fused_matrix_as_three():
 
 
 def glorot(inputs: int, outputs: int) -> float:
-    """The deviation that torch's own `xavier_normal_` gives an nn.Linear."""
+    """Return the standard deviation that torch's own `xavier_normal_` gives an nn.Linear."""
     torch.manual_seed(0)
     return float(torch.nn.init.xavier_normal_(torch.empty(outputs, inputs)).std())
 
 
 @pytest.mark.parametrize("model", [{**LLAMA, "num_key_value_heads": 4}, GPT2], ids=["llama", "gpt2"])
 def test_xavier_starts_as_the_code_of_output_embedding_centering(model):
-    """One matrix of 3d outputs for q, k, v; an embedding of 1/√d; 0.02/√(2N) for the attention's output alone."""
+    """One matrix of 3d outputs for q, k, v, an embedding of 1/√d, and 0.02/√(2N) for the attention's output alone."""
     options = {"fused_qkv": True, "unit_embedding": True, "attention_output_std": 0.02}
     found = draws(config({"name": "xavier_init", **options}, model=model))
     if model is GPT2:
@@ -179,7 +179,7 @@ def test_an_embedding_at_unit_scale_is_not_scaled_again():
 
 
 def scaled(*methods: dict, **options) -> EmbeddingScale:
-    """The bound method `embedding_scale` with these options, beside other methods."""
+    """Return the bound method `embedding_scale` with these options, beside other methods."""
     run = config({"name": "embedding_scale", **options}, *methods)
     return bind_methods(run, hf_config(run, TinyTokenizer(96))).methods[0]
 
@@ -201,7 +201,7 @@ def test_the_inverse_deviation_brings_the_stream_to_unit_scale():
 
 
 def test_a_resumed_run_has_the_factor_that_it_started_with():
-    """What a checkpoint knows the methods by tells two factors apart, and no two starts that forward does not show."""
+    """The identity of forward in a checkpoint differs for two factors, and not for initial values without an effect there."""
     lir, narrower = ({"name": "lir", "initializer_range": std} for std in (0.02, 0.01))
     assert scaled(lir).forward_identity() == scaled(narrower).forward_identity() == "embedding_scale {}"
     identities = {scaled(*m, rule="inverse_std").forward_identity() for m in ([lir], [narrower], [])}

@@ -1,4 +1,4 @@
-"""LIR: the deviation of every weight against the paper's formula."""
+"""LIR: the standard deviation of every weight against the paper's formula."""
 
 from math import sqrt
 

@@ -1,4 +1,4 @@
-"""What mu-centering centres, and what it cannot be combined with. Its arithmetic on shards is in tests/distributed."""
+"""The weights that mu-centering centres, and its conflicts. Its arithmetic on shards is tested in tests/sharded."""
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from pretrain.model.layout import describe
 
 @dataclass
 class Weights:
-    """Stands in for ShardedWeights and writes down what was centred."""
+    """A stand-in for ShardedWeights that records the names of centred weights."""
 
     layout: dict
     centered: list = field(default_factory=list)

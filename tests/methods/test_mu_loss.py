@@ -39,7 +39,7 @@ def test_value_and_gradient_are_those_of_the_formula():
 
 
 def test_in_bf16_the_small_gradient_survives_beside_the_cross_entropys(monkeypatch):
-    """It drowns in rounding row by row and shows over all rows. Added to the other in bf16, a third of it would be lost."""
+    """It is below the rounding of a row and visible over all rows. Added to the other in bf16, a third would be lost."""
     monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 32 * ROWS)
     coefficient = 3e-3
     found = gradient(head_of(torch.bfloat16, coefficient)) - gradient(head_of(torch.bfloat16, None))

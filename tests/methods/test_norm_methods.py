@@ -1,4 +1,4 @@
-"""What layernorm_scaling, osp and pre_ln decide and refuse. How they train and fold: test_registry.py and others."""
+"""Decisions and refusals of layernorm_scaling, osp and pre_ln. test_registry.py and others train and fold them."""
 
 from math import sqrt
 
@@ -23,7 +23,7 @@ from tests.support.method_suite import Case, assert_same_logits
 
 
 def plan_of(corpus, tmp_path, *methods, **model) -> Plan:
-    """A run with methods that are given as a name or as all their options."""
+    """Return a run with methods that are given as a name or as all their options."""
     content = Case((), "plan").config(corpus, tmp_path)
     content["methods"] = [{"name": method} if isinstance(method, str) else method for method in methods]
     content["model"] |= model
@@ -116,7 +116,7 @@ def test_a_tied_pre_ln_model_keeps_its_head(corpus, tmp_path):
 
 
 def test_qk_norm_says_which_matrices_it_takes_the_scale_from(corpus, tmp_path):
-    """So that whoever rescales them, with tvr say, reads that it does nothing in forward."""
+    """A rescale of these, by tvr for example, has no effect in forward, and the table shows it."""
     plan = plan_of(corpus, tmp_path, "qk_norm", "tvr")
-    told = {weight.role for weight in plan.weights if "outputs normalized" in (QKNorm().training_rule(weight) or "")}
-    assert told == {"q", "k"}
+    roles = {weight.role for weight in plan.weights if "outputs normalized" in (QKNorm().training_rule(weight) or "")}
+    assert roles == {"q", "k"}

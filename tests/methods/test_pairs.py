@@ -20,7 +20,7 @@ TIED = [pytest.param(False, id="untied"), pytest.param(True, id="tied")]
 
 
 def accepted(pair, tied, corpus, folder) -> Plan | None:
-    """The plan of the pair's run; None where it is refused, with a sentence that names what is at fault."""
+    """Return the plan of the pair's run, or None if it is refused with a sentence that names the cause."""
     content = Case(pair, "pair", tied=tied).config(corpus, folder)
     try:
         return make_plan(Config.model_validate(content), world_size=1)
@@ -52,7 +52,7 @@ def test_a_pair_learns_and_folds_or_is_refused(pair, tied, corpus, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("first", METHODS)
 def test_every_pair_trains_on_zero3_and_converts(first, corpus, tmp_path):
-    """The whole way of a user: two ranks, four steps, a resume half way, conversion with its proof."""
+    """All that a user does: two ranks, four steps, a resume half way, conversion with its proof."""
     pairs = [pair for pair in PAIRS if pair[0] == first and accepted(pair, False, corpus, tmp_path)]
     runs = Runs([Case(pair, "zero3", resume_at=2) for pair in pairs], 2, corpus, tmp_path / "runs")
     for pair in pairs:

@@ -1,4 +1,4 @@
-"""qk-norm refuses what the class it trains cannot hold."""
+"""qk-norm refuses a model that its class cannot hold."""
 
 import pytest
 

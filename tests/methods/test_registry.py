@@ -28,7 +28,7 @@ from tests.support.method_suite import (
     trained_densely,
 )
 
-# A weight of n steps in float32, ranks adding up in another order, Adam dividing small gradients by their own size.
+# Tolerances: float32, ranks add in another order, and Adam divides small gradients by their own size.
 WEIGHTS = 2e-4  # of the norm of the change
 LOSSES = 2e-5
 
@@ -38,7 +38,7 @@ def test_every_method_has_a_reference():
     assert [method for method in REGISTRY if not has_reference(method)] == []
 
 
-def assert_trained_alike(run, method, initial):
+def assert_same_training(run, method, initial):
     dense, losses = trained_densely(run, method, initial)
     assert dense.weights.keys() == run.final.keys()
     for step, (found, expected) in enumerate(zip(run.losses, losses, strict=True), start=1):
@@ -53,25 +53,25 @@ def assert_trained_alike(run, method, initial):
 @pytest.mark.parametrize("method", METHODS)
 def test_zero3_trains_as_the_dense_reference(on_two, method):
     run = on_two.run(f"{method}-zero3")
-    assert_trained_alike(run, method, run.initial)
+    assert_same_training(run, method, run.initial)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_three_ranks_train_as_the_dense_reference(on_two, on_three, method):
-    assert_trained_alike(on_three.run(f"{method}-zero3"), method, on_two.run(f"{method}-zero3").initial)
+    assert_same_training(on_three.run(f"{method}-zero3"), method, on_two.run(f"{method}-zero3").initial)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES_BELOW_3)
 @pytest.mark.parametrize("method", METHODS)
 def test_other_stages_train_as_the_dense_reference(on_two, method, stage):
-    assert_trained_alike(on_two.run(f"{method}-zero{stage}"), method, on_two.run(f"{method}-zero3").initial)
+    assert_same_training(on_two.run(f"{method}-zero{stage}"), method, on_two.run(f"{method}-zero3").initial)
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if REGISTRY[method].tensor_parallel])
 def test_matrices_cut_by_tensor_parallelism_train_as_the_dense_reference(on_two, cut_in_two, method):
-    assert_trained_alike(cut_in_two.run(f"{method}-cut"), method, on_two.run(f"{method}-zero3").initial)
+    assert_same_training(cut_in_two.run(f"{method}-cut"), method, on_two.run(f"{method}-zero3").initial)
 
 
 TIED = [(method, "zero3_tied") for method in METHODS if not hasattr(reference(method), "REFUSES_TIED")]
@@ -80,7 +80,7 @@ TIED = [(method, "zero3_tied") for method in METHODS if not hasattr(reference(me
 @pytest.mark.parametrize(("method", "label"), parameters(TIED))
 def test_a_tied_model_trains_as_the_dense_reference(on_two, method, label):
     run = on_two.run(f"{method}-{label}")
-    assert_trained_alike(run, method, run.initial)
+    assert_same_training(run, method, run.initial)
 
 
 @pytest.mark.parametrize("method", [method for method in METHODS if hasattr(reference(method), "REFUSES_TIED")])
@@ -95,8 +95,8 @@ def test_a_tied_model_is_refused(corpus, tmp_path, method):
     parameters([*((method, "zero3") for method in METHODS), *TIED]),
 )
 def test_every_weight_starts_as_the_formula_says(on_two, method, label):
-    run, told = on_two.run(f"{method}-{label}"), reference(method)
-    std_of, value_of = getattr(told, "initial_std", None), getattr(told, "initial_value", None)
+    run, formulas = on_two.run(f"{method}-{label}"), reference(method)
+    std_of, value_of = getattr(formulas, "initial_std", None), getattr(formulas, "initial_value", None)
     for name, weight in run.initial.items():
         constant = value_of(name, run.settings()) if value_of else None
         if constant is None and weight.dim() == 1:
@@ -123,10 +123,10 @@ def test_a_resumed_run_ends_with_the_same_bits(on_two, method, label):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_table_before_the_start_names_every_weight_and_the_method(corpus, tmp_path, method, monkeypatch, capsys):
-    """As `train.py --dry-run` prints it."""
+    """`train.py --dry-run` prints the same."""
     from pretrain.train import dry_run
 
-    monkeypatch.setattr(os, "environ", {**os.environ, "WORLD_SIZE": "2"})  # which a dry run completes
+    monkeypatch.setattr(os, "environ", {**os.environ, "WORLD_SIZE": "2"})  # a dry run fills in the rest
     config = Config.model_validate(Case((method,), "table").config(corpus, tmp_path))
     dry_run(config)
     printed = capsys.readouterr().out
@@ -137,7 +137,7 @@ def test_the_table_before_the_start_names_every_weight_and_the_method(corpus, tm
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_becomes_of_a_methods_own_weights_in_training_is_said(corpus, tmp_path, method):
+def test_a_methods_own_weights_have_a_rule_of_training(corpus, tmp_path, method):
     plain, plan = (
         make_plan(Config.model_validate(Case(methods, "own").config(corpus, tmp_path)), world_size=1)
         for methods in ((), (method,))

@@ -1,4 +1,4 @@
-"""Residual scaling: what it multiplies, what it cannot be combined with."""
+"""Residual scaling: the matrices that it multiplies, and its conflicts."""
 
 from math import sqrt
 

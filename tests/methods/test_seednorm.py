@@ -1,4 +1,4 @@
-"""SeeDNorm: what decays, what is refused, and that it is RMSNorm before it has learned anything."""
+"""SeeDNorm: the weights that decay, the refused options, and that it is RMSNorm before training."""
 
 from math import sqrt
 
@@ -69,9 +69,9 @@ def test_independent_weight_decay_acts_on_alpha_and_beta_too(corpus, tmp_path, o
     expected = pytest.approx(3e-4 / plan.config.optim.lr)
     assert decays_of_the_final_norm(plan) == {"alpha": expected, "beta": expected, "weight": 0.0}
     (method,) = (method for method in plan.config.methods if method.name == "independent_weight_decay")
-    told_of = {weight.role for weight in plan.weights if method.training_rule(weight)}
-    assert {"alpha", "beta", "up"} <= told_of
-    assert "norm" not in told_of
+    with_a_rule = {weight.role for weight in plan.weights if method.training_rule(weight)}
+    assert {"alpha", "beta", "up"} <= with_a_rule
+    assert "norm" not in with_a_rule
 
 
 def test_every_norm_of_the_stream_becomes_one_and_those_of_heads_do_not(corpus, tmp_path):

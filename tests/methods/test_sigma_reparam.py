@@ -13,7 +13,7 @@ from tests.support.runs import arguments, run_ranks
 
 
 def test_gamma_may_start_at_the_spectral_norm(run_file: Path, corpus: Corpus, tmp_path: Path) -> None:
-    """With a learning rate of nearly nothing the first checkpoint holds how γ started."""
+    """With a learning rate near zero the first checkpoint holds the initial γ."""
     run = {"out": str(tmp_path), "name": "run", "steps": 1, "data.val": None, "optim.lr": 1e-12}
     methods = [{"name": "sigma_reparam", "initial_scale": "spectral_norm"}]
     assert run_ranks(arguments(run_file, run | {"methods": methods}), tmp_path / "logs").code == 0

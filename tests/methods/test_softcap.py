@@ -1,4 +1,4 @@
-"""The fold of softcap: gains less 1 without losing digits, and what VaultGemma cannot hold."""
+"""The fold of softcap: gains minus 1 without losing digits, and models that VaultGemma cannot hold."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ BLOCK = {
     "mlp.down_proj": (16, 24),
 }
 NORMS = ("input_layernorm", "post_attention_layernorm")
-# of all signs and sizes; 0.1 less 1 has lost three of bf16's eight bits
+# of all signs and sizes: 0.1 - 1 has lost three of bf16's eight bits
 GAINS = torch.tensor([1.0, 0.5, 2.0, 1.9, 0.1, 3e-3, 7.0, 40.0, -0.3, -1.0, 0.0, 0.77, 1.23, 0.49, 2.1, -9.0])
 
 

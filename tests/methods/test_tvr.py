@@ -1,4 +1,4 @@
-"""TVR's decisions: which weights, when, and by how much. What it does to real shards is in tests/distributed."""
+"""TVR's decisions: which weights, when, and by how much. Its arithmetic on real shards is tested in tests/sharded."""
 
 from dataclasses import replace
 from functools import partial
@@ -33,7 +33,7 @@ Q, UP1, UP4 = (name for name, weight in LAYOUT.items() if weight.in_block_matrix
 
 
 class DenseWeights:
-    """Stands in for ShardedWeights: dense float64 arrays by name."""
+    """A stand-in for ShardedWeights: dense float64 arrays by name."""
 
     layout = LAYOUT
 
@@ -62,7 +62,7 @@ def arrays():
 
 
 def facts_of_run(std: float = 0.006, weight_decay: float = 0.1, **optim) -> RunContext:
-    """The paper's run, with other values where they are given."""
+    """Return the paper's run, with other values where they are given."""
     optim = OptimSection(**PAPER | optim)
     return RunContext(
         model_config=None,
@@ -83,7 +83,7 @@ def facts_of_run(std: float = 0.006, weight_decay: float = 0.1, **optim) -> RunC
 
 
 def in_a_run(**options) -> TVR:
-    """TVR as part of a run in which forward multiplies by the stored matrices."""
+    """Return TVR as part of a run in which forward multiplies by the stored matrices."""
     return TVR(**options).bound(facts_of_run())
 
 
@@ -210,7 +210,7 @@ def test_an_interval_in_tokens_is_rounded_to_steps(tokens, steps):
 @pytest.mark.parametrize("factor", [-0.5, "model.layers.0.mlp.up_proj.weight_scale"])
 @pytest.mark.parametrize("target", [{"target_std": 0.005}, {"relative_target": 0.3}])
 def test_it_holds_what_forward_multiplies_by(arrays, factor, target):
-    """The factor, a number or trained, is -0.5; a relative target does not depend on it."""
+    """The factor, a number or trained, is -0.5. A relative target does not depend on it."""
     run = replace(facts_of_run(), forward_factor=lambda weight: factor if weight.name == UP1 else 1.0)
     method = TVR(**target, roles=("up",), interval_steps=1).bound(run)
     facts = method.after_step(1, DenseWeights(arrays))
@@ -259,7 +259,7 @@ def test_the_rule_says_whose_deviation_is_held(options, factor, rule):
     assert TVR(**options).bound(run).training_rule(LAYOUT[Q]) == rule
 
 
-def test_a_name_that_is_nearly_right_is_told_of():
+def test_the_nearest_name_is_in_the_error():
     with pytest.raises(UserError, match=rf"nearest names are: {UP4}\.$"):
         in_a_run(exclude=(UP4.removesuffix(".weight"), "zzz")).check(list(LAYOUT.values()))
 

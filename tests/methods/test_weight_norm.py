@@ -1,4 +1,4 @@
-"""Weight normalization: how its gains start, and what it cannot be combined with."""
+"""Weight normalization: the initial gains, and its conflicts."""
 
 from math import sqrt
 

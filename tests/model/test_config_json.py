@@ -28,8 +28,9 @@ TINY = {
 SHORT, LONG = [1.0 + i / 10 for i in range(8)], [2.0 + i for i in range(8)]
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 LONGROPE = {"short_factor": SHORT, "long_factor": LONG, "original_max_position_embeddings": 32}
-# By kind: what version 5 is given, and `rope_scaling` of version 4 by its documentation. What version 4 would derive in
-# another way (attention_factor) is by the papers' formulas: YaRN 0.1 ln(s) + 1, LongRoPE sqrt(1 + ln(s) / ln(original)).
+# By kind: the parameters of version 5, and `rope_scaling` of version 4 by its documentation. Version 4 would derive
+# attention_factor in another way. It follows the papers' formulas: YaRN 0.1 ln(s) + 1, LongRoPE sqrt(1 + ln(s) /
+# ln(original)).
 KINDS = {
     "default": ({}, None),
     "linear": ({"factor": 4.0}, {"factor": 4.0}),

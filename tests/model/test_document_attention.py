@@ -65,7 +65,7 @@ def token_losses(model, tokens: torch.Tensor, targets: torch.Tensor, **more) -> 
 
 
 def alone(model) -> torch.Tensor:
-    """(sequences, seq_len) losses, each document in a forward pass of its own, without positions."""
+    """Return (sequences, seq_len) losses, each document in a forward pass of its own, without positions."""
     found = torch.zeros(len(LENGTHS), SEQ_LEN, dtype=torch.float64)
     together = batch()
     for row, lengths in enumerate(LENGTHS):
@@ -83,7 +83,7 @@ def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
-FLOAT32 = {"rtol": 1e-4, "atol": 1e-6}  # what `LossHead` computes in, and the softmax of eager attention
+FLOAT32 = {"rtol": 1e-4, "atol": 1e-6}  # the precision of `LossHead`, and of the softmax of eager attention
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -1,4 +1,4 @@
-"""Every weight of every family has a role, a layer and the right fans; an unknown one is refused."""
+"""Every weight of every family has a role, a layer and the right fans, and an unknown one is refused."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_a_matrix_that_tensor_parallelism_has_cut_keeps_its_full_shape(llama):
     cut = torch.nn.Parameter(torch.empty(12, 16))
     cut.ds_autotp_universal_checkpoint_meta = {"logical_shape": (24, 16), "partition_dim": 0}
     assert full_shape(cut) == (24, 16)
-    cut.ds_shape = (12, 16)  # and ZeRO-3 has cut what was left
+    cut.ds_shape = (12, 16)  # and ZeRO-3 has cut the rest
     assert full_shape(cut) == (24, 16)
 
 

@@ -118,7 +118,7 @@ def test_terms_are_means_over_the_tokens_that_count_and_reported_apart(chunk, ca
 
 
 def test_parts_of_a_batch_add_to_the_whole_whichever_part_holds_the_targets(chunk):
-    """Each part is divided by the average number of targets; the second part has none."""
+    """Each part is divided by the average number of targets. The second part has none."""
     head, hidden, targets = head_and_input(torch.float64)
     head.terms = TERMS
     hidden, targets = hidden.detach().view(4, 5, 12).requires_grad_(), targets.view(4, 5)

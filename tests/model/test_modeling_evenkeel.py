@@ -1,4 +1,4 @@
-"""Evenkeel's own model class as what it is: a Hugging Face model."""
+"""Evenkeel's own model class, used as a Hugging Face model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PARTS = {
 
 
 def random_model(**parts) -> EvenkeelLlamaForCausalLM:
-    """Every weight away from its initial value."""
+    """Move every weight away from its initial value."""
     model = EvenkeelLlamaForCausalLM(evenkeel_llama(LLAMA, **parts))
     generator = torch.Generator().manual_seed(2)
     for parameter in model.parameters():

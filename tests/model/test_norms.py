@@ -1,4 +1,4 @@
-"""The norms that methods train with, against the stock ones that they are exported as."""
+"""The norms that methods train with, against the stock norms that they are exported to."""
 
 from itertools import permutations
 

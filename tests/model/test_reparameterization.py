@@ -1,4 +1,4 @@
-"""Modules that multiply by a function of their weight: the plain formula's values and gradients, and what they keep."""
+"""Modules that multiply by a function of their weight: values and gradients of the plain formula, and what they keep."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sigma_of(weight: torch.Tensor, differentiate: bool = True) -> torch.Tensor:
     return sigma if differentiate else sigma.detach()
 
 
-# name: (f as the module takes it, the formula of W and s, the factor of the bias)
+# name: (f of the module, the formula of W and s, the factor of the bias)
 FUNCTIONS = {
     "scalar": (Gate, lambda w, s: w * s, 1.0),
     "constant": (lambda: Multiple(0.3), lambda w, s: 0.3 * w, 1.0),
@@ -56,7 +56,7 @@ MODULES = {
 
 
 def made(stock: nn.Module, function: str) -> nn.Module:
-    """The module that replaces `stock`, float64, with values that do not depend on the global seed."""
+    """Return the module that replaces `stock`, float64, with values that do not depend on the global seed."""
     model = nn.Sequential(stock)
     reparameterize(model, "0", FUNCTIONS[function][0]())
     module, generator = model[0].double(), torch.Generator().manual_seed(3)
@@ -66,7 +66,7 @@ def made(stock: nn.Module, function: str) -> nn.Module:
 
 
 def formula(module: nn.Module, function: str) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """W̄ (outputs, inputs) and the bias, with autograd's own graph."""
+    """Return W̄ (outputs, inputs) and the bias, with autograd's own graph."""
     weight = module.weight.T if isinstance(module, Conv1D) else module.weight
     _, function_of, factor = FUNCTIONS[function]
     bias = getattr(module, "bias", None)  # an embedding has none
@@ -149,7 +149,7 @@ def test_row_lengths_do_not_depend_on_the_number_of_threads():
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-# what σReparam keeps
+# the state of σReparam
 
 
 def test_first_vectors_find_the_spectral_norm_within_three_percent():
@@ -217,7 +217,7 @@ def test_a_checkpoint_without_the_vectors_is_refused(tmp_path):
         load_method_state(tmp_path, plan_config.methods, tiny_model(plan_config, model_config))
 
 
-# what is kept from forward to backward
+# tensors that are kept from forward to backward
 
 
 def tiny_config(method: str, family: str = "llama"):
@@ -252,7 +252,7 @@ def tiny_model(config: Config, model_config) -> nn.Module:
 
 @contextmanager
 def watched_matrices():
-    """Weak references to the memory of every W̄ that is made while open."""
+    """Collect weak references to the memory of every W̄ that is made in the block."""
     compute, seen = Reparameterized._compute, []
 
     def watch(self, weight, scale):

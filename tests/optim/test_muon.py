@@ -58,7 +58,7 @@ EXACT = {
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory):
-    """What so many ranks found: seen(ranks) -> (weights before and after each case, facts of each case)."""
+    """Return a function of the number of ranks: weights before and after each case, and the records of each case."""
     finished: dict[int, tuple] = {}
 
     def at(ranks: int) -> tuple[dict, dict]:
@@ -78,7 +78,7 @@ def weights(table: dict[str, np.ndarray], when: str) -> dict[str, np.ndarray]:
 
 
 def assert_same_way(found: dict, expected: dict, start: dict, tolerance: float) -> None:
-    """Every weight ends within `tolerance` of where it should, in units of the way it went."""
+    """Assert that every weight ends within `tolerance` of the expected one, relative to the length of its change."""
     for name, w in expected.items():
         error = np.linalg.norm(found[name] - w) / np.linalg.norm(w - start[name])
         assert error < tolerance, f"{name} is off by {error:.1e} of its way"
@@ -98,7 +98,7 @@ def test_training_equals_the_published_formulas_on_one_process(seen, ranks: int,
 
 @pytest.mark.parametrize("ranks", EXACT)
 def test_in_bf16_stages_1_and_3_agree_and_every_weight_goes_about_as_in_fp32(seen, ranks: int) -> None:
-    """DeepSpeed has two implementations here; only that of stage 1 gathers momentum by matrix."""
+    """DeepSpeed has two implementations here. Only that of stage 1 gathers momentum by matrix."""
     one, three = (seen(ranks)[0][case] for case in HALF)
     start = weights(one, "start")
     assert_same_way(weights(three, "end"), weights(one, "end"), start, ROUNDING)
@@ -169,7 +169,7 @@ def test_reduce_scatter_is_switched_off_for_muon_alone(given: dict) -> None:
 
 
 def dense_training(start: dict[str, np.ndarray], case: dict) -> dict[str, np.ndarray]:
-    """All steps of stock transformers in fp32 on whole batches, the optimizers and TVR by their formulas."""
+    """Train stock transformers in fp32 on whole batches, with the optimizers and TVR by their formulas."""
     model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, max_position_embeddings=LENGTH, **SIZES))
     model.load_state_dict({name: torch.from_numpy(w) for name, w in start.items()})
     optim = {"betas": (0.9, 0.95), "weight_decay": 0.1, **OPTIM, **case.get("optim", {})}

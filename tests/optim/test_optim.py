@@ -1,4 +1,4 @@
-"""Learning-rate schedules against their closed forms, and what weight decay acts on."""
+"""Learning-rate schedules against their closed forms, and the weights that decay."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def optim(name: str, **more: object) -> OptimSection:
 
 
 def rates(config: OptimSection) -> list[float]:
-    """The learning rate of steps 1..100."""
+    """Return the learning rates of steps 1..100."""
     return [learning_rate(config, step, TOTAL) for step in range(1, TOTAL + 1)]
 
 
@@ -93,13 +93,13 @@ def model() -> torch.nn.Module:
 
 
 def config_with(methods: Sequence[Method] = (), **optim: object) -> SimpleNamespace:
-    """As much of a run's configuration as an optimizer needs."""
+    """The part of a run's configuration that an optimizer needs."""
     clip = {"grad_clip": None} if optim.get("name") == "muon" else {}
     return SimpleNamespace(optim=OptimSection.model_validate({"lr": 0.01, **clip, **optim}), methods=methods)
 
 
 def groups_of(model: torch.nn.Module, methods: Sequence[Method] = (), **optim: object) -> list[tuple[set[str], dict]]:
-    """The names in each group, and its options."""
+    """Return the names in each group, and its options."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     config = config_with(methods, **optim)
     found = []
@@ -123,7 +123,7 @@ def test_adamw_has_one_group_of_matrices_that_decay_and_one_of_vectors_that_do_n
 
 
 class Decay(Method):
-    """Says whether the weights of one role decay, and by how much."""
+    """A method that decides whether the weights of one role decay, and by how much."""
 
     name: str = "decay"
     role: str
@@ -210,7 +210,7 @@ def test_the_optimizer_gets_the_runs_numbers(model: torch.nn.Module, name: str) 
     assert {(g["lr"], g["betas"], g["eps"]) for g in groups} == {(0.01, (0.8, 0.9), 1e-6)}
 
 
-def test_deepspeed_is_told_of_every_parameter_whether_muon_steps_it(model: torch.nn.Module) -> None:
+def test_every_parameter_is_marked_for_deepspeed_as_stepped_by_muon_or_not(model: torch.nn.Module) -> None:
     optimizer = build_optimizer(model, config_with(name="muon"))
     assert type(optimizer).__name__ == "MuonWithAuxAdam"
     assert {name for name, p in model.named_parameters() if p.use_muon} == block_matrices(model)

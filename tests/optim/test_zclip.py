@@ -23,7 +23,7 @@ NORMS = [
 
 
 def published(norms: list[float], config: ZClipSection) -> list[float]:
-    """What algorithm 1 of arXiv:2504.02507 clips these norms to (eq. 2 to 5; z* from the reciprocal form)."""
+    """Clip these norms by algorithm 1 of arXiv 2504.02507 (eq. 2 to 5, z* from the reciprocal form)."""
     clipped, warmup = norms[: config.warmup_steps], norms[: config.warmup_steps]
     mean = sum(warmup) / len(warmup)
     variance = sum((norm - mean) ** 2 for norm in warmup) / len(warmup)
@@ -52,7 +52,7 @@ def test_nothing_is_clipped_during_warmup() -> None:
     assert [zclip.clip(norm) for norm in (1.0, 1.1, 900.0, 0.9)] == [1.0, 1.1, 900.0, 0.9]
 
 
-def test_a_zclip_that_is_resumed_anywhere_clips_alike_bit_for_bit() -> None:
+def test_a_zclip_that_is_resumed_anywhere_clips_to_the_same_bits() -> None:
     whole = ZClip(CONFIGS["published"])
     clipped = [whole.clip(norm) for norm in NORMS]
     for stop in (0, 1, 24, 25, 26, 37, 38, 100):

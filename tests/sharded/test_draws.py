@@ -1,4 +1,4 @@
-"""Values by position: any cut of a weight draws the same numbers, and they have the distribution that was asked for.
+"""Values by position: any cut of a weight draws the same numbers, and they have the distribution of their draw.
 
 The references are densities, integrated numerically here; nothing closed-form is shared with the code.
 """
@@ -55,7 +55,7 @@ def drawn(draw: Draw, start: int, count: int, *, name: str = "w", seed: int = 0)
 
 @contextmanager
 def small_pieces() -> Iterator[None]:
-    """Blocks of 64 elements and chunks of 100, so that small weights have many."""
+    """Set blocks of 64 elements and chunks of 100, so that small weights have many."""
     sizes = draws.BLOCK, draws.CHUNK
     draws.BLOCK, draws.CHUNK = 64, 100
     try:
@@ -87,7 +87,7 @@ class Reference:
         return self.moment(4) / self.moment(2) ** 2
 
     def cumulative(self, values: np.ndarray) -> np.ndarray:
-        """P(X <= values)."""
+        """Return P(X <= values)."""
         steps = np.diff(self.grid) * (self.density[1:] + self.density[:-1]) / 2
         half = np.concatenate(([0.0], np.cumsum(steps))) / steps.sum()
         return (1 + np.sign(values) * np.interp(np.abs(values) / self.unit, self.grid, half)) / 2
@@ -201,7 +201,7 @@ def test_cutting_the_tails_does_not_narrow_the_weight(bound):
     draw = TruncatedNormal(0.02, bound)
     values = drawn(draw, 0, 16 * BLOCK)
     error = draw.std * np.sqrt((draw.kurtosis - 1) / (4 * len(values)))
-    narrowed = draw.std * np.sqrt(Reference(draw).moment(2))  # what cutting N(0, std) would leave
+    narrowed = draw.std * np.sqrt(Reference(draw).moment(2))  # the deviation of N(0, std) after the cut
     assert abs(values.std(dtype=np.float64) - draw.std) < 5 * error < abs(narrowed - draw.std)
     limit = bound * Reference(draw).unit
     assert np.abs(values).max() <= limit * (1 + 1e-6)
@@ -224,7 +224,7 @@ def test_blocks_names_and_seeds_are_independent(draw):
 
 @pytest.mark.parametrize("draw", GOLDEN, ids=str)
 def test_the_values_of_a_seed_never_change(draw):
-    """Golden, across the border of two blocks: every published run depends on these numbers."""
+    """Golden values, across the border of two blocks: every published run depends on these numbers."""
     values = drawn(draw, BLOCK - 2, 4, seed=7, name="model.layers.0.mlp.up_proj.weight")
     np.testing.assert_array_equal(values, np.array(GOLDEN[draw], np.float32))
 
@@ -256,7 +256,7 @@ def test_an_orthogonal_matrix_is_orthogonal(size):
 @settings(max_examples=40, deadline=None)
 @given(data=st.data(), size=st.integers(1, 30), dim=st.sampled_from([None, 0, 1]))
 def test_every_cut_of_an_orthogonal_matrix_holds_its_bits(data, size, dim):
-    """ZeRO's ranges and tensor-parallel slices, which end anywhere in a row; also with few rows made at once."""
+    """ZeRO's ranges and tensor-parallel slices end anywhere in a row. Also with few rows made at once."""
     first = data.draw(st.integers(0, size - 1))
     last = data.draw(st.integers(first + 1, size))
     part = Slice((size, size), dim, first, last)
@@ -314,6 +314,6 @@ def test_powers_without_the_cpus_own_functions_are_powers(exponent):
 
 
 @pytest.mark.slow
-def test_no_two_blocks_of_a_large_model_are_alike():
+def test_no_two_blocks_of_a_large_model_are_the_same():
     starts = {tuple(drawn(Normal(0.02), block * BLOCK, 2).tolist()) for block in range(20_000)}
     assert len(starts) == 20_000

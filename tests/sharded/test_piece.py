@@ -1,4 +1,4 @@
-"""Which elements a rank owns and counts: every element of a weight exactly once, whatever cuts it."""
+"""The elements that a rank owns and counts: every element of a weight exactly once, whatever cuts it."""
 
 from itertools import pairwise
 

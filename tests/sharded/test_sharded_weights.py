@@ -1,4 +1,4 @@
-"""Real ranks against dense arithmetic: what `pretrain.sharded` and TVR do to sharded weights is what they should.
+"""Real ranks against dense arithmetic: the effect of `pretrain.sharded` and of TVR on sharded weights.
 
 The ranks are started once per world size and go through every case (sharded_worker.py); 37 divides by nothing.
 """
@@ -17,7 +17,7 @@ from tests.support.runs import Ended, run_ranks
 from tests.support.sharded_cases import SHAPE, cases, half, zero
 from tests.support.workers.sharded_worker import SHAPES, examine_all
 
-# (ranks, how many of them share a tensor-parallel cut); DeepSpeed keeps the cut for the life of a process
+# (ranks, ranks that share a tensor-parallel cut). DeepSpeed keeps the cut for the life of a process
 WORLDS = [(1, 1), (2, 1), (3, 1), (4, 1), (2, 2), (3, 3), (4, 2), (4, 4)]
 SLOW_WORLDS = [(1, 1), (2, 1), (4, 1), (3, 3), (4, 2), (4, 4)]  # (3, 1) divides nothing evenly, (2, 2) is cut
 
@@ -48,7 +48,7 @@ TRAINED = {
 
 
 def trained(world: tuple[int, int]) -> dict[str, dict]:
-    """The runs that are compared with a dense one."""
+    """Return the runs that are compared with a dense one, by name."""
     _, tensor = world
     if tensor == 1:
         return TRAINED
@@ -61,7 +61,7 @@ def start(ranks: int, todo: dict[str, dict], out: Path) -> Ended:
 
 
 def examined(ranks: int, todo: dict[str, dict], out: Path) -> dict:
-    """What so many ranks write down of the cases `todo`."""
+    """Return the results of the cases `todo` on so many ranks."""
     done = start(ranks, todo, out)
     assert done.code == 0, done.stdout[-3000:] + done.stderr[-5000:]
     return json.loads(out.read_text(encoding="utf-8"))
@@ -69,7 +69,7 @@ def examined(ranks: int, todo: dict[str, dict], out: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
-    """What the ranks wrote down: seen(world) -> (results by case, path of a trained case's arrays)."""
+    """Return a function of the world: results by case, and a function that gives the path of a trained case's arrays."""
     finished = {}
 
     def at(world: tuple[int, int]):
@@ -84,10 +84,10 @@ def seen(tmp_path_factory):
 
 
 def every(of) -> list:
-    """One parameter for each case of each world."""
+    """Return one parameter for each case of each world."""
     name = "{}_ranks-{}_cut-{}".format
     return [
-        pytest.param(world, case, id=name(*world, case), marks=[pytest.mark.slow] * (world in SLOW_WORLDS))
+        pytest.param(world, case, id=name(*world, case), marks=[pytest.mark.slow] if world in SLOW_WORLDS else [])
         for world in WORLDS
         for case in of(world)
     ]
@@ -164,13 +164,13 @@ def test_centring_rows_changes_every_copy_as_the_dense_formula_and_survives_the_
 
 
 def untied_in_fp32(world: tuple[int, int]) -> list[str]:
-    """The cases whose head is a matrix of its own."""
+    """Return the names of the cases in fp32 whose head is a matrix of its own."""
     plain = {"precision": "fp32", "tied": False, "family": "llama"}
     return [name for name, case in cases(world).items() if plain.items() <= (plain | case).items()]
 
 
 @pytest.mark.parametrize(("world", "case"), every(untied_in_fp32))
-def test_centring_the_rows_of_an_untied_head_shifts_all_logits_of_a_token_alike(seen, world, case):
+def test_centring_the_rows_of_an_untied_head_shifts_all_logits_of_a_token_equally(seen, world, case):
     found = seen(world)[0][case]
     assert found["logits_moved"] > 0.1
     assert found["probabilities_moved"] < 3e-5
@@ -246,7 +246,7 @@ def test_training_with_lir_and_tvr_equals_a_dense_single_process(seen, world, ca
 
 
 def dense_training(model_shape: str, start: dict[str, np.ndarray]):
-    """Four steps of stock transformers and torch with TVR written out from the paper's formula, on one process."""
+    """Train four steps of stock transformers and torch, with TVR from the paper's formula, on one process."""
     if model_shape != "gpt2":
         shape = {"num_hidden_layers": 2, **SHAPES[model_shape]}
         model = LlamaForCausalLM(LlamaConfig(vocab_size=101, max_position_embeddings=16, **shape))
