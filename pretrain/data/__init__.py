@@ -1,8 +1,8 @@
-"""From text to token shards to batches.
+"""The path from text to token shards to batches.
 
-Text (`text`) becomes shards once (`prepare`, `tokens`); every run then reads them, here or from object storage (`remote`),
-in an order that is computed (`batches`); `audit` tells what they hold. Nothing imported here needs torch, so that the
-processes that tokenise start fast; take `Loader` from `pretrain.data.batches.loader`.
+Text (`text`) becomes shards once (`prepare`, `tokens`). Every run then reads them, here or from object storage (`remote`),
+in an order that is computed (`batches`). `audit` shows their content. Nothing imported here needs torch, so that the
+processes that tokenise start fast; import `Loader` from `pretrain.data.batches.loader`.
 """
 
 from pretrain.data.batches.order import SampleOrder

@@ -1,4 +1,4 @@
-"""SentencePiece BPE: train one, and turn one into the Hugging Face tokenizer that gives the same ids.
+"""SentencePiece BPE: training, and conversion into the Hugging Face tokenizer that gives the same ids.
 
 A SentencePiece BPE merges, at each step, the adjacent pair whose joined piece comes first in the vocabulary. A list of
 all such pairs in that order makes the `tokenizers` library do the same, so no SentencePiece is needed after training.
@@ -19,15 +19,16 @@ import sentencepiece
 from pretrain.errors import UserError, first_line
 
 if TYPE_CHECKING:
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # made at import
     from tokenizers import Tokenizer
+    from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerFast
 
-SPACE = "▁"  # how SentencePiece writes a space inside a piece
+SPACE = "▁"  # SentencePiece writes this for a space inside a piece
 _WRITES_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}  # as tokenizer.json has it
 WORDS = f"\n|{SPACE}+[^{SPACE}\n]*|[^{SPACE}\n]+"
-MAX_LINE_BYTES = 16384  # what SentencePiece takes as one sentence; it drops longer ones, so they are cut before it
-_RESERVED = "\u2585"  # with which SentencePiece writes the unknown; it drops sentences that hold it
+MAX_LINE_BYTES = 16384  # SentencePiece drops longer sentences, so they are cut first
+_RESERVED = "\u2585"  # SentencePiece writes this for the unknown, and drops sentences that hold it
 
 # Text on which two tokenizers that differ in how they treat spaces, digits, case or Unicode give different ids.
 PROBE = (
@@ -37,11 +38,17 @@ PROBE = (
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> bytes:
-    """A serialised SentencePiece BPE of exactly `vocab_size` pieces: unk, bos, eos, 256 bytes, then what it learnt.
+    """Train a SentencePiece BPE of exactly `vocab_size` pieces: unk, bos, eos, 256 bytes, then the learnt ones.
 
     Text keeps its exact form: no normalisation, no added space, runs of spaces kept, unknown characters as bytes.
     Newlines are never inside a piece, digits stand alone. The same documents give the same bytes. What `documents`
-    raises is raised here; UserError if they hold no text, or too little for the vocabulary.
+    raises is raised here.
+
+    Returns:
+        The serialised model.
+
+    Raises:
+        UserError: The documents hold no text, or too little for the vocabulary.
     """
     return _interruptibly(lambda sentences: _train(sentences, vocab_size), _lines(documents))
 
@@ -64,7 +71,7 @@ def _train(sentences: _Kept, vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        if sentences.error is not None:  # SentencePiece makes one of its own of it
+        if sentences.error is not None:  # SentencePiece raises another error in its place
             raise sentences.error from None
         if not sentences.taken:
             raise UserError("the source holds no text, so there is nothing to learn a vocabulary from.") from error
@@ -97,7 +104,7 @@ class _Kept:
 
 
 def _interruptibly(train: Callable[[_Kept], bytes], sentences: Iterable[str]) -> bytes:
-    """`train` in a thread: SentencePiece works for minutes without looking whether the user wants it to end."""
+    """Run `train` in a thread: SentencePiece works for minutes without a check for interrupts."""
     kept = _Kept(sentences)
     results: list[bytes] = []
     errors: list[BaseException] = []
@@ -113,7 +120,7 @@ def _interruptibly(train: Callable[[_Kept], bytes], sentences: Iterable[str]) ->
     try:
         thread.join()
     except BaseException:
-        kept.is_ended = True  # while it still takes text; later it goes down with this process
+        kept.is_ended = True  # this ends it while it still takes text; later it ends with this process
         thread.join(1.0)
         raise
     if errors:
@@ -122,8 +129,12 @@ def _interruptibly(train: Callable[[_Kept], bytes], sentences: Iterable[str]) ->
 
 
 def tokenizer_from_sentencepiece(model_file: Path) -> PreTrainedTokenizerFast:
-    """The Hugging Face form of a SentencePiece BPE `model_file`, proved on a probe text to give the same ids."""
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    """Return the Hugging Face form of a SentencePiece BPE, proved on a probe text to give the same ids.
+
+    Raises:
+        UserError: `model_file` is no SentencePiece BPE, or uses options that the conversion does not reproduce.
+    """
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # made at import
 
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
@@ -141,7 +152,7 @@ def tokenizer_from_sentencepiece(model_file: Path) -> PreTrainedTokenizerFast:
 
 
 def to_hugging_face(model: ModelProto) -> PreTrainedTokenizerFast:
-    """The fast tokenizer with the ids, special tokens and spacing of `model`."""
+    """Return the fast tokenizer with the ids, special tokens and spacing of `model`."""
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
@@ -159,12 +170,12 @@ def to_hugging_face(model: ModelProto) -> PreTrainedTokenizerFast:
 
 
 def to_sentencepiece(tokenizer: Mapping[str, Any]) -> bytes | None:
-    """The serialised SentencePiece BPE that is `tokenizer`, the content of a tokenizer.json; None where it cannot be one.
+    """Return `tokenizer`, the content of a tokenizer.json, as a serialised SentencePiece BPE; None where it cannot be one.
 
-    The reverse of `to_hugging_face`: the larger a piece's id, the lower its score. Whether the ids are the same is for
-    the caller to check.
+    The reverse of `to_hugging_face`: the larger a piece's id, the lower its score. The caller checks that the ids are the
+    same.
     """
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # made at import
 
     bpe, normalizer, cut = tokenizer["model"], tokenizer["normalizer"] or {}, tokenizer["pre_tokenizer"] or {}
     steps = normalizer.get("normalizers", [normalizer])
@@ -188,7 +199,7 @@ def to_sentencepiece(tokenizer: Mapping[str, Any]) -> bytes | None:
         model.pieces.add(piece=piece, score=-token_id if kind == kinds.NORMAL else 0, type=kind)
     spec = model.trainer_spec
     spec.model_type, spec.byte_fallback, spec.vocab_size = spec.BPE, True, len(pieces)
-    spec.bos_id = spec.eos_id = spec.pad_id = -1  # which token is which, tokenizer_config.json says
+    spec.bos_id = spec.eos_id = spec.pad_id = -1  # tokenizer_config.json names them
     rules = model.normalizer_spec
     rules.name, rules.remove_extra_whitespaces = "identity", False
     rules.add_dummy_prefix = any(step.get("type") == "Prepend" for step in steps) or (
@@ -220,9 +231,9 @@ def _backend(model: ModelProto) -> Tokenizer:
 
 
 def _merges(model: ModelProto) -> list[tuple[str, str]]:
-    """Every split of every learnt piece into two learnt pieces, best piece first."""
+    """Return every split of every learnt piece into two learnt pieces, best piece first."""
     learnt = {piece.piece: piece.score for piece in model.pieces if piece.type == model.SentencePiece.NORMAL}
-    best_first = sorted(learnt, key=learnt.get, reverse=True)
+    best_first = sorted(learnt, key=lambda piece: learnt[piece], reverse=True)
     return [
         (piece[:cut], piece[cut:])
         for piece in best_first
@@ -232,13 +243,13 @@ def _merges(model: ModelProto) -> list[tuple[str, str]]:
 
 
 def _pieces_end_where_spaces_begin(model: ModelProto) -> bool:
-    """Return whether no learnt piece goes on from a word into a space or across a newline, so that words encode apart."""
+    """Return whether no learnt piece extends from a word into a space or across a newline, so that words encode apart."""
     learnt = (piece.piece for piece in model.pieces if piece.type == model.SentencePiece.NORMAL)
     return all(SPACE not in piece.lstrip(SPACE) and (piece == "\n" or "\n" not in piece) for piece in learnt)
 
 
-def _words():
-    """Cuts text into newlines and words with the spaces before them: short strings encode faster and can be cached."""
+def _words() -> PreTokenizer:
+    """Return a cut into newlines and words with the spaces before them: short strings encode faster and can be cached."""
     from tokenizers import Regex, pre_tokenizers
 
     return pre_tokenizers.Split(Regex(WORDS), "isolated")
@@ -260,7 +271,7 @@ def _check_equal_ids(
 
 
 def _lines(documents: Iterable[str]) -> Iterator[str]:
-    """The lines of the documents as SentencePiece takes them in, none of which it drops."""
+    """Yield the lines of the documents in a form that SentencePiece never drops."""
     cut = 0
     for document in documents:
         for line in document.split("\n"):
@@ -277,8 +288,8 @@ def _lines(documents: Iterable[str]) -> Iterator[str]:
 
 
 def _short_enough(line: str) -> Iterator[str]:
-    """`line`, in pieces if it has more than MAX_LINE_BYTES; cut before spaces where there are any."""
-    longest = MAX_LINE_BYTES // 4  # of the characters, which have four bytes at most
+    """Yield `line`, in pieces if it has more than MAX_LINE_BYTES; cut before spaces where there are any."""
+    longest = MAX_LINE_BYTES // 4  # in characters, which have four bytes at most
     if len(line) <= longest or len(line.encode()) <= MAX_LINE_BYTES:
         longest = len(line)
     start = 0

@@ -1,7 +1,7 @@
-"""Compares what the files of a tokenizer say of its special tokens with what the libraries make of them.
+"""Compares the special tokens that the files of a tokenizer declare with those that the libraries load.
 
 `tokenizers` and `transformers` give an added token the next free id, whatever id its file names, and `transformers`
-adds a token that is named and in no vocabulary. Other tools take the files at their word, so the ids would differ.
+adds a token that is named and in no vocabulary. Other tools use the ids in the files, so the ids would differ.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pretrain.data.json_files import read_json
 from pretrain.errors import UserError
 
 _VOCABULARY, _SETTINGS, _ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
-_NAMED = "special_tokens_map.json"  # of older versions, where the settings name no such token
+_NAMED = "special_tokens_map.json"  # older versions name tokens here that the settings do not
 
 
 def check_declared(folder: Path, ids: Mapping[str, int]) -> None:
-    """Raise UserError unless the tokens that the files in `folder` declare have their `ids`, those around documents among them.
+    """Raise UserError unless the tokens that the files in `folder` declare have their `ids`.
 
-    Folders without a tokenizer.json declare nothing that could be compared.
+    The tokens around documents must be among them. Folders without a tokenizer.json declare nothing to compare.
     """
     if not (folder / _VOCABULARY).is_file():
         return
@@ -44,7 +44,7 @@ def check_declared(folder: Path, ids: Mapping[str, int]) -> None:
 
 
 def _named(folder: Path, settings: dict, name: str) -> tuple[str, str | None]:
-    """The file that names the token `name`, and its content."""
+    """Return the file that names the token `name`, and its content."""
     file, token = _SETTINGS, settings.get(name)
     if token is None and (folder / _NAMED).is_file():
         file, token = _NAMED, read_json(folder / _NAMED).get(name)
@@ -52,7 +52,7 @@ def _named(folder: Path, settings: dict, name: str) -> tuple[str, str | None]:
 
 
 def _declared(folder: Path, vocabulary: dict, settings: dict) -> Iterator[tuple[str, str, int]]:
-    """(file, token, id)"""
+    """Yield (file, token, id) of each declared token."""
     for token in vocabulary.get("added_tokens") or []:
         yield _VOCABULARY, token["content"], token["id"]
     for number, token in (settings.get("added_tokens_decoder") or {}).items():

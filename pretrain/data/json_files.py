@@ -1,4 +1,4 @@
-"""JSON content: read with errors that name the file, and hashed whatever its formatting."""
+"""JSON content: read with errors that name the file, and hashed independently of its formatting."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pretrain.errors import UserError
 
 
 def read_json(path: Path) -> dict:
-    """The JSON object in `path`; UserError when it cannot be read or is not one."""
+    """Return the JSON object in `path`; UserError when it cannot be read or is not one."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -20,7 +20,7 @@ def read_json(path: Path) -> dict:
 
 
 def parse_json(content: bytes, path: str) -> dict:
-    """The JSON object in `content`, which came from `path` (a file or URL); UserError when it is not one."""
+    """Return the JSON object in `content`, which came from `path` (a file or URL); UserError when it is not one."""
     try:
         value = json.loads(content)
     except ValueError as error:
@@ -31,6 +31,6 @@ def parse_json(content: bytes, path: str) -> dict:
 
 
 def content_hash(value: object) -> str:
-    """32 hex digits that depend on the JSON content of `value` alone (XXH3-128)."""
+    """Return 32 hex digits that depend on the JSON content of `value` alone (XXH3-128)."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return xxhash.xxh3_128_hexdigest(canonical.encode())

@@ -1,4 +1,4 @@
-"""How far long work has come: a bar on a terminal, a line now and then in a log."""
+"""The progress of long work: a bar on a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ LINE_INTERVAL_S = 10.0
 
 
 class Progress:
-    """Bytes, documents and tokens so far, their rates since this object was made, and the time left."""
+    """Shows the bytes, documents and tokens so far, their rates since this object was made, and the time left."""
 
     def __init__(self, verb: str, total_bytes: int, done: tuple[int, int, int] = (0, 0, 0)) -> None:
-        """`verb`: what is done to them; `done`: the (bytes, documents, tokens) that earlier runs of the same work made."""
+        """Begin.
+
+        Args:
+            verb: The word for the work, like "verified".
+            total_bytes: The bytes of all the work.
+            done: The (bytes, documents, tokens) that earlier runs of the same work made.
+        """
         self._on_terminal = sys.stderr.isatty()
         self._verb = verb
         self._bar = tqdm(
@@ -25,7 +31,7 @@ class Progress:
         self._began = self._line_printed = time.monotonic()
 
     def update(self, done: tuple[int, int, int]) -> None:
-        """Say how many (bytes, documents, tokens) there are by now."""
+        """Show the (bytes, documents, tokens) so far."""
         now = time.monotonic()
         seconds = max(now - self._began, 1e-3)
         bytes_per_s, documents_per_s, tokens_per_s = (

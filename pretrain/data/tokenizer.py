@@ -1,10 +1,10 @@
-"""The tokenizer of a run: loaded from disk, never from the network, and known by its content.
+"""The tokenizer of a run: loaded from disk, never from the network, and identified by its content.
 
-The fingerprint hashes what decides which ids a text gets (vocabulary, merges, special ids, and the ids of a fixed
-probe text), so it survives saving, copying and library upgrades, and changes when the meaning of a shard would.
+The fingerprint hashes what decides the ids of a text: vocabulary, merges, special ids, and the ids of a fixed probe text.
+So it survives saving, copying and library upgrades, and changes when the meaning of a shard would.
 
 Training takes the `transformers` tokenizer, since it is exported with the model. Preparing text takes `TokenizerInfo`,
-which mostly come from the files alone: `transformers` takes longer to import than 50 MB of text to encode.
+which mostly comes from the files alone: `transformers` takes longer to import than 50 MB of text to encode.
 """
 
 from __future__ import annotations
@@ -29,17 +29,22 @@ if TYPE_CHECKING:
 
     from pretrain.data.tokens.shards import TokenShards
 
-# What `transformers` loads as tokenizer.json has it; its other classes rebuild the tokenizer in their own way.
+# `transformers` loads these classes as tokenizer.json has them; its other classes rebuild the tokenizer in their own way.
 _PLAIN_CLASSES = {"PreTrainedTokenizerFast", "TokenizersBackend"}
-_OTHER_FILES = ("config.json", "special_tokens_map.json", "added_tokens.json")  # it may find more to do in these
+_OTHER_FILES = ("config.json", "special_tokens_map.json", "added_tokens.json")  # these may change the result
 
 
 @dataclass(frozen=True)
 class TokenizerInfo:
-    """What preparing text needs of a tokenizer; equal to what `load_tokenizer` gives of the same path.
+    """The part of a tokenizer that preparing text needs; the same whether files or `load_tokenizer` gave it.
 
-    backend: the `tokenizers` tokenizer as JSON; vocab_size: the largest id + 1; eos_id: the separator of documents;
-    bos_id: the beginning-of-sequence token that it names; first_ids: what it puts before every text.
+    Attributes:
+        backend: The `tokenizers` tokenizer as JSON.
+        vocab_size: The largest id + 1.
+        eos_id: The separator of documents.
+        bos_id: The beginning-of-sequence token that it names.
+        first_ids: The ids that it puts before every text.
+        fingerprint: The fingerprint of its content.
     """
 
     backend: str
@@ -51,12 +56,12 @@ class TokenizerInfo:
 
 
 def load_tokenizer_info(path: str | Path) -> TokenizerInfo:
-    """The facts of the tokenizer in `path`, as `load_tokenizer` takes it; UserError where that raises one."""
-    return _facts_of_files(Path(path)) or _facts_of(load_tokenizer(path), Path(path))
+    """Return the part of the tokenizer in `path` that preparing text needs; UserError where `load_tokenizer` raises one."""
+    return _info_from_files(Path(path)) or _info_of(load_tokenizer(path), Path(path))
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in `path`: a Hugging Face tokenizer folder or a SentencePiece .model file; UserError otherwise."""
+    """Load the tokenizer in `path`: a Hugging Face tokenizer folder or a SentencePiece .model file; UserError otherwise."""
     path = Path(path)
     if not path.exists():
         raise UserError(
@@ -80,7 +85,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """32 hex digits that are equal for tokenizers that give every text the same ids, wherever they are stored."""
+    """Return 32 hex digits that are equal for tokenizers that give every text the same ids, wherever they are stored."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return _fingerprint(
         tokenizer.get_vocab(),
@@ -91,7 +96,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that ends every document: the tokenizer's end-of-sequence token."""
+    """Return the id that ends every document: the tokenizer's end-of-sequence token."""
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer '{tokenizer.name_or_path}' has no end-of-sequence token, which separates documents. "
@@ -100,23 +105,28 @@ def separator_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id
 
 
-def bos_before_documents(facts: TokenizerInfo, add_bos: str = "auto") -> int | None:
-    """The token that a preparation puts before every document, None for none. UserError if there is no such token.
+def bos_before_documents(tokenizer: TokenizerInfo, add_bos: str = "auto") -> int | None:
+    """Return the token that a preparation puts before every document, None for none.
 
-    add_bos: `auto` does as the tokenizer does with a text, `always` takes the bos_token, `never` takes none.
+    Args:
+        tokenizer: The tokenizer.
+        add_bos: "auto" does as the tokenizer does with a text, "always" takes the bos_token, "never" takes none.
+
+    Raises:
+        UserError: There is no such token, or more than one.
     """
     if add_bos == "never":
         return None
-    if len(facts.first_ids) > 1:
+    if len(tokenizer.first_ids) > 1:
         raise UserError(
-            f"the tokenizer puts {len(facts.first_ids)} tokens before every text (ids {list(facts.first_ids)}), and "
+            f"the tokenizer puts {len(tokenizer.first_ids)} tokens before every text (ids {list(tokenizer.first_ids)}), and "
             "shards take one at most. Change its post_processor, or prepare without any: --add-bos never."
         )
-    if facts.first_ids:
-        return facts.first_ids[0]
-    if add_bos == "always" and facts.bos_id is None:
+    if tokenizer.first_ids:
+        return tokenizer.first_ids[0]
+    if add_bos == "always" and tokenizer.bos_id is None:
         raise UserError("the tokenizer names no bos_token to put before every document: leave out --add-bos always.")
-    return facts.bos_id if add_bos == "always" else None
+    return tokenizer.bos_id if add_bos == "always" else None
 
 
 def first_ids(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> tuple[int, ...]:
@@ -131,7 +141,7 @@ def first_ids(tokenizer: PreTrainedTokenizerBase, path: str | Path) -> tuple[int
 
 
 def put_around(backend: Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids that its post-processor puts before a text and after it."""
+    """Return the ids that the post-processor of `backend` puts before a text and after it."""
     bare, whole = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
     start = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
     return whole[:start], whole[start + len(bare) :]
@@ -140,7 +150,7 @@ def put_around(backend: Tokenizer) -> tuple[list[int], list[int]]:
 def check_tokenizer(shards: TokenShards, found: str, folder: str | Path) -> None:
     """Raise UserError unless the shards were made with the tokenizer in `folder`, whose fingerprint is `found`.
 
-    Other trainers' formats do not say; of theirs only the ids are checked.
+    Other trainers' formats do not record their tokenizer; in those, only the ids are checked, elsewhere.
     """
     if shards.tokenizer_fingerprint not in (None, found):
         raise UserError(
@@ -150,8 +160,8 @@ def check_tokenizer(shards: TokenShards, found: str, folder: str | Path) -> None
         )
 
 
-def _facts_of_files(folder: Path) -> TokenizerInfo | None:
-    """The facts by the files in `folder`, or None where `transformers` may make something else of them."""
+def _info_from_files(folder: Path) -> TokenizerInfo | None:
+    """Return the info from the files in `folder`, or None where `transformers` may load something else from them."""
     if not all((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
     config = read_json(folder / "tokenizer_config.json")
@@ -167,12 +177,16 @@ def _facts_of_files(folder: Path) -> TokenizerInfo | None:
     if (before := put_around(tokenizer)[0]) == [] and config.get("add_bos_token") is True:
         return None
     added = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
-    named = {name: _content(token) for name, token in config.items() if name.endswith("_token") and _is_token(token)}
+    named = {
+        name: _content(token)
+        for name, token in config.items()
+        if name.endswith("_token") and isinstance(token, str | dict)
+    }
     if "eos_token" not in named or not {*named.values(), *_other_tokens(config)} <= added.keys():
         return None
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     check_declared(folder, vocabulary)
-    special_ids = [added.get(named.get(name)) for name in ("unk_token", "bos_token", "eos_token")]
+    special_ids = [added[named[name]] if name in named else None for name in ("unk_token", "bos_token", "eos_token")]
     return TokenizerInfo(
         backend=backend,
         vocab_size=max(vocabulary.values()) + 1,
@@ -188,7 +202,7 @@ def _facts_of_files(folder: Path) -> TokenizerInfo | None:
     )
 
 
-def _facts_of(tokenizer: PreTrainedTokenizerBase, path: Path) -> TokenizerInfo:
+def _info_of(tokenizer: PreTrainedTokenizerBase, path: Path) -> TokenizerInfo:
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
         raise UserError(
             f"the tokenizer '{tokenizer.name_or_path}' has no fast form (tokenizer.json), which prepares data. "
@@ -206,7 +220,7 @@ def _facts_of(tokenizer: PreTrainedTokenizerBase, path: Path) -> TokenizerInfo:
 
 @lru_cache(maxsize=1)
 def text_tokenizer(backend: str) -> Tokenizer:
-    """The tokenizer of that JSON, which takes all of a text for text: "</s>" in it is not the end of a document."""
+    """Return the tokenizer in `backend` (JSON), set to encode special tokens in a text as text, like "</s>"."""
     tokenizer = Tokenizer.from_str(backend)
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -215,7 +229,7 @@ def text_tokenizer(backend: str) -> Tokenizer:
 
 
 def _other_tokens(config: dict) -> list[str]:
-    """The tokens that tokenizer_config.json lists beside the named ones; `transformers` adds those that are missing."""
+    """Return the tokens that tokenizer_config.json lists beside the named ones; `transformers` adds missing ones."""
     decoder = config.get("added_tokens_decoder") or {}
     extra = config.get("extra_special_tokens") or []
     return [
@@ -234,10 +248,6 @@ def _asks_for_bos(path: Path) -> bool:
     return config.is_file() and read_json(config).get("add_bos_token") is True
 
 
-def _is_token(token: object) -> bool:
-    return isinstance(token, str | dict)
-
-
 def _content(token: str | dict) -> str:
     return token["content"] if isinstance(token, dict) else token
 
@@ -251,7 +261,7 @@ def _fingerprint(
 
 
 def _merges(model: dict) -> list:
-    """The order-dependent part of the vocabulary: merge pairs of a BPE, scored pieces of a Unigram, else nothing."""
+    """Return the ordered part of the vocabulary: merge pairs of a BPE, scored pieces of a Unigram, else nothing."""
     if isinstance(model.get("vocab"), list):
         return model["vocab"]
     return [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in model.get("merges", [])]

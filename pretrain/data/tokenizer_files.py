@@ -1,7 +1,7 @@
-"""The files of a tokenizer with which transformers 4 and 5 and llama.cpp all give a text the ids that training gave it.
+"""Writes tokenizer files with which transformers 4 and 5 and llama.cpp all give a text the ids of training.
 
-`tokenizer.json` decides for transformers, so the class is the one that loads it as it is in both versions. llama.cpp
-reads `tokenizer.model` where there is one, and `tokenizer_config.json` for whether a space or BOS comes first.
+`tokenizer.json` decides for transformers, so the class is the one that loads it unchanged in both versions. llama.cpp
+reads `tokenizer.model` where there is one, and takes from `tokenizer_config.json` whether a space or BOS comes first.
 """
 
 from __future__ import annotations
@@ -25,23 +25,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENIZER, CONFIG, SENTENCEPIECE = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
-# What version 5 notes of how the tokenizer was loaded; version 4 takes some of it for settings.
+# Version 5 records with these keys how the tokenizer was loaded; version 4 takes some for settings.
 _OF_THE_LOADING = ("is_local", "local_files_only", "trust_remote_code", "backend", "name_or_path", "auto_map")
 
 
 def portable_files(tokenizer: PreTrainedTokenizerBase, path: Path) -> dict[str, bytes]:
-    """The content of each file by its name, of `tokenizer` as it was loaded from `path`."""
+    """Return the content of each file, by name, for `tokenizer` as it was loaded from `path`."""
     return _Content.of(tokenizer, path).files()
 
 
 def trained_files(tokenizer: PreTrainedTokenizerBase, path: Path, bos_id: int | None) -> dict[str, bytes]:
-    """The same, for a model before whose documents `bos_id` stood in training.
+    """Return `portable_files` for a model whose training documents began with `bos_id`.
 
-    Texts begin with that token then, which is the bos_token. None: nothing is put before a text, and a bos_token that
-    is named is the separator (as GPT-2's is), which ended the document before; any other has never been trained.
+    Texts begin with that token then, and it is the bos_token. None: nothing is put before a text, and a bos_token that is
+    named becomes the separator (as GPT-2's is), which ended the document before; any other has never been trained.
     """
     content = _Content.of(tokenizer, path)
-    content.begin_with(None if bos_id is None else (tokenizer.convert_ids_to_tokens(bos_id), bos_id))
+    if bos_id is None:
+        content.begin_with(None)
+    else:
+        token = tokenizer.convert_ids_to_tokens(bos_id)
+        assert isinstance(token, str)  # for one id
+        content.begin_with((token, bos_id))
     return content.files()
 
 
@@ -54,7 +59,7 @@ def write_files(files: Mapping[str, bytes], folder: Path) -> None:
 
 @dataclass
 class _Content:
-    """tokenizer: of tokenizer.json; config: of tokenizer_config.json; others: files that stay as they are, by name."""
+    """The content of tokenizer.json and of tokenizer_config.json, and of other files, by name."""
 
     tokenizer: dict[str, Any]
     config: dict[str, Any]
@@ -98,7 +103,7 @@ class _Content:
         }
 
     def _describe(self) -> None:
-        """Say what version 4 and llama.cpp take for granted otherwise."""
+        """Write out settings that version 4 and llama.cpp would assume otherwise."""
         before, after = put_around(self.backend())
         self.config |= {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -113,8 +118,8 @@ class _Content:
             self.config["add_prefix_space"] = cut["add_prefix_space"]
 
     def _bring_sentencepiece(self, file: Path) -> None:
-        """Add the SentencePiece model in `file`, or where there is none one made of tokenizer.json, if the ids are the same."""
-        from sentencepiece.sentencepiece_model_pb2 import ModelProto
+        """Add the SentencePiece model in `file`, or one made from tokenizer.json if there is none, if the ids are the same."""
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]  # made at import
 
         content = file.read_bytes() if file.is_file() else to_sentencepiece(self.tokenizer)
         if not content or not _gives_the_ids_of(self.backend(), content):
@@ -130,7 +135,7 @@ class _Content:
 
 
 def _gives_the_ids_of(backend: Tokenizer, model: bytes) -> bool:
-    """Return whether `model` is one of SentencePiece, and gives the probe text and all words of the vocabulary the same ids.
+    """Return whether `model` is one of SentencePiece that gives the probe text and all words of the vocabulary the same ids.
 
     Texts that begin with a space are left out: where one is put before every text, transformers 5 does not double it.
     """
@@ -154,7 +159,9 @@ def _post_processor(found: dict[str, Any] | None, bos: tuple[str, int] | None) -
     kept = [part for part in parts if part["type"] == "ByteLevel"]
     if bos is not None:
         kept.append(_template(*bos))
-    return {"type": "Sequence", "processors": kept} if len(kept) > 1 else kept[0] if kept else None
+    if len(kept) > 1:
+        return {"type": "Sequence", "processors": kept}
+    return kept[0] if kept else None
 
 
 def _template(token: str, token_id: int) -> dict[str, Any]:

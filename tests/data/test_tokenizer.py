@@ -199,7 +199,7 @@ def test_the_facts_are_those_of_the_tokenizer_that_training_loads(
     named = {key: value for key, value in options.items() if key != "truncation"}
     PreTrainedTokenizerFast(tokenizer_object=backend, **named).save_pretrained(tmp_path)
     _change_config(tmp_path, tokenizer_class=tokenizer_class)
-    _check_facts(tmp_path)
+    _check_info(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -215,18 +215,18 @@ def test_the_facts_are_those_of_the_tokenizer_that_training_loads(
 def test_the_facts_follow_what_the_configuration_adds(tmp_path: Path, library_texts: list[str], change: dict) -> None:
     PreTrainedTokenizerFast(tokenizer_object=_byte_level(library_texts[::4]), eos_token=EOS).save_pretrained(tmp_path)
     _change_config(tmp_path, **change)
-    _check_facts(tmp_path)
+    _check_info(tmp_path)
 
 
 def test_the_facts_follow_files_of_older_libraries(tmp_path: Path, library_texts: list[str]) -> None:
     PreTrainedTokenizerFast(tokenizer_object=_byte_level(library_texts[::4]), eos_token=EOS).save_pretrained(tmp_path)
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<|new|>"}))
-    _check_facts(tmp_path)
+    _check_info(tmp_path)
 
 
 def test_the_facts_of_our_own_tokenizers(tokenizer_folder: Path, model_file: Path) -> None:
-    _check_facts(tokenizer_folder)
-    _check_facts(model_file)
+    _check_info(tokenizer_folder)
+    _check_info(model_file)
 
 
 def test_preparation_imports_neither_torch_nor_transformers(tokenizer_folder: Path) -> None:
@@ -244,7 +244,7 @@ def _change_config(folder: Path, **change: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
 
 
-def _check_facts(path: Path) -> None:
+def _check_info(path: Path) -> None:
     """By `transformers`, as training loads it."""
     tokenizer, facts = load_tokenizer(path), load_tokenizer_info(path)
     assert facts.fingerprint == fingerprint(tokenizer)

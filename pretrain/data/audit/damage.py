@@ -1,4 +1,4 @@
-"""Every damaged file of a corpus, not only the first, and where it is damaged, as far as checksums tell."""
+"""Finds every damaged file of a corpus, not only the first, and the damaged bytes, as far as checksums show."""
 
 from __future__ import annotations
 
@@ -21,13 +21,18 @@ from pretrain.data.tokens.shards import open_shards
 from pretrain.data.tokens.verify import check_ids, ends_fault
 from pretrain.errors import UserError
 
-Fault = tuple[str, list[list[int]]]  # what is wrong, and [first, last] byte of each stretch that is, if that is known
+Damage = tuple[str, list[list[int]]]  # words for people, and [first, last] byte of each damaged stretch, if known
 
 
 def open_unchecked(location: str, cache: CacheSettings | None) -> TokenShards:
-    """The corpus at `location` with all its files, even if some are damaged or missing.
+    """Open the corpus at `location`, even if some of its files are damaged or missing.
 
-    UserError where that cannot be: the manifest is damaged, or in other trainers' formats an index.
+    Args:
+        location: The folder, prefix or URL.
+        cache: The local cache of a remote corpus.
+
+    Raises:
+        UserError: The manifest is damaged, or in other trainers' formats an index.
     """
     folder = Path(location.removeprefix("file://"))
     path = folder / MANIFEST
@@ -41,17 +46,22 @@ def open_unchecked(location: str, cache: CacheSettings | None) -> TokenShards:
 
 
 def find_damage(shards: TokenShards, vocab_size: int | None) -> dict:
-    """Read every file of a corpus, several at a time, and list those that are not what the manifest says.
+    """Read every file of a corpus, several at a time, and list those that differ from the manifest.
 
-    Ids must be below `vocab_size`, or where it is None below what the manifest says. `damaged` has {"file", "fault",
-    "bytes"} of each file at fault: [first, last] of every stretch that differs, to within a block of the checksums, and
-    [] where that is not known.
+    Args:
+        shards: The corpus.
+        vocab_size: The number that all ids must be below; None for the one in the manifest.
+
+    Returns:
+        JSON. `damaged` has {"file", "fault", "bytes"} of each damaged file. "bytes" are [first, last] of every stretch
+        that differs, to within a block of the checksums, and [] where that is not known.
     """
     vocab_size = vocab_size or shards.vocab_size
     blocks = _block_checksums(shards)
-    sizes = [shard.bytes + _ends_bytes(shard) * bool(shard.ends_file) for shard in shards.shards]
-    progress, damaged = Progress("verified", sum(sizes)), []
-    done = (0, 0, 0)
+    sizes = [shard.bytes + (_ends_bytes(shard) if shard.ends_file else 0) for shard in shards.shards]
+    progress = Progress("verified", sum(sizes))
+    damaged: list[dict] = []
+    done_bytes = documents = tokens = 0
 
     def look(number: int) -> list[dict]:
         return _damage(shards, number, blocks.get(shards.shards[number].file, []), vocab_size)
@@ -59,8 +69,10 @@ def find_damage(shards: TokenShards, vocab_size: int | None) -> dict:
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for shard, size, found in zip(shards.shards, sizes, pool.map(look, range(len(sizes))), strict=True):
             damaged += found
-            done = tuple(map(sum, zip(done, (size, shard.documents, shard.tokens), strict=True)))
-            progress.update(done)
+            done_bytes += size
+            documents += shard.documents
+            tokens += shard.tokens
+            progress.update((done_bytes, documents, tokens))
     progress.close()
     return {
         "location": shards.location,
@@ -73,16 +85,16 @@ def find_damage(shards: TokenShards, vocab_size: int | None) -> dict:
 
 
 def _block_checksums(shards: TokenShards) -> dict[str, list[str]]:
-    """Of each local file that the manifest has them of; a remote one is fetched again as a whole if it differs."""
+    """Return the checksums of blocks by file; none of remote files, which are fetched again as a whole if they differ."""
     if not isinstance(shards.files, LocalFiles) or not (path := shards.files.path(MANIFEST)).exists():
         return {}
     return {entry["file"]: entry.get("blocks_xxh3_64", []) for entry in read_json(path)["shards"]}
 
 
 def _damage(shards: TokenShards, number: int, blocks: list[str], vocab_size: int | None) -> list[dict]:
-    """What is wrong with the files of one shard."""
+    """Return the damage to the files of one shard."""
     shard = shards.shards[number]
-    faults = {}
+    faults: dict[str, Damage | None] = {}
     if shard.xxh3_128:
         faults[shard.file] = _fault(shards, shard.file, lambda path: _fault_of_tokens(path, shard, blocks))
         faults[shard.ends_file] = _fault(shards, shard.ends_file, lambda path: _fault_of_ends(path, shard))
@@ -92,8 +104,8 @@ def _damage(shards: TokenShards, number: int, blocks: list[str], vocab_size: int
     return [{"file": file, "fault": fault[0], "bytes": fault[1]} for file, fault in faults.items() if fault]
 
 
-def _fault(shards: TokenShards, file: str, look: Callable[[Path], Fault | None]) -> Fault | None:
-    """What `look` finds in a file, or why it cannot."""
+def _fault(shards: TokenShards, file: str, look: Callable[[Path], Damage | None]) -> Damage | None:
+    """Return the damage that `look` finds in a file, or the reason for which it cannot be read."""
     try:
         return look(shards.files.path(file))
     except FileNotFoundError:
@@ -102,7 +114,7 @@ def _fault(shards: TokenShards, file: str, look: Callable[[Path], Fault | None])
         return str(error), []
 
 
-def _fault_of_tokens(path: Path, shard: Shard, blocks: list[str]) -> Fault | None:
+def _fault_of_tokens(path: Path, shard: Shard, blocks: list[str]) -> Damage | None:
     if (size := path.stat().st_size) != shard.bytes:
         return _wrong_size(size, shard.bytes)
     found = hash_file(path)
@@ -115,7 +127,7 @@ def _fault_of_tokens(path: Path, shard: Shard, blocks: list[str]) -> Fault | Non
     return "differs from its checksum", stretches
 
 
-def _fault_of_ends(path: Path, shard: Shard) -> Fault | None:
+def _fault_of_ends(path: Path, shard: Shard) -> Damage | None:
     if (size := path.stat().st_size) != _ends_bytes(shard):
         return _wrong_size(size, _ends_bytes(shard))
     if hash_file(path).digest() == shard.ends_xxh3_128:
@@ -128,13 +140,13 @@ def _ends_bytes(shard: Shard) -> int:
     return shard.documents * ENDS_DTYPE.itemsize
 
 
-def _wrong_size(found: int, expected: int) -> Fault:
-    """Too short or too long, from the byte where it ends or should."""
+def _wrong_size(found: int, expected: int) -> Damage:
+    """Return the damage of a file that is too short or too long: from the byte where it ends, or should end."""
     return f"has {found:,} bytes, not {expected:,}", [[min(found, expected), max(found, expected) - 1]]
 
 
 def _stretches(numbers: list[int]) -> Iterator[tuple[int, int]]:
-    """First and last of each run of consecutive numbers."""
+    """Yield the first and the last of each run of consecutive numbers."""
     first = 0
     for place in range(1, len(numbers) + 1):
         if place == len(numbers) or numbers[place] != numbers[place - 1] + 1:

@@ -1,4 +1,4 @@
-"""Documents of a corpus: found by their number, traced to the file they were made from, and decoded."""
+"""Documents of a corpus: found by their number, traced to their source file, and decoded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Documents:
     def __init__(self, shards: TokenShards) -> None:
         self.shards = shards
         self._firsts = np.cumsum([0, *(shard.documents for shard in shards.shards)])
-        # Of other trainers' files, and of our oldest, nobody wrote down what they were made from.
+        # Other trainers' files, and our oldest, have no record of their sources.
         sources = shards.manifest.get("sources", [])
         self._paths = [source["path"] for source in sources]
         self._source_ends = np.cumsum([0, *(source["documents"] for source in sources)])
@@ -27,32 +27,40 @@ class Documents:
         self._order = SampleOrder(shards.documents, shuffle["seed"]) if shuffle and shards.documents else None
 
     def find(self, name: str) -> tuple[int, int]:
-        """Shard and number in the shard of the document D ("7", through all shards) or SHARD:D ("0:7")."""
-        shard, colon, number = name.rpartition(":")
-        if not (number.isdecimal() and (shard.isdecimal() if colon else True)):
+        """Return the shard of a document and its number there.
+
+        Args:
+            name: The number of the document in the corpus ("7"), or shard and number in it ("0:7").
+
+        Raises:
+            UserError: There is no such document.
+        """
+        first, colon, last = name.rpartition(":")
+        if not (last.isdecimal() and (first.isdecimal() if colon else True)):
             raise UserError(f"--document {name}: give a number such as 7, or shard and number such as 0:7.")
-        count = len(self.shards.shards)
-        if colon and int(shard) >= count:
+        number, count = int(last), len(self.shards.shards)
+        if colon and int(first) >= count:
             raise UserError(f"--document {name}: '{self.shards.location}' has {count} shards, numbered from 0.")
-        held = self.shards.shards[int(shard)].documents if colon else self.shards.documents
-        if int(number) >= held:
-            where = f"shard {shard} of '{self.shards.location}'" if colon else f"'{self.shards.location}'"
+        held = self.shards.shards[int(first)].documents if colon else self.shards.documents
+        if number >= held:
+            where = f"shard {first} of '{self.shards.location}'" if colon else f"'{self.shards.location}'"
             raise UserError(f"--document {name}: {where} has {held} documents, numbered from 0.")
         if colon:
-            return int(shard), int(number)
-        shard = int(np.searchsorted(self._firsts, int(number), side="right")) - 1
-        return shard, int(number) - int(self._firsts[shard])
+            return int(first), number
+        shard = int(np.searchsorted(self._firsts, number, side="right")) - 1
+        return shard, number - int(self._firsts[shard])
 
     def bounds(self, shard: int, number: int) -> tuple[int, int]:
-        """First token of a document in its shard, and the one after its last."""
+        """Return the first token of a document in its shard, and the one after its last."""
         ends = self.shards.open_ends(shard)
         return int(ends[number - 1]) if number else 0, int(ends[number])
 
     def describe(self, shard: int, number: int, start: int, stop: int) -> dict:
-        """Tokens start .. stop - 1 of a shard, which are in its document `number`, and where that came from.
+        """Describe tokens start .. stop - 1 of a shard, which are in its document `number`, and their origin.
 
-        `source` is the path of the file it was made from, and `source_document` counts, from 0, the documents that this
-        corpus has of that file; both None where it is not known.
+        Returns:
+            JSON. `source` is the path of the source file. `source_document` counts, from 0, the documents that this
+            corpus has of that file. Both are None where the origin is not known.
         """
         source, source_document = self._origin(int(self._firsts[shard]) + number)
         return {
@@ -71,22 +79,22 @@ class Documents:
 
 
 class Decoder:
-    """Ids to text, special tokens included."""
+    """Turns ids into text, special tokens included."""
 
     def __init__(self, folder: str | Path) -> None:
-        """Raise UserError where there is no tokenizer in `folder`."""
+        """Load the tokenizer in `folder`; UserError if there is none."""
         self.folder = folder
-        self.facts: TokenizerInfo = load_tokenizer_info(folder)
-        self._tokenizer = Tokenizer.from_str(self.facts.backend)
+        self.info: TokenizerInfo = load_tokenizer_info(folder)
+        self._tokenizer = Tokenizer.from_str(self.info.backend)
 
     def text(self, ids: np.ndarray) -> str:
         return self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
     def token(self, number: int) -> str:
-        """One token as text, or, if it is only a part of a character, by its name in the vocabulary."""
+        """Return one token as text, or, if it is only a part of a character, its name in the vocabulary."""
         text = self._tokenizer.decode([number], skip_special_tokens=False)
         return text if text and "\ufffd" not in text else self._tokenizer.id_to_token(number) or ""
 
     def check(self, shards: TokenShards) -> None:
-        """Raise UserError if the corpus says that it was made with another tokenizer."""
-        check_tokenizer(shards, self.facts.fingerprint, self.folder)
+        """Raise UserError if the corpus records another tokenizer."""
+        check_tokenizer(shards, self.info.fingerprint, self.folder)

@@ -1,4 +1,4 @@
-"""Where in the run's order of samples a step begins: a run that went back goes on after the data that it left out."""
+"""The place of each step in a run's order of samples: a run that went back continues after the data that it skipped."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from pathlib import Path
 
 
 class Positions:
-    """Of the steps of a run, as its metrics tell it; without metrics, of a run that never went back."""
+    """The samples of the steps of a run, read from its metrics; without metrics, those of a run that never went back."""
 
     def __init__(self, metrics: Path, global_batch_size: int) -> None:
         self._batch = global_batch_size
-        self._restarts = [(0, 0), *_restarts(metrics)]  # after so many steps the data went on at that sample
+        self._restarts = [(0, 0), *_restarts(metrics)]  # (steps, the sample at which the data continued after them)
 
     def before(self, step: int) -> int:
-        """How many samples of the order lie before those of `step`, which was trained last where it was trained twice."""
+        """Return the number of samples before those of `step`; of a step that was trained twice, the last time counts."""
         after, sample = next(restart for restart in reversed(self._restarts) if restart[0] < step)
         return sample + (step - 1 - after) * self._batch
 
     def step_of(self, sample: int) -> int | None:
-        """The step that read `sample`; None where it was left out, or read by steps that no longer count."""
+        """Return the step that read `sample`; None if it was skipped, or read by steps that no longer count."""
         for number, (after, first) in enumerate(self._restarts):
             step = after + (sample - first) // self._batch + 1
             later = [restart for restart in self._restarts[number + 1 :] if restart[0] < step]
@@ -30,14 +30,16 @@ class Positions:
 
 
 def _restarts(metrics: Path) -> Iterator[tuple[int, int]]:
-    """From the events of the newest run in the file: (step gone back to, first sample after those left out)."""
-    found: list[tuple[int, int]] = []
-    for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.is_file() else ():
+    """Yield (step gone back to, first sample after the skipped ones) from the events of the newest run in the file."""
+    if not metrics.is_file():
+        return
+    restarts: list[tuple[int, int]] = []
+    for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True):
         if '"event"' not in line or not line.endswith("\n"):  # a run that was killed leaves half a line
             continue
         row = json.loads(line)
         if row.get("event") == "started":
-            found = []
+            restarts = []
         if row.get("event") == "rolled_back":
-            found.append((row["to_step"], row["last_sample"] + 1))
-    yield from found
+            restarts.append((row["to_step"], row["last_sample"] + 1))
+    yield from restarts

@@ -1,7 +1,7 @@
-"""What a corpus holds: how long its documents are, which tokens it uses, and what it was made from.
+"""Statistics of a corpus: the lengths of its documents, the tokens it uses, and its source files.
 
-Shards are read one after another, block by block. What is kept is one count for every id and one for every length that
-occurs, of which n tokens have at most sqrt(2 n); so the statistics are exact and the memory is bounded.
+Shards are read one after another, block by block. There is one count for every id and one for every length that occurs;
+n tokens have at most sqrt(2 n) different lengths. So the statistics are exact and the memory is bounded.
 """
 
 from __future__ import annotations
@@ -15,20 +15,25 @@ from pretrain.data.tokens.verify import check_ids
 
 BLOCK_TOKENS = 1 << 20
 FETCHED_AHEAD = 3  # shards
-LARGEST_VOCABULARY = 1 << 24  # where a format does not say how many ids there are, what is no id any more
+LARGEST_VOCABULARY = 1 << 24  # ids are below this where a format does not say how many there are
 LONG = (2048, 8192)
 TOP = 20
 QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p99": 0.99, "max": 1.0}
 
 
 def describe_corpus(shards: TokenShards, decoder: Decoder | None = None) -> dict:
-    """All that is known of a corpus; with a `decoder` the top tokens have their texts.
+    """Return all that is known of a corpus, as JSON.
 
-    UserError for an id beyond the vocabulary, naming its place.
+    Args:
+        shards: The corpus.
+        decoder: Its tokenizer, with which the top tokens have their texts.
+
+    Raises:
+        UserError: An id is beyond the vocabulary; the message names its place.
     """
-    counts, lengths = _count(shards, decoder.facts.vocab_size if decoder else shards.vocab_size)
+    counts, lengths = _count(shards, decoder.info.vocab_size if decoder else shards.vocab_size)
     return {
-        **_facts(shards),
+        **_properties(shards),
         "lengths": _distribution(*lengths),
         "histogram": _histogram(*lengths),
         "ids_used": int(np.count_nonzero(counts)),
@@ -37,7 +42,7 @@ def describe_corpus(shards: TokenShards, decoder: Decoder | None = None) -> dict
     }
 
 
-def _facts(shards: TokenShards) -> dict:
+def _properties(shards: TokenShards) -> dict:
     imported, text_bytes = shards.manifest.get("imported"), shards.text_bytes
     return {
         "location": shards.location,
@@ -60,14 +65,18 @@ def _facts(shards: TokenShards) -> dict:
 
 
 def _sources(shards: TokenShards) -> dict:
-    """How many files gave documents, and those that gave most."""
+    """Return the number of files that gave documents, and those that gave most."""
     sources = shards.manifest.get("sources", [])
     largest = sorted(sources, key=lambda source: -source["tokens"])[:TOP]
     return {"source_files": len(sources), "largest_sources": largest}
 
 
 def _count(shards: TokenShards, vocab_size: int | None) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """How often each id occurs, int64 (vocabulary,); and the lengths that occur, ascending, with their counts, int64."""
+    """Count ids and lengths.
+
+    Returns:
+        The count of each id, int64 (ids,); and the lengths that occur, ascending, with their counts, both int64.
+    """
     counts, lengths = np.zeros(0, np.int64), (np.zeros(0, np.int64), np.zeros(0, np.int64))
     progress, read = Progress("read", shards.tokens * shards.dtype.itemsize), 0
     documents = 0
@@ -97,7 +106,7 @@ def _sum(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 def _merged(
     first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The values of two histograms, ascending, and the sums of their counts."""
+    """Return the values of two histograms, ascending, and the sums of their counts."""
     values, places = np.unique(np.concatenate([first[0], second[0]]), return_inverse=True)
     counts = np.zeros(len(values), np.int64)
     np.add.at(counts, places, np.concatenate([first[1], second[1]]))
@@ -105,7 +114,7 @@ def _merged(
 
 
 def _distribution(values: np.ndarray, counts: np.ndarray) -> dict:
-    """Quantiles are lengths that occur: the smallest that so many documents do not exceed."""
+    """Summarise lengths. A quantile is the smallest length that occurs and that this share of documents does not exceed."""
     if not len(values):
         return {}
     below, tokens = np.cumsum(counts), values * counts
@@ -118,7 +127,7 @@ def _distribution(values: np.ndarray, counts: np.ndarray) -> dict:
 
 
 def _histogram(values: np.ndarray, counts: np.ndarray) -> list[dict]:
-    """Documents and tokens by the power of two that their length reaches."""
+    """Count documents and tokens by the power of two that their length reaches."""
     if not len(values):
         return []
     powers = np.frexp(values)[1] - 1

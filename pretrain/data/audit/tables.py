@@ -1,4 +1,4 @@
-"""The findings of an audit as text for people."""
+"""The results of an audit as text for people."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ BAR = 40  # characters of the longest
 
 
 def trace_table(samples: Sequence[dict]) -> str:
-    """One row for each document of each sample."""
+    """Return a table with one row for each document of each sample."""
     header = ("sample", "corpus", "epoch", "shard", "number", "document", "tokens", "from")
     rows = []
     for sample in samples:
@@ -22,7 +22,7 @@ def trace_table(samples: Sequence[dict]) -> str:
 
 
 def trace_texts(samples: Sequence[dict], max_characters: int) -> str:
-    """The documents of each sample, each under a line that says what it is."""
+    """Return the documents of each sample, each under a heading."""
     return "\n\n".join(
         "\n".join(
             [
@@ -35,66 +35,67 @@ def trace_texts(samples: Sequence[dict], max_characters: int) -> str:
 
 
 def document_text(document: dict, max_characters: int) -> str:
-    """A line about a document, or a part of one, and its text, cut after `max_characters`."""
+    """Return a heading for a document, or a part of one, and its text, cut after `max_characters`."""
     text, origin = document["text"], _origin(document)
+    heading = f"--- document {document['document']}, tokens {_stretch(document['tokens'])}"
+    if origin:
+        heading += f", {origin}"
     left = len(text) - max_characters
-    return "\n".join(
-        [
-            f"--- document {document['document']}, tokens {_stretch(document['tokens'])}{f', {origin}' if origin else ''}",
-            text[:max_characters] + (f"[... {left:,} more characters]" if left > 0 else ""),
-        ]
+    more = f"[... {left:,} more characters]" if left > 0 else ""
+    return f"{heading}\n{text[:max_characters]}{more}"
+
+
+def corpus_tables(corpus: dict) -> str:
+    """Return everything in `describe_corpus` as text."""
+    return "\n\n".join(
+        filter(None, [_summary(corpus), _lengths(corpus), _top_tokens(corpus), _largest_sources(corpus)])
     )
 
 
-def corpus_tables(facts: dict) -> str:
-    """Everything in `describe_corpus`."""
-    return "\n\n".join(filter(None, [_summary(facts), _lengths(facts), _top_tokens(facts), _largest_sources(facts)]))
-
-
 def damage_lines(report: dict) -> Iterator[str]:
-    """One line for each fault in `find_damage`."""
+    """Yield one line for each damaged file in `find_damage`."""
     for damage in report["damaged"]:
         places = ", ".join(_stretch([first, last + 1]) for first, last in damage["bytes"])
-        yield f"{damage['file']}: {damage['fault']}{f', bytes {places}' if places else ''}"
+        yield f"{damage['file']}: {damage['fault']}" + (f", bytes {places}" if places else "")
 
 
-def _summary(facts: dict) -> str:
-    ids = facts["vocab_size"]
-    per_token = facts["text_bytes_per_token"]
+def _summary(corpus: dict) -> str:
+    ids = corpus["vocab_size"]
+    per_token = corpus["text_bytes_per_token"]
     lines = {
-        "location": facts["location"],
-        "format": facts["format"] + (f", imported from {facts['imported_from']}" if facts["imported_from"] else ""),
-        "tokens": f"{facts['tokens']:,} {facts['dtype']} in {facts['shards']:,} shards, {facts['bytes'] / 1e6:,.1f} MB",
-        "documents": f"{facts['documents']:,}"
-        + (f", shuffled with the seed {facts['shuffle']['seed']}" if facts["shuffle"] else ""),
-        "text": "unknown" if per_token is None else f"{facts['text_bytes']:,} bytes, {per_token:.2f} per token",
-        "vocabulary": f"{facts['ids_used']:,} ids occur"
-        + (f", {facts['ids_used'] / ids:.2%} of {ids:,}" if ids else "")
-        + (f"; documents begin with {facts['bos_id']}" if facts["bos_id"] is not None else "")
-        + (f"; documents end with {facts['eos_id']}" if facts["eos_id"] is not None else ""),
-        "tokenizer": facts["tokenizer_fingerprint"] or "unknown",
-        "corpus": facts["fingerprint"],
+        "location": corpus["location"],
+        "format": corpus["format"] + (f", imported from {corpus['imported_from']}" if corpus["imported_from"] else ""),
+        "tokens": f"{corpus['tokens']:,} {corpus['dtype']} in {corpus['shards']:,} shards, {corpus['bytes'] / 1e6:,.1f} MB",
+        "documents": f"{corpus['documents']:,}"
+        + (f", shuffled with the seed {corpus['shuffle']['seed']}" if corpus["shuffle"] else ""),
+        "text": "unknown" if per_token is None else f"{corpus['text_bytes']:,} bytes, {per_token:.2f} per token",
+        "vocabulary": f"{corpus['ids_used']:,} ids occur"
+        + (f", {corpus['ids_used'] / ids:.2%} of {ids:,}" if ids else "")
+        + (f"; documents begin with {corpus['bos_id']}" if corpus["bos_id"] is not None else "")
+        + (f"; documents end with {corpus['eos_id']}" if corpus["eos_id"] is not None else ""),
+        "tokenizer": corpus["tokenizer_fingerprint"] or "unknown",
+        "corpus": corpus["fingerprint"],
     }
     return "\n".join(f"{key:<11}{value}" for key, value in lines.items())
 
 
-def _lengths(facts: dict) -> str:
-    lengths = facts["lengths"]
+def _lengths(corpus: dict) -> str:
+    lengths = corpus["lengths"]
     if not lengths:
         return ""
     quantiles = ", ".join(f"{name} {lengths[name]:,}" for name in ("min", "p25", "median", "p75", "p99", "max"))
     over = ", ".join(
         f"{share:.2%} over {name.rpartition('_')[2]}" for name, share in lengths.items() if name.startswith("share")
     )
-    most = max(row["documents"] for row in facts["histogram"])
+    most = max(row["documents"] for row in corpus["histogram"])
     rows = [
         (
             f"{row['from']:,}-{row['to']:,}",
             row["documents"],
-            f"{row['tokens'] / facts['tokens']:.1%}",
+            f"{row['tokens'] / corpus['tokens']:.1%}",
             "#" * -(-row["documents"] * BAR // most),
         )
-        for row in facts["histogram"]
+        for row in corpus["histogram"]
     ]
     return (
         f"Length of documents in tokens: {quantiles}, mean {lengths['mean']:,.1f}.\n"
@@ -103,19 +104,19 @@ def _lengths(facts: dict) -> str:
     )
 
 
-def _top_tokens(facts: dict) -> str:
+def _top_tokens(corpus: dict) -> str:
     rows = [
-        (token["id"], token["count"], f"{token['count'] / facts['tokens']:.2%}", _quoted(token.get("text")))
-        for token in facts["top_tokens"]
+        (token["id"], token["count"], f"{token['count'] / corpus['tokens']:.2%}", _quoted(token.get("text")))
+        for token in corpus["top_tokens"]
     ]
     return table(("id", "count", "of tokens", ""), rows, right=(0, 1, 2)) if rows else ""
 
 
-def _largest_sources(facts: dict) -> str:
-    rows = [(source["tokens"], source["documents"], source["path"]) for source in facts["largest_sources"]]
+def _largest_sources(corpus: dict) -> str:
+    rows = [(source["tokens"], source["documents"], source["path"]) for source in corpus["largest_sources"]]
     if not rows:
         return ""
-    return f"Files it was made from: {facts['source_files']:,}. Those that gave most:\n\n" + table(
+    return f"Files it was made from: {corpus['source_files']:,}. Those that gave most:\n\n" + table(
         ("tokens", "documents", "file"), rows, right=(0, 1)
     )
 
@@ -131,12 +132,12 @@ def _quoted(text: str | None) -> str:
 
 
 def _stretch(bounds: Sequence[int]) -> str:
-    """[first, after the last] with both ends included."""
+    """Return [first, after the last] with both ends included."""
     return f"{bounds[0]:,}-{bounds[1] - 1:,}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[int] = ()) -> str:
-    """Aligned columns; those in `right` at their right ends."""
+    """Return aligned columns; those in `right` are aligned at their right ends."""
     cells = [
         list(header),
         *([f"{cell:,}" if isinstance(cell, int) else _in_one_line(cell) for cell in row] for row in rows),
@@ -152,6 +153,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], right: Sequen
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def _in_one_line(cell: str) -> str:
-    r"""The cell with `\n` for the line's end that the name of a file may hold."""
-    return cell.replace("\n", "\\n")
+def _in_one_line(cell: object) -> str:
+    r"""Return the cell as text, with `\n` for an end of line, which the name of a file may hold."""
+    return str(cell).replace("\n", "\\n")

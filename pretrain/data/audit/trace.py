@@ -1,4 +1,4 @@
-"""Which documents a step of a run reads: the run's own feed is asked, and nothing is trained."""
+"""Traces the documents that a step of a run reads: the run's own feed gives them, and nothing is trained."""
 
 from __future__ import annotations
 
@@ -11,10 +11,16 @@ from pretrain.data.batches.feed import Feed
 
 
 def trace(feed: Feed, samples: Sequence[int], decoder: Decoder | None = None) -> list[dict]:
-    """Where each of `samples`, numbered from 0 in the run's order, lies, and what documents are in its inputs.
+    """Return the place of each sample and the documents in its inputs.
 
-    `shard` and `number` say which sample of which shard it is, and `padding` how many places hold no document. A
-    document's `tokens` are [first, after the last] in the shard; with a `decoder` it has its `text` too.
+    Args:
+        feed: The feed of the run.
+        samples: Numbers of samples, from 0 in the run's order.
+        decoder: The tokenizer, with which documents have their texts.
+
+    Returns:
+        JSON of each sample. It is sample `number` of shard `shard`, and `padding` of its places hold no document. A
+        document's `tokens` are [first, after the last] in the shard; with a decoder it has its `text` too.
     """
     slots = feed.at(np.asarray(samples, dtype=np.int64))
     of_source = [Documents(stream.shards) for stream in feed.streams]
@@ -41,6 +47,6 @@ def trace(feed: Feed, samples: Sequence[int], decoder: Decoder | None = None) ->
 
 
 def add_texts(described: Sequence[dict], tokens: np.ndarray, decoder: Decoder) -> None:
-    """Give each of `Documents.describe` its `text`; tokens: those of the shard."""
+    """Add its `text` to each result of `Documents.describe`; tokens: those of the shard."""
     for document in described:
         document["text"] = decoder.text(tokens[slice(*document["tokens"])])

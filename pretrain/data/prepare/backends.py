@@ -1,9 +1,9 @@
-"""Who turns text into ids: `tokenizers`, or gigatoken where that gives the very same ids some 50 times faster."""
+"""The library that turns text into ids: `tokenizers`, or gigatoken if it gives the very same ids, some 50 times faster."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -19,13 +19,15 @@ RENEW_BYTES = 1 << 30
 
 
 class Backend(Protocol):
+    """A library that encodes text with one tokenizer."""
+
     def encode(self, contents: Sequence[bytes]) -> list[np.ndarray]:
-        """The ids of each text (UTF-8), without any that are added; special tokens in a text are text."""
+        """Return the ids of each text (UTF-8), (tokens,) uint32, without added ones; special tokens in a text are text."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The name of a backend, and for people why it is this one."""
+    """The name of a backend, and the reason for it, for people."""
 
     name: str
     reason: str
@@ -33,12 +35,12 @@ class Choice:
 
 @lru_cache(maxsize=2)
 def open_backend(name: str, tokenizer: str) -> Backend:
-    """The backend `name` for `tokenizer`, a `tokenizers` tokenizer as JSON."""
+    """Return the backend `name` for `tokenizer`, a `tokenizers` tokenizer as JSON."""
     return _BACKENDS[name](tokenizer)
 
 
 def choose_backend(tokenizer: str, sample: Sequence[str]) -> Choice:
-    """gigatoken if it gives a probe text and the `sample` the ids that `tokenizers` gives, else `tokenizers`."""
+    """Choose gigatoken if it gives a probe text and the `sample` the ids that `tokenizers` gives, else `tokenizers`."""
     try:
         fast = open_backend("gigatoken", tokenizer)
     except ImportError:
@@ -97,17 +99,17 @@ class Gigatoken:
         self._encoded_bytes = 0
 
 
-_BACKENDS: dict[str, type[Backend]] = {"tokenizers": HuggingFace, "gigatoken": Gigatoken}
+_BACKENDS: dict[str, Callable[[str], Backend]] = {"tokenizers": HuggingFace, "gigatoken": Gigatoken}
 
 
 def _for_gigatoken(tokenizer: str) -> str:
-    """`tokenizer` without special tokens, which gigatoken would look for in texts, and without our cut into words.
+    """Return `tokenizer` without special tokens, which gigatoken would find in texts, and without our cut into words.
 
     `bpe` adds that cut where no piece goes across it, so only the speed of `tokenizers` depends on it.
     """
-    head, key, model = tokenizer.partition('"model"')  # which is long and last
+    head, key, model = tokenizer.partition('"model"')  # the model is long and last
     settings = json.loads(f"{head}{key}: null}}")
-    if "added_tokens" not in settings:  # not in the order in which `tokenizers` writes
+    if "added_tokens" not in settings:  # its order is not that of `tokenizers`
         return _for_gigatoken(text_tokenizer(tokenizer).to_str())
     settings["added_tokens"] = [token for token in settings["added_tokens"] if not token["special"]]
     if (settings["pre_tokenizer"] or {}).get("pattern") == {"Regex": WORDS}:
@@ -116,6 +118,6 @@ def _for_gigatoken(tokenizer: str) -> str:
 
 
 def reraise_interrupts(error: BaseException) -> None:
-    """A panic of gigatoken is a BaseException too, and means only that this library cannot do it."""
+    """Raise `error` again if it interrupts this process; a panic of gigatoken is a BaseException too, but does not."""
     if isinstance(error, KeyboardInterrupt | SystemExit):
         raise error

@@ -1,13 +1,13 @@
-"""Texts to tokens in several processes, in the order of the source whatever the number of processes.
+"""Turns texts into tokens in several processes, in the order of the source.
 
-One process reads and writes, the others parse and encode. So nothing that is written depends on who encoded it.
+One process reads and writes, the others parse and encode. So the output does not depend on the number of processes.
 """
 
 from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,7 +27,7 @@ SPLITS = ("train", "val", "held_out")
 
 @dataclass(frozen=True)
 class Unit:
-    """A bounded run of blocks, and how far the source was after the last of them."""
+    """A bounded run of blocks, and the cursor of the source after the last of them."""
 
     blocks: list[Block]
     cursor: object
@@ -35,7 +35,7 @@ class Unit:
 
     @property
     def place(self) -> str:
-        """Where it is, for people."""
+        """Its place, for people."""
         places = list(dict.fromkeys(block.place for block in self.blocks))
         return " to ".join(dict.fromkeys((places[0], places[-1])))
 
@@ -44,9 +44,11 @@ class Unit:
 class Encoded:
     """The documents of a unit that belong to one split.
 
-    tokens: each document and its separator, after what begins it, in the shards' dtype; ends: where each document ends
-    in them, int64; text_bytes: the size of each document as UTF-8, int64; files: the number of the source file each came
-    from, int32.
+    Attributes:
+        tokens: (tokens,) of the shards' dtype: each document with the token before it, if any, and its separator.
+        ends: (documents,) int64, the end of each document in `tokens`.
+        text_bytes: (documents,) int64, the size of each document as UTF-8.
+        files: (documents,) int32, the number of the source file of each document.
     """
 
     tokens: np.ndarray
@@ -55,7 +57,7 @@ class Encoded:
     files: np.ndarray
 
     def up_to(self, tokens: int) -> Encoded:
-        """The first documents, the last of which reaches `tokens`."""
+        """Return the first documents, the last of which reaches `tokens`."""
         documents = int(np.searchsorted(self.ends, tokens)) + 1
         if documents >= len(self.ends):
             return self
@@ -69,9 +71,9 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Encoder:
-    """What a process needs to turn blocks into tokens; small enough to be sent to one."""
+    """Turns blocks into tokens; small enough to be sent to another process."""
 
-    tokenizer: str  # of the `tokenizers` library, as JSON
+    tokenizer: str  # a tokenizer of the `tokenizers` library, as JSON
     separator: int
     dtype: np.dtype
     val_fraction: float
@@ -81,7 +83,7 @@ class Encoder:
     skip_unreadable: bool = False
 
     def __call__(self, blocks: Iterable[Block]) -> tuple[dict[str, Encoded], Tally]:
-        """The documents of each of SPLITS, and what was left out."""
+        """Return the documents of each of SPLITS, and the count of records left out."""
         contents: dict[str, list[bytes]] = {split: [] for split in SPLITS}
         files: dict[str, list[int]] = {split: [] for split in SPLITS}
         tally = Tally()
@@ -95,9 +97,10 @@ class Encoder:
         return {split: self._encode(contents[split], files[split]) for split in SPLITS}, tally
 
     def _split_of(self, content: bytes) -> str:
-        """By the text alone: adding files moves no document, and copies of a text are never on both sides.
+        """Return the split of a document, which depends on its text alone.
 
-        Validation takes from one end and held-out from the other, so changing one moves no document of the other.
+        So adding files moves no document, and copies of a text are never in two splits. Validation takes from one end
+        and held-out from the other, so changing one fraction moves no document of the other.
         """
         place = xxhash.xxh3_64_intdigest(content)
         if place < self.val_fraction * 2**64:
@@ -125,7 +128,7 @@ class Encoder:
 
 
 def units(source: Source) -> Iterator[Unit]:
-    """The rest of the source in units whose borders depend on the files alone."""
+    """Yield the rest of the source in units whose borders depend on the files alone."""
     blocks: list[Block] = []
     size = 0
     for block in source.blocks():
@@ -138,10 +141,21 @@ def units(source: Source) -> Iterator[Unit]:
         yield Unit(blocks, source.cursor(), source.read_bytes())
 
 
-def encode_in_order(encoder: Encoder, source: Source, workers: int) -> Iterator[tuple[Unit, dict[str, Encoded], Tally]]:
-    """Each unit of the source, its tokens and what was left out; a few units per worker are in memory at once.
+def encode_in_order(
+    encoder: Encoder, source: Source, workers: int
+) -> Generator[tuple[Unit, dict[str, Encoded], Tally], None, None]:
+    """Yield each unit of the source, its tokens by split, and the count of records left out.
 
-    A Fault of what is not to be left out; UserError for a unit that again and again ends the process that encodes it.
+    A few units per worker are in memory at once.
+
+    Args:
+        encoder: The encoder; its backend is chosen here.
+        source: The source, from its present place on.
+        workers: The number of processes.
+
+    Raises:
+        Fault: A part is damaged or a record is bad, and the encoder does not skip it.
+        UserError: Every process that encodes a unit dies.
     """
     rest = units(source)
     for first in rest:
@@ -158,14 +172,15 @@ class _Encode:
     encoder: Encoder
 
     def __call__(self, unit: Unit, attempt: int) -> tuple[dict[str, Encoded], Tally]:
-        """The tokens of a unit; by the slower and older library if a process has died of it."""
+        """Encode a unit; with the slower and older library if a process has died of it."""
         encoder = self.encoder if attempt == 1 else replace(self.encoder, backend="tokenizers")
         return encoder(unit.blocks)
 
 
 def _sample(unit: Unit) -> list[str]:
-    """About the first SAMPLE_CHARACTERS of the unit."""
-    sample, left = [], SAMPLE_CHARACTERS
+    """Return about the first SAMPLE_CHARACTERS of the unit."""
+    sample: list[str] = []
+    left = SAMPLE_CHARACTERS
     for block in unit.blocks:
         for text in texts_of(block, Tally(), skip_unreadable=True):
             sample.append(text[:left])

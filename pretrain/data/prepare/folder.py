@@ -1,4 +1,4 @@
-"""The folder that a preparation writes to: one writer at a time, and no files but its own."""
+"""The folder that a preparation writes to: it has one writer at a time, and no files but its own."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pretrain.errors import UserError
 from pretrain.files import CANNOT_WRITE, NO_LOCKS
 
 JOURNAL = "prepare.json"
-UNSHUFFLED = ".unshuffled"  # in it, what is to be shuffled
+UNSHUFFLED = ".unshuffled"  # the folder of documents that are to be shuffled
 
 
 @contextmanager
 def writing_in(out: Path, *, shared: bool = False) -> Iterator[None]:
     """Make `out` and keep other preparations out of it; a full disk and the like become UserErrors.
 
-    With `shared` only those are kept out that want the folder for themselves: tasks of an array job share theirs.
+    With `shared`, only preparations that need the folder for themselves are kept out: tasks of an array job share theirs.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -36,8 +36,8 @@ def writing_in(out: Path, *, shared: bool = False) -> Iterator[None]:
         ) from error
 
 
-def refuse_foreign_files(out: Path, *own: str) -> None:
-    """Raise UserError, before anything is written, if `out` holds files that no preparation recorded, `own` aside."""
+def refuse_unrecorded_files(out: Path, *own: str) -> None:
+    """Raise UserError, before anything is written, if `out` holds files besides `own` that no preparation recorded."""
     if not out.is_dir() or (out / JOURNAL).exists():
         return
     names = {entry.name for entry in out.iterdir() if not entry.name.startswith(".") or entry.name == UNSHUFFLED}
@@ -49,7 +49,7 @@ def refuse_foreign_files(out: Path, *own: str) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder of this preparation's own with all its files, or a link to it and these, if it is still there."""
+    """Remove a folder of this preparation with all its files, and a link to it, if it is still there."""
     if folder.exists():
         shutil.rmtree(folder.resolve())
     if folder.is_symlink():

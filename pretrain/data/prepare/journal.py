@@ -1,7 +1,7 @@
-"""How far a preparation is, on disk: a small file that is replaced at every commit, and a log that only grows.
+"""The state of a preparation on disk: a small file that is replaced at every commit, and a log that only grows.
 
-A corpus may have a hundred thousand files and shards. What is known of each goes to the log once, and the small file
-says how long the log was; so a commit costs the same at the end of a preparation as at its beginning.
+A corpus may have a hundred thousand files and shards. An entry for each goes to the log once, and the small file records
+the length of the log. So a commit costs the same at the end of a preparation as at its beginning.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -24,28 +25,35 @@ COMMIT_INTERVAL_S = 5.0
 
 
 def splits_of(settings: dict) -> tuple[str, ...]:
-    """The shard folders of a preparation with these settings."""
+    """Return the names of the shard folders of a preparation with these settings."""
     shares = {"val": settings["val_fraction"], "held_out": settings["held_out_fraction"]}
     return ("train", *(split for split, share in shares.items() if share))
 
 
 def written(writers: dict[str, ShardWriter]) -> tuple[int, int]:
-    """The documents and tokens that all the writers have taken."""
+    """Return the documents and tokens that all writers have taken."""
     return sum(writer.documents for writer in writers.values()), sum(writer.tokens for writer in writers.values())
 
 
 class Journal:
-    """The journal of the preparation with `settings` in `out`, and the writers of its shards, which it keeps in step.
+    """The journal of a preparation, and the writers of its shards, which are committed together.
 
-    `state` is JSON that belongs to whoever does the work; it is saved with every commit.
+    Attributes:
+        out: The folder of the preparation.
+        settings: The settings that identify it, JSON.
+        finished: All is done.
+        state: JSON of the caller's, saved with every commit.
+        writers: The writer of each split.
     """
 
     def __init__(self, out: Path, settings: dict) -> None:
-        """Load it, or begin it in a new folder; UserError if `out` holds another preparation."""
+        """Load the journal in `out`, or begin it in a new folder; UserError if `out` holds another preparation."""
         self.out = out
         self.settings = settings
         self._path = out / JOURNAL
-        recorded = read_json(self._path) if self._path.exists() else {"settings": settings, "finished": False}
+        recorded: dict[str, Any] = (
+            read_json(self._path) if self._path.exists() else {"settings": settings, "finished": False}
+        )
         if recorded.get("settings") != settings:
             raise UserError(_refusal(out, recorded.get("settings", {}), settings))
         self.finished: bool = recorded["finished"]
@@ -61,7 +69,7 @@ class Journal:
             self._committed = time.monotonic()
 
     def open_writers(self, dtype: np.dtype) -> dict[str, ShardWriter]:
-        """A writer for each split, at the place of the last commit."""
+        """Return a writer for each split, at the place of the last commit."""
         for split in splits_of(self.settings):
             if state := self._writers_state.get(split):
                 state = state | {"closed": self.noted("shard", split)}
@@ -73,7 +81,7 @@ class Journal:
         self._log.write(json.dumps({"kind": kind, "split": split, "entry": entry}).encode() + b"\n")
 
     def noted(self, kind: str, split: str | None) -> list:
-        """The entries of that kind and split, in order."""
+        """Return the entries of that kind and split, in order."""
         self._log.flush()
         with open(self._log.name, "rb") as lines:
             notes = [json.loads(line) for line in lines]
@@ -85,7 +93,7 @@ class Journal:
             self.commit()
 
     def commit(self) -> None:
-        """Make all that was written durable, and the place from which a later process goes on."""
+        """Make all that was written durable, and the place from which a later process continues."""
         for split, writer in self.writers.items():
             state = writer.commit()
             closed = state.pop("closed")
@@ -107,7 +115,7 @@ class Journal:
         self._committed = time.monotonic()
 
     def finish(self) -> None:
-        """Record that all is done; what the manifests hold is forgotten here."""
+        """Record that all is done, and remove the log, whose entries are in the manifests."""
         write_json(self._path, {"settings": self.settings, "finished": True})
         self.finished = True
         self._log.close()
@@ -115,7 +123,7 @@ class Journal:
 
 
 def forget(out: Path, settings: dict) -> None:
-    """Take back a preparation that has come to nothing: any other may begin in `out` then."""
+    """Remove a preparation that gave nothing, so that any other may begin in `out`."""
     for folder in (UNSHUFFLED, *splits_of(settings)):
         remove(out / folder)
     for file in (LOG, JOURNAL):

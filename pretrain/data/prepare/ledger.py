@@ -1,4 +1,4 @@
-"""What each source file gave to each split, for the manifest."""
+"""Counts what each source file gave to each split, for the manifest."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pretrain.data.prepare.journal import Journal
 
 
 class SourceLedger:
-    """Counts documents and tokens by (split, source file); the journal keeps it from one process to the next."""
+    """The documents and tokens of each (split, source file); the journal keeps them from one process to the next."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self._open: dict[str, dict] = journal.state["open_sources"]  # split -> the file whose documents are arriving
+        self._open: dict[str, dict] = journal.state["open_sources"]  # by split, the file whose documents are arriving
 
     def add(self, split: str, documents: Encoded, files: Sequence[dict]) -> None:
-        """Count `documents`, which come after all that were counted; `files` are the source's."""
+        """Count `documents`, which come after all that were counted; `files` are those of the source."""
         if not len(documents.files):
             return
         firsts = np.flatnonzero(np.diff(documents.files, prepend=-1))
@@ -30,7 +30,7 @@ class SourceLedger:
             entry["tokens"] += held
 
     def sources(self, split: str) -> list[dict]:
-        """{"path", "bytes": [start, stop], "documents", "tokens"} of each file that gave documents, in their order."""
+        """Return {"path", "bytes": [start, stop], "documents", "tokens"} of each file that gave documents, in order."""
         entries = [*self._journal.noted("source", split), *([self._open[split]] if split in self._open else [])]
         return [{key: entry[key] for key in ("path", "bytes", "documents", "tokens")} for entry in entries]
 

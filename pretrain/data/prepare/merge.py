@@ -1,7 +1,7 @@
 """Joins the parts of an array job into one preparation: by renaming their shards, or by shuffling their documents.
 
-What is to be renamed is written down before the first file moves, so that a merge killed at any moment goes on from
-there; the manifests come last.
+The renames are recorded before the first file moves, so that a merge killed at any moment can continue. The manifests
+come last.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pretrain.data.json_files import read_json
-from pretrain.data.prepare.folder import JOURNAL, refuse_foreign_files, remove, writing_in
+from pretrain.data.prepare.folder import JOURNAL, refuse_unrecorded_files, remove, writing_in
 from pretrain.data.prepare.journal import Journal, splits_of
 from pretrain.data.prepare.parts import PARTS, complete_parts, joined_manifest, part_folder
 from pretrain.data.prepare.shuffle import shuffle
@@ -25,11 +25,21 @@ from pretrain.files import sync_folder
 
 
 def merge(out: Path, *, workers: int, shuffle_seed: int | None = None) -> dict[str, TokenShards]:
-    """Join the parts in `out` to out/train and so on, in the order of the source; return the shard folders by name.
+    """Join the parts in `out` to out/train and so on, in the order of the source.
 
-    All parts must be there, complete, of the same settings, and have the checksums that their manifests say (read by
-    `workers` threads). With `shuffle_seed` the documents are shuffled across all of them. Goes on after a kill, and
-    returns at once if all is done. UserError names the parts that are missing or wrong.
+    A merge that was killed continues; one that is done returns at once.
+
+    Args:
+        out: The folder of the preparation.
+        workers: The number of threads that check or shuffle.
+        shuffle_seed: Shuffle the documents across all parts with this seed; None: keep their order.
+
+    Returns:
+        The corpus of each split.
+
+    Raises:
+        UserError: Parts are missing, incomplete, made with other settings, or differ from their checksums; the message
+            names them.
     """
     if not out.is_dir():
         raise UserError(f"there is no folder '{out}' with parts to join. Make them with --part.")
@@ -47,10 +57,10 @@ def merge(out: Path, *, workers: int, shuffle_seed: int | None = None) -> dict[s
 
 
 def _settings(out: Path, workers: int, *, moves: bool) -> dict:
-    """The settings of the whole, by the journal of a merge that has begun or by the parts after checking them."""
+    """Return the settings of the whole: from the journal of a merge that has begun, or from the parts after checking them."""
     if not (out / JOURNAL).exists():
         folders, settings = complete_parts(out)
-        refuse_foreign_files(out, PARTS)
+        refuse_unrecorded_files(out, PARTS)
         shards = [folder / split for folder in folders for split in splits_of(settings)]
         if moves:
             _refuse_other_file_systems(out, shards)
@@ -74,12 +84,13 @@ def _refuse_other_file_systems(out: Path, folders: Sequence[Path]) -> None:
 def _verify(folders: Sequence[Path], workers: int) -> None:
     shards = [open_shards(folder, verify="size") for folder in folders]
     progress = Progress("verified", sum(held.tokens * held.dtype.itemsize for held in shards))
-    done = (0, 0, 0)
+    size_bytes = documents = tokens = 0
     with ThreadPoolExecutor(workers) as pool:
         for held in pool.map(open_shards, folders):
-            sizes = (held.tokens * held.dtype.itemsize, held.documents, held.tokens)
-            done = tuple(map(sum, zip(done, sizes, strict=True)))
-            progress.update(done)
+            size_bytes += held.tokens * held.dtype.itemsize
+            documents += held.documents
+            tokens += held.tokens
+            progress.update((size_bytes, documents, tokens))
     progress.close()
     if not any(held.tokens for folder, held in zip(folders, shards, strict=True) if folder.name == "train"):
         raise UserError(
@@ -103,7 +114,7 @@ def _join(folders: Sequence[Path], journal: Journal) -> None:
 
 
 def _plan(folders: Sequence[Path], split: str) -> dict:
-    """Which file below the whole's folder becomes which of the split's, and what its manifest will say."""
+    """Return the renames that make the shards of `split`, and the content of its manifest, JSON."""
     manifests = [read_json(folder / split / MANIFEST) for folder in folders]
     homes = [folder for folder, manifest in zip(folders, manifests, strict=True) for _ in manifest["shards"]]
     shards, description = joined_manifest(folders, split)

@@ -9,36 +9,36 @@ from itertools import chain
 from pathlib import Path
 
 from pretrain.data.json_files import read_json
-from pretrain.data.prepare.folder import JOURNAL, refuse_foreign_files, writing_in
+from pretrain.data.prepare.folder import JOURNAL, refuse_unrecorded_files, writing_in
 from pretrain.data.tokens.manifest import MANIFEST
 from pretrain.errors import UserError
 
 PARTS = "parts"
-_OF_THE_WRITER = {"schema_version", "dtype", "tokens", "documents", "shards"}  # it knows them by the shards
+_OF_THE_WRITER = {"schema_version", "dtype", "tokens", "documents", "shards"}  # the writer derives them from the shards
 _NAME = re.compile(r"part_(\d+)_of_(\d+)")
 
 
 def part_folder(out: Path, part: tuple[int, int]) -> Path:
-    """Where part `part` = (number, count) of the preparation `out` is made."""
+    """Return the folder of part `part` = (number, count) of the preparation `out`."""
     number, count = part
     return out / PARTS / f"part_{number:04d}_of_{count:04d}"
 
 
 @contextmanager
 def writing_part(out: Path, part: tuple[int, int]) -> Iterator[Path]:
-    """The folder of `part` for this process alone, while others may have those of other parts."""
+    """Yield the folder of `part` for this process alone; others may have those of other parts."""
     folder = part_folder(out, part)
     _refuse_whole(out)
     _refuse_other_count(out, part[1])
-    refuse_foreign_files(out, PARTS)
-    refuse_foreign_files(folder)
+    refuse_unrecorded_files(out, PARTS)
+    refuse_unrecorded_files(folder)
     with writing_in(out, shared=True), writing_in(folder):
         _refuse_whole(out)  # a merge may have ended since
         yield folder
 
 
 def refuse_parts(out: Path) -> None:
-    """Raise UserError if `out` is the place of an array job's parts."""
+    """Raise UserError if `out` holds the parts of an array job."""
     if (out / PARTS).is_dir() and not (out / JOURNAL).exists():
         raise UserError(
             f"'{out}' holds parts of a preparation ({_listed(_found(out))}). Join them with --merge --out {out}, make "
@@ -47,9 +47,10 @@ def refuse_parts(out: Path) -> None:
 
 
 def complete_parts(out: Path) -> tuple[list[Path], dict]:
-    """The folders of all parts in `out`, in order, and the settings that they share.
+    """Return the folders of all parts in `out`, in order, and the settings that they share.
 
-    UserError if one is missing, incomplete, or made with other settings than the first.
+    Raises:
+        UserError: A part is missing, incomplete, or made with other settings than the first.
     """
     found = _found(out)
     if not found:
@@ -75,7 +76,7 @@ def complete_parts(out: Path) -> tuple[list[Path], dict]:
 
 
 def joined_manifest(folders: Sequence[Path], split: str) -> tuple[list[dict], dict]:
-    """What the manifests of `split` in all `folders` say of their shards, in order, and together of the whole."""
+    """Return the manifest's entries for the shards of `split` in all `folders`, in order, and its description of the whole."""
     manifests = [read_json(folder / split / MANIFEST) for folder in folders]
     description = {key: value for key, value in manifests[0].items() if key not in _OF_THE_WRITER} | {
         "text_bytes": sum(manifest["text_bytes"] for manifest in manifests),
@@ -106,7 +107,7 @@ def _refuse_other_count(out: Path, count: int) -> None:
 
 
 def _found(out: Path) -> list[tuple[int, int]]:
-    """The (number, count) of the parts in `out`, in order."""
+    """Return the (number, count) of the parts in `out`, in order."""
     if not (out / PARTS).is_dir():
         return []
     matches = [_NAME.fullmatch(folder.name) for folder in (out / PARTS).iterdir()]
@@ -119,4 +120,6 @@ def _without_part(settings: dict) -> dict:
 
 def _listed(parts: Sequence[tuple[int, int]]) -> str:
     names = [f"{number}/{count}" for number, count in parts[:10]]
-    return f"part{'s' * (len(parts) > 1)} {', '.join(names)}{' ...' * (len(parts) > 10)}"
+    noun = "parts" if len(parts) > 1 else "part"
+    more = " ..." if len(parts) > 10 else ""
+    return f"{noun} {', '.join(names)}{more}"

@@ -1,8 +1,8 @@
-"""Text to token shards, so that a preparation killed at any moment goes on and ends with the same bytes.
+"""Turns text into token shards; a preparation killed at any moment can continue and ends with the same bytes.
 
-The tokens are written in the order of the source. Every few seconds the journal records how far the source was read and
-how long each file was then; whatever came later is cut off and made again. The manifests are written at the end. A
-shuffled preparation first does all this in a hidden folder, from which `shuffle` writes the shards.
+The tokens are written in the order of the source. Every few seconds the journal records the cursor of the source and the
+length of each file. What a killed process wrote after that is cut off and made again. The manifests are written at the
+end. A shuffled preparation first does all this in a hidden folder, from which `shuffle` writes the shards.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from pretrain.data.prepare.encoding import Encoded, Encoder, encode_in_order
-from pretrain.data.prepare.folder import UNSHUFFLED, refuse_foreign_files, remove, writing_in
+from pretrain.data.prepare.folder import UNSHUFFLED, refuse_unrecorded_files, remove, writing_in
 from pretrain.data.prepare.journal import Journal, forget, splits_of, written
 from pretrain.data.prepare.ledger import SourceLedger
 from pretrain.data.prepare.parts import refuse_parts, writing_part
@@ -30,14 +31,14 @@ from pretrain.errors import UserError
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The policy for records that give no text. It is no part of what identifies a preparation."""
+    """The policy for records that give no text. It does not identify a preparation."""
 
     skip_unreadable: bool
     max_bad_share: float
 
 
 class _NoTraining(UserError):
-    """There is no document to train on."""
+    """An error for a preparation without a document to train on."""
 
 
 def prepare(
@@ -58,16 +59,33 @@ def prepare(
 ) -> dict[str, TokenShards]:
     """Write the shard folders out/train and, where their fractions are not 0, out/val and out/held_out; return them.
 
-    Goes on if the same preparation stopped earlier, returns at once if it is complete. `max_tokens` ends it at the
-    first document end at or past that many training tokens. `shuffle_seed` puts the documents of each split in an order
-    that depends on it and on their number alone. `part` = (number, count) says that `source` is that share of a larger
-    one: it gets a folder of its own below `out` until `merge` joins them. `skip_unreadable` leaves out and names what is
-    damaged and records that have no text, up to a share `max_bad_share` of the records; a preparation may go on with
-    it that began without. `add_bos`: as `bos_before_documents` has it. UserError for bad input, a folder that holds
-    anything else, and a full disk.
+    A preparation that stopped earlier continues; one that is complete returns at once.
+
+    Args:
+        source: The source of text.
+        tokenizer: The tokenizer.
+        out: The folder to write to: new, empty, or that of the same preparation.
+        val_fraction: The share of documents for val.
+        shard_tokens: The tokens of a shard, about.
+        workers: The number of processes that encode, and of threads that shuffle.
+        held_out_fraction: The share of documents for held_out.
+        max_tokens: Stop at the first document end at or past this many training tokens.
+        shuffle_seed: Put the documents of each split in an order that depends on this seed and their number alone.
+        part: (number, count): `source` is this share of a larger one. It gets a folder of its own below `out` until
+            `merge` joins them.
+        skip_unreadable: Leave out and name damaged parts and records without text. A preparation that began without
+            this may continue with it.
+        max_bad_share: The share of records that may be left out so.
+        add_bos: The token before documents, as in `bos_before_documents`.
+
+    Returns:
+        The corpus of each split.
+
+    Raises:
+        UserError: The input is bad, the folder holds anything else, or the disk is full.
     """
     tolerance = Tolerance(skip_unreadable, max_bad_share)
-    settings = {
+    settings: dict[str, Any] = {
         "source": source.description,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "val_fraction": val_fraction,
@@ -82,7 +100,7 @@ def prepare(
             _tokenise(source, tokenizer, folder, settings | {"part": list(part)}, workers, tolerance)
             return _opened(folder, settings)
     refuse_parts(out)
-    refuse_foreign_files(out)
+    refuse_unrecorded_files(out)
     with writing_in(out):
         try:
             if shuffle_seed is None:
@@ -114,7 +132,7 @@ def _tokenise_and_shuffle(
 def _tokenise(
     source: Source, tokenizer: TokenizerInfo, out: Path, settings: dict, workers: int, tolerance: Tolerance
 ) -> None:
-    """Write the documents in the order of the source to out/train and so on, from where this was stopped."""
+    """Write the documents in the order of the source to out/train and so on; continue where this was stopped."""
     out.mkdir(exist_ok=True)
     journal = Journal(out, settings)
     if not journal.finished:
@@ -122,7 +140,7 @@ def _tokenise(
 
 
 class _Tokenisation:
-    """The source, the writers, the ledger and the journal, which only ever move together."""
+    """The source, the writers, the ledger and the journal, which always move together."""
 
     def __init__(self, source: Source, tokenizer: TokenizerInfo, journal: Journal, tolerance: Tolerance) -> None:
         self.source = source
@@ -151,14 +169,14 @@ class _Tokenisation:
         self.omissions = Omissions(source.files, tolerance.max_bad_share, self.state.setdefault("left_out", {}), note)
 
     def run(self, workers: int) -> None:
-        """From where the journal stands to the end."""
+        """Work from the last commit to the end."""
         if not self._has_enough():
             self._encode_the_rest(workers)
         self.omissions.close()
         if not self.writers["train"].tokens and "part" not in self.settings:
             raise _NoTraining(self._why_nothing())
         if files := self._files_without_text():
-            some = f"{', '.join(files[:3])}{', ...' * (len(files) > 3)}"
+            some = ", ".join([*files[:3], "..."] if len(files) > 3 else files)
             print(
                 f"without text: {len(files):,} of {len(self.source.files):,} files ({some})",
                 file=sys.stderr,
@@ -207,12 +225,12 @@ class _Tokenisation:
         return wanted is not None and wanted <= 0
 
     def _done(self) -> tuple[int, int, int]:
-        """Bytes read, documents, tokens."""
+        """Return the bytes read, the documents and the tokens so far."""
         documents, tokens = written(self.writers)
         return self.state["read_bytes"], documents, tokens
 
     def _files_without_text(self) -> list[str]:
-        """The files that were read to their end and gave no document."""
+        """Return the files that were read to their end and gave no document."""
         given = {entry["path"] for split in self.writers for entry in self.ledger.sources(split)}
         read = self.source.files[: self.state["cursor"][0]]
         return [file["path"] for file in read if file["path"] not in given]

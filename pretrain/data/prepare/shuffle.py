@@ -1,8 +1,8 @@
 """The second pass of a shuffled preparation: the documents of prepared folders, written in an order that is computed.
 
-The order is a keyed permutation of the documents' numbers, so it takes no memory, and the state of the pass is how many
-documents have been written. They are gathered block by block: within a block the folders are read in the order in
-which they lie on disk, and the documents written in the permuted one.
+The order is a keyed permutation of the documents' numbers, so it takes no memory, and the state of the pass is the number
+of documents written. They are gathered block by block: a block is read in the order in which its documents lie on disk,
+and written in the permuted one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BLOCK_TOKENS = 1 << 26  # a quarter of a gigabyte as uint32
 def shuffle(folders: Sequence[Path], journal: Journal, workers: int) -> None:
     """Write the documents of all `folders` in the order of the journal's seed, and finish it.
 
-    Goes on from where the journal stands. The bytes depend on the documents and the seed, not on `workers` (threads).
+    Continues from the last commit. The bytes depend on the documents and the seed, not on `workers` (threads).
     """
     pieces = {
         split: [open_shards(folder / split, verify="size") for folder in folders]
@@ -55,21 +55,23 @@ class Shuffled:
     """The documents of several corpora of one dtype, in an order that depends on `seed` and their number."""
 
     def __init__(self, pieces: Sequence[TokenShards], seed: int, pool: Executor) -> None:
-        """`pool`: the threads that read."""
+        """Order the documents of `pieces`; the threads of `pool` read."""
         self._dtype = pieces[0].dtype
         self._seed = seed
         self._pool = pool
         self._shards = [(piece, number) for piece in pieces for number in range(len(piece.shards))]
         counts = [piece.shards[number].documents for piece, number in self._shards]
-        self._firsts = np.cumsum([0, *counts])  # the number of each shard's first document, then that of documents
+        self._firsts = np.cumsum([0, *counts])  # the number of each shard's first document, then the count of all
 
     def blocks(self, place: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """From document `place` of the order on: tokens of some documents, one after the other, and their ends, int64.
+        """Yield, from document `place` of the order on, the tokens of some documents and their ends in them, int64.
 
         A block has BLOCK_DOCUMENTS at most, and BLOCK_TOKENS unless its only document is longer.
         """
         count = int(self._firsts[-1])
-        order = SampleOrder(count, self._seed) if count else None
+        if not count:
+            return
+        order = SampleOrder(count, self._seed)
         while place < count:
             documents = order.many(place, min(place + BLOCK_DOCUMENTS, count))
             starts, stops = self._bounds(documents)
@@ -79,7 +81,7 @@ class Shuffled:
             place += fitting
 
     def _bounds(self, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where each document starts and stops within its shard, int64."""
+        """Return the start and the end of each document in its shard, both int64."""
         starts, stops = np.zeros((2, len(documents)), dtype=np.int64)
 
         def read(shard: int, places: np.ndarray) -> None:
@@ -88,13 +90,13 @@ class Shuffled:
             within = documents[places] - self._firsts[shard]
             stops[places] = ends[within]
             starts[places] = np.where(within > 0, ends[within - 1], 0)
-            piece.close(number)  # a large corpus has more shards than a process may hold open
+            piece.close(number)  # a large corpus has more shards than a process may have open
 
         self._each_shard(read, documents)
         return starts, stops
 
     def _tokens(self, documents: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """The documents, which start at `starts` in their shards, one after the other so that they end at `ends`."""
+        """Return the documents, which start at `starts` in their shards, one after another; they end at `ends`."""
         gathered = np.empty(ends[len(documents) - 1], dtype=self._dtype)
         places_of = np.concatenate([[0], ends])
 
@@ -117,6 +119,6 @@ class Shuffled:
 
 
 def _done(writers: dict[str, ShardWriter]) -> tuple[int, int, int]:
-    """Bytes, documents, tokens."""
+    """Return the bytes, documents and tokens so far."""
     documents, tokens = written(writers)
     return tokens * writers["train"].dtype.itemsize, documents, tokens

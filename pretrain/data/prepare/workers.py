@@ -1,7 +1,7 @@
-"""A function over many inputs in several processes, in order, surviving the death of any of them.
+"""Maps a function over many inputs in several processes, in order, even if some of the processes die.
 
-`concurrent.futures` gives up when one process dies. Here another takes its place and its inputs. And since starting the
-processes costs as much as encoding tens of megabytes, they start when there proves to be more work than that.
+`concurrent.futures` gives up when one process dies. Here another takes its place and its inputs. Starting the processes
+costs as much as encoding tens of megabytes, so they start when there is more work than that.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 from pretrain.errors import UserError
 from pretrain.processes import start_fork_server
 
-ALONE_CPU_S = 2.0  # how long this process works before it starts others
+ALONE_CPU_S = 2.0  # this process works so long before it starts others
 ATTEMPTS = 3
 QUEUED = 2  # inputs that a process has at once: the one it works on and the next
 HELD = 3  # inputs and results per process that are in memory at once
@@ -32,10 +32,19 @@ Function = Callable[[Any, int], Any]
 def map_in_order(
     function: Function, inputs: Iterable, workers: int, *, place_of: Callable[[Any], str]
 ) -> Iterator[tuple[Any, Any]]:
-    """(input, function(input, attempt)) of each input, in order; `attempt` is 1 unless a process died of the input.
+    """Yield (input, function(input, attempt)) for each input, in order.
 
-    Inputs and results are pickled, and at most HELD * workers of them are held. What `function` raises is raised here.
-    UserError names the `place_of` an input of which ATTEMPTS processes died.
+    Inputs and results are pickled, and at most HELD * workers of them are in memory. What `function` raises is raised
+    here.
+
+    Args:
+        function: The function; `attempt` is 1 unless a process died of the input.
+        inputs: The inputs.
+        workers: The number of processes.
+        place_of: Names an input in messages.
+
+    Raises:
+        UserError: ATTEMPTS processes died of one input.
     """
     inputs = iter(inputs)
     began = time.process_time()
@@ -64,7 +73,7 @@ def _in_pool(pool: _Pool, workers: int, inputs: Iterator) -> Iterator[tuple[Any,
 
 
 class _Pool:
-    """Processes, what each of them was given, and what came back."""
+    """Processes, the inputs that each of them was given, and their results."""
 
     def __init__(self, function: Function, size: int, place_of: Callable[[Any], str]) -> None:
         self._function = function
@@ -88,7 +97,7 @@ class _Pool:
         self._give(idlest, number)
 
     def take(self, number: int) -> tuple[Any, Any]:
-        """The input and its result; raises what the function raised."""
+        """Return the input and its result; raise what the function raised."""
         succeeded, result = self.results.pop(number)
         if not succeeded:
             raise result
@@ -96,7 +105,7 @@ class _Pool:
         return self._inputs.pop(number), result
 
     def wait(self) -> None:
-        """Until a process has a result or dies."""
+        """Wait until a process has a result or dies."""
         ready = wait([worker.connection for worker in self._workers])
         for worker in [worker for worker in self._workers if worker.connection in ready]:
             try:
@@ -109,12 +118,12 @@ class _Pool:
 
     def close(self) -> None:
         for worker in self._workers:
-            worker.connection.close()  # which ends it
+            worker.connection.close()  # this ends it
         for worker in self._workers:
             worker.process.join()
 
     def _replace(self, dead: _Worker) -> None:
-        """Start another process with the inputs of a dead one, the first of which may be what it died of."""
+        """Start another process with the inputs of a dead one, which may have died of the first."""
         dead.connection.close()
         dead.process.join()
         if dead.numbers:
@@ -141,7 +150,7 @@ class _Worker:
     """A process and the numbers of the inputs that it has, the one it works on first."""
 
     def __init__(self, function: Function) -> None:
-        # Forked from a server that has the imports done but neither threads nor this process's memory.
+        # Forked from a server that has done the imports, but has neither threads nor this process's memory.
         context = start_fork_server(["__main__", __name__, function.__class__.__module__])
         self.connection, other_end = context.Pipe()
         self.numbers: list[int] = []
@@ -167,7 +176,7 @@ def _work(connection: Connection, function: Function) -> None:
 
 
 def _receive(connection: Connection, tasks: queue.SimpleQueue) -> None:
-    """Take in inputs while others are worked on, so that the parent never waits; end with the parent."""
+    """Receive inputs while others are worked on, so that the parent never waits; end with the parent."""
     try:
         while True:
             tasks.put(connection.recv())

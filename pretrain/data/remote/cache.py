@@ -1,4 +1,4 @@
-"""The files of a remote corpus, through a cache folder that all processes of a node share."""
+"""Access to the files of a remote corpus through a cache folder that all processes of a node share."""
 
 from __future__ import annotations
 
@@ -31,8 +31,12 @@ log = logging.getLogger("evenkeel")
 
 @dataclass(frozen=True)
 class CacheSettings:
-    """folder: shared by the processes of a node, and by runs; limit_bytes: of the whole folder, never exceeded;
-    downloads: how many files of a corpus are fetched ahead at a time.
+    """The settings of a cache.
+
+    Attributes:
+        folder: The folder, which the processes of a node share, and runs too.
+        limit_bytes: The size of the whole folder, which is never exceeded.
+        downloads: The number of files of a corpus that are fetched ahead at a time.
     """
 
     folder: Path
@@ -41,24 +45,35 @@ class CacheSettings:
 
 
 class CachedFiles:
-    """`pretrain.data.tokens.files.Files` of a URL, by the sizes and checksums that its manifest gives them.
+    """`CorpusFiles` of a URL, with the sizes and checksums that its manifest gives.
 
-    A file is in the cache whole and checked or not at all, and found there by its checksum: so it may come from another
+    A file is in the cache whole and checked or not at all, and found there by its checksum. So it may come from another
     URL or run, and a corpus that changes at its URL is another corpus. One process of a node fetches a file, others wait
-    for it. `path` fetches in the calling thread whatever the threads that fetch ahead do, and may evict what
+    for it. `path` fetches in the calling thread, independently of the threads that fetch ahead. It may evict files that
     these have fetched; they evict nothing that any process needs as soon or sooner.
     """
 
     def __init__(self, location: str, expected: dict[str, tuple[int, str]], settings: CacheSettings) -> None:
-        """expected: name -> (bytes, XXH3-128 in hexadecimal). UserError when the cache folder cannot be used."""
+        """Open the cache.
+
+        Args:
+            location: The URL of the corpus.
+            expected: (bytes, XXH3-128 in hexadecimal) of each file, by name.
+            settings: The settings of the cache.
+
+        Raises:
+            UserError: The URL or the cache folder cannot be used.
+        """
         self._storage = Storage(location)
         self._expected = expected
         self._settings = settings
         with self._explained():
             self._folder = SharedFolder(settings.folder, settings.limit_bytes)
-        self._intact: dict[str, tuple[int, int]] = {}  # checksum -> inode and time of what this process has verified
+        self._intact: dict[
+            str, tuple[int, int]
+        ] = {}  # inode and time of the files that this process verified, by checksum
         self._changed = threading.Condition()  # guards what follows
-        self._used: dict[str, str] = {}  # name -> checksum
+        self._used: dict[str, str] = {}  # checksums by name
         self._ahead: list[str] = []
         self._underway: set[str] = set()
         self._failed: set[str] = set()
@@ -66,10 +81,12 @@ class CachedFiles:
         self._threads = 0
 
     def path(self, name: str) -> Path:
-        """The file in the cache, which stays there until `release`.
+        """Return the file in the cache, where it stays until `release`.
 
-        UserError when it cannot be fetched or comes damaged each time, and when the cache has no room: at once if it
-        never will (the file is larger than the limit, or this process uses the rest), else after ROOM_WAIT_S.
+        Raises:
+            UserError: The file cannot be fetched or comes damaged each time, or the cache has no room for it. That is
+                raised at once if it never will (the file is larger than the limit, or this process uses the rest),
+                else after ROOM_WAIT_S.
         """
         size_bytes, key = self._expected[name]
         with self._explained():
@@ -77,12 +94,12 @@ class CachedFiles:
                 with self._changed:
                     self._used[name] = key
                     self._claim()
-                began, said = time.monotonic(), False
+                began, logged = time.monotonic(), False
                 while not self._fetch(name, urgent=True):
                     waited_s = time.monotonic() - began
                     self._check_room(name, size_bytes, waited_s > ROOM_WAIT_S)
-                    if not said and waited_s > SAY_AFTER_S:
-                        said = True
+                    if not logged and waited_s > SAY_AFTER_S:
+                        logged = True
                         log.warning(
                             f"waiting for room in the cache {self._settings.folder}, which other processes use, for "
                             f"{self._storage.location}/{name} ({ROOM_WAIT_S:.0f} s at most)"
@@ -96,6 +113,7 @@ class CachedFiles:
         return self._folder.path(key)
 
     def release(self, name: str) -> None:
+        """Allow the cache to evict the file."""
         with self._changed:
             if key := self._used.pop(name, None):
                 self._folder.touch(key)
@@ -104,9 +122,9 @@ class CachedFiles:
                 self._wake()
 
     def fetch_ahead(self, names: Sequence[str]) -> None:
-        """These files are needed soon, in this order, and no others; returns at once.
+        """Begin to fetch files that are needed soon, in this order, and no others; return at once.
 
-        A file that cannot be fetched is left, without an error, until `path` asks for it.
+        A file that cannot be fetched is skipped, without an error, until `path` needs it.
         """
         with self._changed:
             if self._ahead == list(names):
@@ -117,19 +135,19 @@ class CachedFiles:
             self._wake()
 
     def read(self, name: str, start: int, stop: int) -> bytes:
-        """Bytes start .. stop - 1 of a file, read from the URL and not kept."""
+        """Return bytes start .. stop - 1 of a file, read from the URL and not kept."""
         return self._storage.read_bytes(name, start, min(stop, self._expected[name][0]))
 
     def _claim(self) -> None:
         self._folder.claim(self._used.values(), [self._expected[name][1] for name in self._ahead])
 
     def _fetch(self, name: str, *, urgent: bool) -> bool:
-        """Have the file in the cache, whole; False when there is no room for it now."""
+        """Bring the file into the cache, whole; return False when there is no room for it now."""
         size_bytes, key = self._expected[name]
         if self._is_intact(key, size_bytes):
             return True
         with self._folder.part(key) as part:
-            if self._is_intact(key, size_bytes):  # fetched by whoever held the part
+            if self._is_intact(key, size_bytes):  # fetched by the process that held the part
                 return True
             self._folder.path(key).unlink(missing_ok=True)  # damaged on disk
             if not self._folder.reserve(part, key, size_bytes, urgent=urgent):
@@ -140,7 +158,7 @@ class CachedFiles:
         return True
 
     def _is_intact(self, key: str, size_bytes: int) -> bool:
-        """Return whether the cache has the file, and undamaged; its content is read once per process."""
+        """Return whether the cache has the file undamaged; its content is read once per process."""
         path = self._folder.path(key)
         try:
             with open(path, "rb") as file:
@@ -195,7 +213,7 @@ class CachedFiles:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Turn what the operating system says of the cache folder into a UserError."""
+        """Turn errors of the operating system about the cache folder into UserErrors."""
         folder = self._settings.folder
         try:
             yield
@@ -209,28 +227,28 @@ class CachedFiles:
             ) from error
 
     def _wake(self) -> None:
-        """Have threads fetch what is wanted."""
+        """Make threads fetch the files that are wanted."""
         self._changed.notify_all()
         while self._ahead and self._threads < self._settings.downloads:
             self._threads += 1
             threading.Thread(target=self._fetch_in_order, name="fetch-ahead", daemon=True).start()
 
     def _fetch_in_order(self) -> None:
-        """One of the threads that fetch ahead: the next file that nobody fetches, as soon as there is room.
+        """Fetch one wanted file after another as soon as there is room: the work of one thread.
 
-        It ends when there is none, since as long as it runs this object and its claims stay.
+        It ends when no file is left, since this object and its claims stay as long as it runs.
         """
         while name := self._take_next():
             try:
                 if not self._fetch(name, urgent=False):
                     self._full_until = time.monotonic() + ROOM_POLL_S
-            except Exception:  # `path` tries again, and tells
+            except Exception:  # `path` tries again, and raises
                 self._failed.add(name)
             with self._changed:
                 self._underway.discard(name)
 
     def _take_next(self) -> str | None:
-        """The first of the wanted files that is neither here nor underway, once there may be room; None: none is."""
+        """Wait until there may be room; return the first wanted file that is neither here nor underway, None if there is none."""
         with self._changed:
             while self._ahead and (pause := self._full_until - time.monotonic()) > 0:
                 self._changed.wait(pause)

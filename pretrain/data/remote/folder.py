@@ -1,9 +1,9 @@
-"""The cache folder that all processes of a node share: who uses what, and room made by evicting what nobody uses.
+"""The cache folder that all processes of a node share: it records the files in use, and evicts others to make room.
 
-A whole and checked file is named by its content's checksum (32 hexadecimal digits); `<checksum>.part` is one that is
-being fetched, as long as it will be, so that its room is taken; `*.claims` says what one reader uses and wants. All
-that a decision rests on is read and changed under one lock, `.lock`, which is held for milliseconds. Locks are flocks,
-so a process that dies loses them, and with them its claims and parts. Files of other names are left alone.
+A whole and checked file is named by its content's checksum (32 hexadecimal digits). `<checksum>.part` is one that is
+being fetched, of the size that it will have, so that its room is taken. `*.claims` lists the files that one reader uses
+and wants. All input of a decision is read and changed under one lock, `.lock`, which is held for milliseconds. Locks are
+flocks, so a process that dies loses them, and with them its claims and parts. Files of other names are left alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pretrain.files import NO_LOCKS
 SAY_AFTER_S = 30.0
 _NEVER = float("inf")
 _WHOLE = re.compile(r"[0-9a-f]{32}")
-_ABANDONED_S = 86400  # how old a file must be to be taken for abandoned where there are no locks
+_ABANDONED_S = 86400  # a file of this age counts as abandoned where there are no locks
 _PROCESS = f"{os.getpid()}-{secrets.token_hex(4)}"  # process ids alone may be those of another container
 
 log = logging.getLogger("evenkeel")
@@ -36,7 +36,13 @@ log = logging.getLogger("evenkeel")
 
 @dataclass
 class Claims:
-    """What readers need of the folder, by checksum: in use (never evicted), and wanted soon, with how soon (0: first)."""
+    """The files that readers need, by checksum.
+
+    Attributes:
+        used: Those in use, which are never evicted.
+        used_here: Those that this process uses.
+        wanted: Those that are needed soon, with their place in the order (0: first).
+    """
 
     used: set[str]
     used_here: set[str]
@@ -47,7 +53,7 @@ class SharedFolder:
     """One reader's view of the folder; any number of them, in any number of processes, may be open.
 
     The limit holds for all whole files and parts in the folder together. On a file system without locks, a file may be
-    fetched twice, two processes may take the same room, and what a killed one claimed and left is kept for a day.
+    fetched twice, two processes may take the same room, and the claims and parts of a killed one are kept for a day.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
@@ -66,37 +72,37 @@ class SharedFolder:
         return self.folder / key
 
     def claim(self, used: Iterable[str], wanted: Sequence[str]) -> None:
-        """Replace what this reader uses, and what it wants next, in order. What is used stays where it is."""
+        """Replace the files that this reader uses, which stay, and those that it wants next, in order."""
         claims = json.dumps({"process": _PROCESS, "used": sorted(used), "wanted": list(wanted)}).encode()
         with self._locked():
-            claims = claims.ljust(len(self._claimed))  # never cut: what was claimed can always be written again
+            claims = claims.ljust(len(self._claimed))  # never cut: earlier claims can always be written again
             if os.pwrite(self._claims.fileno(), claims, 0) < len(claims):
                 self._claims.truncate(os.pwrite(self._claims.fileno(), self._claimed, 0))
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._claimed = claims
 
     def touch(self, key: str) -> None:
-        """`key` was used now: the access time orders what is evicted, and is set here alone."""
+        """Record a use of `key`: the access time, which is set only here, orders the evictions."""
         with suppress(FileNotFoundError, PermissionError):  # gone, or another user's
             path = self.path(key)
             os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
     @contextmanager
     def part(self, key: str) -> Iterator[BinaryIO]:
-        """An empty file to fetch `key` into, this thread's alone: others wait for it here.
+        """Yield an empty file to fetch `key` into, for this thread alone: others wait here.
 
-        It goes away at the end unless it was kept.
+        It is removed at the end unless it was kept.
         """
         path = self.folder / f"{key}.part"
         while True:
             file = open(path, "r+b", opener=_create)  # noqa: SIM115
-            if not _lock_in_words(file.fileno(), path):
+            if not _lock_patiently(file.fileno(), path):
                 file.close()
                 path = self.folder / f"{key}.{self._unlocked_part}"
                 file = open(path, "w+b")  # noqa: SIM115
             if _is_at(file, path):
                 break
-            file.close()  # whoever held it has kept or removed it meanwhile
+            file.close()  # its holder has kept or removed it meanwhile
         with file:
             try:
                 file.truncate(0)
@@ -106,10 +112,10 @@ class SharedFolder:
                     path.unlink()
 
     def reserve(self, part: BinaryIO, key: str, size_bytes: int, *, urgent: bool) -> bool:
-        """Make the part of `key` as long as it will be, after evicting what it takes; False, and nothing done, without room.
+        """Give the part of `key` its final size, after evicting other files; return False, and do nothing, without room.
 
-        What is in use stays, and unless this is urgent, so does what any reader wants as soon as `key` or sooner. What
-        nobody wants goes first, least recently used first, then what is needed last.
+        Files in use stay. Unless this is urgent, so do files that any reader wants as soon as `key` or sooner. Files that
+        no reader wants are evicted first, least recently used first, then those that are needed last.
         """
         with self._locked():
             claims = self._all_claims()
@@ -126,18 +132,18 @@ class SharedFolder:
             if excess > 0:
                 return False
             for victim in victims:
-                self.path(victim).unlink(missing_ok=True)  # damaged, and removed by who found that
+                self.path(victim).unlink(missing_ok=True)  # a process that found it damaged may have removed it
             part.truncate(size_bytes)
             return True
 
     def keep(self, part: BinaryIO, key: str) -> None:
-        """`part` is whole and checked: give it its name."""
+        """Give `part`, which is whole and checked, its name."""
         part.flush()
-        with self._locked():  # or someone who adds up the folder might see it under neither name
+        with self._locked():  # or a process that adds up the folder might see it under neither name
             os.replace(part.name, self.path(key))
 
     def claims(self) -> Claims:
-        """What the living readers use and want."""
+        """Return the claims of all living readers together."""
         with self._locked():
             return self._all_claims()
 
@@ -156,16 +162,16 @@ class SharedFolder:
         return together
 
     def _whole_files(self) -> dict[str, tuple[int, int]]:
-        """Checksum -> bytes and time of last use (ns)."""
-        found = {}
+        """Return bytes and time of last use (ns) of each whole file, by checksum."""
+        files: dict[str, tuple[int, int]] = {}
         for key in filter(_WHOLE.fullmatch, os.listdir(self.folder)):
-            with suppress(FileNotFoundError):  # damaged, and removed by who found that
+            with suppress(FileNotFoundError):  # a process that found it damaged has removed it
                 stat = self.path(key).stat()
-                found[key] = (stat.st_size, stat.st_atime_ns)
-        return found
+                files[key] = (stat.st_size, stat.st_atime_ns)
+        return files
 
     def _parts_bytes(self) -> int:
-        """What is reserved; parts of processes that are gone are removed."""
+        """Return the bytes that parts reserve; remove parts of processes that are gone."""
         total = 0
         for path in self.folder.glob("*.part"):
             with suppress(FileNotFoundError):  # renamed or given up meanwhile
@@ -183,7 +189,7 @@ class SharedFolder:
 
 
 def _lock(descriptor: int, operation: int) -> bool:
-    """flock; False where the file system has none."""
+    """Call flock; return False where the file system has no locks."""
     try:
         fcntl.flock(descriptor, operation)
     except OSError as error:
@@ -193,15 +199,15 @@ def _lock(descriptor: int, operation: int) -> bool:
     return True
 
 
-def _lock_in_words(descriptor: int, path: Path) -> bool:
-    """`_lock` for this thread alone; a wait that is longer than most fetches is said."""
-    began, said = time.monotonic(), False
+def _lock_patiently(descriptor: int, path: Path) -> bool:
+    """Return `_lock` for this thread alone; log a wait that is longer than most fetches."""
+    began, logged = time.monotonic(), False
     while True:
         try:
             return _lock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if not said and time.monotonic() - began > SAY_AFTER_S:
-                said = True
+            if not logged and time.monotonic() - began > SAY_AFTER_S:
+                logged = True
                 log.warning(f"waiting for another process, which has been fetching {path} for {SAY_AFTER_S:.0f} s")
             time.sleep(0.05)
 

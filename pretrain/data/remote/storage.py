@@ -1,7 +1,7 @@
-"""Objects behind a URL, through fsspec: read in parts, tried again when it may help, and given up in a sentence.
+"""Objects behind a URL, through fsspec: read in parts, tried again when it may help, and given up with a clear error.
 
 Every read is a range of at most BLOCK_BYTES with its own time limit, so a connection that stalls or breaks costs one
-block, on HTTP as on S3. Only this file retries: the retries of the drivers below are turned off where they can be.
+block, on HTTP and on S3. Only this file retries: the retries of the drivers below are turned off where they can be.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from pretrain.credentials import credential_in
 from pretrain.errors import UserError
 
 BLOCK_BYTES = 8 << 20
-ATTEMPTS = 10  # some four minutes: storage has its bad moments in the weeks of a run
+ATTEMPTS = 10  # some four minutes: storage fails now and then in the weeks of a run
 ATTEMPTS_AT_FIRST = 4  # before anything was read from there, when a wrong name is more likely
 FIRST_WAIT_S = 1.0  # doubles from attempt to attempt
 LONGEST_WAIT_S = 60.0
-TIMEOUT_S = 30.0  # of the first attempt; the k-th has k times as long, for links that are slow and not dead
+TIMEOUT_S = 30.0  # for the first attempt; the k-th has k times as long, for links that are slow and not dead
 
 _NAME = re.compile(r"[\w.\-]+(/[\w.\-]+)*", re.ASCII)
 _OVERLOADED = {408, 425, 429}  # the HTTP statuses below 500 that may pass: timeout, too early, too many requests
@@ -37,29 +37,29 @@ T = TypeVar("T")
 
 
 def is_remote(location: str) -> bool:
-    """Return whether `location` is a URL of something that is fetched: any scheme but file://."""
+    """Return whether `location` is a URL with any scheme but file://."""
     return bool(re.match(r"[a-zA-Z][a-zA-Z0-9+.\-]+://", location)) and not location.startswith("file://")
 
 
 class Storage:
     """The objects below one URL, read only; safe to use from several threads.
 
-    Every method raises UserError, naming the URL, when the object is not there or may not be read, and when ATTEMPTS
+    Every method raises UserError, naming the URL, when the object is not there or may not be read, or when ATTEMPTS
     attempts with growing pauses, each of which is logged, have failed.
     """
 
     def __init__(self, location: str) -> None:
-        """Raise UserError when it holds credentials, or its scheme is unknown or not installed; nothing is read yet."""
+        """Open `location`, from which nothing is read yet; UserError if it holds credentials or its scheme cannot be used."""
         if fault := credential_in(location):
             raise UserError(f"{location}: {fault}.")
         self.location = location.rstrip("/")
         self._files = _file_system(self.location)
         self._root = self._files._strip_protocol(self.location)
         self._reached = False
-        self._jitter = random.Random()  # of its own: the seeded generators are the run's
+        self._jitter = random.Random()  # a separate one: the seeded generators are the run's
 
     def read_bytes(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
-        """Bytes start..stop-1 of the object; the whole of it without them."""
+        """Return bytes start..stop-1 of the object; all of it without them."""
         url = self._url(name)
 
         def read(timeout_s: float) -> bytes:
@@ -70,7 +70,7 @@ class Storage:
         return self._patiently(url, read)
 
     def read_blocks(self, name: str, size_bytes: int) -> Iterator[bytes]:
-        """The first `size_bytes` bytes of the object, in blocks."""
+        """Yield the first `size_bytes` bytes of the object, in blocks."""
         for start in range(0, size_bytes, BLOCK_BYTES):
             yield self.read_bytes(name, start, min(start + BLOCK_BYTES, size_bytes))
 
@@ -83,11 +83,11 @@ class Storage:
         return f"{self.location}/{name}"
 
     def _limits(self, timeout_s: float) -> dict:
-        """What bounds one read: a time limit where the driver takes one, else the driver's own and no read-ahead."""
+        """Return the limits of one read: a time limit where the driver takes one, else the driver's own and no read-ahead."""
         return {"timeout": timeout_s} if isinstance(self._files, AsyncFileSystem) else {"cache_type": "none"}
 
     def _patiently(self, url: str, read: Callable[[float], T]) -> T:
-        """`read(time limit in seconds)`, again and again while that may help."""
+        """Return `read(time limit in seconds)`, tried again while that may help."""
         began, attempts = time.monotonic(), ATTEMPTS if self._reached else ATTEMPTS_AT_FIRST
         for attempt in range(1, attempts + 1):
             try:
@@ -111,7 +111,7 @@ class Storage:
 
 
 class _Short(OSError):
-    """Fewer bytes came than were asked for."""
+    """An answer with fewer bytes than were asked for."""
 
 
 def _check_length(data: bytes, start: int | None, stop: int | None, url: str) -> None:
@@ -121,7 +121,7 @@ def _check_length(data: bytes, start: int | None, stop: int | None, url: str) ->
     if len(data) > asked:
         raise UserError(
             f"{url} came as a whole ({len(data)} bytes) when {asked} bytes of it were asked for. "
-            "Serve it with a server that knows HTTP ranges, or copy the corpus to a local folder."
+            "Serve it with a server that supports HTTP ranges, or copy the corpus to a local folder."
         )
     if len(data) < asked:
         raise _Short(f"{len(data)} bytes came of the {asked} from byte {start or 0} on")
@@ -130,7 +130,7 @@ def _check_length(data: bytes, start: int | None, stop: int | None, url: str) ->
 def _file_system(location: str) -> fsspec.AbstractFileSystem:
     scheme = location.split("://")[0]
     try:
-        # An instance of its own, since fsspec shares them and this one does not retry.
+        # A new instance, since fsspec shares them and this one does not retry.
         files = fsspec.filesystem(scheme, skip_instance_cache=True, **_OPTIONS.get(scheme, {}))
     except ImportError as error:
         package = known_implementations[scheme]["class"].split(".")[0]
@@ -151,7 +151,7 @@ def _is_permanent(error: BaseException) -> bool:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status in an exception of aiohttp, botocore, requests or httpx, or in what it was raised from."""
+    """Return the HTTP status in an exception of aiohttp, botocore, requests or httpx, or in its cause."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")

@@ -104,7 +104,7 @@ class Source:
         self._cursor = [0, 0, 0]
         self._read_bytes = 0
         self.size_bytes = sum(file.bytes for file in self._files)
-        self.files = [{"path": file.path, "bytes": file.bytes} for file in self._files]
+        self.files: list[dict[str, Any]] = [{"path": file.path, "bytes": file.bytes} for file in self._files]
 
     def seek(self, cursor: Sequence[int]) -> None:
         """Continue at the `cursor` of another source of the same description and part; only before `blocks`."""
