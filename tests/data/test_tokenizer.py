@@ -146,7 +146,7 @@ def test_the_fingerprint_tells_tokenizers_apart(model_file: Path, change: Callab
 
 
 def _byte_level(texts: list[str]) -> Tokenizer:
-    """Like GPT-2's."""
+    """A tokenizer like GPT-2's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -189,7 +189,7 @@ RICH = {
     ],
     ids=["plain", "named alike", "a class that rebuilds", "rich", "a token of its own", "truncating", "unigram"],
 )
-def test_the_facts_are_those_of_the_tokenizer_that_training_loads(
+def test_the_info_is_that_of_the_tokenizer_that_training_loads(
     tmp_path: Path, library_texts: list[str], make: Callable, options: dict, tokenizer_class: str
 ) -> None:
     backend = make(library_texts[::4])
@@ -212,19 +212,19 @@ def test_the_facts_are_those_of_the_tokenizer_that_training_loads(
     ],
     ids=str,
 )
-def test_the_facts_follow_what_the_configuration_adds(tmp_path: Path, library_texts: list[str], change: dict) -> None:
+def test_the_info_follows_what_the_configuration_adds(tmp_path: Path, library_texts: list[str], change: dict) -> None:
     PreTrainedTokenizerFast(tokenizer_object=_byte_level(library_texts[::4]), eos_token=EOS).save_pretrained(tmp_path)
     _change_config(tmp_path, **change)
     _check_info(tmp_path)
 
 
-def test_the_facts_follow_files_of_older_libraries(tmp_path: Path, library_texts: list[str]) -> None:
+def test_the_info_follows_files_of_older_libraries(tmp_path: Path, library_texts: list[str]) -> None:
     PreTrainedTokenizerFast(tokenizer_object=_byte_level(library_texts[::4]), eos_token=EOS).save_pretrained(tmp_path)
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<|new|>"}))
     _check_info(tmp_path)
 
 
-def test_the_facts_of_our_own_tokenizers(tokenizer_folder: Path, model_file: Path) -> None:
+def test_the_info_of_our_own_tokenizers(tokenizer_folder: Path, model_file: Path) -> None:
     _check_info(tokenizer_folder)
     _check_info(model_file)
 
@@ -245,11 +245,11 @@ def _change_config(folder: Path, **change: object) -> None:
 
 
 def _check_info(path: Path) -> None:
-    """By `transformers`, as training loads it."""
-    tokenizer, facts = load_tokenizer(path), load_tokenizer_info(path)
-    assert facts.fingerprint == fingerprint(tokenizer)
-    assert (facts.eos_id, facts.vocab_size) == (tokenizer.eos_token_id, max(tokenizer.get_vocab().values()) + 1)
-    backend = Tokenizer.from_str(facts.backend)
+    """Compare the info from files with that from `transformers`, as training loads it."""
+    tokenizer, info = load_tokenizer(path), load_tokenizer_info(path)
+    assert info.fingerprint == fingerprint(tokenizer)
+    assert (info.eos_id, info.vocab_size) == (tokenizer.eos_token_id, max(tokenizer.get_vocab().values()) + 1)
+    backend = Tokenizer.from_str(info.backend)
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True

@@ -1,4 +1,4 @@
-"""The files of a tokenizer that go with a model: the ids of training, by whatever reads them."""
+"""The tokenizer files beside a model: every reader gives the ids of training."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def shapes(
 
 @pytest.fixture
 def as_trained(shapes: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
-    """as_trained(shape, add_bos) -> what goes with a model of documents that were prepared so."""
+    """as_trained(shape, add_bos) -> the folder of files beside a model of documents that were prepared so."""
 
     def make(shape: str, add_bos: str = "auto") -> Path:
         bos_id = bos_before_documents(load_tokenizer_info(shapes[shape]), add_bos)
@@ -60,7 +60,7 @@ def settings_of(folder: Path) -> dict:
 
 
 def bare_ids(folder: Path, text: str) -> list[int]:
-    """By `tokenizers` alone, from the files that a user gave."""
+    """Encode with `tokenizers` alone, from the files that a user gave."""
     return Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text, add_special_tokens=False).ids
 
 
@@ -74,8 +74,8 @@ def test_texts_get_the_ids_of_training_behind_what_began_documents(shape: str, s
         assert found["input_ids"] == begun + bare_ids(source, text)
         assert list(found) == ["input_ids", "attention_mask"]
     assert tokenizer.bos_token == BEGINS.get(shape, {"own": "</s>", "qwen": None}.get(shape, END))
-    facts = load_tokenizer_info(folder)
-    assert (facts.first_ids, facts.eos_id) == (tuple(begun), load_tokenizer_info(source).eos_id)
+    info = load_tokenizer_info(folder)
+    assert (info.first_ids, info.eos_id) == (tuple(begun), load_tokenizer_info(source).eos_id)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -124,10 +124,10 @@ def test_a_tokenizer_that_ends_texts_or_begins_them_with_more_is_set_right(shape
     assert bos_before_documents(load_tokenizer_info(source), "never") is None
 
 
-def test_the_facts_of_files_and_the_loaded_tokenizer_agree_on_what_begins_texts(shapes) -> None:
+def test_the_info_from_files_and_the_loaded_tokenizer_agree_on_what_begins_texts(shapes) -> None:
     for folder in shapes.values():
-        facts, tokenizer = load_tokenizer_info(folder), load_tokenizer(folder)
-        assert (facts.first_ids, facts.bos_id) == (first_ids(tokenizer, folder), tokenizer.bos_token_id)
+        info, tokenizer = load_tokenizer_info(folder), load_tokenizer(folder)
+        assert (info.first_ids, info.bos_id) == (first_ids(tokenizer, folder), tokenizer.bos_token_id)
 
 
 def test_sentencepieces_model_comes_along_where_it_gives_the_same_ids(shapes, as_trained, tmp_path: Path) -> None:

@@ -73,8 +73,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
     lengths[::50] = SEQ_LEN + 1
     writer = ShardWriter(folder, np.dtype("<u4"), 2000)
     writer.append(np.arange(lengths.sum()).astype("<u4"), np.cumsum(lengths))
-    facts = {"vocab_size": 1 << 20, "eos_id": EOS, "tokenizer_fingerprint": "abc", "text_bytes": 1}
-    writer.finish(facts)
+    description = {"vocab_size": 1 << 20, "eos_id": EOS, "tokenizer_fingerprint": "abc", "text_bytes": 1}
+    writer.finish(description)
     return open_shards(folder)
 
 

@@ -1,4 +1,4 @@
-"""A small corpus in four files, and what it takes to prepare it in many small steps."""
+"""A small corpus in four files, and fixtures that prepare it in many small steps."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ def corpus(tmp_path: Path, texts: list[str]) -> str:
 
 
 @pytest.fixture(scope="session")
-def facts(tokenizer_folder: Path) -> TokenizerInfo:
+def tokenizer_info(tokenizer_folder: Path) -> TokenizerInfo:
     return load_tokenizer_info(tokenizer_folder)
 
 
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Units of work of a few documents, so that there are places to stop at."""
+    """Make units of work of a few documents, so that there are places to stop at."""
     monkeypatch.setattr("pretrain.data.text.readers.BLOCK_BYTES", 2000)
     monkeypatch.setattr("pretrain.data.prepare.encoding.UNIT_BYTES", 2000)
 
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The journal is written after every unit of work."""
+    """Write the journal after every unit of work."""
     monkeypatch.setattr("pretrain.data.prepare.journal.COMMIT_INTERVAL_S", 0.0)
 
 
 @pytest.fixture(autouse=True)
 def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What stops here is no machine, so nothing has to reach the disk; waiting for it would take most of the time."""
+    """Skip fsync: only processes stop here, no machine does, and waiting for the disk would take most of the time."""
     monkeypatch.setattr("os.fsync", lambda descriptor: None)

@@ -1,4 +1,4 @@
-"""Who encodes: gigatoken is taken only where it gives the ids of `tokenizers`, and for a stated reason otherwise."""
+"""Backends: gigatoken is chosen only if it gives the ids of `tokenizers`; otherwise the reason is printed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def tokenizers(tokenizer_folder: Path, library_texts: list[str]) -> dict[str, st
 
 
 def _ids(tokenizer: str, text: str) -> list[int]:
-    """By the `tokenizers` library itself."""
+    """Encode with the `tokenizers` library itself."""
     reference = Tokenizer.from_str(tokenizer)
     reference.encode_special_tokens = True
     return reference.encode(text, add_special_tokens=False).ids

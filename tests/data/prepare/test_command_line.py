@@ -1,4 +1,4 @@
-"""What goes into the command lines comes out of the shards, decoded by the tokenizers library; what does not is said."""
+"""Command lines: the texts come out of the shards, decoded by the tokenizers library; those left out are printed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoding: every document once, in its split, the same whoever encodes it, and workers that may be killed."""
+"""Encoding: every document once, in its split, the same in any process, and workers that may be killed."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def workers_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "ALONE_CPU_S", 0.0)
 
 
-def _encoder(facts: TokenizerInfo, **options: object) -> Encoder:
+def _encoder(tokenizer_info: TokenizerInfo, **options: object) -> Encoder:
     settings = {"val_fraction": 0.2, "held_out_fraction": 0.1} | options
-    return Encoder(facts.backend, facts.eos_id, np.dtype("<u2"), **settings)
+    return Encoder(tokenizer_info.backend, tokenizer_info.eos_id, np.dtype("<u2"), **settings)
 
 
 def _source(*spec: str):
@@ -39,7 +39,7 @@ def _source(*spec: str):
 
 
 def _encode(encoder: Encoder, spec: str, count: int = 1) -> dict[str, Encoded]:
-    """All units of a source joined."""
+    """Return all units of a source joined."""
     joined = {split: [] for split in encoding.SPLITS}
     for _, parts, _ in encode_in_order(encoder, _source(spec), count):
         for split, encoded in parts.items():
@@ -67,9 +67,9 @@ def _as_lists(encoded: dict[str, Encoded]) -> dict[str, list]:
 
 
 def test_documents_are_those_of_the_tokenizer_in_the_split_of_their_hash(
-    corpus: str, texts: list[str], facts: TokenizerInfo
+    corpus: str, texts: list[str], tokenizer_info: TokenizerInfo
 ) -> None:
-    tokenizer = Tokenizer.from_str(facts.backend)
+    tokenizer = Tokenizer.from_str(tokenizer_info.backend)
     tokenizer.encode_special_tokens = True
     expected = {split: [[], [], [], []] for split in ("train", "val", "held_out")}
     for number, text in enumerate(texts):
@@ -77,39 +77,39 @@ def test_documents_are_those_of_the_tokenizer_in_the_split_of_their_hash(
         u = xxhash.xxh3_64_intdigest(content) / 2**64
         tokens, ends, sizes, files = expected["val" if u < 0.2 else "held_out" if u >= 0.9 else "train"]
         if content:
-            tokens += [*tokenizer.encode(content.decode(), add_special_tokens=False).ids, facts.eos_id]
+            tokens += [*tokenizer.encode(content.decode(), add_special_tokens=False).ids, tokenizer_info.eos_id]
             ends.append(len(tokens))
             sizes.append(len(content))
             files.append(number // 50)
-    found = _encode(_encoder(facts), corpus)
+    found = _encode(_encoder(tokenizer_info), corpus)
     assert _as_lists(found) == expected
     assert all(part.tokens.dtype == np.uint16 and part.files.dtype == np.int32 for part in found.values())
     assert all(len(lists[1]) > 5 for lists in expected.values())
 
 
-def test_changing_one_fraction_moves_no_document_of_the_other(corpus: str, facts: TokenizerInfo) -> None:
-    wide = _as_lists(_encode(_encoder(facts, held_out_fraction=0.3), corpus))
-    narrow = _as_lists(_encode(_encoder(facts, held_out_fraction=0.1), corpus))
+def test_changing_one_fraction_moves_no_document_of_the_other(corpus: str, tokenizer_info: TokenizerInfo) -> None:
+    wide = _as_lists(_encode(_encoder(tokenizer_info, held_out_fraction=0.3), corpus))
+    narrow = _as_lists(_encode(_encoder(tokenizer_info, held_out_fraction=0.1), corpus))
     assert wide["val"] == narrow["val"]
     assert len(wide["held_out"][1]) > len(narrow["held_out"][1])
-    other = _as_lists(_encode(_encoder(facts, val_fraction=0.4), corpus))
+    other = _as_lists(_encode(_encoder(tokenizer_info, val_fraction=0.4), corpus))
     assert other["held_out"] == narrow["held_out"]
 
 
 @pytest.mark.parametrize("backend", ["tokenizers", "gigatoken"])
 @pytest.mark.parametrize("block_bytes", [300, 100_000])
 def test_neither_backend_nor_block_borders_nor_workers_change_the_tokens(
-    corpus: str, facts: TokenizerInfo, monkeypatch: pytest.MonkeyPatch, backend: str, block_bytes: int
+    corpus: str, tokenizer_info: TokenizerInfo, monkeypatch: pytest.MonkeyPatch, backend: str, block_bytes: int
 ) -> None:
-    expected = _as_lists(_encode(_encoder(facts), corpus))
+    expected = _as_lists(_encode(_encoder(tokenizer_info), corpus))
     monkeypatch.setattr("pretrain.data.text.readers.BLOCK_BYTES", block_bytes)
     monkeypatch.setattr(encoding, "UNIT_BYTES", block_bytes)
     monkeypatch.setattr(encoding, "choose_backend", lambda *_: Choice(backend, "asked for"))
-    assert _as_lists(_encode(_encoder(facts), corpus, 2)) == expected
+    assert _as_lists(_encode(_encoder(tokenizer_info), corpus, 2)) == expected
 
 
-def test_up_to_ends_with_the_document_that_reaches_it(corpus: str, facts: TokenizerInfo) -> None:
-    part = _encode(_encoder(facts), corpus)["train"]
+def test_up_to_ends_with_the_document_that_reaches_it(corpus: str, tokenizer_info: TokenizerInfo) -> None:
+    part = _encode(_encoder(tokenizer_info), corpus)["train"]
     for wanted in (1, int(part.ends[3]), int(part.ends[3]) + 1, len(part.tokens), len(part.tokens) + 1):
         first = part.up_to(wanted)
         assert (
@@ -121,26 +121,26 @@ def test_up_to_ends_with_the_document_that_reaches_it(corpus: str, facts: Tokeni
 
 
 def test_a_panic_of_the_fast_library_costs_speed_alone(
-    corpus: str, facts: TokenizerInfo, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    corpus: str, tokenizer_info: TokenizerInfo, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     class Panic(BaseException):
-        """Like pyo3's, which is no Exception."""
+        """A panic like pyo3's, which is no Exception."""
 
     def fail(self: object, contents: list[bytes]) -> list:
         raise Panic("index out of bounds")
 
-    expected = _as_lists(_encode(_encoder(facts), corpus))
+    expected = _as_lists(_encode(_encoder(tokenizer_info), corpus))
     monkeypatch.setattr("pretrain.data.prepare.backends.Gigatoken.encode", fail)
     monkeypatch.setattr(encoding, "choose_backend", lambda *_: Choice("gigatoken", "asked for"))
-    assert _as_lists(_encode(_encoder(facts), corpus)) == expected
+    assert _as_lists(_encode(_encoder(tokenizer_info), corpus)) == expected
     assert "gigatoken failed, so tokenizers takes its place: index out of bounds" in capsys.readouterr().err
 
 
-def test_killed_workers_are_replaced_and_nothing_is_lost(corpus: str, facts: TokenizerInfo) -> None:
-    expected = _as_lists(_encode(_encoder(facts), corpus))
+def test_killed_workers_are_replaced_and_nothing_is_lost(corpus: str, tokenizer_info: TokenizerInfo) -> None:
+    expected = _as_lists(_encode(_encoder(tokenizer_info), corpus))
     joined = {split: [] for split in encoding.SPLITS}
     killed = set()
-    for number, (_, parts, _) in enumerate(encode_in_order(_encoder(facts), _source(corpus), 2)):
+    for number, (_, parts, _) in enumerate(encode_in_order(_encoder(tokenizer_info), _source(corpus), 2)):
         for split, encoded in parts.items():
             joined[split].append(encoded)
         if number % 3 == 1:
@@ -182,11 +182,11 @@ def test_the_place_of_a_unit_names_file_and_line(corpus: str) -> None:
     assert len(units) > 4
 
 
-def test_workers_end_with_their_parent(corpus: str, facts: TokenizerInfo, tmp_path: Path) -> None:
+def test_workers_end_with_their_parent(corpus: str, tokenizer_info: TokenizerInfo, tmp_path: Path) -> None:
     """A parent that is killed takes its workers with it."""
     context = multiprocessing.get_context("spawn")
     pids = tmp_path / "pids"
-    parent = context.Process(target=_hold_workers, args=(_encoder(facts), corpus, pids))
+    parent = context.Process(target=_hold_workers, args=(_encoder(tokenizer_info), corpus, pids))
     parent.start()
     deadline = time.monotonic() + 60
     while not pids.exists() and time.monotonic() < deadline:

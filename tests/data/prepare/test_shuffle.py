@@ -26,10 +26,10 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_documents_are_those_of_the_source_in_another_order(
-    corpus: str, facts: TokenizerInfo, tmp_path: Path
+    corpus: str, tokenizer_info: TokenizerInfo, tmp_path: Path
 ) -> None:
-    prepare_files(corpus, facts, tmp_path / "plain")
-    shards = prepare_files(corpus, facts, tmp_path / "out", shuffle_seed=5)
+    prepare_files(corpus, tokenizer_info, tmp_path / "plain")
+    shards = prepare_files(corpus, tokenizer_info, tmp_path / "out", shuffle_seed=5)
     for split in SPLITS:
         plain, shuffled = documents_of(tmp_path / "plain" / split), documents_of(tmp_path / "out" / split)
         assert plain != shuffled
@@ -44,19 +44,19 @@ def test_the_documents_are_those_of_the_source_in_another_order(
 
 @pytest.mark.usefixtures("small_blocks")
 def test_only_the_seed_decides_the_order(
-    corpus: str, facts: TokenizerInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: str, tokenizer_info: TokenizerInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare_files(corpus, facts, tmp_path / "out", shuffle_seed=5)
-    prepare_files(corpus, facts, tmp_path / "seed", shuffle_seed=6)
-    prepare_files(corpus, facts, tmp_path / "workers", shuffle_seed=5, workers=3)
+    prepare_files(corpus, tokenizer_info, tmp_path / "out", shuffle_seed=5)
+    prepare_files(corpus, tokenizer_info, tmp_path / "seed", shuffle_seed=6)
+    prepare_files(corpus, tokenizer_info, tmp_path / "workers", shuffle_seed=5, workers=3)
     monkeypatch.setattr("pretrain.data.prepare.shuffle.BLOCK_TOKENS", 300)  # many documents are longer
-    prepare_files(corpus, facts, tmp_path / "blocks", shuffle_seed=5)
+    prepare_files(corpus, tokenizer_info, tmp_path / "blocks", shuffle_seed=5)
     assert contents(tmp_path / "out") == contents(tmp_path / "workers") == contents(tmp_path / "blocks")
     assert documents_of(tmp_path / "out/train") != documents_of(tmp_path / "seed/train")
 
 
 def test_neighbours_come_from_any_two_places(tmp_path: Path) -> None:
-    """Four corpora of 5,000 documents: where a document is from says nothing about its place nor its neighbour."""
+    """In four corpora of 5,000 documents, the origin of a document says nothing about its place or its neighbour."""
     folders, per_folder = 4, 5000
     pieces = [_corpus_of(tmp_path / str(number), number, per_folder) for number in range(folders)]
     with ThreadPoolExecutor(2) as pool:
@@ -74,28 +74,28 @@ def test_neighbours_come_from_any_two_places(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small_units", "small_blocks", "eager")
 def test_a_shuffle_stopped_anywhere_ends_with_the_same_bytes(
-    corpus: str, facts: TokenizerInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: str, tokenizer_info: TokenizerInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare_files(corpus, facts, tmp_path / "whole", shuffle_seed=5)
+    prepare_files(corpus, tokenizer_info, tmp_path / "whole", shuffle_seed=5)
     for stop in (1, 8, 10):  # blocks: 8 of train, 3 of val, 1 of held_out
         out = tmp_path / f"out{stop}"
         stop_after(monkeypatch, 4)
         with pytest.raises(Stopped):
-            prepare_files(corpus, facts, out, shuffle_seed=5)
+            prepare_files(corpus, tokenizer_info, out, shuffle_seed=5)
         with monkeypatch.context() as patch:
             _stop_after_blocks(patch, stop)
             with pytest.raises(Stopped):
-                prepare_files(corpus, facts, out, shuffle_seed=5)
+                prepare_files(corpus, tokenizer_info, out, shuffle_seed=5)
         with pytest.raises(UserError, match="not a folder of finished token shards"):
             open_shards(out / "train")
         assert (out / ".unshuffled/train/manifest.json").exists()
-        prepare_files(corpus, facts, out, shuffle_seed=5)
+        prepare_files(corpus, tokenizer_info, out, shuffle_seed=5)
         assert contents(out) == contents(tmp_path / "whole")
         assert not (out / ".unshuffled").exists()
 
 
 def test_a_stop_before_the_work_files_are_removed_leaves_none(
-    corpus: str, facts: TokenizerInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: str, tokenizer_info: TokenizerInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(folder: Path) -> None:
         raise Stopped
@@ -103,9 +103,9 @@ def test_a_stop_before_the_work_files_are_removed_leaves_none(
     with monkeypatch.context() as patch:
         patch.setattr(preparation, "remove", stop)
         with pytest.raises(Stopped):
-            prepare_files(corpus, facts, tmp_path / "out", shuffle_seed=5)
+            prepare_files(corpus, tokenizer_info, tmp_path / "out", shuffle_seed=5)
     before = contents(tmp_path / "out")
-    prepare_files(corpus, facts, tmp_path / "out", shuffle_seed=5)
+    prepare_files(corpus, tokenizer_info, tmp_path / "out", shuffle_seed=5)
     assert contents(tmp_path / "out") == before
     assert not (tmp_path / "out" / ".unshuffled").exists()
 
@@ -120,7 +120,7 @@ def _corpus_of(folder: Path, number: int, documents: int) -> TokenShards:
 
 
 def _chi_square(rows: np.ndarray, columns: np.ndarray, num_rows: int, num_columns: int) -> float:
-    """Pearson's statistic of independence of two labels."""
+    """Return Pearson's statistic of independence of two labels."""
     table = np.zeros((num_rows, num_columns))
     np.add.at(table, (rows, columns), 1)
     expected = table.sum(axis=1, keepdims=True) * table.sum(axis=0, keepdims=True) / table.sum()

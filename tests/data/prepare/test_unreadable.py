@@ -1,4 +1,4 @@
-"""--skip-unreadable: damage is left out and named, nothing else is, and the bytes do not depend on when it was allowed."""
+"""--skip-unreadable: damage, and only damage, is left out and named; the bytes do not depend on when it was allowed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("small_units", "eager")
 
 @pytest.fixture
 def damaged(tmp_path: Path, texts: list[str]) -> tuple[str, list[str], set[str]]:
-    """A source of three damaged files among whole ones; where the damage is; and what can be read of it."""
+    """A source of three damaged files among whole ones, the places of the damage, and the texts that can be read."""
     folder = tmp_path / "source"
     folder.mkdir()
     texts = [f"{number} {text}" for number, text in enumerate(texts) if text and "\ud800" not in text]
@@ -50,11 +50,11 @@ def _break_row_group(path: Path, group: int) -> None:
 
 @pytest.mark.parametrize("largest", [1 << 25, 0])  # row groups read by the workers, and by the reader in batches
 def test_what_is_damaged_is_left_out_and_named(
-    damaged, facts: TokenizerInfo, tokenizer, tmp_path: Path, monkeypatch, capfd, largest: int
+    damaged, tokenizer_info: TokenizerInfo, tokenizer, tmp_path: Path, monkeypatch, capfd, largest: int
 ) -> None:
     monkeypatch.setattr(readers, "MAX_ROW_GROUP_BYTES", largest)
     spec, places, whole = damaged
-    prepare_files(spec, facts, tmp_path / "out", skip_unreadable=True)
+    prepare_files(spec, tokenizer_info, tmp_path / "out", skip_unreadable=True)
     found = {text for split in SPLITS for text in texts_of(tmp_path / "out" / split, tokenizer)}
     assert found == whole
     printed = [line for line in capfd.readouterr().err.splitlines() if line.startswith("left out: ")]
@@ -68,36 +68,38 @@ def test_what_is_damaged_is_left_out_and_named(
 @pytest.mark.parametrize("shuffle_seed", [None, 3])
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_preparation_that_stopped_at_damage_goes_on_with_the_same_bytes(
-    damaged, facts: TokenizerInfo, tmp_path: Path, monkeypatch, count: int, shuffle_seed: int | None
+    damaged, tokenizer_info: TokenizerInfo, tmp_path: Path, monkeypatch, count: int, shuffle_seed: int | None
 ) -> None:
     monkeypatch.setattr(workers, "ALONE_CPU_S", 0.0)
     spec, places, _ = damaged
-    prepare_files(spec, facts, tmp_path / "whole", skip_unreadable=True, shuffle_seed=shuffle_seed)
+    prepare_files(spec, tokenizer_info, tmp_path / "whole", skip_unreadable=True, shuffle_seed=shuffle_seed)
     arguments = {"workers": count, "shuffle_seed": shuffle_seed}
     for _ in range(2):
         with pytest.raises(UserError, match=r"a\.jsonl, line 21: .*: --skip-unreadable\.$"):
-            prepare_files(spec, facts, tmp_path / "out", **arguments)
+            prepare_files(spec, tokenizer_info, tmp_path / "out", **arguments)
     for units in (6, 6):  # killed after some of the places
         stop_after(monkeypatch, units)
         with pytest.raises(Stopped):
-            prepare_files(spec, facts, tmp_path / "out", skip_unreadable=True, **arguments)
-    prepare_files(spec, facts, tmp_path / "out", skip_unreadable=True, **arguments)
+            prepare_files(spec, tokenizer_info, tmp_path / "out", skip_unreadable=True, **arguments)
+    prepare_files(spec, tokenizer_info, tmp_path / "out", skip_unreadable=True, **arguments)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert len(manifest_of(tmp_path / "out/train")["unreadable"]) == len(places)
 
 
-def test_parts_joined_name_the_damage_of_all(damaged, facts: TokenizerInfo, tmp_path: Path) -> None:
+def test_parts_joined_name_the_damage_of_all(damaged, tokenizer_info: TokenizerInfo, tmp_path: Path) -> None:
     spec, _, _ = damaged
-    prepare_files(spec, facts, tmp_path / "whole", skip_unreadable=True)
+    prepare_files(spec, tokenizer_info, tmp_path / "whole", skip_unreadable=True)
     for number in range(3):
-        prepare_files(spec, facts, tmp_path / "out", part=(number, 3), skip_unreadable=True)
+        prepare_files(spec, tokenizer_info, tmp_path / "out", part=(number, 3), skip_unreadable=True)
     merge(tmp_path / "out", workers=1)
     for split in SPLITS:
         unreadable = [manifest_of(tmp_path / out / split)["unreadable"] for out in ("whole", "out")]
         assert unreadable[0] == unreadable[1] != []
 
 
-def test_files_that_may_not_be_read_still_stop(corpus: str, facts: TokenizerInfo, tmp_path: Path, monkeypatch) -> None:
+def test_files_that_may_not_be_read_still_stop(
+    corpus: str, tokenizer_info: TokenizerInfo, tmp_path: Path, monkeypatch
+) -> None:
     real = open
 
     def forbidden(path: object, *arguments: object, **options: object):
@@ -107,7 +109,7 @@ def test_files_that_may_not_be_read_still_stop(corpus: str, facts: TokenizerInfo
 
     monkeypatch.setattr("builtins.open", forbidden)
     with pytest.raises(UserError, match=r"2\.jsonl: PermissionError.*\. Mend or leave out the file\.$"):
-        prepare_files(corpus, facts, tmp_path / "other", skip_unreadable=True)
+        prepare_files(corpus, tokenizer_info, tmp_path / "other", skip_unreadable=True)
 
 
 @pytest.fixture
@@ -127,11 +129,11 @@ def uneven(tmp_path: Path) -> tuple[str, list[str]]:
 
 
 def test_records_without_text_are_left_out_listed_and_counted_whatever_stops_and_shares_the_work(
-    uneven, facts: TokenizerInfo, tokenizer, tmp_path: Path, monkeypatch
+    uneven, tokenizer_info: TokenizerInfo, tokenizer, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr(workers, "ALONE_CPU_S", 0.0)
     spec, good = uneven
-    prepare_files(spec, facts, tmp_path / "whole", skip_unreadable=True)
+    prepare_files(spec, tokenizer_info, tmp_path / "whole", skip_unreadable=True)
     assert sorted(text for split in SPLITS for text in texts_of(tmp_path / "whole" / split, tokenizer)) == sorted(good)
     manifest = manifest_of(tmp_path / "whole/train")
     lines = [place.removeprefix(f"{spec}/") for place in manifest["unreadable"]]
@@ -140,22 +142,24 @@ def test_records_without_text_are_left_out_listed_and_counted_whatever_stops_and
     assert manifest["left_out"] == left_out
 
     with pytest.raises(UserError, match=r"0\.jsonl, line 6, has no field 'text'.*, although the 5 records before"):
-        prepare_files(spec, facts, tmp_path / "out")
+        prepare_files(spec, tokenizer_info, tmp_path / "out")
     stop_after(monkeypatch, 30)
     with pytest.raises(Stopped):
-        prepare_files(spec, facts, tmp_path / "out", skip_unreadable=True)
-    prepare_files(spec, facts, tmp_path / "out", skip_unreadable=True, workers=2)
+        prepare_files(spec, tokenizer_info, tmp_path / "out", skip_unreadable=True)
+    prepare_files(spec, tokenizer_info, tmp_path / "out", skip_unreadable=True, workers=2)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
     for number in range(3):
-        prepare_files(spec, facts, tmp_path / "parts", part=(number, 3), skip_unreadable=True, max_bad_share=0.02)
+        prepare_files(
+            spec, tokenizer_info, tmp_path / "parts", part=(number, 3), skip_unreadable=True, max_bad_share=0.02
+        )
     merge(tmp_path / "parts", workers=1)
     joined = manifest_of(tmp_path / "parts/train")
     assert (joined["unreadable"], joined["left_out"]) == (manifest["unreadable"], left_out)
 
 
 def test_too_many_records_without_text_end_it_and_more_can_be_allowed(
-    uneven, facts: TokenizerInfo, tmp_path: Path, capfd
+    uneven, tokenizer_info: TokenizerInfo, tmp_path: Path, capfd
 ) -> None:
     spec, good = uneven
     with open(f"{spec}/3.jsonl", "a", encoding="utf-8") as file:
@@ -163,22 +167,26 @@ def test_too_many_records_without_text_end_it_and_more_can_be_allowed(
     with pytest.raises(
         UserError, match=r"122 of the 3,100 records read so far give no text \(3\.9%; the first: .*0\.jsonl"
     ):
-        prepare_files(spec, facts, tmp_path / "out", skip_unreadable=True)
+        prepare_files(spec, tokenizer_info, tmp_path / "out", skip_unreadable=True)
     assert "3.jsonl, 90 more records: has no field 'text'" in capfd.readouterr().err
     with pytest.raises(UserError, match=r"\(.*; the first: .*0\.jsonl.*--max-bad-records 0 allows a share of 0"):
-        prepare_files(spec, facts, tmp_path / "none", skip_unreadable=True, max_bad_share=0.0)
-    shards = prepare_files(spec, facts, tmp_path / "out", skip_unreadable=True, max_bad_share=0.04)
+        prepare_files(spec, tokenizer_info, tmp_path / "none", skip_unreadable=True, max_bad_share=0.0)
+    shards = prepare_files(spec, tokenizer_info, tmp_path / "out", skip_unreadable=True, max_bad_share=0.04)
     assert sum(held.documents for held in shards.values()) == len(good)
     unreadable = manifest_of(tmp_path / "out/train")["unreadable"]
     assert len(unreadable) == 1 + 20 + 1 + 10 + 1
     assert unreadable[-1] == f"{spec}/3.jsonl, 90 more records: has no field 'text'"
 
 
-def test_a_null_is_left_out_without_being_asked_and_counted(facts: TokenizerInfo, tmp_path: Path, capfd) -> None:
+def test_a_null_is_left_out_without_being_asked_and_counted(
+    tokenizer_info: TokenizerInfo, tmp_path: Path, capfd
+) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": null}\n{"text": ""}\n')
     options = {"val_fraction": 0.0, "held_out_fraction": 0.0}
     for name, skip_unreadable in (("one", False), ("other", True)):
-        prepare_files(str(tmp_path / "a.jsonl"), facts, tmp_path / name, skip_unreadable=skip_unreadable, **options)
+        prepare_files(
+            str(tmp_path / "a.jsonl"), tokenizer_info, tmp_path / name, skip_unreadable=skip_unreadable, **options
+        )
         assert f"left out: {tmp_path}/a.jsonl, line 2, field 'text' is null" in capfd.readouterr().err
     assert contents(tmp_path / "one") == contents(tmp_path / "other")
     left_out = manifest_of(tmp_path / "one/train")["left_out"]

@@ -18,7 +18,7 @@ def server() -> Iterator[FaultyServer]:
 
 @pytest.fixture(params=["http", "s3"])
 def location(request: pytest.FixtureRequest, server: FaultyServer, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Where `/corpus/<name>` of the server is, over each of the protocols."""
+    """The URL of `/corpus/<name>` of the server, over each of the protocols."""
     if request.param == "http":
         return f"{server.url}/corpus"
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
@@ -30,5 +30,5 @@ def location(request: pytest.FixtureRequest, server: FaultyServer, monkeypatch: 
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pauses between attempts of a hundredth of a run's."""
+    """Make the pauses between attempts a hundred times shorter."""
     monkeypatch.setattr(storage, "FIRST_WAIT_S", 0.01)

@@ -1,4 +1,4 @@
-"""The cache of remote files: one download a node, a hard limit, nothing damaged, nothing that waits for ever."""
+"""The cache of remote files: one download per node, a hard limit, no damaged file, no endless wait."""
 
 from __future__ import annotations
 
@@ -390,7 +390,7 @@ def test_a_reader_that_is_dropped_leaves_no_thread_and_no_claim(
 
 
 def test_a_file_that_goes_while_room_is_made_is_gone(open_files, monkeypatch, tmp_path: Path) -> None:
-    """Whoever finds a file damaged removes it, whatever others count at that moment."""
+    """A process that finds a file damaged removes it, even while others add up the folder."""
     files = open_files(limit=2)
     a, b = (files.path(name) for name in (A, B))
     for name in (A, B):
@@ -435,13 +435,13 @@ def test_a_process_ends_though_a_download_hangs(server: FaultyServer, start_read
 
 
 def _cached(files: CachedFiles, tmp_path: Path) -> set[str]:
-    """The names of what lies whole in the cache."""
+    """Return the names of the whole files in the cache."""
     names = {checksum: name for name, (_, checksum) in files._expected.items()}
     return {names[path.name] for path in (tmp_path / "cache").iterdir() if path.name in names}
 
 
 def _held(folder: Path) -> int:
-    """The bytes that the folder's files take, as anyone can count them; the readers' notes aside."""
+    """Return the bytes that the folder's files take, without the claims of readers."""
     sizes = {}
     for path in folder.glob("[0-9a-f]*"):
         with suppress(FileNotFoundError):
@@ -459,7 +459,7 @@ def _wait_until(condition: Callable[[], bool]) -> None:
 
 
 def _pwrite_on_a_full_disk(descriptor: int, content: bytes, offset: int, pwrite=os.pwrite) -> int:
-    """`os.pwrite`, but the file cannot grow by more than ten bytes."""
+    """Do as `os.pwrite`, but the file cannot grow by more than ten bytes."""
     return pwrite(descriptor, content[: os.fstat(descriptor).st_size + 10], offset)
 
 
@@ -469,7 +469,7 @@ class _FullDisk(io.FileIO):
 
 
 def _open_on_a_full_disk(path: Path, mode: str, **options: object):
-    """`open`, but a part takes no byte."""
+    """Do as `open`, but a part takes no byte."""
     if "opener" in options:
         return _FullDisk(path, "r+", opener=options["opener"])
     return open(path, mode, **options)

@@ -26,7 +26,7 @@ BATCH = 12
 
 @pytest.fixture(autouse=True)
 def _step_by_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps this small would otherwise be read some epochs at a time."""
+    """Read few steps at a time: steps this small would otherwise be read some epochs at a time."""
     monkeypatch.setattr(loader, "HANDED_TOKENS", 1)
 
 

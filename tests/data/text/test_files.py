@@ -1,4 +1,4 @@
-"""The files that names stand for: every one of them, once, and another version is another file."""
+"""The files of a source: each name gives all of its files once, and another version is another file."""
 
 from __future__ import annotations
 

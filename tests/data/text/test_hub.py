@@ -53,7 +53,7 @@ print(json.dumps([ask(*question) for question in json.loads(sys.argv[1])]))
 
 
 class _Hub(http.server.BaseHTTPRequestHandler):
-    """The part of the hub's API that reading a data set `me/words` takes: its card, its revision, its tree, its files."""
+    """Serves the part of the hub's API that reading a data set `me/words` needs: its card, its revision, its tree, its files."""
 
     folder: Path
     protocol_version = "HTTP/1.1"
@@ -113,7 +113,7 @@ class _Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> list:
-    """What a process that knows this hub answers to the questions below, in their order."""
+    """Return the answers of a process that uses this hub to the questions below, in order."""
     folder = tmp_path_factory.mktemp("hub")
     (folder / "data" / "small").mkdir(parents=True)
     (folder / "README.md").write_text(CARD)

@@ -1,4 +1,4 @@
-"""Every kind of file that can be read gives its texts, and what is wrong with one is said where it stands."""
+"""Every kind of file that can be read gives its texts, and an error names the place of a fault."""
 
 from __future__ import annotations
 

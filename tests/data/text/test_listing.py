@@ -1,4 +1,4 @@
-"""What a source says that it reads and leaves out is what it does, and nothing is left out in silence."""
+"""A source reads and leaves out the files that its listing names, and nothing is left out in silence."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _says(*names: object) -> str:
 
 @pytest.fixture
 def data_set(tmp_path: Path) -> Path:
-    """A folder as the hub has them: data, a loader, licences, and files about the data."""
+    """A folder like those of the hub: data, a loader, licences, and files about the data."""
     folder = tmp_path / "data set"
     (folder / "en" / ".cache").mkdir(parents=True)
     lines = {"en/a.jsonl": "a", "en/b.JSONL": "b", "c.ndjson": "c"}

@@ -1,4 +1,4 @@
-"""Files elsewhere: the same texts as here, through servers that fail, and a sentence when they stay away."""
+"""Remote files: the same texts as local ones, through servers that fail, and a clear error when they stay away."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Filters: the records that they let through are those that the same condition in plain Python does."""
+"""Filters: they keep the records that the same condition in plain Python keeps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sources: every format gives the same texts, any cursor can be gone back to, and bad files are named."""
+"""Sources: every format gives the same texts, a source can continue from any cursor, and bad files are named."""
 
 from __future__ import annotations
 

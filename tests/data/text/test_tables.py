@@ -21,7 +21,7 @@ def _open(path: Path, text_field: str = "text") -> Source:
 
 
 def _stream(path: Path) -> tuple[bytes, int]:
-    """An Arrow stream of four record batches, and where the third begins."""
+    """An Arrow stream of four record batches, and the place where the third begins."""
     with pyarrow.ipc.new_stream(path, TABLE.schema) as stream:
         stream.write_table(TABLE, max_chunksize=10)
     with pyarrow.memory_map(str(path)) as raw:
