@@ -116,7 +116,7 @@ def _positions(options: argparse.Namespace, config: Config) -> Positions:
 def _verify(options: argparse.Namespace) -> None:
     shards = open_unchecked(options.corpus, _cache(options))
     decoder = _decoder(options, shards)
-    report = find_damage(shards, decoder.facts.vocab_size if decoder else None)
+    report = find_damage(shards, decoder.info.vocab_size if decoder else None)
     faults = list(tables.damage_lines(report))
     checked = ["checksums and document ends" if report["checksums"] else "sizes and document ends (no checksums exist)"]
     if report["ids_below"] is not None:
