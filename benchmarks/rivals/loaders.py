@@ -1,4 +1,4 @@
-"""How others read shuffled sequences of tokens: one loader a run, started by benchmarks/data.py.
+"""Other loaders of shuffled token sequences: one a run, started by benchmarks/data.py.
 
     python loaders.py '{"do": "read", "loader": "litdata", "folder": "made/by/write", "batch_size": 8, ...}'
 

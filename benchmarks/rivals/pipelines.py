@@ -1,4 +1,4 @@
-"""How others turn .jsonl files into token files: one pipeline a run, started by benchmarks/tokenize.py.
+"""Other pipelines from .jsonl files to token files: one a run, started by benchmarks/tokenize.py.
 
     python pipelines.py '{"rival": "datatrove", "tokenizer": "folder", "files": [...], ...}'
 

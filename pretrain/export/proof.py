@@ -66,7 +66,7 @@ class Proof:
 
     @property
     def holds(self) -> bool:
-        """Whether rounding explains the error; False as well if a logit is not a number."""
+        """True if rounding explains the error; False as well if a logit is not a number."""
         return self.error <= self.tolerance
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Write safetensors files one tensor at a time, so that memory holds one tensor whatever a file's size.
+"""Write safetensors files one tensor at a time, so that memory holds one tensor for any size of file.
 
 The format (https://github.com/huggingface/safetensors#format) puts every tensor's place before the first byte of data.
 So the shapes are given, and each tensor must have the shape that was given for it.

@@ -49,12 +49,12 @@ class WeightSeries:
 
     @property
     def held(self) -> bool:
-        """Whether TVR controls this weight."""
+        """True if TVR controls this weight."""
         return bool(np.isfinite(self.target).any())
 
     @property
     def by_mean(self) -> bool:
-        """Whether its mean says more than its deviation: a factor, or one number, whose deviation is always 0."""
+        """True if its mean says more than its deviation: a factor, or one number, whose deviation is always 0."""
         one_number = not np.any(self.values[np.isfinite(self.values)]) and np.any(self.mean[np.isfinite(self.mean)])
         return self.role in _BY_MEAN or bool(one_number)
 
