@@ -91,14 +91,14 @@ def bench_data(
         RuntimeError: If Evenkeel's own loader fails.
     """
     with tempfile.TemporaryDirectory(prefix="bench_data_") as name:
-        bench = _Bench(Path(name), rivals, rivals_python)
+        bench = _LoaderBench(Path(name), rivals, rivals_python)
         bench.write(tokens)
         reading = bench.table_of_reading(rounds, seconds, workers)
         starting = bench.table_of_starting(rounds, our_sizes, rivals_sizes)
     return f"{reading}\n\n{starting}"
 
 
-class _Bench:
+class _LoaderBench:
     def __init__(self, folder: Path, rivals: Sequence[str], rivals_python: str) -> None:
         self._folder, self._rivals_python = folder, rivals_python
         self._loaders = {OURS: EVENKEEL, **{rival: RIVALS[rival] for rival in rivals}}

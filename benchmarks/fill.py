@@ -33,7 +33,7 @@ CUT_DIM = {"q": 0, "k": 0, "v": 0, "gate": 0, "up": 0, "o": 1, "down": 1}  # as 
 
 
 @dataclass(frozen=True)
-class Case:
+class FillCase:
     """ZeRO-3 on `ranks` ranks, `tensor` of which share a tensor-parallel cut."""
 
     draw: Draw
@@ -77,16 +77,16 @@ def bench_fill(world_sizes: tuple[int, ...], blocks: int) -> str:
     return render(header, rows)
 
 
-def _cases(world_sizes: tuple[int, ...]) -> list[Case]:
+def _cases(world_sizes: tuple[int, ...]) -> list[FillCase]:
     others = [TruncatedNormal(STD), Uniform(STD), *(GeneralizedGaussian(STD, shape) for shape in (1.0, 1.5))]
     return [
-        *(Case(Normal(STD), ranks) for ranks in world_sizes),
-        *(Case(draw, RANKS) for draw in others),
-        *(Case(Normal(STD), RANKS, tensor) for tensor in (2, 4, 8)),
+        *(FillCase(Normal(STD), ranks) for ranks in world_sizes),
+        *(FillCase(draw, RANKS) for draw in others),
+        *(FillCase(Normal(STD), RANKS, tensor) for tensor in (2, 4, 8)),
     ]
 
 
-def _row(case: Case, cost: Cost) -> tuple:
+def _row(case: FillCase, cost: Cost) -> tuple:
     in_columns = 1e9 * cost.column_seconds / cost.column_elements if cost.column_elements else "-"
     per_element = 1e9 * sum(cost.seconds) / cost.elements
     sizes = cost.buffer / 2**20, cost.peak / 2**20
@@ -99,7 +99,7 @@ def _weights() -> list[Weight]:
         return describe_model(LlamaForCausalLM(LLAMA_7B))
 
 
-def _measure(weights: list[Weight], blocks: int, case: Case) -> Cost:
+def _measure(weights: list[Weight], blocks: int, case: FillCase) -> Cost:
     torch.set_num_threads(1)
     sampled = [weight for weight in weights if weight.layer is None or weight.layer <= blocks]
     largest = max(count for weight in sampled for *_, count in [_piece(weight, case, 0)])
@@ -124,7 +124,7 @@ def _measure(weights: list[Weight], blocks: int, case: Case) -> Cost:
     return Cost(seconds, elements, column_seconds, column_elements, 4 * largest, _resident("VmHWM") - before)
 
 
-def _piece(weight: Weight, case: Case, rank: int) -> tuple[Slice, int, int]:
+def _piece(weight: Weight, case: FillCase, rank: int) -> tuple[Slice, int, int]:
     """Return the part of rank `rank`: a slice, the first element in it and their number. Consecutive ranks share a cut."""
     dim = CUT_DIM.get(weight.role) if case.tensor > 1 else None
     if dim is None:

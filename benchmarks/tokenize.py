@@ -45,7 +45,7 @@ class Pipeline:
 
 
 @dataclass(frozen=True)
-class Corpus:
+class TextFiles:
     """The same documents by kind of file.
 
     Attributes:
@@ -122,7 +122,9 @@ def bench_tokenize(
     with tempfile.TemporaryDirectory(prefix="bench_tokenize_") as name:
         folder = Path(name)
         corpus = _write_corpus(_texts(source, int(megabytes * 1e6)), folder / "text", workers)
-        bench = _Bench(folder, corpus, tokenizer or _train(corpus, folder / "tokenizer"), rivals_python, workers)
+        bench = _PipelineBench(
+            folder, corpus, tokenizer or _train(corpus, folder / "tokenizer"), rivals_python, workers
+        )
         left_out = {rival: missing_modules(rivals_python, RIVALS[rival].needs) for rival in rivals}
         results: dict[str, list[Result]] = {key: [] for key in (*OURS, *rivals)}
         for number in range(rounds):
@@ -140,8 +142,8 @@ def bench_tokenize(
         return _report(results, left_out, corpus, workers, rounds)
 
 
-class _Bench:
-    def __init__(self, folder: Path, corpus: Corpus, tokenizer: Path, rivals_python: str, workers: int) -> None:
+class _PipelineBench:
+    def __init__(self, folder: Path, corpus: TextFiles, tokenizer: Path, rivals_python: str, workers: int) -> None:
         from pretrain.data.tokenizer import load_tokenizer
 
         loaded = load_tokenizer(tokenizer)
@@ -209,7 +211,7 @@ def _texts(source: Sequence[str], size: int) -> Iterator[str]:
             raise UserError(f"there is no text in {' '.join(source)}.")
 
 
-def _write_corpus(texts: Iterator[str], folder: Path, workers: int) -> Corpus:
+def _write_corpus(texts: Iterator[str], folder: Path, workers: int) -> TextFiles:
     """Write the documents in stretches of equal bytes, a file for each worker, as .jsonl, .jsonl.zst and .parquet."""
     documents = list(texts)
     sizes = [len(text.encode()) for text in documents]
@@ -220,7 +222,7 @@ def _write_corpus(texts: Iterator[str], folder: Path, workers: int) -> Corpus:
         taken += size
     files = _write_kinds(parts, folder / "whole")
     few = _write_kinds([documents[:FEW_DOCUMENTS]], folder / "few")
-    return Corpus(files, few, sum(sizes), len(documents))
+    return TextFiles(files, few, sum(sizes), len(documents))
 
 
 def _write_kinds(parts: list[list[str]], folder: Path) -> dict[str, list[str]]:
@@ -241,7 +243,7 @@ def _write_kinds(parts: list[list[str]], folder: Path) -> dict[str, list[str]]:
     return files
 
 
-def _train(corpus: Corpus, folder: Path) -> Path:
+def _train(corpus: TextFiles, folder: Path) -> Path:
     """Train a byte-level BPE like GPT-2's, the kind that all of the rivals are made for."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -260,7 +262,7 @@ def _train(corpus: Corpus, folder: Path) -> Path:
     return folder
 
 
-def _report(results: dict[str, list[Result]], left_out: dict, corpus: Corpus, workers: int, rounds: int) -> str:
+def _report(results: dict[str, list[Result]], left_out: dict, corpus: TextFiles, workers: int, rounds: int) -> str:
     megabytes = corpus.text_bytes / 1e6
     reference = results["evenkeel-jsonl"]
     rows: list[tuple[object, ...]] = []

@@ -101,7 +101,7 @@ def _apply(scheme: Scheme, targets: Iterator[float]) -> int:
 def _by_method(llama: Llama, engine: str, target: float) -> int:
     (method,) = llama.config.methods
     statistics = method.model_copy(update={"engine": engine, "target_std": target}).after_step(1, llama.weights)
-    return sum(weight["rescaled"] for weight in statistics.values())
+    return sum(bool(weight["rescaled"]) for weight in statistics.values())
 
 
 def _falling(target: float) -> Iterator[float]:

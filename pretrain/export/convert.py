@@ -24,7 +24,7 @@ from pretrain.errors import UserError, first_line
 from pretrain.export.card import class_name, model_card
 from pretrain.export.masters import master_weights
 from pretrain.export.proof import Proof, checked, prove
-from pretrain.export.weights import Shapes, write_weights
+from pretrain.export.safetensors_files import Shapes, write_weights
 from pretrain.files import require_utf8, unfinished, write_text
 from pretrain.methods import Method
 from pretrain.model.config_json import save_config

@@ -20,7 +20,7 @@ from matplotlib.ticker import MaxNLocator
 
 from pretrain.report.style import ACCENT, MUTED, compact_axis, layer_color, legend, run_color
 from pretrain.report.traces import thinned
-from pretrain.report.weights import FACTOR, OTHER, WeightSeries
+from pretrain.report.weight_series import FACTOR, OTHER, WeightCurve
 
 _ATTENTION = ("q", "k", "v", "qkv", "o")
 _MLP = ("gate", "up", "down")
@@ -56,13 +56,13 @@ _MARGIN, _LEAST_MARGIN = 0.08, 0.01  # of a y axis that does not begin at 0: sha
 _COLUMNS = 4
 
 
-def panel_of(weight: WeightSeries) -> str:
+def panel_of(weight: WeightCurve) -> str:
     """Return the panel of this weight: its role's, the one of its matrix's factors, or "other"."""
     panel = f"{weight.matrix} · factor" if weight.role == FACTOR else weight.role
     return panel if panel in _PANELS else OTHER
 
 
-def by_layer(weights: list[WeightSeries], from_zero: bool = True) -> Figure:
+def by_layer(weights: list[WeightCurve], from_zero: bool = True) -> Figure:
     """Draw the values of every weight of one run, coloured by layer, with TVR's target, threshold and rescales.
 
     Args:
@@ -97,7 +97,7 @@ def by_layer(weights: list[WeightSeries], from_zero: bool = True) -> Figure:
     return figure
 
 
-def compared(runs: list[list[WeightSeries]], labels: list[str], from_zero: bool = True) -> Figure:
+def compared(runs: list[list[WeightCurve]], labels: list[str], from_zero: bool = True) -> Figure:
     """Draw each run's median over the layers, with a band from the smallest to the largest layer and its TVR target."""
 
     def draw(axes: Axes, panel: str) -> None:
@@ -123,7 +123,7 @@ def compared(runs: list[list[WeightSeries]], labels: list[str], from_zero: bool 
 
 
 def _limits(
-    axes: Axes, weights: list[WeightSeries], limits: Callable[[WeightSeries], tuple[np.ndarray, ...]], **style: Any
+    axes: Axes, weights: list[WeightCurve], limits: Callable[[WeightCurve], tuple[np.ndarray, ...]], **style: Any
 ) -> None:
     """Draw targets or thresholds, over the whole width if they are constant; a line that several weights share once."""
     drawn = set()
@@ -140,11 +140,11 @@ def _limits(
                 axes.plot(*thinned(steps, values, _POINTS), **style)
 
 
-def _shown(weights: list[WeightSeries], panel: str) -> list[WeightSeries]:
+def _shown(weights: list[WeightCurve], panel: str) -> list[WeightCurve]:
     return [weight for weight in weights if panel_of(weight) == panel]
 
 
-def _panels(weights: list[WeightSeries], draw: Callable[[Axes, str], None], from_zero: bool) -> Figure:
+def _panels(weights: list[WeightCurve], draw: Callable[[Axes, str], None], from_zero: bool) -> Figure:
     """Draw every panel that has weights, filled by `draw(axes, panel)`."""
     rows = _rows({panel_of(weight) for weight in weights})
     columns = max(map(len, rows))
@@ -181,7 +181,7 @@ def _rows(present: set[str]) -> list[list[str]]:
     return [row for row in rows if row]
 
 
-def _shared_from_zero(weights: list[WeightSeries]) -> dict[str, tuple[float, float]]:
+def _shared_from_zero(weights: list[WeightCurve]) -> dict[str, tuple[float, float]]:
     """Return each panel's y limits: from 0, the same for all panels that share a scale."""
     limits: dict[str, tuple[float, float]] = {}
     for panels in _SCALES:
@@ -191,7 +191,7 @@ def _shared_from_zero(weights: list[WeightSeries]) -> dict[str, tuple[float, flo
     return limits
 
 
-def _fitted(weights: list[WeightSeries]) -> dict[str, tuple[float, float]]:
+def _fitted(weights: list[WeightCurve]) -> dict[str, tuple[float, float]]:
     """Return each panel's y limits, around its own values; wide enough that a negligible change looks small."""
     limits = {}
     for panel in {panel_of(weight) for weight in weights}:
@@ -220,7 +220,7 @@ def _layer_strip(figure: Figure, layers: int) -> None:
     )
 
 
-def _by_step(weights: list[WeightSeries]) -> tuple[np.ndarray, np.ndarray]:
+def _by_step(weights: list[WeightCurve]) -> tuple[np.ndarray, np.ndarray]:
     """Return the steps (steps,) at which any weight was measured, and values (steps, weights), NaN where one was not."""
     steps = np.unique(np.concatenate([weight.steps for weight in weights]))
     values = np.full((len(steps), len(weights)), np.nan)

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pretrain.report.picture import Picture
 from pretrain.report.runs import Run
 from pretrain.report.weight_panels import by_layer, compared, panel_of
-from pretrain.report.weights import OTHER, WeightSeries, read_weights
+from pretrain.report.weight_series import OTHER, WeightCurve, read_weights
 
-_Logged = Mapping[str, list[WeightSeries]]  # the weights of each run that logged any, by its label
+_Logged = Mapping[str, list[WeightCurve]]  # the weights of each run that logged any, by its label
 
 _STD, _MEAN = "weight_std", "weight_mean"
 _TITLES = {_STD: "Standard deviation of the weights", _MEAN: "Factors and gains"}
@@ -35,7 +35,7 @@ def weight_pictures(runs: list[Run]) -> list[Picture]:
     return _pictures(_STD, labels, by_deviation) + _pictures(_MEAN, labels, _means(logged))
 
 
-def _means(logged: _Logged) -> dict[str, list[WeightSeries]]:
+def _means(logged: _Logged) -> dict[str, list[WeightCurve]]:
     """Return the means of every weight in a panel that some run needs, so that all runs can be compared there."""
     panels = {panel_of(weight) for weights in logged.values() for weight in weights if weight.by_mean}
     return {
@@ -70,7 +70,7 @@ def _pictures(kind: str, labels: list[str], logged: _Logged) -> list[Picture]:
     ]
 
 
-def _by_layer_caption(kind: str, weights: list[WeightSeries]) -> str:
+def _by_layer_caption(kind: str, weights: list[WeightCurve]) -> str:
     caption = _BY_LAYER[kind]
     if any(weight.rescaled.any() for weight in weights):
         caption += " Measured just before TVR acts: a dot is a rescaled matrix, the drop below it its rescale."

@@ -54,7 +54,7 @@ def test_tokenize_gives_the_same_tokens_as_the_library_from_every_kind_of_file(t
     source = tmp_path / "text.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     options = {"source": [str(source)], "megabytes": sum(map(len, texts)) / 1e6, "rivals_python": sys.executable}
-    trained = tokenize._train(tokenize.Corpus({"jsonl": [str(source)]}, {}, 0, 0), tmp_path / "tokenizer")
+    trained = tokenize._train(tokenize.TextFiles({"jsonl": [str(source)]}, {}, 0, 0), tmp_path / "tokenizer")
     table = tokenize.bench_tokenize(rounds=1, tokenizer=trained, rivals=["tokenizers"], workers=1, **options)
     library = Tokenizer.from_file(str(trained / "tokenizer.json"))
     tokens = np.array([token for text in texts for token in [*library.encode(text).ids, 0]], np.uint16)

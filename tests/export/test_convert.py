@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, L
 from pretrain.checkpoints.logit_probe import load_probe, probe_logits, probe_positions
 from pretrain.errors import UserError
 from pretrain.export import convert as conversion
-from pretrain.export import weights as writing
+from pretrain.export import safetensors_files as writing
 from pretrain.export.convert import convert
 from pretrain.export.masters import master_weights
 from pretrain.export.proof import NotEqualError, computing_in

@@ -8,8 +8,8 @@ import torch
 
 from pretrain.errors import UserError
 from pretrain.export import stored
+from pretrain.export.safetensors_files import write_weights
 from pretrain.export.stored import SideBySide, Span, StoredWeight, one_below_the_other
-from pretrain.export.weights import write_weights
 
 
 def store(folder: Path, values: torch.Tensor, cuts: list[int]) -> StoredWeight:

@@ -27,7 +27,7 @@ from pretrain.report.style import RC
 from pretrain.report.traces import running_mean, thinned
 from pretrain.report.weight_panels import by_layer, panel_of
 from pretrain.report.weight_pictures import weight_pictures
-from pretrain.report.weights import read_weights
+from pretrain.report.weight_series import read_weights
 from pretrain.report.write import write_report
 
 TOOL = Path(__file__).parents[2] / "tools" / "report.py"
@@ -451,7 +451,7 @@ def test_every_role_of_the_layout_has_a_panel(tmp_path):
 
 
 def test_role_that_the_report_has_no_panel_for_is_shown_under_other(tmp_path, monkeypatch):
-    monkeypatch.setattr("pretrain.report.weights.role_and_layer", lambda name: ("novel", 1))
+    monkeypatch.setattr("pretrain.report.weight_series.role_and_layer", lambda name: ("novel", 1))
     folder = weight_run(tmp_path / "tiny", {"model.layers.0.novel.weight": [{"std": 0.1, "rescaled": False}] * 2})
     page = drawn(folder, out=tmp_path / "page.html")
     assert ">other<" in page.source

@@ -20,7 +20,7 @@ _LIMITS = ("target", "threshold", "lower_threshold")  # as TVR writes them into 
 
 
 @dataclass(frozen=True)
-class WeightSeries:
+class WeightCurve:
     """One weight over time.
 
     Attributes:
@@ -58,7 +58,7 @@ class WeightSeries:
         one_number = not np.any(self.values[np.isfinite(self.values)]) and np.any(self.mean[np.isfinite(self.mean)])
         return self.role in _BY_MEAN or bool(one_number)
 
-    def as_mean(self) -> WeightSeries:
+    def as_mean(self) -> WeightCurve:
         """Return the same weight with its mean in place of its deviation, and so without TVR's limits on that."""
         nothing = np.full(len(self.steps), np.nan)
         return replace(self, values=self.mean, rescaled=np.isfinite(nothing), target=nothing, thresholds=())
@@ -70,20 +70,20 @@ class WeightSeries:
         return steps, np.insert(self.values, rescaled + 1, self.target[rescaled])
 
 
-def read_weights(run: Run) -> list[WeightSeries]:
+def read_weights(run: Run) -> list[WeightCurve]:
     """Return every weight in the run's weights rows, in the order of their appearance; [] if it logged none."""
     rows = run.rows["weights"]
     names = dict.fromkeys(name for row in rows for name in row["weights"])
     return [_series(name, rows, run.config.get("methods") or []) for name in names]
 
 
-def _series(name: str, rows: list[WeightsRow], methods: list[dict]) -> WeightSeries:
+def _series(name: str, rows: list[WeightsRow], methods: list[dict]) -> WeightCurve:
     role, layer = _role_and_layer(name)
     measured = [(row["step"], row["weights"][name]) for row in rows if name in row["weights"]]
     limits = {key: np.array([number(values.get(key)) for _, values in measured]) for key in _LIMITS}
     if not any(np.isfinite(values).any() for values in limits.values()):
         limits = {key: np.full(len(measured), value) for key, value in _old_limits(name, role, layer, methods).items()}
-    return WeightSeries(
+    return WeightCurve(
         name=name,
         role=role,
         matrix=_role_and_layer(f"{name.rpartition('.')[0]}.weight")[0] if role == FACTOR else None,
