@@ -15,7 +15,7 @@ from pretrain.data.remote.cache import CacheSettings
 from pretrain.data.remote.storage import is_remote
 from pretrain.data.tokens.checksums import BLOCK_BYTES, hash_file
 from pretrain.data.tokens.corpus import ENDS_DTYPE, Shard, TokenShards
-from pretrain.data.tokens.files import LocalFiles
+from pretrain.data.tokens.corpus_files import LocalFiles
 from pretrain.data.tokens.manifest import MANIFEST, describe_shards, read_manifest
 from pretrain.data.tokens.shards import open_shards
 from pretrain.data.tokens.verify import check_ids, ends_fault

@@ -16,8 +16,8 @@ import xxhash
 from pretrain.data.prepare.backends import SAMPLE_CHARACTERS, choose_backend, open_backend, reraise_interrupts
 from pretrain.data.prepare.workers import map_in_order
 from pretrain.data.text.blocks import Block, texts_of
-from pretrain.data.text.documents import cut_long
 from pretrain.data.text.faults import Tally
+from pretrain.data.text.long_texts import cut_long
 from pretrain.data.text.sources import Source
 
 UNIT_BYTES = 1 << 21

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.data.json_files import read_json
-from pretrain.data.prepare.folder import JOURNAL, UNSHUFFLED, remove
+from pretrain.data.prepare.output_folder import JOURNAL, UNSHUFFLED, remove
 from pretrain.data.tokens.writer import ShardWriter
 from pretrain.errors import UserError
 from pretrain.files import open_cut, write_json

@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pretrain.data.json_files import read_json
-from pretrain.data.prepare.folder import JOURNAL, refuse_unrecorded_files, remove, writing_in
 from pretrain.data.prepare.journal import Journal, splits_of
+from pretrain.data.prepare.output_folder import JOURNAL, refuse_unrecorded_files, remove, writing_in
 from pretrain.data.prepare.parts import PARTS, complete_parts, joined_manifest, part_folder
 from pretrain.data.prepare.shuffle import shuffle
 from pretrain.data.progress import Progress

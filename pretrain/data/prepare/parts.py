@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 from pretrain.data.json_files import read_json
-from pretrain.data.prepare.folder import JOURNAL, refuse_unrecorded_files, writing_in
+from pretrain.data.prepare.output_folder import JOURNAL, refuse_unrecorded_files, writing_in
 from pretrain.data.tokens.manifest import MANIFEST
 from pretrain.errors import UserError
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.data.prepare.encoding import Encoded, Encoder, encode_in_order
-from pretrain.data.prepare.folder import UNSHUFFLED, refuse_unrecorded_files, remove, writing_in
 from pretrain.data.prepare.journal import Journal, forget, splits_of, written
 from pretrain.data.prepare.ledger import SourceLedger
+from pretrain.data.prepare.output_folder import UNSHUFFLED, refuse_unrecorded_files, remove, writing_in
 from pretrain.data.prepare.parts import refuse_parts, writing_part
 from pretrain.data.prepare.shuffle import shuffle
 from pretrain.data.progress import Progress

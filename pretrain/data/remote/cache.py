@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import xxhash
 
-from pretrain.data.remote.folder import SharedFolder
+from pretrain.data.remote.shared_folder import SharedFolder
 from pretrain.data.remote.storage import Storage
 from pretrain.errors import UserError
 from pretrain.files import checksum

@@ -1,8 +1,8 @@
-"""Text in: where it comes from, in one fixed order, file by file.
+"""The text of a source, in one fixed order, file by file.
 
-A source is a list of files (`files`, found by `listing`), here or elsewhere (`remote`). Its reader (`readers`) cuts them
-into blocks. Other processes can turn blocks into texts (`blocks`): they choose among records (`selection`) and cut long
-ones (`documents`). Records without text are printed and counted (`faults`, `omissions`).
+A source is a list of files (`source_files`, found by `listing`), here or elsewhere (`remote_files`). Its reader
+(`readers`) cuts them into blocks. Other processes can turn blocks into texts (`blocks`): they choose among records
+(`selection`) and cut long ones (`long_texts`). Records without text are printed and counted (`faults`, `omissions`).
 """
 
 from pretrain.data.text.sources import Source, open_source

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.data.text.columns import records_of
 from pretrain.data.text.faults import BadRecord, Fault, NullText, Tally, Unreadable
-from pretrain.data.text.files import SourceFile
 from pretrain.data.text.selection import Selection, WrongField
+from pretrain.data.text.source_files import SourceFile
 from pretrain.errors import UserError
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 
-from pretrain.data.text.files import SourceFile, is_url, local_file
 from pretrain.data.text.kinds import READABLE, kind_of
 from pretrain.data.text.listing import listed_files
+from pretrain.data.text.source_files import SourceFile, is_url, local_file
 from pretrain.errors import UserError
 
 _REVISION = re.compile(r"^hf://datasets/[^/]+/[^/@]+@(?P<revision>[^/]+)/")

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from pretrain.credentials import credential_in
 from pretrain.data.text import globs
-from pretrain.data.text.files import SourceFile, is_url, local_file, remote_file
 from pretrain.data.text.kinds import READABLE, ending_of, is_about, is_other_data, kind_of
+from pretrain.data.text.source_files import SourceFile, is_url, local_file, remote_file
 from pretrain.errors import UserError
 
 if TYPE_CHECKING:

@@ -6,11 +6,11 @@ import codecs
 import tokenize
 from collections.abc import Iterator
 
-from pretrain.data.text import compression, documents
+from pretrain.data.text import compression, long_texts
 from pretrain.data.text.blocks import UNREADABLE, Block, TextBlock, Unreadable, unreadable
-from pretrain.data.text.files import SourceFile, library_folder
 from pretrain.data.text.selection import Selection
 from pretrain.data.text.signatures import refuse_other_content
+from pretrain.data.text.source_files import SourceFile, library_folder
 
 TOPICS = "pydoc_data/topics.py"
 
@@ -60,13 +60,13 @@ def _decoded(chunks: Iterator[bytes], path: str) -> Iterator[str]:
 
 
 def _texts(pieces: Iterator[str]) -> Iterator[str]:
-    """Yield the texts into which `documents.cut_long` would cut all `pieces`; the text before damage comes first."""
+    """Yield the texts into which `long_texts.cut_long` would cut all `pieces`; the text before damage comes first."""
     held = ""
     try:
         for piece in pieces:
             held += piece
-            if len(held) > documents.MAX_DOCUMENT_CHARACTERS:
-                *whole, held = documents.cut_long(held)
+            if len(held) > long_texts.MAX_DOCUMENT_CHARACTERS:
+                *whole, held = long_texts.cut_long(held)
                 yield from whole
     except Unreadable:
         if held:

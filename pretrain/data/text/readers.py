@@ -22,11 +22,11 @@ from pretrain.data.text.blocks import (
 )
 from pretrain.data.text.columns import check_fields, columns_of
 from pretrain.data.text.faults import BadTable
-from pretrain.data.text.files import SourceFile
 from pretrain.data.text.kinds import LINES, compression_of
 from pretrain.data.text.plain import read_plain, read_python
 from pretrain.data.text.selection import Selection, WrongField
 from pretrain.data.text.signatures import refuse_other_content
+from pretrain.data.text.source_files import SourceFile
 from pretrain.errors import UserError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 from pretrain.data.text.faults import Unreadable
-from pretrain.data.text.files import SourceFile
+from pretrain.data.text.source_files import SourceFile
 
 _WIDE = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)  # UTF-32's other one begins like the first
 _COMPRESSED = {

@@ -14,13 +14,13 @@ from typing import Any
 from pretrain.data.json_files import content_hash
 from pretrain.data.text.blocks import UNREADABLE, Block, UnreadableBlock, unreadable
 from pretrain.data.text.faults import Fault
-from pretrain.data.text.files import SourceFile, library_folder, share
 from pretrain.data.text.kinds import PLAIN
 from pretrain.data.text.listing import Listing, list_files
 from pretrain.data.text.plain import TOPICS
 from pretrain.data.text.readers import reader_of
 from pretrain.data.text.selection import Filter, Selection
 from pretrain.data.text.signatures import refuse_pointer
+from pretrain.data.text.source_files import SourceFile, library_folder, share
 from pretrain.errors import UserError
 
 _NOT_LIBRARY = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data"}

@@ -14,7 +14,7 @@ from pretrain.files import CANNOT_WRITE, NO_LOCKS, sync_folder, unfinished
 
 
 @contextmanager
-def made_aside(out: Path) -> Iterator[Path]:
+def atomic_folder(out: Path) -> Iterator[Path]:
     """Yield a folder beside `out` that becomes `out`, durably, when the block succeeds, and is removed when it fails.
 
     What a killed process left of it is removed first.

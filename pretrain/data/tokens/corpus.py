@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pretrain.data.tokens.files import Files
+from pretrain.data.tokens.corpus_files import CorpusFiles
 from pretrain.errors import UserError
 
 ENDS_DTYPE = np.dtype("<i8")  # uint64 on disk; no end is anywhere near 2^63, and signed numbers mix with others
@@ -71,7 +71,7 @@ class TokenShards:
     def __init__(
         self,
         location: str,
-        files: Files,
+        files: CorpusFiles,
         shards: list[Shard],
         dtype: np.dtype,
         fingerprint: str,

@@ -15,8 +15,8 @@ import xxhash
 from pretrain.data.json_files import content_hash
 from pretrain.data.tokens.checksums import hash_file
 from pretrain.data.tokens.corpus import Shard, TokenShards
+from pretrain.data.tokens.corpus_files import LocalFiles
 from pretrain.data.tokens.external_files import IndexedFile
-from pretrain.data.tokens.files import LocalFiles
 
 SHARD_TOKENS = 100_000_000
 _SAMPLE_BYTES = 1 << 16

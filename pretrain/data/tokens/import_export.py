@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pretrain.data.progress import Progress
-from pretrain.data.tokens.atomic_folder import made_aside
+from pretrain.data.tokens.atomic_folder import atomic_folder
 from pretrain.data.tokens.corpus import TokenShards
 from pretrain.data.tokens.external_files import INDEX_BLOCK, IndexedFile, TokenFile, check_one_dtype
 from pretrain.data.tokens.formats import FORMATS
@@ -68,7 +68,7 @@ def import_tokens(
     if not any(file.tokens for file in files):
         raise UserError(f"'{location}' holds no {format} files with tokens.")
     check_one_dtype(files)
-    with made_aside(Path(out)) as aside:
+    with atomic_folder(Path(out)) as aside:
         writer = ShardWriter(aside, token_dtype(tokenizer.vocab_size), shard_tokens)
         progress = Progress("imported", sum(file.bytes for file in files))
         beginnings = _Beginnings(None if tokenizer.bos_id == tokenizer.eos_id else tokenizer.bos_id)
@@ -120,7 +120,7 @@ def export_tokens(format: str, shards: TokenShards, out: str | Path) -> None:
     else:
         dtype = token_format.dtype_for(shards.vocab_size or int(np.iinfo(shards.dtype).max) + 1)
         parts = _parts(shards, token_format.one_file)
-    with made_aside(Path(out)) as aside:
+    with atomic_folder(Path(out)) as aside:
         progress = Progress("exported", shards.tokens * dtype.itemsize)
         start = documents = 0
         for part in parts:

@@ -11,7 +11,7 @@ import numpy as np
 
 from pretrain.data.json_files import content_hash, parse_json
 from pretrain.data.tokens.corpus import Shard, TokenShards
-from pretrain.data.tokens.files import Files
+from pretrain.data.tokens.corpus_files import CorpusFiles
 from pretrain.errors import UserError
 from pretrain.files import write_text
 
@@ -61,7 +61,9 @@ def read_manifest(content: bytes, path: str) -> dict:
     return manifest
 
 
-def describe_shards(manifest: dict, path: str, location: str, files_of: Callable[[list[Shard]], Files]) -> TokenShards:
+def describe_shards(
+    manifest: dict, path: str, location: str, files_of: Callable[[list[Shard]], CorpusFiles]
+) -> TokenShards:
     """Return the corpus that a manifest describes.
 
     Args:

@@ -7,9 +7,9 @@ from pathlib import Path
 from pretrain.data.remote.cache import CachedFiles, CacheSettings
 from pretrain.data.remote.storage import Storage, is_remote
 from pretrain.data.tokens.corpus import ENDS_DTYPE, Shard, TokenShards
+from pretrain.data.tokens.corpus_files import LocalFiles
 from pretrain.data.tokens.external_files import check_one_dtype
 from pretrain.data.tokens.external_shards import ExternalShards
-from pretrain.data.tokens.files import LocalFiles
 from pretrain.data.tokens.formats import FORMATS
 from pretrain.data.tokens.manifest import MANIFEST, describe_shards, read_manifest
 from pretrain.data.tokens.verify import check_contents, check_ids, check_sizes
@@ -40,7 +40,7 @@ def open_shards(
 
     Raises:
         UserError: There is no corpus at `location`, or it is damaged. It may be raised on one rank only: the caller
-            tells the others.
+            informs the others.
     """
     if verify not in ("full", "size"):
         raise ValueError(f"verify is 'full' or 'size', not {verify!r}")

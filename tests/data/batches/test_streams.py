@@ -20,7 +20,7 @@ from pretrain.data.batches.order import FileOrder, GlobalOrder, WindowedOrder
 from pretrain.data.batches.samples import Concatenated, SampleRows
 from pretrain.data.batches.stream import Stream
 from pretrain.data.tokens.corpus import Shard
-from pretrain.data.tokens.files import LocalFiles
+from pretrain.data.tokens.corpus_files import LocalFiles
 from pretrain.errors import UserError
 
 SEQ_LEN = 16

@@ -22,7 +22,7 @@ import xxhash
 
 from pretrain.data.remote import cache, folder
 from pretrain.data.remote.cache import CachedFiles, CacheSettings
-from pretrain.data.remote.folder import SharedFolder
+from pretrain.data.remote.shared_folder import SharedFolder
 from pretrain.errors import UserError
 from tests.support.faulty_server import FaultyServer, StorageFault
 from tests.support.runs import REPOSITORY

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from pretrain.data.text import Source, documents, open_source, readers
+from pretrain.data.text import Source, long_texts, open_source, readers
 from pretrain.data.text.kinds import kind_of
 from pretrain.errors import UserError
 
@@ -144,11 +144,11 @@ def test_what_stands_before_damage_in_code_and_compressed_text_is_kept(tmp_path:
 
 
 def test_a_long_text_file_gives_the_documents_of_the_whole(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(documents, "MAX_DOCUMENT_CHARACTERS", 100)
+    monkeypatch.setattr(long_texts, "MAX_DOCUMENT_CHARACTERS", 100)
     monkeypatch.setattr("pretrain.data.text.compression.CHUNK_BYTES", 33)
     content = "".join(f"line {'x' * (number % 250)} größer\n" for number in range(100))
     (tmp_path / "a.txt").write_text(content, encoding="utf-8")
-    assert list(_open(tmp_path / "a.txt").texts()) == documents.cut_long(content)
+    assert list(_open(tmp_path / "a.txt").texts()) == long_texts.cut_long(content)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from pretrain.data.text import Source, compression, documents, open_source, readers
-from pretrain.data.text.documents import cut_long
+from pretrain.data.text import Source, compression, long_texts, open_source, readers
+from pretrain.data.text.long_texts import cut_long
 from pretrain.errors import UserError
 
 TEXTS = ["one\r\n", "", "  two\n\nlines ", "drei größer 漢字 🎉", "\u2028 odd line ends \x85", "six"] * 50
@@ -107,7 +107,7 @@ def test_text_files_are_a_text_each_in_order(tmp_path: Path) -> None:
 
 
 def test_a_long_text_file_is_cut_at_line_breaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "MAX_DOCUMENT_CHARACTERS", 100)
+    monkeypatch.setattr(long_texts, "MAX_DOCUMENT_CHARACTERS", 100)
     content = "".join(f"line {number}\n" for number in range(100))
     (tmp_path / "a.txt").write_text(content)
     texts = [piece for text in _open(tmp_path / "a.txt").texts() for piece in cut_long(text)]
@@ -116,7 +116,7 @@ def test_a_long_text_file_is_cut_at_line_breaks(tmp_path: Path, monkeypatch: pyt
 
 
 def test_long_texts_are_cut_even_without_line_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "MAX_DOCUMENT_CHARACTERS", 10)
+    monkeypatch.setattr(long_texts, "MAX_DOCUMENT_CHARACTERS", 10)
     assert cut_long("x" * 25) == ["x" * 10, "x" * 10, "x" * 5]
     assert cut_long("") == [""]
     assert cut_long("x" * 10) == ["x" * 10]

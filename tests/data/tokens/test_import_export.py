@@ -14,7 +14,7 @@ import pytest
 
 from pretrain.data.tokenizer import TokenizerInfo
 from pretrain.data.tokens import ShardWriter, external_files, external_shards, import_export, open_shards
-from pretrain.data.tokens.atomic_folder import made_aside
+from pretrain.data.tokens.atomic_folder import atomic_folder
 from pretrain.data.tokens.import_export import export_tokens, import_tokens
 from pretrain.errors import UserError
 from tests.support.token_formats import documents, write_datatrove, write_megatron
@@ -221,7 +221,7 @@ def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: p
 
 def test_two_imports_cannot_make_one_folder(tmp_path: Path) -> None:
     write("megatron", tmp_path / "theirs", 1000, "uint16")
-    with made_aside(tmp_path / "ours") as aside:
+    with atomic_folder(tmp_path / "ours") as aside:
         (aside / "note").write_text("first")
         with pytest.raises(UserError, match="another process is writing"):
             import_tokens("megatron", tmp_path / "theirs", tmp_path / "ours", tokenizer_of(1000))

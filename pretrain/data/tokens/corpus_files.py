@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 
-class Files(Protocol):
+class CorpusFiles(Protocol):
     """The files of one corpus, by the names that its manifest gives them."""
 
     def path(self, name: str) -> Path:

@@ -35,7 +35,7 @@ class SourceFile:
     def open(self) -> BinaryIO:
         if not self.is_remote:
             return open(self.path, "rb")
-        from pretrain.data.text.remote import open_remote
+        from pretrain.data.text.remote_files import open_remote
 
         # Only parts of a table are read; a large buffer would fetch the rest for nothing.
         return open_remote(self.path, self.bytes, 1 << 16 if self.kind in TABLES else 1 << 23)
@@ -56,7 +56,7 @@ class SourceFile:
 
     def _now(self) -> tuple[int, str | None]:
         if self.is_remote:
-            from pretrain.data.text.remote import look_up
+            from pretrain.data.text.remote_files import look_up
 
             info = look_up(self.path)
             return int(info["size"]), version_in(info)
