@@ -20,7 +20,7 @@ from typing import BinaryIO
 import pytest
 import xxhash
 
-from pretrain.data.remote import cache, folder
+from pretrain.data.remote import cache, shared_folder
 from pretrain.data.remote.cache import CachedFiles, CacheSettings
 from pretrain.data.remote.shared_folder import SharedFolder
 from pretrain.errors import UserError
@@ -340,7 +340,7 @@ def test_a_part_of_a_file_is_read_without_the_rest(server: FaultyServer, open_fi
 
 def test_a_full_disk_is_named(open_files, monkeypatch, tmp_path: Path) -> None:
     files = open_files()
-    monkeypatch.setattr(folder, "open", _open_on_a_full_disk, raising=False)
+    monkeypatch.setattr(shared_folder, "open", _open_on_a_full_disk, raising=False)
     with pytest.raises(UserError, match=rf"the disk of the cache folder {tmp_path}/cache .* is full: .* MB free"):
         files.path(A)
     monkeypatch.undo()
