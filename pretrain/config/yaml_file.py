@@ -65,7 +65,7 @@ class RunFile:
         except OSError as error:
             raise UserError(f"cannot read the run file {path}: {error}.") from error
         try:
-            loader = Loader(text)
+            loader = _YamlLoader(text)
             node = loader.get_single_node()
             self._locate(node)
             content = loader.construct_document(node) if node else None
@@ -103,7 +103,7 @@ class RunFile:
             else:
                 target = target[_index(target, part, setting, parents[:depth])]
         try:
-            loader = Loader(text)
+            loader = _YamlLoader(text)
             node = loader.get_single_node()
             self._forget(key)
             self._note(key, f"--set {setting}", node)
@@ -190,7 +190,7 @@ _NOT_YAML = (yaml.YAMLError, RecursionError, ValueError)
 _TAG = "tag:yaml.org,2002:"
 
 
-class Loader(yaml.SafeLoader):
+class _YamlLoader(yaml.SafeLoader):
     """SafeLoader with the numbers of YAML 1.2 (1e-3 is one). 1:30, 010 and 2026-11-30 are texts, not 90, 8 and a date."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 (PyYAML declares it so)
@@ -199,8 +199,8 @@ class Loader(yaml.SafeLoader):
     }
 
 
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes each text that it or `Loader` would read as something else."""
+class _YamlDumper(yaml.SafeDumper):
+    """SafeDumper that quotes each text that it or `_YamlLoader` would read as something else."""
 
 
 _WHOLE = r"(0|[1-9]\d*(_\d+)*)"
@@ -210,18 +210,18 @@ _NUMBERS = {
     "float": rf"^([-+]?({_MANTISSA}|({_MANTISSA}|{_WHOLE})[eE][-+]?\d+|\.(inf|Inf|INF))|\.(nan|NaN|NAN))$",
 }
 for _kind, _pattern in _NUMBERS.items():
-    for _class in (Loader, _Dumper):
+    for _class in (_YamlLoader, _YamlDumper):
         _class.add_implicit_resolver(_TAG + _kind, re.compile(_pattern), list("-+.0123456789"))
 
 
 def is_text(scalar: str) -> bool:
     """Return whether YAML reads these letters as a text also without quotes."""
-    return Loader("").resolve(yaml.ScalarNode, scalar, (True, False)) == f"{_TAG}str"
+    return _YamlLoader("").resolve(yaml.ScalarNode, scalar, (True, False)) == f"{_TAG}str"
 
 
 def to_yaml(data: dict[str, Any]) -> str:
     """Return `data` as YAML that `RunFile`, and every other reader of YAML, reads back unchanged."""
-    return yaml.dump(data, Dumper=_Dumper, sort_keys=False)
+    return yaml.dump(data, Dumper=_YamlDumper, sort_keys=False)
 
 
 def _changes_kind(key: str, below: dict, above: dict) -> bool:

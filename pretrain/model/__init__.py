@@ -1,1 +1,1 @@
-"""What a weight is, and the modules that methods swap in."""
+"""The roles of weights, and the modules that methods swap in."""

@@ -1,4 +1,4 @@
-"""config.json with which transformers 4 and 5, and tools that know the fields of one of them, make the same model.
+"""The config.json of exports: transformers 4 and 5, and tools that read the fields of one of them, build the same model.
 
 transformers 5 keeps RoPE in `rope_parameters`. Older readers read `rope_theta` and `rope_scaling`, and silently compute
 with a theta of 10,000 where these are missing. Version 5 reads both, so both are written. GPT-2's `n_ctx`, which later
