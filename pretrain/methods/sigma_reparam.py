@@ -188,13 +188,13 @@ class SigmaReparam(TrainedFactors):
         return super().after_step(step, weights)
 
     def state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        """Return u and v of each matrix."""
-        vectors = {}
-        for module, gate in self._gates(model):
-            if gate.vectors is None:
-                raise RuntimeError(f"sigma_reparam has no vectors of {module} before the first forward pass")
-            vectors.update({module + name: vector for name, vector in zip(_VECTORS, gate.vectors, strict=True)})
-        return vectors
+        """Return u and v of each matrix; nothing before the first forward pass."""
+        return {
+            module + name: vector
+            for module, gate in self._gates(model)
+            if gate.vectors is not None
+            for name, vector in zip(_VECTORS, gate.vectors, strict=True)
+        }
 
     def load_state(self, model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
         """Restore u and v of each matrix.

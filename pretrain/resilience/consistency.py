@@ -112,8 +112,7 @@ def _held_whole(weights: ShardedWeights, methods: Sequence[Method]) -> Iterator[
         copies = ((name, resident_copy(parameter)) for name, parameter in engine.module.named_parameters())
         yield from ((name, copy) for name, copy in copies if copy is not None)
     for method in methods:
-        kept = method.state(engine.module)
-        yield from ((name, tensor) for name, tensor in kept.items() if tensor is not None)  # None before the first step
+        yield from method.state(engine.module).items()
 
 
 def _stray_elements(piece: Piece, weights: ShardedWeights) -> torch.Tensor:
