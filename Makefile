@@ -2,7 +2,7 @@
 # make test      every fast test; JOBS=2 is how many at once
 # make coverage  the same, and which lines of pretrain/ no test runs, ranks included; fails below the floor of pyproject.toml
 # make wheel     dist/evenkeel-VERSION-py3-none-any.whl
-# make lint      style, scripts: what can be seen without running anything
+# make lint      style, types, scripts: what can be seen without running anything
 # make docs      the documentation site, in site/; a dead link or a missing reference fails
 # make peers     the tools that exports are tried with (llama.cpp, vLLM, ...): 3.5 GB and 10 minutes; PEERS=llama_cpp one of them
 # make setup     .venv with the pinned packages; PYTHON=python3.11 chooses the interpreter, EXTRAS=test the optional groups
@@ -13,7 +13,7 @@ JOBS ?= 2
 VENV := .venv
 STAMP := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: setup demo test docs coverage wheel peers lint style scripts clean
+.PHONY: setup demo test docs coverage wheel peers lint style types scripts clean
 
 setup: $(STAMP)
 
@@ -47,11 +47,14 @@ docs:
 peers: setup
 	$(VENV)/bin/python tests/support/peers/environments.py $(PEERS)
 
-lint: style scripts
+lint: style types scripts
 
 style: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+types: setup
+	$(VENV)/bin/mypy
 
 scripts: setup
 	$(VENV)/bin/shellcheck -x .ci/* slurm/*
