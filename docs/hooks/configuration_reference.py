@@ -1,4 +1,4 @@
-"""The page of all configuration keys, made from the pydantic models that read a run file.
+"""The tables of all configuration keys, made from the pydantic models that read a run file.
 
 Types, bounds and defaults are those of the fields. The meaning of a key stands under `Attributes:` in the docstring of
 its section. A key without an entry there is a warning, which the strict build refuses.
@@ -20,7 +20,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import annotated_types
 import griffe
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import Files
+from mkdocs.structure.pages import Page
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -32,11 +33,7 @@ from pretrain.paths import expanded, local
 from pretrain.values import Values
 
 PAGE = "reference/configuration.md"
-INTRODUCTION = """# Configuration keys
-
-Every key of a run file, with its type, bounds and default. [Run files](../configuration.md) shows a whole file and
-explains how values, paths and `extends` are read. This page is made from the models that read a run file.
-"""
+MARK = "<!-- keys -->"
 METHODS = """## methods {#methods}
 
 A list of mappings. `name` selects the method, the other keys are its options. [Methods](../methods.md) describes each.
@@ -60,18 +57,17 @@ class Section:
         return "-".join(filter(None, (self.path, self.kind)))
 
 
-def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the page to the site."""
-    files.append(File.generated(config, PAGE, content=page()))
-    return files
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Put the tables in the place of the mark."""
+    return markdown.replace(MARK, tables()) if page.file.src_uri == PAGE else markdown
 
 
-def page() -> str:
-    """Return the page in Markdown."""
+def tables() -> str:
+    """Return the sections of the page in Markdown."""
     sections: dict[type[Values], Section] = {}
     for section in _sections_below(Config):
         sections.setdefault(section.model, section)  # `model.rope_scaling` has the keys of `model.rope_parameters`
-    parts = [INTRODUCTION, _written(Section("run", Config), sections, "##")]
+    parts = [_written(Section("run", Config), sections, "##")]
     parts += [_written(section, sections, "##") for section in sections.values()]
     parts.append(METHODS)
     parts += [_written(Section(name, method), sections, "###") for name, method in sorted(REGISTRY.items())]
