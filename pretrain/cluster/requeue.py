@@ -13,7 +13,7 @@ _BY_SIGNAL = 128  # exit codes above it mean the end by a signal
 
 @dataclass(frozen=True)
 class RequeueDecision:
-    """What happens to a job after a start of it has ended.
+    """The decision about a job after one of its starts has ended.
 
     Attributes:
         requeue: whether it goes back into the queue. If not, it ends with `code`.

@@ -68,11 +68,12 @@ class _Content:
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, path: Path) -> _Content:
         try:
-            with tempfile.TemporaryDirectory() as aside:
-                tokenizer.save_pretrained(aside)
-                content, config = (json.loads((Path(aside) / name).read_bytes()) for name in (TOKENIZER, CONFIG))
+            with tempfile.TemporaryDirectory() as temporary:
+                tokenizer.save_pretrained(temporary)
+                content, config = (json.loads((Path(temporary) / name).read_bytes()) for name in (TOKENIZER, CONFIG))
                 templates = {
-                    file.relative_to(aside).as_posix(): file.read_bytes() for file in Path(aside).rglob("*.jinja")
+                    file.relative_to(temporary).as_posix(): file.read_bytes()
+                    for file in Path(temporary).rglob("*.jinja")
                 }
         except OSError as error:
             raise UserError(

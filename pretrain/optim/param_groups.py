@@ -22,7 +22,7 @@ def parameter_groups(model: torch.nn.Module, config: OptimSection, methods: Sequ
     """Return the parameters in groups of the same optimizer and options, matrices first, in one order on every rank.
 
     Matrices decay and vectors (norms, biases, scales) do not, unless a method decides otherwise: see `weight_decay`. The
-    layout tells them apart, because under ZeRO-3 a parameter's own `ndim` is that of a placeholder.
+    layout distinguishes them, because under ZeRO-3 a parameter's own `ndim` is that of a placeholder.
 
     Args:
         model: the model that is trained.

@@ -157,7 +157,7 @@ def test_only_gpus_that_the_launcher_gave_are_checked(nvidia_smi: Callable, monk
     ("script", "finding"),
     [
         ("echo 'Unable to determine the device handle: GPU is lost'; exit 15", "nvidia-smi fails: Unable to determine"),
-        ("echo oops", "nvidia-smi says what nobody can read"),
+        ("echo oops", "nvidia-smi gives what cannot be read"),
     ],
 )
 def test_a_driver_that_does_not_answer_is_a_finding(nvidia_smi: Callable, script: str, finding: str) -> None:

@@ -42,7 +42,7 @@ def read_gpus() -> tuple[list[Element], str]:
     try:
         return ElementTree.fromstring(done.stdout).findall("gpu"), ""
     except ElementTree.ParseError as error:
-        return [], f"nvidia-smi says what nobody can read: {error}"
+        return [], f"nvidia-smi gives what cannot be read: {error}"
 
 
 def check_gpus(gpus: Sequence[Element]) -> Iterator[str]:

@@ -185,13 +185,13 @@ def _store(path: Path, plan: np.ndarray) -> None:
     """Write a plan and its checksum: complete or absent, even if another process writes the same."""
     content = BytesIO()
     np.save(content, plan)
-    with unfinished(path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")) as aside:
-        with open(aside, "wb") as file:
+    with unfinished(path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")) as temporary:
+        with open(temporary, "wb") as file:
             file.write(content.getbuffer())
             file.write(xxhash.xxh3_128_digest(content.getbuffer()))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
 
 
 def _is_intact(path: Path) -> bool:

@@ -28,21 +28,21 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         raise UserError(f"'{out}' exists already. Nothing was changed; give --out a new or empty folder.")
     if os.path.ismount(target):
         raise UserError(f"'{out}' is a mount point, which nothing can replace. Give --out a new folder below it.")
-    aside = target.with_name(f".{target.name}.evenkeel.tmp")
+    temporary = target.with_name(f".{target.name}.evenkeel.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(aside.with_suffix(".lock"), out):
-            if aside.exists():
-                shutil.rmtree(aside)
-            with unfinished(aside):
-                aside.mkdir()
-                yield aside
-                for file in aside.iterdir():
+        with _alone(temporary.with_suffix(".lock"), out):
+            if temporary.exists():
+                shutil.rmtree(temporary)
+            with unfinished(temporary):
+                temporary.mkdir()
+                yield temporary
+                for file in temporary.iterdir():
                     with open(file, "rb") as written:
                         os.fsync(written.fileno())
-                sync_folder(aside)
-                os.replace(aside, target)
-            sync_folder(aside.parent)
+                sync_folder(temporary)
+                os.replace(temporary, target)
+            sync_folder(temporary.parent)
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
             raise

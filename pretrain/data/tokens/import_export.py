@@ -68,8 +68,8 @@ def import_tokens(
     if not any(file.tokens for file in files):
         raise UserError(f"'{location}' holds no {format} files with tokens.")
     check_one_dtype(files)
-    with atomic_folder(Path(out)) as aside:
-        writer = ShardWriter(aside, token_dtype(tokenizer.vocab_size), shard_tokens)
+    with atomic_folder(Path(out)) as temporary:
+        writer = ShardWriter(temporary, token_dtype(tokenizer.vocab_size), shard_tokens)
         progress = Progress("imported", sum(file.bytes for file in files))
         beginnings = _Beginnings(None if tokenizer.bos_id == tokenizer.eos_id else tokenizer.bos_id)
         parts = [_import_file(file, writer, tokenizer, progress, beginnings) for file in files]
@@ -120,11 +120,11 @@ def export_tokens(format: str, shards: TokenShards, out: str | Path) -> None:
     else:
         dtype = token_format.dtype_for(shards.vocab_size or int(np.iinfo(shards.dtype).max) + 1)
         parts = _parts(shards, token_format.one_file)
-    with atomic_folder(Path(out)) as aside:
+    with atomic_folder(Path(out)) as temporary:
         progress = Progress("exported", shards.tokens * dtype.itemsize)
         start = documents = 0
         for part in parts:
-            writer = token_format.writer(aside, part.name, dtype, part.documents, len(part.empty_documents))
+            writer = token_format.writer(temporary, part.name, dtype, part.documents, len(part.empty_documents))
             for tokens, ends in _with_empty(_read(shards, start, start + part.tokens), part):
                 writer.append(_as(dtype, tokens, format), ends)
                 start, documents = start + len(tokens), documents + len(ends)

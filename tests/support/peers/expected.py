@@ -1,4 +1,4 @@
-"""Which consumer takes which export, and why others do not: the tests prove this table and docs/exports.md shows it.
+"""The table of consumers and exports, and why some do not fit: the tests prove it and docs/exports.md shows it.
 
 python tests/support/peers/expected.py            # print the table of docs/exports.md
 python tests/support/peers/expected.py --write    # put it there
