@@ -48,6 +48,7 @@ def test_a_rival_that_is_not_installed_is_named_with_its_package():
         known_rivals(["c"], ["a", "b"])
 
 
+@pytest.mark.slow
 def test_tokenize_gives_the_same_tokens_as_the_library_from_every_kind_of_file(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenize, "VOCAB_SIZE", 300)
     texts = [f"Document {number} of {number * number}." * 3 for number in range(60)]

@@ -82,6 +82,7 @@ def test_tokens_that_the_ranks_cannot_share_are_refused():
         tvr.bench_tvr([1, 3], rounds=1, tokens=1024, resident_below=0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quiet_machine")
 def test_three_schemes_do_the_same_arithmetic_and_their_costs_are_counted():
     (row,) = measure_tvr([2], rounds=1, tokens=512, resident_below=100_000, sizes=[(64, 1)])

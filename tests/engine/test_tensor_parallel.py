@@ -167,6 +167,7 @@ def test_a_missing_tensor_parallel_rank_is_named(trained, tmp_path: Path) -> Non
         master_weights(copied / "deepspeed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["zero3", pytest.param("zero1_bf16", marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_bit_for_bit(run_file: Path, tmp_path: Path, name: str) -> None:
     layout = CUT[name]

@@ -274,6 +274,7 @@ def test_single_run_shows_status_methods_and_figures(tmp_path):
     assert (tmp_path / "deep" / "down" / "page_png" / "weight_std.png").exists()
 
 
+@pytest.mark.slow
 def test_resumed_run_looks_like_one_that_was_never_stopped(tmp_path):
     run = config()
     rows = run_rows(run)
@@ -317,6 +318,7 @@ def test_run_without_weights_or_evaluation_says_so(tmp_path):
     assert not (tmp_path / "page_png" / "weight_std.png").exists()
 
 
+@pytest.mark.slow
 def test_diverged_run_is_drawn_and_its_loss_called_not_finite(tmp_path):
     run = config()
     rows = run_rows(run)
@@ -339,6 +341,7 @@ def test_run_that_logged_a_single_row_is_drawn(tmp_path):
     assert page.tiles["steps"] == "10 of 400"
 
 
+@pytest.mark.slow
 def test_gpt2_weights_find_their_roles_and_unknown_names_are_listed(tmp_path):
     run = config("gpt2", layers=2)
     run["model"]["family"] = "gpt2"

@@ -130,6 +130,7 @@ def likelihood(folder: Path) -> float:
     return float(logits.log_softmax(-1).gather(-1, ids[1:, None]).sum())
 
 
+@pytest.mark.slow
 def test_checkpoints_of_older_trainers_resume_and_are_exported_as_they_were_trained(
     llama3: Prepared, checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -212,6 +212,7 @@ def test_results_say_what_was_evaluated_and_with_what(setting: Setting, evaluate
     assert model_fingerprint(other) != model["weights"]
 
 
+@pytest.mark.slow
 def test_a_trial_takes_the_first_documents_and_the_batch_that_fits(
     setting: Setting, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -278,6 +279,7 @@ def test_what_is_no_whole_model_is_refused(setting: Setting, tmp_path: Path, cap
     assert_refused(evaluate(capsys, setting, words=["--device", "nowhere"]), "device 'nowhere'")
 
 
+@pytest.mark.slow
 def test_wrong_tasks_are_refused(setting: Setting, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
@@ -328,6 +330,7 @@ metric_list: [{metric: acc, aggregation: mean}]
 }
 
 
+@pytest.mark.slow
 def test_a_metric_that_cannot_be_computed_is_null_and_the_others_stand(
     setting: Setting, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

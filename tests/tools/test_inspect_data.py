@@ -114,6 +114,7 @@ def _compare(sample: dict, batch, row: int) -> None:
         assert starts == np.flatnonzero(batch.positions[row].numpy() == 0).tolist()
 
 
+@pytest.mark.slow
 def test_a_decoded_sample_is_a_part_of_the_documents_that_it_is_said_to_come_from(
     corpus: Corpus, numbers: Path, run_config: Path, tmp_path: Path
 ) -> None:

@@ -109,6 +109,7 @@ def test_nohup_keeps_a_command_line_alive(tmp_path: Path) -> None:
     end(process, signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_the_processes_of_a_command_line_end_before_it_does(tmp_path: Path) -> None:
     process = start(HAS_CHILD, tmp_path)
     wait_until((tmp_path / "ready").exists)

@@ -122,6 +122,7 @@ def move_data(checkpoint: Path, samples: int) -> Path:
     return checkpoint
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_a_rollback_continues_as_if_it_had_not_been(ended: dict, out: Path, run_file: Path) -> None:
     assert ended["two_and_killed"].codes[1] == -signal.SIGKILL
     again = run_ranks(

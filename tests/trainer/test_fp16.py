@@ -68,6 +68,7 @@ def overflowed(run_file: Path, tmp_path_factory: pytest.TempPathFactory):
     return train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", EVERY)
 def test_fp16_learns_as_fp32_does(run_file: Path, fp32: Path, tmp_path: Path, layout: str) -> None:
     words = arguments(run_file, settings(tmp_path, "run", layout, {"enabled": True, "initial_scale_power": 14}))
@@ -109,6 +110,7 @@ def test_a_checkpoint_with_skipped_steps_converts(overflowed, layout: str, tmp_p
     assert made.proof.holds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", EVERY)
 def test_a_killed_run_resumes_with_its_loss_scale(run_file: Path, overflowed, tmp_path: Path, layout: str) -> None:
     killed = tmp_path / "killed"

@@ -108,6 +108,7 @@ def spoil(checkpoint: Path) -> str:
     return weight
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_nan_that_an_older_version_saved_is_passed_over(
     ended: dict, out: Path, run_file: Path, corpus: Corpus
 ) -> None:

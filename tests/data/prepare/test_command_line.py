@@ -94,6 +94,7 @@ def test_a_folder_is_read_as_its_line_says(prepare, tmp_path: Path, tokenizer) -
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_a_file_that_grows_while_it_is_prepared_is_noticed(prepare, fixed: list[str], tmp_path: Path) -> None:
     """The writer is another process, which appends as soon as the preparation says that it has begun to read."""
     path = tmp_path / "a.jsonl"
@@ -165,6 +166,7 @@ def _heed_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a test runner in the background may ignore it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "config", "named", "message"),
     [
