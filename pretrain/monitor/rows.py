@@ -33,7 +33,9 @@ class TrainRow(Row):
     grad_norm: Annotated[
         Number, "-; norm of the whole gradient of this step before clipping. Null if it overflowed or is not computed"
     ]
-    lr: Annotated[float, "-; learning rate of this step, before the factors of parameter groups"]
+    lr: Annotated[
+        Number, "-; learning rate of this step, before the factors of parameter groups. Null if it is infinite"
+    ]
     tokens_per_s: Annotated[
         float, "tokens/s; speed of all ranks together since the last `train` row, without evaluation and saving"
     ]
