@@ -10,11 +10,11 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from pretrain.autopsy import report
-from pretrain.autopsy.batch import Batch, read_batch, sequence_losses
-from pretrain.autopsy.parts import length, measures, update_ratio
+from pretrain.autopsy import report_text
+from pretrain.autopsy.part_figures import length, measures, update_ratio
 from pretrain.autopsy.recorder import Recorder, StepFigures
-from pretrain.autopsy.report import Content, StepEntry, WeightSeries
+from pretrain.autopsy.report_text import Content, StepEntry, WeightSeries
+from pretrain.autopsy.step_samples import Batch, read_batch, sequence_losses
 from pretrain.config.schema import Config
 from pretrain.data.batches.batch import MicroBatch
 from pretrain.data.batches.feed import Feed
@@ -96,16 +96,16 @@ class Autopsies:
             "step": steps[-1].step,
             "reason": reason,
             "moved": [
-                *(sentence for measure in measured for sentence in report.sentences(measure)),
-                *report.worst_sample(batch.samples),
+                *(sentence for measure in measured for sentence in report_text.sentences(measure)),
+                *report_text.worst_sample(batch.samples),
             ],
             "steps": [self._step(step) for step in steps],
             "parts": {measure.name: measure.series for measure in measured},
             "weights": {name: _series(steps, weight) for name, weight in layout.items()},
             "batch": batch.samples,
         }
-        worst = [batch.with_texts(sample) for sample in batch.samples[: report.SHOWN_SAMPLES]]
-        return content, report.report(content, measured, worst)
+        worst = [batch.with_texts(sample) for sample in batch.samples[: report_text.SHOWN_SAMPLES]]
+        return content, report_text.report(content, measured, worst)
 
     def _step(self, step: StepFigures) -> StepEntry:
         norm = length(norms.gradient for norms in step.norms.values())
@@ -139,12 +139,12 @@ def _series(steps: Sequence[StepFigures], weight: Weight) -> WeightSeries:
 
 def _texts(batch: Batch) -> Iterator[str]:
     """Yield the samples in full, the worst first, until the file would be too large."""
-    left = report.TEXT_BYTES
+    left = report_text.TEXT_BYTES
     for number, sample in enumerate(batch.samples):
         if left <= 0:
             yield f"[{len(batch.samples) - number:,} more samples: tools/inspect_data.py --config ... --sample N --text]"
             return
-        text = report.shown_safely(report.sample_text(batch.with_texts(sample), left))
+        text = report_text.shown_safely(report_text.sample_text(batch.with_texts(sample), left))
         left -= len(text.encode())
         yield text
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from pretrain.checkpoints.deepspeed_files import gather_shards, load_shards, read_shards
 from pretrain.checkpoints.disk_space import checkpoint_bytes_of
 from pretrain.checkpoints.folders import (
     complete_checkpoints,
@@ -28,7 +29,6 @@ from pretrain.checkpoints.manifest import save_manifest, saved_at, verify
 from pretrain.checkpoints.rng import random_states, restore_random_states
 from pretrain.checkpoints.safe_load import read_safely
 from pretrain.checkpoints.shard_metadata import metadata_of, save_shard_metadata
-from pretrain.checkpoints.shards import gather_shards, load_shards, read_shards
 from pretrain.checkpoints.staging import host_copy
 from pretrain.checkpoints.state import TrainerState, read_matching_state, save_state
 from pretrain.checkpoints.writer import Entries, Writing, explaining_failures

@@ -9,7 +9,6 @@ import torch.distributed as dist
 
 from pretrain.model.layout import Weight, describe_model
 from pretrain.sharded.collectives import all_gather, check_call, require_known
-from pretrain.sharded.columns import add_column_sums_, columns, subtract_from_rows_
 from pretrain.sharded.draws import Draw, fill_slice_
 from pretrain.sharded.engine_protocol import Engine
 from pretrain.sharded.moments import (
@@ -23,6 +22,7 @@ from pretrain.sharded.moments import (
 )
 from pretrain.sharded.piece import Piece
 from pretrain.sharded.placement import placement_of
+from pretrain.sharded.row_means import add_column_sums_, columns, subtract_from_rows_
 
 
 class ShardedWeights:

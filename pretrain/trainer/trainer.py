@@ -36,7 +36,7 @@ from pretrain.monitor.phase import enter
 from pretrain.monitor.rows import WeightValues
 from pretrain.monitor.throughput import Throughput
 from pretrain.monitor.tracker import Tracker, mode_of
-from pretrain.monitor.weights import WeightMonitor
+from pretrain.monitor.weight_monitor import WeightMonitor
 from pretrain.optim.schedule import learning_rate
 from pretrain.optim.zclip import ZClip
 from pretrain.optional import listen, optional, prepared, together

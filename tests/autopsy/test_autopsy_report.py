@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from pretrain.autopsy import autopsies, report
-from pretrain.autopsy.parts import measures, moves, part_of
+from pretrain.autopsy import autopsies, report_text
+from pretrain.autopsy.part_figures import measures, moves, part_of
 from pretrain.autopsy.recorder import Norms, StepFigures
 from pretrain.model.layout import describe
 
@@ -32,7 +32,7 @@ def step(number: int, gradients: dict[str, float] | None = None, **changes: Any)
 
 def text_of(*steps: StepFigures) -> str:
     """Return the sentences about what has moved."""
-    return "\n".join(sentence for measure in measures(steps, LAYOUT) for sentence in report.sentences(measure))
+    return "\n".join(sentence for measure in measures(steps, LAYOUT) for sentence in report_text.sentences(measure))
 
 
 def test_the_layer_that_moved_is_named_with_its_ratio_and_the_others_are_summarized() -> None:
@@ -92,7 +92,7 @@ def test_the_first_step_of_all_has_nothing_to_be_compared_with() -> None:
 
 def test_a_document_cannot_control_the_terminal() -> None:
     text = "a\x1b[2Jb\r\x9b31mc\u202ed\te\nf"
-    assert report.shown_safely(text) == "a\\x1b[2Jb\\r\\x9b31mc\\u202ed\te\nf"
+    assert report_text.shown_safely(text) == "a\\x1b[2Jb\\r\\x9b31mc\\u202ed\te\nf"
 
 
 def test_numbers_that_json_lacks_can_be_read_back() -> None:

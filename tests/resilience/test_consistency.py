@@ -228,7 +228,7 @@ DATA_PARALLEL = {"zero_optimization": {"stage": 0}}
 
 def flip_after(step: int) -> None:
     """Flip a bit in the memory of one rank when this step is done. For `prepare`."""
-    from pretrain.monitor.weights import WeightMonitor
+    from pretrain.monitor.weight_monitor import WeightMonitor
 
     real = WeightMonitor.after_step
 

@@ -10,13 +10,13 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pretrain.autopsy import Recorder
-from pretrain.autopsy.batch import sequence_losses
+from pretrain.autopsy.step_samples import sequence_losses
 from pretrain.config.schema import Config
 from pretrain.data.batches.batch import MicroBatch
 from pretrain.distributed.ranks import Ranks, initialize
 from pretrain.engine.initialize import initialize_weights
 from pretrain.engine.step import train_step
-from pretrain.monitor.weights import WeightMonitor
+from pretrain.monitor.weight_monitor import WeightMonitor
 from pretrain.sharded import ShardedWeights
 from pretrain.sharded.engine_protocol import Engine
 from tests.support.runs import allow_fp16_on_cpu

@@ -9,7 +9,7 @@ from statistics import median
 from textwrap import indent
 from typing import Any, TypedDict
 
-from pretrain.autopsy.parts import Measure, Move, Series, moves
+from pretrain.autopsy.part_figures import Measure, Move, Series, moves
 from pretrain.data.audit.tables import document_text, table
 
 MOVED = 2.0  # the ratio, up or down, from which a part counts as moved: smaller ones are the noise of batches
