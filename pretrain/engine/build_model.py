@@ -22,6 +22,7 @@ from pretrain.config.schema import Config
 from pretrain.engine.initialize import rule_of_rows
 from pretrain.errors import UserError
 from pretrain.methods import RunContext
+from pretrain.model.attention import choose_attention
 from pretrain.model.layout import Weight, describe, describe_model
 from pretrain.model.loss import loss_head, require_plain_logits, with_loss_head
 from pretrain.optim.param_groups import peak_lr, weight_decay
@@ -141,6 +142,7 @@ def build_model(config: Config, model_config: PreTrainedConfig, ds_config: dict[
         model = transformed(trained_class(model_config), config)
     if stage == 3:
         _restore_rotary_tables(model)
+    choose_attention(model, config.data.document_attention)
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model

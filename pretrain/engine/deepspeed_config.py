@@ -78,6 +78,7 @@ _ALWAYS = {
     "communication_data_type": "fp32",
     "data_types": {"grad_accum_dtype": "fp32"},
     "checkpoint": {"tag_validation": "Fail"},
+    "timers": {"throughput": {"enabled": False}},
 }
 
 

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.data.batches.batch import NO_TARGET, MicroBatch
+from pretrain.data.batches.on_device import on_device
 from pretrain.distributed.ranks import Ranks
 from pretrain.engine.step_gate import StepGate
 from pretrain.model.loss import LossHead
@@ -77,9 +78,9 @@ def train_step(
     engine.train()
     divisor = _targets_per_micro_batch(micro_batches, ranks) if masked else None
     sums = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    for number, batch in enumerate(micro_batches, start=1):
+    for number, batch in enumerate(on_device(micro_batches, ranks.device), start=1):
         enter("forward", step)
-        losses = losses_of(engine, batch.to(ranks.device), divisor)
+        losses = losses_of(engine, batch, divisor)
         enter("backward")
         # At stage 0 DeepSpeed divides fp16 gradients by the loss scale, but never multiplies the loss by it.
         engine.backward(losses["total"] * (loss_scale if engine.zero_optimization_stage() == 0 else 1.0))
@@ -109,7 +110,10 @@ def _targets_per_micro_batch(micro_batches: list[MicroBatch], ranks: Ranks) -> t
 
     DeepSpeed averages gradients over micro-batches and ranks. Sums divided by this average to the mean over all targets.
     """
-    counted = torch.stack([count_targets(batch) for batch in micro_batches]).sum().to(ranks.device, torch.float64)
+    counted = torch.stack([count_targets(batch) for batch in micro_batches]).sum().double()
+    if ranks.device.type == "cuda":
+        counted = counted.pin_memory()  # else the host would wait for its copy
+    counted = counted.to(ranks.device, non_blocking=True)
     dist.all_reduce(counted)
     return counted.clamp_min(1) / (len(micro_batches) * ranks.world_size)
 

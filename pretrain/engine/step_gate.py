@@ -117,12 +117,11 @@ class StepGate:
     def _decide(self, norm: Norm) -> Decision:
         """Decide on the expected step; the first decision stands."""
         if self._decision is None:
-            self._decision = self._decision_by(None if norm is None else _as_number(norm))
+            self._decision = self._decision_by(*_read(self._due.loss, norm))
         return self._decision
 
-    def _decision_by(self, norm: float | None) -> Decision:
-        step, loss, loss_scale = self._due
-        verdict = self._judge(step, float(loss), norm, loss_scale)
+    def _decision_by(self, loss: float, norm: float | None) -> Decision:
+        verdict = self._judge(self._due.step, loss, norm, self._due.loss_scale)
         if verdict.skip:
             return Decision(verdict, norm, factor=0.0)
         if self.zclip is None or norm is None:  # a run with Muon has no ZClip
@@ -155,7 +154,16 @@ class StepGate:
         return self._expected
 
 
-def _as_number(norm: torch.Tensor | float) -> float:
-    """Return the norm as a number, infinite where it is not finite: DeepSpeed then also gives -1."""
-    norm = float(norm)
-    return norm if isfinite(norm) and norm >= 0 else inf
+def _read(loss: torch.Tensor, norm: Norm) -> tuple[float, float | None]:
+    """Return loss and norm as numbers. The norm is infinite where it is not finite: DeepSpeed then also gives -1.
+
+    Reading from a device waits for it, so both are read at once where both are there.
+    """
+    if norm is None:
+        return float(loss), None
+    if isinstance(norm, torch.Tensor) and norm.device == loss.device:
+        values = torch.stack((loss, norm.view(()).to(loss.dtype))).tolist()
+    else:
+        values = [float(loss), float(norm)]
+    loss_read, norm_read = values
+    return loss_read, norm_read if isfinite(norm_read) and norm_read >= 0 else inf

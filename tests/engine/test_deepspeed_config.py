@@ -43,10 +43,16 @@ def test_the_defaults_that_bite_are_written_out() -> None:
     assert resolved["fp16"]["enabled"] is False
     assert resolved["communication_data_type"] == "fp32"
     assert resolved["prescale_gradients"] is False
+    assert resolved["timers"] == {"throughput": {"enabled": False}}
 
 
 def test_what_the_file_sets_wins_over_those_defaults() -> None:
-    given = {"communication_data_type": "bf16", "steps_per_print": 5, "data_types": {"grad_accum_dtype": "bf16"}}
+    given = {
+        "communication_data_type": "bf16",
+        "steps_per_print": 5,
+        "timers": {},
+        "data_types": {"grad_accum_dtype": "bf16"},
+    }
     given |= {"bf16": {"enabled": True, "check_grad_overflow": True}, "zero_optimization": {"stage": 2}}
     resolved = deepspeed_config(config(given), 1)
     assert {key: resolved[key] for key in given} == given
