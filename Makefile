@@ -1,5 +1,6 @@
 # make demo      from nothing to an evaluated model and a report, on this machine
 # make test      every fast test; JOBS=2 is how many at once
+# make test-cuda-placement  where tensors lie on a GPU, on a CUDA device that is host memory: needs g++, takes minutes
 # make coverage  the same, and which lines of pretrain/ no test runs, ranks included; fails below the floor of pyproject.toml
 # make wheel     dist/evenkeel-VERSION-py3-none-any.whl
 # make lint      style, types, scripts: what can be seen without running anything
@@ -13,7 +14,7 @@ JOBS ?= 2
 VENV := .venv
 STAMP := $(VENV)/.installed-$(EXTRAS)
 
-.PHONY: setup demo test docs coverage wheel peers lint style types scripts clean
+.PHONY: setup demo test test-cuda-placement docs coverage wheel peers lint style types scripts clean
 
 setup: $(STAMP)
 
@@ -28,6 +29,9 @@ demo: setup
 
 test: setup
 	$(VENV)/bin/python -m pytest -n $(JOBS)
+
+test-cuda-placement: setup
+	$(VENV)/bin/python -m pytest tests/fakecuda -m 'cuda_placement and not slow'
 
 coverage: setup
 	$(VENV)/bin/coverage erase
