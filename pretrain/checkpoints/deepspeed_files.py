@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pretrain.checkpoints.safe_load import read_safely
 from pretrain.sharded.engine_protocol import Engine
 
@@ -47,6 +49,20 @@ def load_shards(engine: Engine, folder: Path, files: dict[str, Any]) -> None:
         engine.load_checkpoint(str(folder), tag=_FOLDER)
     for group, own in zip(engine.optimizer.param_groups, options, strict=True):
         group.update(own)
+    put_steps_beside_moments(engine.basic_optimizer)
+
+
+def put_steps_beside_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Move Adam's step counters to the device of the moments where a fused kernel takes the step: it reads them there.
+
+    Those of a checkpoint that a CPU has written stay on the host, because the options of that run, which was not fused,
+    count while the state is loaded. Under ZeRO-3 the groups hold no parameters between steps, so all states are looked at.
+    """
+    if not any(group.get("fused") for group in optimizer.param_groups):
+        return
+    for state in optimizer.state.values():
+        if isinstance(step := state.get("step"), torch.Tensor):
+            state["step"] = step.to(state["exp_avg"].device)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from pretrain.checkpoints.manifest import save_manifest, saved_at, verify
 from pretrain.checkpoints.rng import random_states, restore_random_states
 from pretrain.checkpoints.safe_load import read_safely
 from pretrain.checkpoints.shard_metadata import metadata_of, save_shard_metadata
-from pretrain.checkpoints.staging import host_copy
+from pretrain.checkpoints.staging import Staging
 from pretrain.checkpoints.state import TrainerState, read_matching_state, save_state
 from pretrain.checkpoints.writer import Entries, Writing, explaining_failures
 from pretrain.config.schema import CheckpointSection
@@ -99,6 +99,7 @@ class Checkpoints:
         """
         self.folder, self.config, self.ranks, self.say, self.check = folder, config, ranks, say, check
         self._under_way: _UnderWay | None = None
+        self._staging = Staging()
         self._damaged: set[Path] = set()
         self._of_others: set[Path] = set()  # left by an earlier history of the folder, which `resume` says to ignore
 
@@ -130,7 +131,7 @@ class Checkpoints:
         contents = gather_shards(engine, temporary)
         contents[temporary / _random_file(self.ranks)] = random_states()
         if self.config.asynchronous:
-            contents = host_copy(contents)
+            contents = self._staging.host_copy(contents)
 
         def write_small_files() -> list[str]:
             if not self.ranks.is_first:

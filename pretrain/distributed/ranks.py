@@ -121,6 +121,8 @@ def initialize(timeout_s: float | None = None, flag: StopFlag | None = None) -> 
     import deepspeed
     import deepspeed.ops
 
+    if "OMP_NUM_THREADS" not in os.environ:  # on GPUs too: offloaded states and the recorder's figures are computed on the host
+        torch.set_num_threads(cores_of_rank(int(os.environ["LOCAL_WORLD_SIZE"])))
     rank, world_size, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if torch.cuda.is_available():
         device = _bound_gpu(local_rank)
@@ -131,8 +133,6 @@ def initialize(timeout_s: float | None = None, flag: StopFlag | None = None) -> 
         # DeepSpeed would compile a shared-memory collective here, which needs a C++ compiler and minutes. gloo needs
         # none (docs/development.md).
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
         deepspeed.init_distributed(dist_backend="gloo", **timeout)
     _control_group = dist.new_group(backend="gloo", **timeout)
     del store  # rank 0 has kept it open until the library had its own
@@ -189,6 +189,16 @@ def all_gather_object(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=control_group())
     return values
+
+
+def cores_of_rank(ranks_here: int) -> int:
+    """Return how many cores each of the `ranks_here` ranks of this node may use: its share, or those it is bound to.
+
+    A launcher that binds each rank to cores of its own leaves a process no more than its share. Where a process may use more,
+    it shares them with the other ranks.
+    """
+    total, usable = os.cpu_count() or 1, len(os.sched_getaffinity(0))
+    return usable if usable <= total // ranks_here else max(1, usable // ranks_here)
 
 
 def _bound_gpu(local_rank: int) -> torch.device:

@@ -42,7 +42,9 @@ class TrainRow(Row):
     step_time_s: Annotated[float, "s; mean time of one step over the same interval"]
     data_wait: Annotated[float, "share; part of the same interval in which rank 0 waited for batches"]
     mfu: Annotated[
-        Number, "share; model FLOPs utilization over the same interval. Null on a CPU and on unknown devices"
+        Number,
+        "share; model FLOPs utilization over the same interval, of the GPU's dense peak in the run's precision (TF32's in "
+        "an fp32 run where torch may use it). Null on a CPU and on unknown devices",
     ]
     memory_bytes: Annotated[int, "bytes; peak memory of rank 0 so far: of the GPU's allocator, or resident on a CPU"]
     loss_terms: NotRequired[

@@ -10,14 +10,34 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedConfig
 
 from pretrain.model.layout import Weight
 
-# Dense bf16 tensor-core peaks (without sparsity) from the vendors' data sheets, in FLOP/s, by a part of the device's name.
-_PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "MI300X": 1307e12}
+
+
+class _Peaks(NamedTuple):
+    """Dense peaks (without sparsity) of one device in FLOP/s: bf16 and fp16, TF32 and fp32 products."""
+
+    half: float
+    tf32: float
+    fp32: float
+
+
+# From the vendors' data sheets, by a part of the device's name. The first that fits counts.
+_PEAKS = {
+    "H100 PCIe": _Peaks(756e12, 378e12, 51e12),
+    "H100 NVL": _Peaks(835e12, 417e12, 60e12),
+    "H200 NVL": _Peaks(835e12, 417e12, 60e12),
+    "H100": _Peaks(989e12, 494e12, 67e12),
+    "H200": _Peaks(989e12, 494e12, 67e12),
+    "B200": _Peaks(2250e12, 1125e12, 75e12),
+    "A100": _Peaks(312e12, 156e12, 19.5e12),
+    "MI300X": _Peaks(1307e12, 653e12, 163e12),
+}
 
 
 def flops_per_token(weights: list[Weight], config: PreTrainedConfig, seq_len: int) -> float:
@@ -30,12 +50,19 @@ def flops_per_token(weights: list[Weight], config: PreTrainedConfig, seq_len: in
     return 6.0 * multiplied + attention
 
 
-def peak_flops() -> float | None:
-    """Return the dense bf16 peak of this rank's GPU in FLOP/s. None on a CPU or an unknown device: no MFU is reported there."""
+def peak_flops(precision: str) -> float | None:
+    """Return the dense peak of this rank's GPU in FLOP/s for a run in `precision`: bf16, fp16 or fp32.
+
+    A run in fp32 is held against the peak of TF32 where torch may compute in it, else against that of fp32. None on a CPU
+    or an unknown device: no MFU is reported there.
+    """
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
-    return next((peak for part, peak in _PEAK_FLOPS.items() if part in name), None)
+    peaks = next((peaks for part, peaks in _PEAKS.items() if part in name), None)
+    if peaks is None or precision != "fp32":
+        return peaks and peaks.half
+    return peaks.tf32 if torch.backends.cuda.matmul.allow_tf32 else peaks.fp32
 
 
 @dataclass(frozen=True)
@@ -58,9 +85,12 @@ class Pace:
 class Throughput:
     """Measures the pace between calls of `lap`. Evaluation and saving are left out with `pause` and `resume`."""
 
-    def __init__(self, tokens_per_step: int, flops_per_token: float, world_size: int, step: int) -> None:
-        """Start the clock after `step` optimizer steps."""
+    def __init__(
+        self, tokens_per_step: int, flops_per_token: float, world_size: int, step: int, peak: float | None
+    ) -> None:
+        """Start the clock after `step` optimizer steps. `peak` is that of one rank, from `peak_flops`."""
         self.tokens_per_step, self.flops_per_token, self.world_size = tokens_per_step, flops_per_token, world_size
+        self.peak = peak
         self._step, self._waited_s = step, 0.0
         self._started = time.perf_counter()
         self._paused_at = self._paused_s = 0.0
@@ -88,6 +118,5 @@ class Throughput:
         waited = waited_s - self._waited_s
         self._started, self._paused_s, self._step, self._waited_s = now, 0.0, step, waited_s
         tokens_per_s = steps * self.tokens_per_step / elapsed
-        peak = peak_flops()
-        mfu = tokens_per_s * self.flops_per_token / (peak * self.world_size) if peak else None
+        mfu = tokens_per_s * self.flops_per_token / (self.peak * self.world_size) if self.peak else None
         return Pace(tokens_per_s, elapsed / steps, waited / elapsed, mfu, (total_steps - step) * elapsed / steps)

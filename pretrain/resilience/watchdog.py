@@ -1,9 +1,10 @@
 """Ends a run that stands still, and names the rank that causes it.
 
 A thread on every rank looks at the phase that its rank is in. At intervals it writes a pulse to `<run>/logs/pulses/`: the
-phase and the Python stacks. If a phase takes longer than the limit, the first rank to notice creates a file, and all others
-write a last pulse. The pulses show the cause: a rank without a last pulse is stopped or dead. If all have one, the ranks that
-are furthest behind are those that the others wait for. No rank has to answer a message.
+phase, the Python stacks and how far the rank has come in its collectives. If a phase takes longer than the limit, the first
+rank to notice creates a file, and all others write a last pulse. The pulses show the cause: a rank without a last pulse is
+stopped or dead. If all have one, the others wait for the ranks that are furthest behind in their phases, or, where these
+wait too, in their collectives. No rank has to answer a message.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pretrain.distributed.ranks import Ranks, from_first_rank
 from pretrain.errors import MACHINE_FAULT
 from pretrain.files import write_text
 from pretrain.monitor import phase
+from pretrain.resilience.waiting import Progress, collective_progress, furthest_behind, waits_for_others
 
 ANSWER_S = 5.0  # a rank has two ticks and this time to write its last pulse
 
@@ -38,8 +40,9 @@ class Pulse:
         time: in seconds since the epoch.
         phase, step, number, seconds: the phase that the rank was in, see `monitor.phase`.
         stacks: the Python stacks of its threads.
-        waits: whether it waited for other ranks.
+        waits: whether it waited for other ranks, or for its GPU.
         last: whether it was written because the run stands still.
+        collectives: how far it had come in those of each process group.
     """
 
     rank: int
@@ -53,6 +56,7 @@ class Pulse:
     stacks: str
     waits: bool
     last: bool
+    collectives: dict[str, Progress] = field(default_factory=dict)
 
 
 class Watchdog:
@@ -153,13 +157,16 @@ class Watchdog:
             stacks=python_stacks(),
             waits=waits_for_others(),
             last=last,
+            collectives=collective_progress(),
         )
         with suppress(OSError):
             write_text(self._file(self._ranks.rank), json.dumps(asdict(pulse)))
 
     def _read(self, rank: int) -> Pulse | None:
         with suppress(OSError, ValueError):
-            return Pulse(**json.loads(self._file(rank).read_bytes()))
+            fields = json.loads(self._file(rank).read_bytes())
+            collectives = {name: Progress(**progress) for name, progress in fields.pop("collectives", {}).items()}
+            return Pulse(**fields, collectives=collectives)
         return None
 
     def _file(self, rank: int) -> Path:
@@ -182,14 +189,22 @@ def diagnose(pulses: list[Pulse], phases: list[str]) -> tuple[str, list[int]]:
     if silent:
         return " ".join(_describe_silent(rank, known.get(rank), phases[rank]) for rank in silent), silent
     behind = min(pulse.number for pulse in answering)
-    blamed = [pulse for pulse in answering if pulse.number == behind]
-    blamed = [pulse for pulse in blamed if not pulse.waits] or blamed
+    slowest = [pulse for pulse in answering if pulse.number == behind]
+    blamed = [pulse for pulse in slowest if not pulse.waits] or _behind_in_collectives(answering) or slowest
     longest = max(blamed, key=lambda pulse: pulse.seconds)
     where = f"in {phases[longest.rank]} for {longest.seconds:.0f} s"
     if len(blamed) == len(phases):
-        return f"All ranks are {where}: what they do together does not end.", []
+        unfinished = sorted({str(p) for pulse in pulses for p in pulse.collectives.values() if p.completed < p.enqueued})
+        what = f" ({'; '.join(unfinished)})" if unfinished else ""
+        return f"All ranks are {where}: what they do together does not end{what}.", []
     names = ", ".join(f"{pulse.rank} ({pulse.host})" for pulse in blamed)
     return f"The others wait for rank {names}: {where}.", [pulse.rank for pulse in blamed]
+
+
+def _behind_in_collectives(pulses: list[Pulse]) -> list[Pulse]:
+    """Return the pulses of the ranks that the others wait for by what they have enqueued and completed; empty if unknown."""
+    ranks = furthest_behind({pulse.rank: pulse.collectives for pulse in pulses})
+    return [pulse for pulse in pulses if pulse.rank in ranks]
 
 
 def _describe_silent(rank: int, pulse: Pulse | None, last_phase: str) -> str:
@@ -225,6 +240,7 @@ def describe(verdict: str, blamed: list[int], pulses: list[Pulse], phases: list[
         lines.append(
             f"rank {rank:>4}  {pulse.host}  {state}  step {pulse.step:>7,}  {pulse.phase} for {pulse.seconds:.1f} s"
         )
+        lines += [f"           {group}: {progress}" for group, progress in sorted(pulse.collectives.items())]
     parts = [f"--- rank {', '.join(map(str, ranks))}\n{stacks}" for stacks, ranks in ranks_with.items()]
     return "\n".join([time.strftime("%Y-%m-%d %H:%M:%S"), verdict, "", *lines, "", *parts])
 
@@ -238,13 +254,3 @@ def python_stacks() -> str:
         if ident != threading.get_ident()
     ]
     return "".join(parts)
-
-
-def waits_for_others() -> bool:
-    """Return whether the main thread is within a collective operation."""
-    main = threading.main_thread().ident
-    if main is None:
-        return False
-    frame = sys._current_frames()[main]
-    innermost = traceback.extract_stack(frame)[-3:]
-    return any("torch/distributed/" in call.filename for call in innermost)

@@ -34,7 +34,7 @@ from pretrain.monitor.activations import record_activations
 from pretrain.monitor.logs import log
 from pretrain.monitor.phase import enter
 from pretrain.monitor.rows import WeightValues
-from pretrain.monitor.throughput import Throughput
+from pretrain.monitor.throughput import Throughput, peak_flops
 from pretrain.monitor.tracker import Tracker, mode_of
 from pretrain.monitor.weight_monitor import WeightMonitor
 from pretrain.optim.schedule import learning_rate
@@ -108,7 +108,9 @@ class Trainer:
         self.tracker = Tracker(folder.path, mode, self.record.tracking_changed)
         self.loader = training_batches(plan, ranks.rank, state.samples)
         self.probe = on_every_rank(lambda: fixed_probe(plan)).to(ranks.device)
-        self.throughput = Throughput(config.tokens_per_step, plan.flops_per_token, ranks.world_size, state.step)
+        self.throughput = Throughput(
+            config.tokens_per_step, plan.flops_per_token, ranks.world_size, state.step, peak_flops(plan.precision)
+        )
         self.weight_monitor = WeightMonitor(self.weights, config.log.weights_interval_steps)
         self.autopsies = Autopsies(folder.path / "autopsies", config, self.recorder, ranks, lambda: read_again(config))
 

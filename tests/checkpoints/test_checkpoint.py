@@ -14,11 +14,12 @@ import pytest
 import torch
 
 from pretrain.checkpoints import Checkpoints, TrainerState
+from pretrain.checkpoints.deepspeed_files import put_steps_beside_moments
 from pretrain.checkpoints.disk_space import checkpoint_bytes
 from pretrain.checkpoints.folders import complete_checkpoints, put_in_place
 from pretrain.checkpoints.manifest import verify
 from pretrain.checkpoints.rng import random_states, restore_random_states
-from pretrain.checkpoints.staging import host_copy
+from pretrain.checkpoints.staging import Staging
 from pretrain.checkpoints.state import read_matching_state, save_state
 from pretrain.config.schema import CheckpointSection
 from pretrain.distributed.ranks import Ranks
@@ -178,7 +179,7 @@ def test_a_host_copy_keeps_values_and_shared_memory_and_nothing_of_the_original(
         "options": {"lr": 0.1, "betas": (0.9, 0.95)},
         "half": flat.bfloat16(),
     }
-    copy = host_copy(state)
+    copy = Staging().host_copy(state)
     flat.zero_()
     state["options"]["lr"] = 0.2
     assert torch.equal(copy["whole"], torch.arange(12.0))
@@ -187,3 +188,59 @@ def test_a_host_copy_keeps_values_and_shared_memory_and_nothing_of_the_original(
     assert torch.equal(copy["half"], torch.arange(12.0).bfloat16())
     copy["whole"][3] = 9
     assert copy["part"][0, 0] == 9
+
+
+@pytest.mark.parametrize("fused", [True, None])
+def test_step_counters_lie_where_a_fused_optimizer_reads_them(fused: bool | None) -> None:
+    """Torch's own choice at the first step of a fused AdamW is the parameter's device. `meta` stands for the GPU."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], fused=fused)
+    moments = {name: torch.zeros(2, device="meta") for name in ("exp_avg", "exp_avg_sq")}
+    states = optimizer.state
+    states[torch.zeros(2)] = {"step": torch.tensor(3.0), **moments}
+    states[torch.zeros(2)] = {"momentum_buffer": moments["exp_avg"]}  # Muon's, which counts no steps
+    put_steps_beside_moments(optimizer)
+    devices = [state["step"].device.type for state in states.values() if "step" in state]
+    assert devices == (["meta"] if fused else ["cpu"])
+
+
+def test_later_saves_are_copied_into_the_memory_of_the_first() -> None:
+    staging = Staging()
+    first = staging.host_copy({"a": torch.arange(300.0), "b": torch.ones(7, dtype=torch.bfloat16)})
+    addresses = {name: tensor.data_ptr() for name, tensor in first.items()}
+    assert [tensor.untyped_storage().nbytes() for tensor in first.values()] == [1200, 14]
+    second = staging.host_copy({"a": torch.arange(300.0) + 1, "b": torch.zeros(7, dtype=torch.bfloat16)})
+    assert {name: tensor.data_ptr() for name, tensor in second.items()} == addresses
+    assert torch.equal(second["a"], torch.arange(300.0) + 1)
+    assert not second["b"].any()
+    larger = staging.host_copy({"a": torch.arange(3000.0)})
+    assert torch.equal(larger["a"], torch.arange(3000.0))
+
+
+def test_the_memory_of_saves_is_pinned_once_and_released_with_its_last_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked of the CUDA driver, which this machine may lack."""
+    registered: dict[int, int] = {}
+
+    class Driver:
+        @staticmethod
+        def cudaHostRegister(address: int, size: int, flags: int) -> int:
+            registered[address] = size
+            return 0
+
+        @staticmethod
+        def cudaHostUnregister(address: int) -> int:
+            del registered[address]
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "cudart", Driver)
+    staging = Staging()
+    state = {"a": torch.arange(300.0), "b": torch.ones(7)}
+    for _ in range(3):
+        copy = staging.host_copy(state)
+        assert list(registered.values()) == [1200 + 336 + 512]
+    del staging
+    assert registered
+    assert torch.equal(copy["a"], state["a"])
+    del copy
+    assert not registered

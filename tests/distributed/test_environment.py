@@ -73,6 +73,19 @@ def test_the_shell_of_a_batch_job_is_no_rank_of_it(environment: dict) -> None:
     assert mapped(environment, **batch)[:2] == ["0", "1"]
 
 
+@pytest.mark.parametrize(
+    ("cores", "usable", "ranks_here", "threads"),
+    [(64, 64, 8, 8), (64, 8, 8, 8), (64, 16, 8, 2), (2, 2, 4, 1), (8, 8, 1, 8)],
+    ids=["shared", "each rank bound to its own", "a part of the machine, shared", "more ranks than cores", "alone"],
+)
+def test_each_rank_computes_on_its_own_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int, usable: int, ranks_here: int, threads: int
+) -> None:
+    monkeypatch.setattr(ranks.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(ranks.os, "sched_getaffinity", lambda pid: set(range(usable)))
+    assert ranks.cores_of_rank(ranks_here) == threads
+
+
 def test_torchrun_inside_a_slurm_job_step_keeps_its_own_ranks(environment: dict) -> None:
     given = dict(zip(NAMES, ("0", "2", "0", "2", "127.0.0.1", "29500"), strict=True))
     assert mapped(environment, **SLURM, **given) == list(given.values())

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from pretrain.model.layout import describe_model
-from pretrain.monitor.throughput import flops_per_token
+from pretrain.monitor.throughput import Throughput, flops_per_token, peak_flops
 
 LLAMA = {
     "vocab_size": 300,
@@ -38,3 +38,37 @@ def test_flops_equal_those_that_torch_counts(
     assert flops_per_token(describe_model(model), config, 48) * 2 * 48 == pytest.approx(
         counter.get_total_flops(), rel=1e-9
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "tf32", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", False, 989e12),
+        ("NVIDIA H100 PCIe", "bf16", False, 756e12),
+        ("NVIDIA H100 NVL", "bf16", False, 835e12),
+        ("NVIDIA H200 NVL", "fp16", True, 835e12),
+        ("NVIDIA H200", "fp32", False, 67e12),
+        ("NVIDIA A100-SXM4-80GB", "fp32", True, 156e12),
+        ("NVIDIA GeForce RTX 3090", "bf16", False, None),
+    ],
+)
+def test_a_run_is_held_against_the_peak_of_its_device_and_precision(
+    monkeypatch: pytest.MonkeyPatch, name: str, precision: str, tf32: bool, peak: float | None
+) -> None:
+    """The figures are those of the vendors' data sheets, without sparsity."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    try:
+        assert peak_flops(precision) == peak
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_no_utilization_is_reported_without_a_peak() -> None:
+    assert peak_flops("bf16") is None or torch.cuda.is_available()
+    throughput = Throughput(100, flops_per_token=10.0, world_size=2, step=0, peak=500.0)
+    pace = throughput.lap(step=3, total_steps=10, waited_s=0.0)
+    assert pace.mfu == pytest.approx(pace.tokens_per_s * 10.0 / 1000.0)
+    assert Throughput(100, 10.0, 2, step=0, peak=None).lap(3, 10, 0.0).mfu is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import time
 from contextlib import ExitStack
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.faults import at_phase, send, sleep_for_ever
+from tests.support.faults import at_phase, gpu_that_hangs, send, sleep_for_ever
 from tests.support.runs import Ended, arguments, losses, run_together, start_ranks, status
 
 STEPS = 8
@@ -144,6 +145,19 @@ def test_a_rank_that_stands_still_is_named_with_its_phase_and_all_stacks(hung: d
     if name == "stuck":
         assert ended.code == 3
         assert "in sleep_for_ever" in report
+
+
+def test_a_rank_whose_gpu_hangs_is_named_though_all_ranks_wait(run_file: Path, out: Path) -> None:
+    """Its stack is that of a rank that waits for others, in the phase that they are in too. Its collectives tell it apart."""
+    words = arguments(run_file, settings(out, "gpu_hangs") | {"resilience.watchdog_s": WATCHDOG_S})
+    with start_ranks(words, out / "logs/gpu_hangs", prepare=gpu_that_hangs(rank=1, step=3)) as job:
+        assert job.wait().code == 3
+    assert "The others wait for rank 1 (" in status(out / "gpu_hangs")["reason"]
+    assert "in 'optimizer' of step 3" in status(out / "gpu_hangs")["reason"]
+    pulses = [json.loads((out / f"gpu_hangs/logs/pulses/rank_{rank}.json").read_text()) for rank in range(2)]
+    assert all(pulse["waits"] and pulse["phase"] == "optimizer" for pulse in pulses)
+    assert pulses[0]["number"] == pulses[1]["number"]
+    assert "not completed" in (out / "gpu_hangs/logs/hang.txt").read_text()
 
 
 @pytest.mark.slow

@@ -43,6 +43,11 @@ def storage_that_hangs(rank: int, after: int) -> Callable[[], None]:
     return partial(_hang_reads, rank, after)
 
 
+def gpu_that_hangs(rank: int, step: int) -> Callable[[], None]:
+    """Let the gate of `rank` wait for ever for the norm of `step`, within the call that reads it: so a GPU's hang is seen."""
+    return partial(_hang_norm, rank, step)
+
+
 def _strike(name: str, step: int, rank: int, action: Callable[[], None], after: str | None) -> None:
     from pretrain.monitor import phase
 
@@ -81,6 +86,23 @@ def _hang_reads(rank: int, after: int) -> None:
         read(self, *arguments)
 
     replace(Feed, "read", read_or_hang)
+
+
+def _hang_norm(rank: int, step: int) -> None:
+    from pretrain.engine.gradient_norm import GradientNorm
+    from pretrain.monitor import phase
+
+    if int(os.environ["RANK"]) != rank:
+        return
+    measured = GradientNorm.measured
+
+    class Unready:
+        __float__ = partial(time.sleep, 1000)  # without a frame of Python, as the reading of a GPU's tensor
+
+    def measured_or_unready(self: GradientNorm, loss_scale: float) -> Any:
+        return Unready() if phase.current().step >= step else measured(self, loss_scale)
+
+    replace(GradientNorm, "measured", measured_or_unready)
 
 
 def bad_batches(first_sample: int, last_sample: int, factor: float) -> Callable[[], None]:
