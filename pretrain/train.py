@@ -40,6 +40,8 @@ from pretrain.distributed.ranks import (
     on_every_rank,
     rank_from_environment,
 )
+from pretrain.engine.compiler_checks import check_compiler
+from pretrain.engine.determinism import compute_deterministically
 from pretrain.engine.precision import check_accelerator
 from pretrain.errors import MACHINE_FAULT, MachineFault, SharedUserError, UserError
 from pretrain.monitor import tracker
@@ -101,6 +103,8 @@ def meet(config: Config) -> Ranks:
     """Join the other ranks. The communication library waits longer than the watchdog, which can name the rank at fault."""
     watchdog_s = config.resilience.watchdog_s
     try:
+        if config.deterministic:
+            compute_deterministically()
         return initialize(watchdog_s and 2 * watchdog_s + 60, signals.catch())
     except UserError as error:
         refuse(error)
@@ -117,6 +121,7 @@ def run(config: Config, ranks: Ranks) -> None:
         plan = on_every_rank(lambda: make_plan(config, ranks.world_size, ranks.rank))
         check_start(lambda: facts_of_plan(plan))
         on_every_rank(lambda: check_accelerator(plan.ds_config))
+        on_every_rank(lambda: check_compiler(config))
         folder = RunFolder(config.folder, ranks)
         log.info(f"rank {ranks.rank} of {ranks.world_size} on {socket.gethostname()}, process {os.getpid()}")
         with watched(folder, config.resilience, ranks):

@@ -406,6 +406,7 @@ class Config(Values):
         init: The distribution that matrices are drawn from.
         deepspeed: A DeepSpeed JSON file, or its content.
         activation_checkpointing: Recompute blocks in backward.
+        deterministic: On GPUs too, the same bits for the same input.
         parallel: Tensor parallelism.
         checkpoint: Checkpoints.
         eval: Validation.
@@ -426,6 +427,7 @@ class Config(Values):
     init: AnyInit = NormalInit()
     deepspeed: LocalPath | dict[str, Any]
     activation_checkpointing: bool = False
+    deterministic: bool = False
     parallel: ParallelSection = ParallelSection()
     checkpoint: CheckpointSection = CheckpointSection()
     eval: EvalSection = EvalSection()

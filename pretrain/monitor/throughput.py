@@ -18,7 +18,6 @@ from transformers import PreTrainedConfig
 from pretrain.model.layout import Weight
 
 
-
 class _Peaks(NamedTuple):
     """Dense peaks (without sparsity) of one device in FLOP/s: bf16 and fp16, TF32 and fp32 products."""
 

@@ -194,7 +194,9 @@ def diagnose(pulses: list[Pulse], phases: list[str]) -> tuple[str, list[int]]:
     longest = max(blamed, key=lambda pulse: pulse.seconds)
     where = f"in {phases[longest.rank]} for {longest.seconds:.0f} s"
     if len(blamed) == len(phases):
-        unfinished = sorted({str(p) for pulse in pulses for p in pulse.collectives.values() if p.completed < p.enqueued})
+        unfinished = sorted(
+            {str(p) for pulse in pulses for p in pulse.collectives.values() if p.completed < p.enqueued}
+        )
         what = f" ({'; '.join(unfinished)})" if unfinished else ""
         return f"All ranks are {where}: what they do together does not end{what}.", []
     names = ", ".join(f"{pulse.rank} ({pulse.host})" for pulse in blamed)

@@ -27,6 +27,7 @@ _EFFECTS = {
     "data.val": "validation losses before and after are not of the same text",
     "eval.batches": "validation losses before and after are not of the same text",
     "data.micro_batch_size": "the same batches, in other parts: losses differ by rounding",
+    "deterministic": "the same computation by other kernels: on a GPU losses differ by rounding",
     "environment.": "losses may differ by rounding",
 }
 

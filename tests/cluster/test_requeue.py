@@ -54,6 +54,7 @@ def judged(attempts: Attempts, code: int = 143, told: bool = False, nodes: int =
         ({"status": "failed"}, {"n1.0": 1}, 143, False, True, 1),  # an older trainer
         ({"status": "running"}, {"n2.1": 137}, 137, False, True, 3),  # killed by the machine
         ({"status": "running"}, {}, 137, False, True, 3),  # every task lost
+        ({"status": "running"}, {"n2.1": 134, "n1.0": 137}, 134, False, True, 3),  # NCCL has aborted a rank
         (None, {"n1.0": 138, "n2.1": 138}, 138, True, True, 3),  # signalled before anybody listened
         (None, {}, 0, True, True, 3),  # signalled before the ranks started
         ({"status": "running"}, {}, 0, False, False, 1),
