@@ -1,4 +1,4 @@
-"""`deterministic: true`: what it sets, that a run uses nothing that torch then refuses on a GPU, and that a CPU's is as before."""
+"""`deterministic: true`: what it sets, and that a run uses nothing that torch then refuses on a GPU. On a CPU nothing changes."""
 
 from __future__ import annotations
 

@@ -121,6 +121,10 @@ def _functions() -> dict[str, Any]:
         "stream": _in_stream,
         "set_stream": lambda stream: setattr(_streams, "current", stream),
         "is_current_stream_capturing": lambda: False,
+        # Pinning succeeds, and changes nothing.
+        "cudart": lambda: SimpleNamespace(
+            cudaHostRegister=lambda address, size, flags: 0, cudaHostUnregister=lambda address: 0
+        ),
         "empty_cache": lambda: None,
         "mem_get_info": lambda device=None: (FREE_MEMORY, PROPERTIES.total_memory),
         "memory_allocated": lambda device=None: ALLOCATED_MEMORY,
