@@ -27,6 +27,7 @@ from tests.support.runs import (
     status,
     wait_until,
 )
+from tests.support.selection import slow_but
 
 BF16 = {"bf16": {"enabled": True}}
 DROPOUT = {"family": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.2}
@@ -79,7 +80,7 @@ def failing(number: int, at: str, times: int = 1000) -> Callable[[], None]:
 
 @pytest.fixture(
     scope="module",
-    params=[name if name == "zero2_bf16" else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS],
+    params=slow_but(["zero2_bf16"], LAYOUTS),
 )
 def saved(request, run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, Path, Path]:
     """Return a layout, and the folders of its run with checkpoints written at once and, slowly, in the background."""
@@ -146,7 +147,10 @@ def test_a_crash_in_a_background_write_loses_only_that_save(run_file: Path, save
 FULL = "rank 1 could not write the checkpoint"
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["at once", "in the background"])
+@pytest.mark.parametrize(
+    "asynchronous",
+    [pytest.param(False, marks=pytest.mark.slow, id="at once"), pytest.param(True, id="in the background")],
+)
 def test_a_disk_that_fails_one_rank_ends_all_of_them_with_one_message(
     run_file: Path, tmp_path: Path, asynchronous: bool
 ) -> None:

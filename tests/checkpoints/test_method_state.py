@@ -23,6 +23,7 @@ from tests.support.runs import (
     start_ranks,
     wait_until,
 )
+from tests.support.selection import slow_but
 
 STEPS = 7
 # Two micro-batches a rank, each block's forward run again in backward, no weight resident, evaluations between steps.
@@ -42,7 +43,7 @@ def settings(out: Path, name: str, method: str, interval: int) -> dict:
     return SETTINGS | run | {"checkpoint.interval_steps": interval, "checkpoint.keep_last": STEPS}
 
 
-@pytest.fixture(scope="module", params=["sigma_reparam", "wesar"])
+@pytest.fixture(scope="module", params=slow_but(["sigma_reparam"], ["sigma_reparam", "wesar"]))
 def method(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -28,6 +28,7 @@ from tests.support.runs import (
     wait_for,
 )
 
+pytestmark = pytest.mark.slow  # tests/distributed/test_signals.py has the signals to ranks themselves
 STEPS = 120
 SOON_S = 30
 SIGNALS = {
@@ -42,7 +43,6 @@ SIGNALS = {
     "torchrun Ctrl-C": (torchrun, signal.SIGINT, True),
     "torchrun, its terminal closes": (torchrun, signal.SIGHUP, True),
 }
-FAST = ("deepspeed killed", "deepspeed Ctrl-C")
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +57,7 @@ def settings(out: Path) -> dict:
     return chosen | {"log.activations_interval_steps": STEPS, "log.weights_interval_steps": STEPS}
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in SIGNALS]
-)
+@pytest.mark.parametrize("name", SIGNALS)
 def test_the_ranks_save_and_end_when_their_launcher_is_told_to(
     run_file: Path, tmp_path: Path, whole: dict, name: str
 ) -> None:
@@ -85,7 +83,6 @@ def test_the_ranks_save_and_end_when_their_launcher_is_told_to(
     assert losses(folder) == whole
 
 
-@pytest.mark.slow
 def test_a_run_whose_terminal_closes_saves(run_file: Path, tmp_path: Path) -> None:
     """From then on its output is not read, either."""
     words, folder = arguments(run_file, settings(tmp_path) | {"steps": 100_000}), tmp_path / "run"

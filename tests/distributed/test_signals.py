@@ -21,6 +21,7 @@ from tests.support.runs import (
     status,
     wait_until,
 )
+from tests.support.selection import asked_for, slow_but
 
 STEPS = 30
 STOPS = {
@@ -31,23 +32,27 @@ STOPS = {
     "SIGHUP to all": (signal.SIGHUP, [0, 1]),
 }
 
+FAST = ("SIGTERM to rank 1", "SIGUSR1 to all")
+
 
 @pytest.fixture(scope="module")
-def stopped(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict, dict]:
+def stopped(
+    request: pytest.FixtureRequest, run_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict, dict, dict]:
     """Return the losses of an uninterrupted run, the remains of each signalled run, and those after a second start."""
-    out = tmp_path_factory.mktemp("signals")
+    out, stops = tmp_path_factory.mktemp("signals"), asked_for(request, STOPS)
 
     def words(name: str) -> list[str]:
         settings = {"out": str(out), "name": name, "steps": STEPS, "checkpoint.interval_steps": 100}
         return arguments(run_file, settings | {"data.val": None, "log.activations_interval_steps": 100})
 
-    folders = {name: out / name.replace(" ", "_") for name in STOPS}
+    folders = {name: out / name.replace(" ", "_") for name in stops}
     first = {}
     with ExitStack() as stack:
         jobs = {
-            name: stack.enter_context(start_ranks(words(folders[name].name), out / "logs" / name)) for name in STOPS
+            name: stack.enter_context(start_ranks(words(folders[name].name), out / "logs" / name)) for name in stops
         }
-        waiting = dict(STOPS)
+        waiting = dict(stops)
         while waiting:
             ready = [name for name in waiting if len(losses(folders[name])) >= 3 or not jobs[name].running]
             for name in ready:
@@ -57,14 +62,14 @@ def stopped(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[d
             ended = job.wait()
             saved = [event["step"] for event in events(folders[name], "checkpoint_saved")]
             first[name] = (ended, status(folders[name]), saved, max(losses(folders[name])))
-    commands = {name: (words(folders[name].name), 2) for name in STOPS}
+    commands = {name: (words(folders[name].name), 2) for name in stops}
     again = run_together({"whole": (words("whole"), 2), **commands}, out / "again")
     assert again.pop("whole").code == 0
     second = {name: (ended, status(folders[name]), losses(folders[name])) for name, ended in again.items()}
     return losses(out / "whole"), first, second
 
 
-@pytest.mark.parametrize("name", STOPS)
+@pytest.mark.parametrize("name", slow_but(FAST, STOPS))
 def test_a_signal_to_some_rank_stops_all_at_one_step_after_saving_with_exit_code_0(stopped: tuple, name: str) -> None:
     ended, left, saved, last_step = stopped[1][name]
     assert ended.code == 0
@@ -75,7 +80,7 @@ def test_a_signal_to_some_rank_stops_all_at_one_step_after_saving_with_exit_code
     assert f"preempted at step {last_step}" in ended.stdout
 
 
-@pytest.mark.parametrize("name", STOPS)
+@pytest.mark.parametrize("name", slow_but(FAST, STOPS))
 def test_the_same_command_finishes_a_stopped_run_with_the_losses_of_one_that_was_not_stopped(
     stopped: tuple, name: str
 ) -> None:

@@ -16,6 +16,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.support.runs import start_ranks
+from tests.support.selection import slow_but
 from tests.support.tiny_engines import LENGTH, VOCABULARY, tokens
 from tests.support.workers.gate_worker import ADAMW, EVERYWHERE, HARM, SIZES, examine_all
 from tests.support.workers.muon_worker import SEQUENCES
@@ -101,10 +102,6 @@ def job_of(case: str) -> object:
     return "fast" if case in FAST else (case in TENSOR, "muon" in case, case in TENSOR or stage)
 
 
-def each(cases: dict[str, dict]) -> list:
-    return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in cases]
-
-
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory):
     """Return the results of a case, and its weights as `tables` if it has any. Starts the ranks at the first call."""
@@ -125,7 +122,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory):
     return at
 
 
-@pytest.mark.parametrize("case", each(SPARED | TENSOR))
+@pytest.mark.parametrize("case", slow_but(FAST, SPARED | TENSOR))
 def test_a_run_with_harmed_steps_is_bit_for_bit_the_run_without_them(seen, case: str) -> None:
     days = (SPARED | TENSOR)[case]["days"]
     found = seen(case)
@@ -141,7 +138,7 @@ def test_a_spike_that_is_only_reported_changes_the_run(seen) -> None:
     assert found["held"] != found["held_without"]
 
 
-@pytest.mark.parametrize("case", each(SEARCHING))
+@pytest.mark.parametrize("case", slow_but(FAST, SEARCHING))
 def test_overflows_of_fp16_count_only_once_the_loss_scale_cannot_fall(seen, case: str) -> None:
     days = seen(case)["days"]
     assert [told["kind"] for told in days] == ["overflow", "overflow", "not finite", "not finite", "fine"]
@@ -150,7 +147,7 @@ def test_overflows_of_fp16_count_only_once_the_loss_scale_cannot_fall(seen, case
     assert [told["skipped"] for told in days] == [True] * 4 + [False]
 
 
-@pytest.mark.parametrize("case", each(CLIPPED))
+@pytest.mark.parametrize("case", slow_but(FAST, CLIPPED))
 def test_a_step_clipped_by_zclip_is_the_dense_step_with_the_gradient_so_much_shorter(seen, case: str) -> None:
     tables, days = seen(case)["tables"], seen(case)["days"]
     start, end = (

@@ -37,10 +37,15 @@ def on_two(corpus, tmp_path_factory) -> Lazily:
 
 
 @pytest.fixture(scope="session")
-def cut_in_two(corpus, tmp_path_factory) -> Runs:
-    """Start the cases on two tensor-parallel ranks."""
+def cut_in_two(corpus, tmp_path_factory) -> Lazily:
+    """Return the cases on two tensor-parallel ranks."""
+
+    def start(cases: list[Case]) -> Runs:
+        return Runs(cases, 2, corpus, tmp_path_factory.mktemp("cut_in_two"))
+
     cases = [Case((method,), "cut", stage=1, tensor=2) for method in METHODS if REGISTRY[method].tensor_parallel]
-    return Runs(cases, 2, corpus, tmp_path_factory.mktemp("cut_in_two"))
+    fast = [case for case in cases if not is_slow(case.methods[0], case.label)]
+    return Lazily([fast, [case for case in cases if case not in fast]], start)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,7 @@ from tests.support.method_suite import (
     METHODS,
     STAGES_BELOW_3,
     Case,
+    acts,
     has_reference,
     parameters,
     reference,
@@ -69,9 +70,12 @@ def test_other_stages_train_as_the_dense_reference(on_two, method, stage):
     assert_same_training(on_two.run(f"{method}-zero{stage}"), method, on_two.run(f"{method}-zero3").initial)
 
 
-@pytest.mark.parametrize("method", [method for method in METHODS if REGISTRY[method].tensor_parallel])
-def test_matrices_cut_by_tensor_parallelism_train_as_the_dense_reference(on_two, cut_in_two, method):
-    assert_same_training(cut_in_two.run(f"{method}-cut"), method, on_two.run(f"{method}-zero3").initial)
+CUT = [(method, "cut") for method in METHODS if REGISTRY[method].tensor_parallel]
+
+
+@pytest.mark.parametrize(("method", "label"), parameters(CUT))
+def test_matrices_cut_by_tensor_parallelism_train_as_the_dense_reference(on_two, cut_in_two, method, label):
+    assert_same_training(cut_in_two.run(f"{method}-{label}"), method, on_two.run(f"{method}-zero3").initial)
 
 
 TIED = [(method, "zero3_tied") for method in METHODS if not hasattr(reference(method), "REFUSES_TIED")]
@@ -112,8 +116,10 @@ def test_every_weight_starts_as_the_formula_says(on_two, method, label):
         assert float(values.std()) == pytest.approx(expected, rel=error), name
 
 
-@pytest.mark.parametrize("label", ["zero3", "zero3_bf16"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "label"),
+    parameters((method, label) for method in METHODS for label in ("zero3", "zero3_bf16") if acts(method)),
+)
 def test_a_resumed_run_ends_with_the_same_bits(on_two, method, label):
     run = on_two.run(f"{method}-{label}")
     assert run.resumed.keys() == run.final.keys()

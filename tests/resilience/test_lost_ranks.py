@@ -12,6 +12,7 @@ import pytest
 
 from tests.support.faults import at_phase, gpu_that_hangs, send, sleep_for_ever
 from tests.support.runs import Ended, arguments, losses, run_together, start_ranks, status
+from tests.support.selection import asked_for, slow_but
 
 STEPS = 8
 KILL, STOP = signal.SIGKILL, signal.SIGSTOP
@@ -26,6 +27,7 @@ KILLS = {
     "save": ("saving", 6, 1),
     "save_of_rank_0": ("saving", 6, 0),
 }
+FAST_KILLS = ("data", "backward", "save_of_rank_0")
 WATCHDOG_S = 6
 # name: (phase, step, rank, what the rank does, what the verdict says of it)
 HANGS = {
@@ -39,6 +41,7 @@ HANGS = {
     ),
     "stuck": ("methods", 2, 1, sleep_for_ever, ("The others wait for rank 1 (", "in 'methods' of step 2 for")),
 }
+FAST_HANGS = ("stopped", "stuck")
 
 
 def settings(out: Path, name: str) -> dict:
@@ -60,7 +63,7 @@ def whole(run_file: Path, out: Path) -> dict[int, float]:
 
 
 @pytest.fixture(scope="module")
-def killed(run_file: Path, out: Path) -> dict[str, tuple[Ended, float]]:
+def killed(request: pytest.FixtureRequest, run_file: Path, out: Path) -> dict[str, tuple[Ended, float]]:
     """Return the remains of each run with a killed rank, and the seconds from its death to the end of the others."""
     found = {}
     with ExitStack() as stack:
@@ -72,7 +75,7 @@ def killed(run_file: Path, out: Path) -> dict[str, tuple[Ended, float]]:
                     prepare=at_phase(*where, send(KILL)),
                 )
             )
-            for name, where in KILLS.items()
+            for name, where in asked_for(request, KILLS).items()
         }
         died: dict[str, float] = {}
         while len(found) < len(jobs):
@@ -85,7 +88,7 @@ def killed(run_file: Path, out: Path) -> dict[str, tuple[Ended, float]]:
     return found
 
 
-@pytest.mark.parametrize("name", KILLS)
+@pytest.mark.parametrize("name", slow_but(FAST_KILLS, KILLS))
 def test_when_a_rank_is_killed_the_rest_ends_soon_and_says_why(killed: dict, out: Path, name: str) -> None:
     *_, rank = KILLS[name]
     ended, seconds = killed[name]
@@ -101,7 +104,7 @@ def test_when_a_rank_is_killed_the_rest_ends_soon_and_says_why(killed: dict, out
 def test_killed_runs_go_on_with_the_losses_of_one_that_was_not_killed(
     killed: dict, whole: dict, run_file: Path, out: Path
 ) -> None:
-    commands = {name: (arguments(run_file, settings(out, name)), 2) for name in KILLS}
+    commands = {name: (arguments(run_file, settings(out, name)), 2) for name in killed}
     for name, ended in run_together(commands, out / "again").items():
         assert ended.code == 0, name
         assert losses(out / name) == whole, name
@@ -109,12 +112,12 @@ def test_killed_runs_go_on_with_the_losses_of_one_that_was_not_killed(
 
 
 @pytest.fixture(scope="module")
-def hung(run_file: Path, out: Path) -> dict[str, tuple[Ended, list[bool], float]]:
+def hung(request: pytest.FixtureRequest, run_file: Path, out: Path) -> dict[str, tuple[Ended, list[bool], float]]:
     """Return the remains of each run with a rank that stands still, the ranks that survived it, and its seconds."""
     found, began = {}, time.monotonic()
     with ExitStack() as stack:
         jobs = {}
-        for name, (*where, action, _) in HANGS.items():
+        for name, (*where, action, _) in asked_for(request, HANGS).items():
             words = arguments(run_file, settings(out, name) | {"resilience.watchdog_s": WATCHDOG_S})
             jobs[name] = stack.enter_context(start_ranks(words, out / "logs" / name, prepare=at_phase(*where, action)))
         for name, job in jobs.items():
@@ -128,7 +131,7 @@ def hung(run_file: Path, out: Path) -> dict[str, tuple[Ended, list[bool], float]
     return found
 
 
-@pytest.mark.parametrize("name", HANGS)
+@pytest.mark.parametrize("name", slow_but(FAST_HANGS, HANGS))
 def test_a_rank_that_stands_still_is_named_with_its_phase_and_all_stacks(hung: dict, out: Path, name: str) -> None:
     _, _, rank, _, parts = HANGS[name]
     ended, alive, _ = hung[name]
@@ -164,7 +167,7 @@ def test_a_rank_whose_gpu_hangs_is_named_though_all_ranks_wait(run_file: Path, o
 def test_hung_runs_go_on_with_the_losses_of_one_that_was_not(
     hung: dict, whole: dict, run_file: Path, out: Path
 ) -> None:
-    commands = {name: (arguments(run_file, settings(out, name)), 2) for name in HANGS}
+    commands = {name: (arguments(run_file, settings(out, name)), 2) for name in hung}
     for name, ended in run_together(commands, out / "again").items():
         assert ended.code == 0, name
         assert losses(out / name) == whole, name

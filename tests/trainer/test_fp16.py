@@ -25,6 +25,7 @@ from tests.support.runs import (
     status,
     wait_until,
 )
+from tests.support.selection import slow_but
 
 STEPS = 10
 LAYOUTS = {
@@ -34,7 +35,7 @@ LAYOUTS = {
     "stage0": {"zero_optimization": {"stage": 0}, "data_types": {"grad_accum_dtype": "fp16"}},
 }
 FAST = ("zero3", "stage0")
-EVERY = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
+EVERY = slow_but(FAST, LAYOUTS)
 # Starts too high, so that the first steps overflow, and grows again after a few good ones.
 OVERFLOWING = {"enabled": True, "initial_scale_power": 19, "hysteresis": 1, "loss_scale_window": 2}
 

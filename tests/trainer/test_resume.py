@@ -31,6 +31,7 @@ from tests.support.runs import (
     status,
     wait_until,
 )
+from tests.support.selection import slow_but
 
 STEPS = 12
 BF16 = {"bf16": {"enabled": True}}
@@ -41,7 +42,7 @@ LAYOUTS = {
     "zero2_bf16": {"zero_optimization": {"stage": 2}, **BF16},
     "zero1_fp32": {"zero_optimization": {"stage": 1}},
 }
-FAST = ("zero3_fp32", "zero2_bf16")
+FAST = ("zero3_fp32",)
 WITH_DROPOUT = {"model": {"family": "gpt2", "n_embd": 48, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.2}}
 
 
@@ -68,9 +69,7 @@ def kill_during_save(job: Job, folder: Path) -> None:
     job.signal(signal.SIGKILL)
 
 
-@pytest.mark.parametrize(
-    "layout", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
-)
+@pytest.mark.parametrize("layout", slow_but(FAST, LAYOUTS))
 def test_a_run_killed_between_and_during_saves_has_the_losses_of_one_that_was_not(
     run_file: Path, tmp_path: Path, layout: str
 ) -> None:

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 
 from tests.support.runs import start_ranks
+from tests.support.selection import asked_for, slow_but
 from tests.support.workers.rollback_worker import BEFORE, examine_all
 
 
@@ -24,18 +25,20 @@ CASES = {
     "zero2_fp16": layout(2, asynchronous=True, **FP16),
 }
 
+FAST = ("zero3_fp32", "zero1_bf16", "zero0_bf16", "zero2_fp16")
+
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """Return the results of each rank, by case."""
     out = tmp_path_factory.mktemp("ranks")
-    with start_ranks([], out / "logs", prepare=partial(examine_all, CASES, out)) as job:
+    with start_ranks([], out / "logs", prepare=partial(examine_all, asked_for(request, CASES), out)) as job:
         ended = job.wait()
         assert ended.code == 0, ended.stderr[-5000:]
     return [json.loads((out / f"found_{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(FAST, CASES))
 def test_a_run_that_is_rolled_back_continues_as_it_did_and_as_a_resumed_one_does(seen: list[dict], case: str) -> None:
     for rank in seen:
         found = rank[case]

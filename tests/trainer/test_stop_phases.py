@@ -23,6 +23,7 @@ from tests.support.runs import (
     status,
     wait_until,
 )
+from tests.support.selection import asked_for, slow_but
 
 STEPS = 8
 TERM, USR1, INT, HUP = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP
@@ -40,11 +41,15 @@ STOPS = {
     "save": ("saving", 4, 1, (TERM, TERM, INT), 4),
 }
 
+FAST = ("build", "backward", "evaluation_at_the_end", "save")
+
 
 @pytest.fixture(scope="module")
-def stopped(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, dict]:
+def stopped(
+    request: pytest.FixtureRequest, run_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict, dict]:
     """Return the folder of all runs, the state of each stopped run, and the output of the same commands started again."""
-    out = tmp_path_factory.mktemp("phases")
+    out, stops = tmp_path_factory.mktemp("phases"), asked_for(request, STOPS)
 
     def words(name: str) -> list[str]:
         settings = {"out": str(out), "name": name, "steps": STEPS, "checkpoint.interval_steps": 4}
@@ -56,18 +61,18 @@ def stopped(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
             name: stack.enter_context(
                 start_ranks(words(name), out / "logs" / name, prepare=at_phase(*where, send(*numbers)))
             )
-            for name, (*where, numbers, _) in STOPS.items()
+            for name, (*where, numbers, _) in stops.items()
         }
         for name, job in jobs.items():
             ended = job.wait()
             saved = [event["step"] for event in events(out / name, "checkpoint_saved")]
             first[name] = (ended, status(out / name), saved, rows(out / name, "eval"))
-    commands = {name: (words(name), 2) for name in STOPS}
+    commands = {name: (words(name), 2) for name in stops}
     again = run_together({"whole": (words("whole"), 2), **commands}, out / "again")
     return out, first, again
 
 
-@pytest.mark.parametrize("name", STOPS)
+@pytest.mark.parametrize("name", slow_but(FAST, STOPS))
 def test_a_stop_in_any_phase_is_handled_and_the_state_saved(stopped: tuple, name: str) -> None:
     _, first, _ = stopped
     ended, left, saved, evaluated = first[name]
@@ -83,7 +88,7 @@ def test_a_stop_in_any_phase_is_handled_and_the_state_saved(stopped: tuple, name
         assert step not in {row["step"] for row in evaluated}
 
 
-@pytest.mark.parametrize("name", STOPS)
+@pytest.mark.parametrize("name", slow_but(FAST, STOPS))
 def test_the_same_command_ends_the_run_as_if_it_had_not_been_stopped(stopped: tuple, name: str) -> None:
     out, _, again = stopped
     assert again[name].code == again["whole"].code == 0
