@@ -10,6 +10,8 @@ from transformers import PreTrainedConfig
 
 from pretrain.config.schema import Config
 from pretrain.engine.build_model import build_model
+from pretrain.engine.loss_chunk import agreed_chunk
+from pretrain.model.loss import loss_head
 from pretrain.optim.param_groups import build_optimizer
 from pretrain.sharded.engine_protocol import Engine
 
@@ -31,4 +33,5 @@ def build_engine(config: Config, model_config: PreTrainedConfig, ds_config: dict
     if engine.zero_optimization_stage() == 0:
         # In half precision DeepSpeed has taken a step without gradients here, which Adam would count as its first.
         engine.optimizer.state.clear()
+    loss_head(engine.module).chunk_logits = agreed_chunk(engine.device)
     return engine

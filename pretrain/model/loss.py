@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.utils import ModelOutput
 
-CHUNK_LOGITS = 1 << 25  # elements of one chunk's logits: 128 MB in float32
+CHUNK_LOGITS = 1 << 25  # elements of one chunk's logits, at least: 128 MB in float32
 CROSS_ENTROPY = "cross_entropy"
 
 
@@ -63,10 +63,12 @@ class LossHead(ReparameterizedLinear):
         cap: c of `c tanh(logits / c)`. None leaves logits as they are.
         gradient_scale: fp16's loss scale. The gradients that forward computes are computed with it. Without it they would
             underflow before backward multiplies them by it.
+        chunk_logits: elements of the logits that are computed at a time.
     """
 
     cap: float | None = None
     gradient_scale: float = 1.0
+    chunk_logits: int = CHUNK_LOGITS
 
     def __init__(self, in_features: int, out_features: int, effective: Effective | None = None) -> None:
         super().__init__(in_features, out_features, bias=False, effective=effective)
@@ -116,6 +118,7 @@ class LossHead(ReparameterizedLinear):
             tuple(of_weight.values()),
             self.gradient_scale,
             divisor,
+            max(1, self.chunk_logits // self.out_features),
         )
         by_name = dict(zip((CROSS_ENTROPY, *of_tokens, *of_weight), parts.unbind(), strict=True))
         total = cast("torch.Tensor", sum(by_name.values()))
@@ -143,25 +146,24 @@ class _ChunkedLoss(torch.autograd.Function):
         head_terms: Sequence[HeadTerm],
         gradient_scale: float,
         divisor: torch.Tensor | None,
+        chunk_tokens: int,
     ) -> torch.Tensor:
         with_gradients = any(ctx.needs_input_grad[:2])
         parts = torch.zeros(1 + len(terms), dtype=torch.float32, device=hidden.device)
         gradients = (torch.zeros_like(hidden), _float32_zeros_like(weight)) if with_gradients else None
         divisor = (targets != -100).sum().clamp_min(1) if divisor is None else divisor
-        chunk_tokens = max(1, CHUNK_LOGITS // weight.shape[0])
         for first in range(0, len(hidden), chunk_tokens):
             rows = slice(first, first + chunk_tokens)
+            product = F.linear(hidden[rows], weight).requires_grad_(with_gradients)
             with torch.set_grad_enabled(with_gradients):
-                some_hidden = hidden[rows].detach().requires_grad_(with_gradients)
-                the_weight = weight.detach().requires_grad_(with_gradients)
-                logits = capped(F.linear(some_hidden, the_weight).float())
-                chunk = _sums(logits, targets[rows], terms) / divisor
+                chunk = _sums(capped(product.float()), targets[rows], terms) / divisor
                 scaled_loss = chunk.sum() * gradient_scale
             parts += chunk.detach()
             if gradients is not None:
                 of_hidden, of_weight = gradients
-                of_hidden[rows], of_weight_in_chunk = torch.autograd.grad(scaled_loss, (some_hidden, the_weight))
-                of_weight += of_weight_in_chunk
+                (of_product,) = torch.autograd.grad(scaled_loss, product)
+                of_hidden[rows] = of_product @ weight
+                _add_product(of_weight, of_product.t(), hidden[rows])
         for term in head_terms:
             with torch.set_grad_enabled(with_gradients):
                 the_weight = weight.detach().float().requires_grad_(with_gradients)
@@ -181,11 +183,30 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, scales: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         of_hidden, of_weight = ctx.saved_tensors
         scale = scales[0] / ctx.gradient_scale
-        return of_hidden * scale, of_weight * scale, None, None, None, None, None, None
+        return of_hidden * scale, of_weight * scale, *[None] * 7
 
 
 def _float32_zeros_like(tensor: torch.Tensor) -> torch.Tensor:
     return torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add a product of two matrices to the float32 `total`, without rounding it first where the device can do so."""
+    if _adds_unrounded(total.device, left.dtype):
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total += left @ right
+
+
+@cache
+def _adds_unrounded(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether this torch adds a product of matrices of `dtype` to a float32 matrix. Tried with one, once."""
+    ones, total = torch.ones(16, 16, dtype=dtype, device=device), torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+    except RuntimeError:  # CPUs cannot, and older versions want `total` to be of `dtype`
+        return False
+    return bool((total == 17).all())
 
 
 def _sums(logits: torch.Tensor, targets: torch.Tensor, terms: Sequence[TokenTerm]) -> torch.Tensor:

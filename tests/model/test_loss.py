@@ -22,7 +22,7 @@ from pretrain.model.loss import HeadTerm, LossHead, TokenTerm, loss_head, requir
 
 @pytest.fixture(params=[1, 7, 1 << 25], ids=["one token a chunk", "ragged chunks", "one chunk"])
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", request.param * 53 if request.param < 100 else request.param)
+    monkeypatch.setattr(LossHead, "chunk_logits", request.param * 53 if request.param < 100 else request.param)
 
 
 def head_and_input(dtype: torch.dtype) -> tuple[LossHead, torch.Tensor, torch.Tensor]:
@@ -170,3 +170,13 @@ def test_a_class_whose_head_gives_the_logits_is_left_as_it_was(hf_config):
     require_plain_logits(model)
     assert "forward" not in vars(model.base_model)
     assert not loss_head(model)._forward_hooks
+
+
+def test_a_device_that_cannot_add_a_product_unrounded_adds_the_rounded_one():
+    torch.manual_seed(0)
+    left, right = torch.randn(5, 7).bfloat16(), torch.randn(7, 3).bfloat16()
+    total = torch.randn(5, 3)
+    expected = total.double() + (left.double() @ right.double()).bfloat16().double()
+    loss_module._add_product(total, left, right)
+    torch.testing.assert_close(total.double(), expected, rtol=0, atol=0.05)
+    assert not loss_module._adds_unrounded(total.device, torch.bfloat16)
