@@ -30,7 +30,7 @@ def describe_plan(plan: Plan) -> str:
         f"{accumulation_steps(config, plan.world_size)} micro-batches of {data.micro_batch_size}",
         "sharding": f"ZeRO-{plan.zero_stage}, {plan.precision}"
         + (f", {tensor} tensor-parallel ranks" if tensor > 1 else ""),
-        "memory": f"{_state_bytes(plan) / 1e9:.2f} GB per rank for "
+        "memory": f"{state_bytes(plan) / 1e9:.2f} GB per rank for "
         + ("weights, the rest on the CPU " if plan.optimizer_on_cpu else "weights, gradients and optimizer ")
         + "(activations come on top)",
         "disk": _describe_disk(plan),
@@ -48,7 +48,7 @@ def short(count: float) -> str:
     return f"{count:.0f}"
 
 
-def _state_bytes(plan: Plan) -> float:
+def state_bytes(plan: Plan) -> float:
     """Return the bytes per rank of working copy, gradient, fp32 master and two Adam moments, by ZeRO stage.
 
     Gradients and optimizer do not count if they are offloaded to the CPU.

@@ -16,6 +16,7 @@ from pretrain.errors import UserError
 from pretrain.methods import REGISTRY
 from pretrain.optim.schedule import learning_rate
 from pretrain.trainer import plan as plans
+from pretrain.trainer.plan_summary import state_bytes
 from tests.support.corpus import Corpus
 from tests.support.tiny_engines import TinyTokenizer
 
@@ -60,6 +61,45 @@ def test_a_run_file_starts_on_the_ranks_of_the_table_with_the_size_of_its_name(
     if path.stem.startswith("oec_"):  # this paper's sizes count one of the two embeddings
         parameters -= plan.model_config.vocab_size * plan.model_config.hidden_size
     assert parameters == pytest.approx(NAMED_OTHERWISE.get(path.stem) or size_in_name(path), rel=0.1)
+
+
+MEMORY = {  # run file, GPUs, DeepSpeed file, sequence length
+    ("130m_tvr", 8, "zero1_bf16", 2048),
+    ("1b_tvr", 8, "zero1_bf16", 2048),
+    ("1b_tvr", 8, "zero3_bf16", 2048),
+    ("7b_tvr", 64, "zero3_bf16", 4096),
+    ("7b_tvr", 8, "zero3_bf16", 4096),
+    ("7b_tvr", 64, "zero3_hpz_bf16", 4096),
+}
+
+
+@pytest.mark.parametrize(("name", "gpus", "deepspeed", "seq_len"), sorted(MEMORY))
+def test_the_memory_of_the_documentation_is_that_of_the_plan(
+    name: str, gpus: int, deepspeed: str, seq_len: int, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plans, "_check_disk", lambda plan: None)
+    data = [f"data.train={corpus.train}", "data.val=null", "data.seq_len=8", f"deepspeed=ds_configs/{deepspeed}.json"]
+    config = load_config(CONFIGS / f"{name}.yaml", [f"tokenizer={corpus.tokenizer}", *data, f"out={tmp_path}"])
+    plan = plans.make_plan(config, gpus)
+    size, tokens = plan.model_config, config.data.micro_batch_size * seq_len
+    kept = 24 * size.hidden_size + 8 * size.intermediate_size + 4 * size.num_attention_heads + 8
+    loss = 6 * size.vocab_size * size.hidden_size + 20 * (1 << 27)
+    stated = memory_in_documentation(name, gpus, deepspeed)
+    assert stated[0] == pytest.approx(state_bytes(plan) / 1e9, abs=0.06)
+    assert stated[1] == pytest.approx(tokens * size.num_hidden_layers * kept / 1e9, abs=0.06)
+    assert stated[2] == pytest.approx(loss / 1e9, abs=0.06)
+    gathered = 2.0 if "zero3" in deepspeed else 0.0
+    copy = 2 * plan.parameters / 8e9 if "hpz" in deepspeed else 0.0
+    assert stated[3] == pytest.approx(sum(stated[:3]) + gathered + copy, abs=0.6)
+
+
+def memory_in_documentation(name: str, gpus: int, deepspeed: str) -> list[float]:
+    """Return the figures of a row: states, activations, loss and sum, in GB."""
+    page = (CONFIGS.parent / "docs/performance.md").read_text()
+    run = re.escape(name) if name == "7b_tvr" else re.escape(name.split("_")[0]) + r"_\*"
+    row = re.search(rf"^\| `{run}`, {gpus} \| `{deepspeed}` \|(.*)$", page, re.MULTILINE)
+    assert row is not None
+    return [float(cell) for cell in row[1].split("|")[:4]]
 
 
 def column_of_table(path: Path, column: int) -> str:
