@@ -23,7 +23,7 @@ FLOORS = (
     {"autopsy", "checkpoints", "report", "resilience"},
     {"engine"},
     {"export", "trainer"},
-    {"cluster"},
+    {"cluster", "gpu_check"},
     {"cli"},
     {"train"},
 )

@@ -23,6 +23,7 @@ SCRIPTS = (
     "evenkeel-convert-to-hf",
     "evenkeel-evaluate",
     "evenkeel-generate",
+    "evenkeel-gpu-check",
     "evenkeel-inspect-data",
     "evenkeel-prepare-data",
     "evenkeel-report",
