@@ -405,8 +405,11 @@ class Config(Values):
         methods: The stability methods, each once.
         init: The distribution that matrices are drawn from.
         deepspeed: A DeepSpeed JSON file, or its content.
-        activation_checkpointing: Recompute blocks in backward.
         deterministic: On GPUs too, the same bits for the same input.
+        compile: `layers` runs the decoder blocks and the loss through torch.compile, `off` runs them eagerly. Null is
+            `layers` on a GPU and `off` on a CPU.
+        activation_checkpointing: The part of a block that the backward pass computes again instead of keeping it: `off`,
+            `full` (all of it), or `selective` (all but the results of matrix products and attention).
         parallel: Tensor parallelism.
         checkpoint: Checkpoints.
         eval: Validation.
@@ -426,8 +429,9 @@ class Config(Values):
     methods: tuple[AnyMethod, ...] = ()
     init: AnyInit = NormalInit()
     deepspeed: LocalPath | dict[str, Any]
-    activation_checkpointing: bool = False
     deterministic: bool = False
+    compile: Literal["off", "layers"] | None = None
+    activation_checkpointing: Literal["off", "full", "selective"] = "off"
     parallel: ParallelSection = ParallelSection()
     checkpoint: CheckpointSection = CheckpointSection()
     eval: EvalSection = EvalSection()
@@ -440,6 +444,16 @@ class Config(Values):
         if not isinstance(given, str | dict):
             raise ValueError("give the path of a DeepSpeed JSON file, or its content as a mapping")
         return expanded(given) if isinstance(given, str) else given
+
+    @field_validator("compile", "activation_checkpointing", mode="before")
+    @classmethod
+    def _off_as_yaml_reads_it(cls, given: Any) -> Any:
+        return "off" if given is False else given
+
+    @field_validator("activation_checkpointing", mode="before")
+    @classmethod
+    def _true_of_older_files(cls, given: Any) -> Any:
+        return "full" if given is True else given
 
     @model_validator(mode="after")
     def _one_length(self) -> Config:

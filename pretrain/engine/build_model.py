@@ -143,8 +143,6 @@ def build_model(config: Config, model_config: PreTrainedConfig, ds_config: dict[
     if stage == 3:
         _restore_rotary_tables(model)
     choose_attention(model, config.data.document_attention)
-    if config.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 

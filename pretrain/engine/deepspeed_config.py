@@ -65,7 +65,7 @@ _NOT_HERE = {
     "torch_autocast": "mixed precision comes from the 'bf16' or the 'fp16' block",
     "tensor_parallel": "set parallel.tensor in the run file",
     "wandb": "set log.wandb in the run file",
-    "activation_checkpointing": "set 'activation_checkpointing: true' in the run file",
+    "activation_checkpointing": "set 'activation_checkpointing: full' in the run file",
 }
 
 # The reasons, and the values that DeepSpeed would choose: docs/deepspeed.md.

@@ -46,6 +46,9 @@ class AttentionResiduals(Method):
         }
     )
     families: ClassVar[tuple[str, ...]] = ("llama",)
+    eager_blocks: ClassVar[str | None] = (
+        "its blocks hand on several tensors, which DeepSpeed cannot take for a whole block"
+    )
 
     name: Literal["attention_residuals"] = "attention_residuals"
     blocks: int | None = Field(None, gt=0)

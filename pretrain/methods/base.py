@@ -96,6 +96,8 @@ class Method(Values):
       each with a sentence that says why.
     - `families`: the model families that it can act on.
     - `tensor_parallel`: whether it may be used where AutoTP cuts the matrices.
+    - `eager_blocks`: why torch.compile cannot take the blocks of a model with this method, None where it can. They then
+      run eagerly, and the plan that is printed at start says so.
     - `fold_order`: folds run from the lowest number to the highest. A fold of order 0 gets the matrices as they are
       stored. One of order 1 gets them as forward multiplies by them, and may move the embedding's factor into a Granite.
       One of order 2 gets an embedding that is what enters the residual stream. One of order 3 gets the class and the
@@ -105,6 +107,7 @@ class Method(Values):
     conflicts: ClassVar[Mapping[str, str]] = {}
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
     tensor_parallel: ClassVar[bool] = True
+    eager_blocks: ClassVar[str | None] = None
     fold_order: ClassVar[int] = 1
 
     name: str

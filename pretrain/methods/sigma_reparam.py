@@ -156,6 +156,8 @@ class SigmaReparam(TrainedFactors):
         }
     )
 
+    eager_blocks: ClassVar[str | None] = "its spectral norms are computed in the first forward pass of each step only"
+
     name: Literal["sigma_reparam"] = "sigma_reparam"
     variance: float = Field(64e-5, gt=0)
     initial_scale: Literal["one", "spectral_norm"] = "one"

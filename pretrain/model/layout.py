@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -169,6 +169,12 @@ def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     """Return the shape of a whole parameter, also where ZeRO-3 holds a placeholder for it or AutoTP has cut it."""
     uncut = getattr(parameter, "ds_autotp_universal_checkpoint_meta", {}).get("logical_shape")
     return tuple(uncut) if uncut else tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Return the decoder blocks of a Hugging Face model, the first one first."""
+    base = cast("Any", model).base_model
+    return list(base.layers if hasattr(base, "layers") else base.h)
 
 
 def embedding_of(model: nn.Module, module: str) -> nn.Embedding:

@@ -61,6 +61,7 @@ class LossHead(ReparameterizedLinear):
     Attributes:
         terms: the terms that are added to the cross-entropy, by name.
         cap: c of `c tanh(logits / c)`. None leaves logits as they are.
+        sums: computes the parts of the loss of a few tokens: `sums_of_tokens`, which may be compiled.
         gradient_scale: fp16's loss scale. The gradients that forward computes are computed with it. Without it they would
             underflow before backward multiplies them by it.
         chunk_logits: elements of the logits that are computed at a time.
@@ -73,6 +74,7 @@ class LossHead(ReparameterizedLinear):
     def __init__(self, in_features: int, out_features: int, effective: Effective | None = None) -> None:
         super().__init__(in_features, out_features, bias=False, effective=effective)
         self.terms: dict[str, LossTerm] = {}
+        self.sums = sums_of_tokens
 
     def remade(self, effective: Effective) -> LossHead:
         new = LossHead(self.in_features, self.out_features, effective)
@@ -105,7 +107,7 @@ class LossHead(ReparameterizedLinear):
             minimized, and without gradients its parts, `cross_entropy` (mean, in nats) and one for each of the terms.
         """
         if targets is None:
-            return self._capped(super().forward(hidden))
+            return capped(super().forward(hidden), self.cap)
         weight = self.effective_weight()
         of_tokens = {name: term for name, term in self.terms.items() if isinstance(term, TokenTerm)}
         of_weight = {name: term for name, term in self.terms.items() if isinstance(term, HeadTerm)}
@@ -113,7 +115,8 @@ class LossHead(ReparameterizedLinear):
             hidden.flatten(0, -2),
             weight,
             targets.flatten(),
-            self._capped,
+            self.sums,
+            self.cap,
             tuple(of_tokens.values()),
             tuple(of_weight.values()),
             self.gradient_scale,
@@ -123,9 +126,6 @@ class LossHead(ReparameterizedLinear):
         by_name = dict(zip((CROSS_ENTROPY, *of_tokens, *of_weight), parts.unbind(), strict=True))
         total = cast("torch.Tensor", sum(by_name.values()))
         return {"total": total, **{name: value.detach() for name, value in by_name.items()}}
-
-    def _capped(self, logits: torch.Tensor) -> torch.Tensor:
-        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -141,7 +141,8 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden: torch.Tensor,
         weight: torch.Tensor,
         targets: torch.Tensor,
-        capped: Callable[[torch.Tensor], torch.Tensor],
+        sums: Callable[..., torch.Tensor],
+        cap: float | None,
         terms: Sequence[TokenTerm],
         head_terms: Sequence[HeadTerm],
         gradient_scale: float,
@@ -156,7 +157,7 @@ class _ChunkedLoss(torch.autograd.Function):
             rows = slice(first, first + chunk_tokens)
             product = F.linear(hidden[rows], weight).requires_grad_(with_gradients)
             with torch.set_grad_enabled(with_gradients):
-                chunk = _sums(capped(product.float()), targets[rows], terms) / divisor
+                chunk = sums(product, targets[rows], cap, terms) / divisor
                 scaled_loss = chunk.sum() * gradient_scale
             parts += chunk.detach()
             if gradients is not None:
@@ -183,7 +184,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, scales: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         of_hidden, of_weight = ctx.saved_tensors
         scale = scales[0] / ctx.gradient_scale
-        return of_hidden * scale, of_weight * scale, *[None] * 7
+        return of_hidden * scale, of_weight * scale, *[None] * 8
 
 
 def _float32_zeros_like(tensor: torch.Tensor) -> torch.Tensor:
@@ -209,11 +210,26 @@ def _adds_unrounded(device: torch.device, dtype: torch.dtype) -> bool:
     return bool((total == 17).all())
 
 
-def _sums(logits: torch.Tensor, targets: torch.Tensor, terms: Sequence[TokenTerm]) -> torch.Tensor:
-    """Return the sums of the cross-entropy and of the terms over the tokens that count: (1 + terms,)."""
+def sums_of_tokens(
+    product: torch.Tensor, targets: torch.Tensor, cap: float | None, terms: Sequence[TokenTerm]
+) -> torch.Tensor:
+    """Return the sums of the cross-entropy and of the terms over the tokens that count: (1 + terms,) float32.
+
+    Args:
+        product: (tokens, vocab_size), the logits before the cap.
+        targets: (tokens,) token ids, -100 where no token counts.
+        cap: as in `LossHead`.
+        terms: the terms of tokens.
+    """
+    logits = capped(product.float(), cap)
     counts = targets != -100
     cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
     return torch.stack([cross_entropy, *((term.of_logits(logits) * counts).sum() for term in terms)])
+
+
+def capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """Return `cap tanh(logits / cap)`, the logits themselves where there is no cap."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 @cache

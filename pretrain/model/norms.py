@@ -40,20 +40,36 @@ class NormKind:
     factor: float = 1.0
 
 
-def scaled(gain: torch.Tensor, factor: float) -> torch.Tensor:
+def scaled(gain: torch.Tensor, factor: float | torch.Tensor) -> torch.Tensor:
     """Return `factor` times a gain or a bias, computed in float32 and cast to its precision.
 
     It is a product because the last bit of a division by a constant differs between GPUs and CPUs.
     """
-    return gain if factor == 1.0 else (gain.float() * factor).to(gain.dtype)
+    if not isinstance(factor, torch.Tensor) and factor == 1.0:
+        return gain
+    return (gain.float() * factor).to(gain.dtype)
 
 
-class Norm(nn.Module):
+class ScaledGain(nn.Module):
+    """The part of a norm that holds the constant of its gain.
+
+    Attributes:
+        factor: c, a number, or a float32 scalar after `take_factor_as_tensor`.
+    """
+
+    factor: float | torch.Tensor
+
+    def take_factor_as_tensor(self, device: torch.device) -> None:
+        """Hold c as a tensor, for the same result: numbers are part of a compiled block, so each would take its own graph."""
+        self.factor = torch.as_tensor(self.factor, dtype=torch.float32, device=device)
+
+
+class Norm(ScaledGain):
     """A norm of one `NormKind`. Its gain is called `weight`, as in the stock norms."""
 
     def __init__(self, kind: NormKind) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind, self.factor = kind, kind.factor
         self.weight = nn.Parameter(torch.ones(kind.gains))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -66,10 +82,10 @@ class Norm(nn.Module):
         if self.kind.centred:
             values = values - values.mean(-1, keepdim=True)
         values = values * torch.rsqrt(values.pow(2).mean(-1, keepdim=True) + self.kind.eps)
-        return scaled(self.weight, self.kind.factor) * values.to(hidden.dtype)
+        return scaled(self.weight, self.factor) * values.to(hidden.dtype)
 
 
-class ScaledLayerNorm(nn.LayerNorm):
+class ScaledLayerNorm(ScaledGain, nn.LayerNorm):
     """GPT-2's norm with gain and bias multiplied by a constant."""
 
     def __init__(self, hidden_size: int, eps: float, factor: float) -> None:
@@ -81,7 +97,7 @@ class ScaledLayerNorm(nn.LayerNorm):
         return F.layer_norm(hidden, self.normalized_shape, weight, bias, self.eps)
 
 
-class ScaledSeeDNorm(SeeDNorm):
+class ScaledSeeDNorm(ScaledGain, SeeDNorm):
     """SeeDNorm with both terms of its gain, and so its output, multiplied by a constant."""
 
     def __init__(self, hidden_size: int, eps: float, factor: float) -> None:

@@ -12,11 +12,12 @@ f(W, s) computes exactly the same (pretrain/methods/*: `fold`). Three things mak
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 SCALE = ".weight_scale"  # the name of the factors, after that of the module
@@ -120,6 +121,10 @@ class Reparameterized(nn.Module):
         assert self.effective is not None
         self._advance(self.effective)
         bias = self.bias if self.bias is None else applied_to_bias(self.effective, self.bias)
+        if torch.compiler.is_compiling():
+            # The compiler cannot trace _Product, but computes again in backward what it is told to.
+            made = checkpoint(self._traced_weight, self.weight, self.weight_scale, use_reentrant=False)
+            return self.multiply(hidden, cast("torch.Tensor", made), bias)
         return _Product.apply(self, hidden, self.weight, self.weight_scale, bias)
 
     def multiply(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -129,6 +134,16 @@ class Reparameterized(nn.Module):
     def _advance(self, effective: Effective) -> None:
         if self.training:
             effective.advance(_outputs_first(self.weight.detach(), self.input_major))
+
+    def _traced_weight(self, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        """Return W̄, differentiable by autograd alone."""
+        return self._compute(weight, None if scale is None else self._differentiable_scale(scale))
+
+    def _differentiable_scale(self, scale: torch.Tensor) -> torch.Tensor:
+        """Return the factors as forward uses them, with a gradient for s."""
+        if self.exact_scale is None:
+            return scale.float()
+        return self.exact_scale + (scale - scale.detach()).float()
 
     def _compute(self, weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
         """Return W̄ from the stored weight and float32 factors."""
@@ -190,10 +205,8 @@ class ReparameterizedEmbedding(Reparameterized, nn.Embedding):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         assert self.effective is not None
         rows = super().forward(ids)
-        scale: torch.Tensor | None = self.weight_scale
-        if scale is not None and self.exact_scale is not None:
-            scale = self.exact_scale + (scale - scale.detach()).float()  # the exact value, and a gradient for s
-        return self.effective(rows.float(), None if scale is None else scale.float()).to(rows.dtype)
+        scale = None if self.weight_scale is None else self._differentiable_scale(self.weight_scale)
+        return self.effective(rows.float(), scale).to(rows.dtype)
 
 
 class _MadeAgain:

@@ -7,13 +7,13 @@ median |h|, and the excess kurtosis E[(h − h̄)⁴]/σ⁴ − 3 over channels,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import cast
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from pretrain.model.layout import blocks_of
 from pretrain.monitor.rows import LayerActivations
 from pretrain.optional import optional
 
@@ -79,8 +79,6 @@ class LargestActivations:
 
 def _after_blocks(model: torch.nn.Module, note: Callable[[int, torch.Tensor], None]) -> list[RemovableHandle]:
     """Have `note` called with the layer, from 1, and the residual stream after each block. Returns the hooks' handles."""
-    base = cast(torch.nn.Module, model.base_model)
-    blocks = cast(Iterable[torch.nn.Module], base.layers if hasattr(base, "layers") else base.h)
 
     def hook(layer: int) -> Callable[[torch.nn.Module, tuple, torch.Tensor | tuple], None]:
         def record(module: torch.nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
@@ -89,4 +87,4 @@ def _after_blocks(model: torch.nn.Module, note: Callable[[int, torch.Tensor], No
 
         return record
 
-    return [block.register_forward_hook(hook(layer)) for layer, block in enumerate(blocks, start=1)]
+    return [block.register_forward_hook(hook(layer)) for layer, block in enumerate(blocks_of(model), start=1)]

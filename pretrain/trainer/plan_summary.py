@@ -6,12 +6,19 @@ from transformers import PreTrainedConfig
 
 from pretrain.checkpoints.folders import complete_checkpoints
 from pretrain.config.schema import Config
+from pretrain.engine.compiled_blocks import why_eager
 from pretrain.engine.deepspeed_config import accumulation_steps
 from pretrain.files import free_bytes
 from pretrain.optim.schedule import learning_rate
 from pretrain.trainer.plan import Plan, existing_folder
 
 _DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop", "attention_dropout")  # fields of the families' configurations
+
+_RECOMPUTED = {
+    "off": "",
+    "full": ", computed again in the backward pass",
+    "selective": ", computed again in the backward pass but for matrix products and attention",
+}
 
 
 def describe_plan(plan: Plan) -> str:
@@ -30,6 +37,7 @@ def describe_plan(plan: Plan) -> str:
         f"{accumulation_steps(config, plan.world_size)} micro-batches of {data.micro_batch_size}",
         "sharding": f"ZeRO-{plan.zero_stage}, {plan.precision}"
         + (f", {tensor} tensor-parallel ranks" if tensor > 1 else ""),
+        "blocks": _describe_blocks(config),
         "memory": f"{state_bytes(plan) / 1e9:.2f} GB per rank for "
         + ("weights, the rest on the CPU " if plan.optimizer_on_cpu else "weights, gradients and optimizer ")
         + "(activations come on top)",
@@ -82,6 +90,13 @@ def _describe_dropout(model_config: PreTrainedConfig) -> dict[str, str]:
     rates = {field: getattr(model_config, field, 0.0) for field in _DROPOUTS}
     fields = [f"model.{field} {rate:g}" for field, rate in rates.items() if rate]
     return {"dropout": ", ".join(fields) + " in training"} if fields else {}
+
+
+def _describe_blocks(config: Config) -> str:
+    """Return how the decoder blocks are run."""
+    reason = why_eager(config)
+    how = "compiled" if reason is None else f"eager ({reason})"
+    return how + _RECOMPUTED[config.activation_checkpointing]
 
 
 def _describe_rate(config: Config) -> str:

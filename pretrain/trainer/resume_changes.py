@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from pretrain.config.diff import Change, flat
 from pretrain.config.schema import Config
 from pretrain.data.json_files import read_json
+from pretrain.engine.compiled_blocks import form_of_blocks
 from pretrain.errors import UserError
 from pretrain.optim.schedule import learning_rate
 from pretrain.trainer.environment import version_of
@@ -62,13 +63,17 @@ def changes(checkpoint: Path, config: Config, step: int) -> list[Change]:
     return _with_schedule(found, before, config, step)
 
 
-def environment_changes(checkpoint: Path) -> list[Change]:
-    """List the versions that differ from those of the last start in the checkpoint's run folder, as far as it has them."""
+def environment_changes(checkpoint: Path, config: Config) -> list[Change]:
+    """List what differs from the last start in the checkpoint's run folder: versions, and whether blocks are compiled.
+
+    What the folder does not record is left out. Runs of versions that could not compile blocks count as eager.
+    """
     path = checkpoint.parent.parent / "environment.json"
     if not path.exists():
         return []
-    was = read_json(path).get("packages", {})
-    now = {name: version_of(name) for name in was}
+    record = read_json(path)
+    was = {"blocks": record.get("blocks", "eager"), **record.get("packages", {})}
+    now = {"blocks": form_of_blocks(config), **{name: version_of(name) for name in record.get("packages", {})}}
     return [
         Change(f"environment.{name}", str(was[name]), str(now[name]), _effect("environment."))
         for name in was

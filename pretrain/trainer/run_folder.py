@@ -21,6 +21,7 @@ from pretrain.config.schema import Config
 from pretrain.credentials import masked
 from pretrain.data.json_files import read_json
 from pretrain.distributed.ranks import Ranks, all_gather_object, from_first_rank, on_every_rank
+from pretrain.engine.compiled_blocks import form_of_blocks
 from pretrain.errors import UserError
 from pretrain.files import NO_LOCKS, NO_ROOM, allocated_bytes, overwrite, write_json, write_text
 from pretrain.monitor.logs import log, log_to
@@ -58,7 +59,7 @@ class RunFolder:
             with _explained(self.path):
                 write_text(self.path / "config.yaml", config.to_yaml())
                 with optional("environment", "environment.json could not be written"):
-                    write_json(self.path / "environment.json", _environment(hosts))
+                    write_json(self.path / "environment.json", _environment(hosts) | {"blocks": form_of_blocks(config)})
                 self.status("running")
 
         from_first_rank(record)

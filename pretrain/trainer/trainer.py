@@ -352,5 +352,5 @@ def _compare(plan: Plan, found: Path) -> list[Change]:
     read_matching_state(found, plan.state_at(0, 0), [str(change) for change in changed])
     check_length(found, step, plan.config)
     with optional("environment", "what has changed in the environment is not known"):
-        changed += environment_changes(found)
+        changed += environment_changes(found, plan.config)
     return changed

@@ -52,6 +52,17 @@ def test_a_scaled_layer_norm_is_the_stock_one_with_folded_gain_and_bias_to_the_b
     assert torch.equal(norm(hidden(dtype)), F.layer_norm(hidden(dtype), (SIZE,), gain, bias, EPS))
 
 
+@DTYPES
+@pytest.mark.parametrize(
+    "make", [lambda: Norm(NormKind(EPS, SIZE, factor=3**-0.5)), lambda: ScaledLayerNorm(SIZE, EPS, 0.7)]
+)
+def test_a_factor_that_is_held_as_a_tensor_changes_no_bit(dtype, make):
+    norm = with_gain(make(), dtype)
+    expected = norm(hidden(dtype))
+    norm.take_factor_as_tensor(torch.device("cpu"))
+    assert torch.equal(norm(hidden(dtype)), expected)
+
+
 @pytest.mark.parametrize("stock", [LlamaRMSNorm, Qwen3RMSNorm])
 @pytest.mark.parametrize("changes", permutations([{"gains": 1}, {"factor": 0.5}, {"centred": True}]))
 def test_changes_add_up_in_any_order(stock, changes):

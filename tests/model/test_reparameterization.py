@@ -20,7 +20,7 @@ from pretrain.methods.sigma_reparam import SpectralGate, spectral_norm
 from pretrain.methods.weight_norm import RowGains
 from pretrain.methods.wesar import Gate
 from pretrain.model.loss import HeadTerm, LossHead
-from pretrain.model.reparameterization import Multiple, Reparameterized, applied, reparameterize
+from pretrain.model.reparameterization import Multiple, Reparameterized, ReparameterizedLinear, applied, reparameterize
 
 INPUTS, OUTPUTS, SIGMA = 12, 20, 3.0
 
@@ -303,3 +303,28 @@ def test_the_memory_test_notices_a_matrix_that_is_kept(monkeypatch):
         loss = model(torch.randint(0, 50, (2, 9)), torch.randint(0, 50, (2, 9)))["total"]
     assert not all(reference.expired() for reference in made_matrices)
     loss.backward()
+
+
+def kept_by_a_compiled_product(monkeypatch, *, plain: bool) -> list[tuple[int, ...]]:
+    """Return the shapes of what a compiled product with W̄ = αW keeps for the backward pass, besides W itself."""
+    if plain:  # as a module that leaves W̄ to the compiler
+        monkeypatch.setattr(
+            "pretrain.model.reparameterization.checkpoint", lambda function, *args, **_: function(*args)
+        )
+    torch._dynamo.reset()
+    module = ReparameterizedLinear(24, 40, bias=False, effective=Gate()).bfloat16()
+    module.exact_scale = torch.tensor([0.3])
+    hidden = torch.ones(7, 24, dtype=torch.bfloat16, requires_grad=True)  # its gradient takes W̄
+    out = torch.compile(module.forward, backend="aot_eager", fullgraph=True)(hidden)
+    parameters = {parameter.data_ptr() for parameter in module.parameters()}
+    kept = [tensor for tensor in out.grad_fn.saved_tensors if tensor.data_ptr() not in parameters]
+    out.float().sum().backward()
+    assert module.weight.grad is not None
+    assert module.weight_scale.grad is not None
+    return [tuple(tensor.shape) for tensor in kept]
+
+
+def test_a_compiled_product_keeps_no_derived_matrix(monkeypatch):
+    matrices = {(24, 40), (40, 24)}
+    assert not matrices & set(kept_by_a_compiled_product(monkeypatch, plain=False))
+    assert matrices & set(kept_by_a_compiled_product(monkeypatch, plain=True))

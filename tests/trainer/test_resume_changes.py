@@ -146,13 +146,19 @@ def test_a_configuration_that_this_version_does_not_accept_is_still_compared(che
 
 
 def test_other_versions_are_named(checkpoint: Path) -> None:
-    assert environment_changes(checkpoint) == []
+    assert environment_changes(checkpoint, config(compile="layers")) == []
     from importlib.metadata import version
 
     record = {"packages": {"torch": "0.1", "numpy": version("numpy")}}
     (checkpoint.parent.parent / "environment.json").write_text(json.dumps(record))
-    [change] = environment_changes(checkpoint)
+    [change] = environment_changes(checkpoint, config(compile="off"))
     assert str(change) == f"environment.torch: 0.1 -> {version('torch')}"
+
+
+def test_compiled_blocks_that_were_eager_are_named(checkpoint: Path) -> None:
+    (checkpoint.parent.parent / "environment.json").write_text("{}")
+    [change] = environment_changes(checkpoint, config(compile="layers"))
+    assert change.with_effect == "environment.blocks: eager -> compiled: losses may differ by rounding"
 
 
 @pytest.mark.parametrize(
