@@ -109,6 +109,8 @@ class LossHead(ReparameterizedLinear):
         if targets is None:
             return capped(super().forward(hidden), self.cap)
         weight = self.effective_weight()
+        if not torch.is_grad_enabled():
+            weight = weight.detach()  # _ChunkedLoss would take a parameter for a wish for gradients
         of_tokens = {name: term for name, term in self.terms.items() if isinstance(term, TokenTerm)}
         of_weight = {name: term for name, term in self.terms.items() if isinstance(term, HeadTerm)}
         parts = _ChunkedLoss.apply(
