@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from pretrain.config.schema import Config
+from pretrain.engine.compiler_checks import missing_for_gpu
 from pretrain.engine.recomputation import Recomputation, checkpoint_options
 from pretrain.model.layout import blocks_of
 from pretrain.model.loss import loss_head
@@ -32,6 +33,8 @@ def why_eager(config: Config) -> str | None:
         return "compile is off"
     if config.compile is None and not torch.cuda.is_available():
         return "no GPU, and compile is not set"
+    if config.compile is None and (missing := missing_for_gpu()):
+        return f"this node lacks {' and '.join(missing)}"
     reasons = [f"{method.name}: {method.eager_blocks}" for method in config.methods if method.eager_blocks]
     return "; ".join(reasons) or None
 

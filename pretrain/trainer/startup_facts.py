@@ -12,6 +12,7 @@ import torch
 import pretrain
 from pretrain.config.schema import Config
 from pretrain.data.json_files import content_hash, read_json
+from pretrain.engine.compiled_blocks import form_of_blocks
 from pretrain.files import checksum
 from pretrain.trainer.environment import version_of
 from pretrain.trainer.plan import Plan
@@ -50,6 +51,7 @@ def facts_of_plan(plan: Plan) -> Facts:
         "tokenizer": corpora.tokenizer_fingerprint,
         "model": plan.model_config.to_diff_dict(),
         "DeepSpeed": plan.ds_config,
+        "blocks": form_of_blocks(plan.config),
     }
 
 

@@ -65,6 +65,20 @@ def test_a_run_file_becomes_typed_values(file: Path) -> None:
     assert config.data.val is None
 
 
+def test_off_and_the_booleans_of_older_files_are_kinds_of_recomputation(file: Path, tmp_path: Path) -> None:
+    """YAML reads a bare `off` as false."""
+    kinds = {"off": "off", "false": "off", "true": "full", "full": "full", "selective": "selective"}
+    for given, kind in kinds.items():
+        assert load_config(file, [f"activation_checkpointing={given}"]).activation_checkpointing == kind
+    assert "Input should be 'off', 'full' or 'selective'" in mistakes(file, "activation_checkpointing=some")
+    assert load_config(file).compile is None
+    assert load_config(file, ["compile=off"]).compile == "off"
+    assert "Input should be 'off' or 'layers'" in mistakes(file, "compile=true")
+    written = tmp_path / "written.yaml"
+    written.write_text(load_config(file, ["compile=off"]).to_yaml())
+    assert load_config(written).compile == "off"
+
+
 def test_tokens_are_turned_into_the_steps_that_cover_them(file: Path) -> None:
     replace(file, "steps: 10", "tokens: 1000")
     assert load_config(file).total_steps == 4

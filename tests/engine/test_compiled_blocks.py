@@ -21,7 +21,7 @@ from tests.support.workers.compiled_worker import examine_all
 
 BF16 = {"bf16": {"enabled": True}}
 COMPILED = [name for name in METHODS if REGISTRY[name].eager_blocks is None]
-FAST = ["wesar", "layernorm_scaling"]
+FAST = ["wesar"]
 
 
 def case(stage: int = 3, *methods: str, compiled: bool = True, **more) -> dict:
@@ -42,7 +42,6 @@ CASES: dict[str, dict[str, dict]] = {
         **pair("plain"),
         "zero1 eager": case(1, compiled=False),
         **pair("wesar", 3, "wesar"),
-        **pair("layernorm_scaling", 3, "layernorm_scaling"),
         "selective": case(3, recomputed="selective"),
         "full, eager": case(3, recomputed="full", compiled=False),
         "selective, eager": case(3, recomputed="selective", compiled=False),
@@ -107,7 +106,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
 
 @pytest.mark.parametrize(("group", "name"), pairs(*CASES))
 def test_blocks_are_one_graph_without_a_break(seen: Seen, group: str, name: str) -> None:
-    """One graph of a block and one of the loss in training. Evaluation adds two, and the probe's shape one of a block."""
+    """A graph of a block and one of the loss in training. Evaluation adds two, and the probe's shape one of a block."""
     found = seen(group, name)
     assert found["breaks"] == {}
     assert (found["graphs of training"], found["graphs"]) == (2, 5)

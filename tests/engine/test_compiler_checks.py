@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pretrain.config.schema import Config
+from pretrain.engine.compiled_blocks import why_eager
 from pretrain.engine.compiler_checks import check_compiler, missing_for_cpu, missing_for_gpu
 from pretrain.errors import UserError
 from tests.support.tiny_engines import tiny_config
@@ -50,6 +51,25 @@ def test_muon_is_refused_on_a_gpu_node_without_a_compiler(tools: Path) -> None:
     (tools / "Python.h").unlink()
     with pytest.raises(UserError, match=r"lacks Python's headers .*python3-dev"):
         check_compiler(config(MUON))
+
+
+def test_compiling_blocks_is_refused_without_a_compiler_and_left_out_where_nobody_asked(tools: Path) -> None:
+    plain = config({"lr": 1e-3})
+    asked, forbidden = (plain.model_copy(update={"compile": value}) for value in ("layers", "off"))
+    with pytest.raises(UserError, match=r"compile: layers compiles kernels .* or set compile: off"):
+        check_compiler(asked)
+    assert "lacks a C compiler" in str(why_eager(plain))
+    program(tools / "gcc")
+    check_compiler(asked)
+    assert why_eager(asked) is why_eager(plain) is None
+    assert why_eager(forbidden) == "compile is off"
+
+
+def test_blocks_are_eager_on_a_cpu_unless_they_are_to_be_compiled(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    plain = config({"lr": 1e-3})
+    assert why_eager(plain) == "no GPU, and compile is not set"
+    assert why_eager(plain.model_copy(update={"compile": "layers"})) is None
 
 
 def test_muon_needs_no_compiler_on_a_cpu(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:

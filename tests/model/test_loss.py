@@ -44,6 +44,14 @@ def test_loss_and_gradients_equal_those_of_the_full_logits(chunk):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-8)
 
 
+def test_no_gradient_is_computed_where_none_is_wanted(chunk, monkeypatch):
+    head, hidden, targets = head_and_input(torch.float32)
+    expected = head(hidden, targets)["total"].detach()
+    monkeypatch.setattr(torch.autograd, "grad", None)
+    with torch.no_grad():
+        assert torch.equal(head(hidden, targets)["total"], expected)
+
+
 def test_the_loss_of_a_bf16_model_keeps_float32_digits(chunk):
     head, hidden, targets = head_and_input(torch.bfloat16)
     expected = F.cross_entropy(F.linear(hidden, head.weight).flatten(0, 1).float(), targets.flatten())
