@@ -66,8 +66,8 @@ def compile_blocks(model: PreTrainedModel, recomputed: Recomputation | None, dev
             if isinstance(module, ScaledGain):
                 module.take_factor_as_tensor(device)
         if recomputed is not None:
-            block.forward = MethodType(_RECOMPUTED[recomputed], block)  # type: ignore[method-assign]
-        block.forward = _compiled(block.forward)  # type: ignore[method-assign]
+            block.forward = MethodType(_RECOMPUTED[recomputed], block)
+        block.forward = _compiled(block.forward)
     head = loss_head(model)
     head.sums = _compiled(head.sums)
 

@@ -97,7 +97,7 @@ def examine_all(cases: dict[str, dict], out: Path) -> None:
     found = {}
     for name, case in cases.items():
         forget_garbage()
-        torch.compile = partial(compiler, backend=case.get("backend", "aot_eager"))  # type: ignore[assignment]
+        torch.compile = partial(compiler, backend=case.get("backend", "aot_eager"))
         found[name], weights = examine(case, ranks)
         if ranks.is_first:
             save_arrays(out / f"{name}.npz", weights)
