@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput
 
 from pretrain.errors import UserError
+from pretrain.model.attention import mask_of_documents
 from pretrain.model.reparameterization import Effective, ReparameterizedLinear
 
 if TYPE_CHECKING:
@@ -257,6 +258,9 @@ def with_loss_head(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
             divisor: torch.Tensor | None = None,
             **kwargs: Any,
         ) -> ModelOutput | dict[str, torch.Tensor]:
+            mask = mask_of_documents(self, kwargs.get("position_ids"))
+            if mask is not None:
+                kwargs["attention_mask"] = mask
             if targets is None:
                 return super().forward(input_ids, **kwargs)
             hidden = self.base_model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
