@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 
 from pretrain.data.batches.batch import MicroBatch
-from pretrain.engine.determinism import compute_deterministically
 from pretrain.engine.step import losses_of, train_step
 from pretrain.export.convert import convert
 from pretrain.gpu_check.stage import Stage, losses, train_rows
@@ -56,10 +55,14 @@ def on_the_cpu(stage: Stage) -> None:
 
 
 def equals_the_cpu(stage: Stage) -> None:
-    """Train what the CPU has trained, from the start and from its checkpoint, and compare the losses."""
+    """Train what the CPU has trained, eagerly, compiled and from its checkpoint, and compare the losses."""
     expected = losses(stage.folder / "runs/cpu")
     checkpoint = str(stage.folder / "runs/cpu/checkpoints/step_00000003")
-    cases = {"from the start": {}, "from the CPU's checkpoint": {"checkpoint.resume": checkpoint}}
+    cases = {
+        "eager": {},
+        "compiled": {"compile": "layers"},
+        "from the CPU's checkpoint": {"checkpoint.resume": checkpoint},
+    }
     for name, settings in cases.items():
         found = losses(stage.trained(stage.config(_folder_name("gpu", name), settings)))
         largest = max(abs(found[step] / expected[step] - 1) for step in found)
@@ -122,8 +125,6 @@ def waits_of_the_host(stage: Stage) -> None:
 
 def repeated(stage: Stage, deterministic: bool) -> None:
     """Train a run twice, and a third time from the first one's checkpoint, and compare every digit."""
-    if deterministic:
-        compute_deterministically()
     kind = "on" if deterministic else "off"
     settings = {"deepspeed": zero(1), "deterministic": deterministic, **({} if stage.quick else _BROAD)}
     first = stage.trained(stage.config(f"deterministic_{kind}_first", settings))

@@ -49,7 +49,7 @@ def steps(quick: bool) -> list[Step]:
     patience = 10 if quick else 1  # the shapes are tiny, and the machine may be slow
     return [
         Step("reference on the CPU", "correctness:on_the_cpu", 60 * patience, on_the_cpu=True),
-        Step("GPU against CPU", "correctness:equals_the_cpu", 60 * patience),
+        Step("GPU against CPU", "correctness:equals_the_cpu", 90 * patience),
         Step("TVR against float64", "correctness:tvr_exact", 60 * patience),
         Step("DeepSpeed files", "correctness:every_ds_config", 90 * patience),
         Step("waits of the host", "correctness:waits_of_the_host", 60 * patience),
@@ -57,9 +57,9 @@ def steps(quick: bool) -> list[Step]:
         Step("same bits", "correctness:repeated", 60 * patience, {"deterministic": False}),
         Step("documents apart", "correctness:documents_apart", 60 * patience),
         Step("conversion", "correctness:conversion", 60 * patience),
-        *(Step("speed", "speed:measured", 90 * patience, {"names": group}) for group in speeds[:5]),
+        *(Step("speed", "speed:measured", 150 * patience, {"names": group}) for group in speeds[:5]),
         Step("profile", "speed:profiled", 90 * patience),
-        *(Step("speed", "speed:measured", 90 * patience, {"names": group}) for group in speeds[5:]),
+        *(Step("speed", "speed:measured", 150 * patience, {"names": group}) for group in speeds[5:]),
     ]
 
 

@@ -15,7 +15,7 @@ from pretrain.monitor.throughput import peak_flops
 from pretrain.paths import REPOSITORY
 from pretrain.trainer.trainer import Trainer
 
-WARM, MEASURED, PROFILED = 3, 4, 1  # steps
+WARM, MEASURED, PROFILED = 2, 4, 1  # steps
 TVR_CALLS = 3
 KERNELS = 10
 MICRO_BATCHES = 8
@@ -49,21 +49,25 @@ class Case:
     run_file: str = "1b_tvr.yaml"
 
 
-def _zero(stage: int, **more: Any) -> Settings:
-    return {"deepspeed": f"ds_configs/zero{stage}_bf16.json", **more}
+def _zero(stage: int, compile: str, **more: Any) -> Settings:
+    return {"deepspeed": f"ds_configs/zero{stage}_bf16.json", "compile": compile, **more}
 
 
 # In the order of importance: time may run out.
 CASES = (
     Case("as shipped"),
-    Case("ZeRO-3", _zero(3)),
-    Case("ZeRO-1", _zero(1)),
-    Case("ZeRO-1, recomputation", _zero(1, activation_checkpointing=True)),
-    Case("ZeRO-1, wesar", _zero(1), "1b_wesar.yaml"),
-    Case("ZeRO-1, attention within documents", _zero(1, **{"data.document_attention": True})),
-    Case("ZeRO-1, deterministic", _zero(1, deterministic=True)),
-    Case("ZeRO-1, no method", _zero(1), "1b_baseline.yaml"),
-    Case("ZeRO-2", _zero(2)),
+    Case("ZeRO-3, eager", _zero(3, "off")),
+    Case("ZeRO-3, compiled", _zero(3, "layers")),
+    Case("ZeRO-1, eager", _zero(1, "off")),
+    Case("ZeRO-1, compiled", _zero(1, "layers")),
+    Case("ZeRO-1, compiled, selective recomputation", _zero(1, "layers", activation_checkpointing="selective")),
+    Case("ZeRO-1, compiled, full recomputation", _zero(1, "layers", activation_checkpointing="full")),
+    Case("ZeRO-1, compiled, wesar", _zero(1, "layers"), "1b_wesar.yaml"),
+    Case("ZeRO-1, compiled, attention within documents", _zero(1, "layers", **{"data.document_attention": True})),
+    Case("ZeRO-1, compiled, deterministic", _zero(1, "layers", deterministic=True)),
+    Case("ZeRO-1, compiled, no method", _zero(1, "layers"), "1b_baseline.yaml"),
+    Case("ZeRO-2, compiled", _zero(2, "layers")),
+    Case("ZeRO-2, eager", _zero(2, "off")),
 )
 
 

@@ -14,6 +14,7 @@ import torch
 from pretrain.config.schema import Config, load_config
 from pretrain.distributed import signals
 from pretrain.distributed.ranks import Ranks, initialize
+from pretrain.engine.determinism import compute_deterministically
 from pretrain.gpu_check.material import Material
 from pretrain.resilience.stop_requests import StopRequests
 from pretrain.trainer.plan import make_plan
@@ -30,6 +31,7 @@ steps: 6
 optim: {lr: 5.0e-3, schedule: {warmup_steps: 2}}
 methods: [{name: lir, initializer_range: 0.02}, {name: tvr, target_std: 0.018, ratio_threshold: 1.02, interval_steps: 2}]
 deepspeed: {zero_optimization: {stage: 3}}
+compile: off   # compiling takes longer than such a run
 checkpoint: {interval_steps: 3}
 log: {interval_steps: 1}
 """
@@ -76,16 +78,22 @@ class Stage:
 
     def trained(self, config: Config) -> Path:
         """Train the whole run, and return its folder."""
-        folder = RunFolder(config.folder, self.ranks)
+        folder = self._folder(config)
         train(make_plan(config, 1, 0), folder, self.ranks)
         self.forget()
         return folder.path
 
     def trainer(self, config: Config) -> Trainer:
         """Return the trainer of a run that has not taken a step yet."""
-        folder = RunFolder(config.folder, self.ranks)
+        folder = self._folder(config)
         requests = StopRequests(folder.path, self.ranks, signals.catch())
         return Trainer(make_plan(config, 1, 0), folder, self.ranks, requests)
+
+    def _folder(self, config: Config) -> RunFolder:
+        """Return the folder of a run. What the run asks of the whole process is done first, as train.py does it."""
+        if config.deterministic:
+            compute_deterministically()
+        return RunFolder(config.folder, self.ranks)
 
     def forget(self) -> None:
         """Free what earlier runs of this process have left."""
