@@ -1,6 +1,7 @@
 """Print side-by-side figures: rivals interleaved in one run. `python -m benchmarks` is the same in the repository.
 
 python tools/bench.py trainer --config configs/tiny_tvr.yaml
+python tools/bench.py shares
 python tools/bench.py tvr
 python tools/bench.py trap
 python tools/bench.py methods
@@ -31,7 +32,13 @@ def main() -> None:
 def _trainer(options: argparse.Namespace) -> str:
     from benchmarks.trainer import bench_trainer
 
-    return bench_trainer(str(options.config), options.rounds, options.steps)
+    return bench_trainer(str(options.config), options.rounds, options.steps, options.set)
+
+
+def _shares(options: argparse.Namespace) -> str:
+    from benchmarks.shares import bench_shares
+
+    return bench_shares(options.ranks, options.rounds)
 
 
 def _tvr(options: argparse.Namespace) -> str:
@@ -95,6 +102,7 @@ def _data(options: argparse.Namespace) -> str:
 
 _SUBJECTS = {
     "trainer": _trainer,
+    "shares": _shares,
     "tvr": _tvr,
     "trap": _trap,
     "methods": _methods,
@@ -108,10 +116,16 @@ _SUBJECTS = {
 def _parser() -> argparse.ArgumentParser:
     parser = tool_parser(__doc__)
     subjects = parser.add_subparsers(dest="subject", required=True)
-    trainer = subjects.add_parser("trainer", help="tokens/s against a plain PyTorch loop")
+    trainer = subjects.add_parser("trainer", help="tokens/s against other trainers on the same task")
     trainer.add_argument("--config", type=argument_types.path, default="configs/tiny_tvr.yaml")
     trainer.add_argument("--steps", type=argument_types.whole(1), default=15)
-    trainer.add_argument("--rounds", type=argument_types.whole(1), default=3)
+    trainer.add_argument("--rounds", type=argument_types.whole(1), default=5)
+    trainer.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the run file, for every trainer: another model"
+    )
+    shares = subjects.add_parser("shares", help="the recorder of autopsies, the gate and TVR as shares of a step")
+    shares.add_argument("--ranks", type=argument_types.whole(1), default=1)
+    shares.add_argument("--rounds", type=argument_types.whole(1), default=9)
     tvr = subjects.add_parser(
         "tvr", help="cost of one TVR application: Evenkeel's two engines and the release's scheme"
     )

@@ -1,75 +1,106 @@
-"""Compare the trainer on 1 and 2 ranks with a plain PyTorch loop: tokens/s on the same cores, interleaved."""
+"""Compare the trainer with other trainers on the same task: tokens/s on the same cores, interleaved, on 1 and 2 ranks."""
 
 from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from statistics import median
+from typing import Any
 
+from benchmarks.rivals import missing_modules
 from benchmarks.table import render
 from pretrain.paths import REPOSITORY
 from pretrain.processes import own_package
 
 TRAIN = REPOSITORY / "pretrain/train.py"
+NEEDS = {"hf_trainer": [("accelerate", "accelerate")]}  # modules beyond Evenkeel's own, and pip's names for them
+NAMES = {
+    "raw_deepspeed": "DeepSpeed in a plain loop",
+    "fsdp2": "FSDP2",
+    "hf_trainer": "Hugging Face Trainer, DeepSpeed",
+}
 
 
-def bench_trainer(config: str, rounds: int, steps: int) -> str:
-    """Return a table of median tokens/s over `rounds` rounds, each of which runs every rival once for `steps` steps.
+def bench_trainer(config: str, rounds: int, steps: int, settings: list[str]) -> str:
+    """Return a table of the median tokens/s of every trainer.
+
+    Each of the `rounds` rounds runs every trainer once for `steps` steps, one after the other.
+
+    Args:
+        settings: "KEY=VALUE" overrides of the run file.
 
     Raises:
         RuntimeError: If one of them fails.
     """
-    cores = os.cpu_count() or 1
-    rivals = {
-        f"plain PyTorch, 1 process x {cores} threads": lambda: _plain(config, steps, cores),
-        f"Evenkeel, 1 rank x {cores} threads": lambda: _evenkeel(config, steps, 1, cores),
-        f"Evenkeel, 2 ranks x {max(1, cores // 2)} threads": lambda: _evenkeel(config, steps, 2, max(1, cores // 2)),
-    }
-    speeds: dict[str, list[float]] = {name: [] for name in rivals}
+    trainers = _trainers(config, steps, settings)
+    absent = {name: missing for name, needs in NEEDS.items() if (missing := missing_modules(sys.executable, needs))}
+    speeds: dict[tuple[str, str], list[float]] = {key: [] for key in trainers if key[0] not in absent}
     for number in range(rounds):
-        for name, measure in rivals.items():
-            speeds[name].append(measure())
-            print(f"round {number + 1}: {name}: {speeds[name][-1]:,.0f} tokens/s", file=sys.stderr)
-    reference = statistics.median(next(iter(speeds.values())))
-    rows = [
+        for key, values in speeds.items():
+            values.append(trainers[key]())
+            print(f"round {number + 1}: {', '.join(key)}: {values[-1]:,.0f} tokens/s", file=sys.stderr)
+    reference = median(next(iter(speeds.values())))
+    rows: list[tuple[object, ...]] = [
         (
-            name,
-            statistics.median(values),
+            NAMES.get(name, name),
+            where,
+            median(values),
             f"{min(values):,.0f}-{max(values):,.0f}",
-            statistics.median(values) / reference,
+            median(values) / reference,
         )
-        for name, values in speeds.items()
+        for (name, where), values in speeds.items()
     ]
-    return render(("", "tokens/s (median)", "range", "ratio to plain"), rows)
+    rows += [(NAMES[name], "", why, "", "") for name, why in absent.items()]
+    return render(("", "on", "tokens/s (median)", "range", "ratio to plain"), rows)
 
 
-def _plain(config: str, steps: int, threads: int) -> float:
-    command = [sys.executable, "-m", "benchmarks.plain", config, str(steps)]
-    return float(_run(command, threads).splitlines()[-1])
+def _trainers(config: str, steps: int, settings: list[str]) -> dict[tuple[str, str], Callable[[], float]]:
+    """Return what measures each trainer once, by its name and the processes that it runs on."""
+    cores = os.cpu_count() or 1
+    whole, half = f"1 process x {cores} threads", f"2 ranks x {max(1, cores // 2)} threads"
+    trainers: dict[tuple[str, str], Callable[[], float]] = {
+        ("plain PyTorch", whole): lambda: _rival("plain_loop", config, steps, settings, 1)
+    }
+    for ranks, where in ((1, whole), (2, half)):
+        for name in NAMES:
+            trainers[name, where] = lambda name=name, ranks=ranks: _rival(name, config, steps, settings, ranks)  # type: ignore[misc]
+        for compiled in ("off", "layers"):
+            key = "Evenkeel" if compiled == "off" else "Evenkeel, compile: layers"
+            own = [*settings, f"compile={compiled}"]
+            trainers[key, where] = lambda own=own, ranks=ranks: _evenkeel(config, steps, own, ranks)  # type: ignore[misc]
+    return trainers
 
 
-def _evenkeel(config: str, steps: int, ranks: int, threads: int) -> float:
+def _rival(name: str, config: str, steps: int, settings: list[str], ranks: int) -> float:
+    words = ["-m", f"benchmarks.rivals.{name}", config, str(steps), *settings]
+    return float(_run(words, ranks).splitlines()[-1])
+
+
+def _evenkeel(config: str, steps: int, settings: list[str], ranks: int) -> float:
     """Return the median tokens/s in the run's metrics after its first third. The run evaluates and saves only at its end."""
     with tempfile.TemporaryDirectory() as out:
         never = [f"{key}.interval_steps=1000000" for key in ("eval", "checkpoint")]
-        settings = [f"out={out}", f"steps={steps}", "log.interval_steps=1", "optim.schedule.warmup_steps=0", *never]
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
-        command += ["--standalone", str(TRAIN), "--config", config]
-        _run([*command, *(word for setting in settings for word in ("--set", setting))], threads)
-        rows = [
+        own = [f"out={out}", f"steps={steps}", "log.interval_steps=1", "optim.schedule.warmup_steps=0", *never]
+        sets = [word for setting in (*settings, *own) for word in ("--set", setting)]
+        _run([str(TRAIN), "--config", config, *sets], ranks)
+        rows: list[dict[str, Any]] = [
             json.loads(line)
             for path in Path(out).glob("*/metrics.jsonl")
             for line in path.read_text(encoding="utf-8").splitlines()
         ]
     speeds = [row["tokens_per_s"] for row in rows if row["kind"] == "train"]
-    return statistics.median(speeds[steps // 3 :])
+    return median(speeds[steps // 3 :])
 
 
-def _run(command: list[str], threads: int) -> str:
+def _run(words: list[str], ranks: int) -> str:
+    """Return what the ranks of a program print, which share the cores."""
+    threads = max(1, (os.cpu_count() or 1) // ranks)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *words]
     environment = {**os.environ, **own_package(), "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False)
     if done.returncode:

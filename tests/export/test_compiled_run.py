@@ -21,7 +21,7 @@ def train(run_file: Path, out: Path, name: str, **settings: object) -> Ended:
 @pytest.mark.slow
 @pytest.mark.parametrize("methods", [["lir"], ["wesar"]])
 def test_a_compiled_run_is_resumed_converted_and_proved(run_file: Path, tmp_path: Path, methods: list[str]) -> None:
-    settings = {"methods": [{"name": name} for name in methods], "compile": "layers"}
+    settings = {"methods": [{"name": name} for name in methods], "compile": "layers", "optim.lr": 5e-4}
     ended = train(run_file, tmp_path, "run", **settings)
     assert ended.code == 0, ended.stderr
     assert "blocks    compiled" in ended.stdout
