@@ -58,7 +58,7 @@ def measure(asked: dict[str, Any], ranks: Ranks) -> dict[str, float]:
     gate = StepGate(llama.engine, SpikeGuard(GuardSection()))
     optimizer = llama.engine.basic_optimizer
     gate._optimizer_step = clock.timed("optimizer", gate._optimizer_step)
-    optimizer.step = clock.timed("gate and optimizer", optimizer.step)  # type: ignore[method-assign]
+    optimizer.step = clock.timed("gate and optimizer", optimizer.step)
     recorder = Recorder(llama.engine, llama.weights, steps=8)
     gate.watchers.append(clock.timed("recorder", recorder.gradients))
     tvr.prepare(llama.weights)
