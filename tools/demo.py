@@ -25,7 +25,9 @@ from pretrain.cli.command import run
 from pretrain.cli.parser import tool_parser
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-RUN, MODEL = REPOSITORY / "runs/tiny_tvr", REPOSITORY / "hf/tiny_tvr"
+# On a GPU, where Muon would need a compiler and training takes no time, the same model with AdamW.
+NAME = "tiny_tvr" if torch.cuda.is_available() else "demo"
+RUN, MODEL = REPOSITORY / "runs" / NAME, REPOSITORY / "hf" / NAME
 PROMPT = "def read_lines(path):"
 
 
@@ -44,14 +46,14 @@ def commands() -> list[tuple[str, str]]:
         ),
         (
             "Train a small LLaMA with LIR and TVR on ZeRO-3 ranks",
-            f"{deepspeed} pretrain/train.py --config configs/tiny_tvr.yaml",
+            f"{deepspeed} pretrain/train.py --config configs/{NAME}.yaml",
         ),
         (
             "Convert the checkpoint to Hugging Face format and prove it equal",
-            "python tools/convert_to_hf.py --checkpoint runs/tiny_tvr/checkpoints/latest --out hf/tiny_tvr",
+            f"python tools/convert_to_hf.py --checkpoint runs/{NAME}/checkpoints/latest --out hf/{NAME}",
         ),
-        ("Let it write", f"python tools/generate.py --model hf/tiny_tvr --prompt '{PROMPT}'"),
-        ("Draw the report", "python tools/report.py runs/tiny_tvr --out report.html"),
+        ("Let it write", f"python tools/generate.py --model hf/{NAME} --prompt '{PROMPT}'"),
+        ("Draw the report", f"python tools/report.py runs/{NAME} --out report.html"),
     ]
 
 
@@ -81,8 +83,8 @@ def main() -> None:
     print(
         f"\nDone in {time.monotonic() - began:.0f} s. Look at:\n"
         "  report.html                   loss, weight deviations against the target, gradient norm, throughput\n"
-        "  hf/tiny_tvr                   the model, for transformers and lm-evaluation-harness\n"
-        "  runs/tiny_tvr                 configuration, log, metrics.jsonl, checkpoints\n"
+        f"  hf/{NAME:<24}   the model, for transformers and lm-evaluation-harness\n"
+        f"  runs/{NAME:<22}   configuration, log, metrics.jsonl, checkpoints\n"
         "  data/demo_tokenizer, data/demo_shards   tokenizer and token shards\n"
         "Next: configs/1b_tvr.yaml and the README's five lines for FineWeb on a cluster."
     )
