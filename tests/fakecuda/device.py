@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Iterator
@@ -28,12 +29,17 @@ ALLOCATED_MEMORY = 1 << 30  # bytes, always: the memory of the device is not cou
 _SYNC_DEBUG_MODES = {"default": 0, "warn": 1, "error": 2}
 
 
-class Stream:
-    """A stream. All work is done when it is enqueued, so it has no order to keep."""
+_numbers = itertools.count(1)  # of streams; 0 is the default one
+_EVERY_TICKET = 2**63 - 1
 
-    def __init__(self, device: Any = None, priority: int = 0, **_: Any) -> None:
+
+class Stream:
+    """A stream. Only asynchronous copies are late on it: they arrive when somebody waits for them (native/streams.cpp)."""
+
+    def __init__(self, device: Any = None, priority: int = 0, number: int | None = None, **_: Any) -> None:
+        self.number = next(_numbers) if number is None else number
         self.priority = priority
-        self.cuda_stream = id(self)
+        self.cuda_stream = self.number
 
     @property
     def device(self) -> torch.device:
@@ -41,42 +47,51 @@ class Stream:
         return torch.device("cuda", torch.accelerator.current_device_index())
 
     def synchronize(self) -> None:
-        """Count as a wait of the host."""
-        torch.ops.fakecuda.note_synchronization("the host waits for a stream")
+        """Let the host wait for everything on this stream."""
+        torch.ops.fakecuda.wait_on_host(self.number, _EVERY_TICKET)
 
     def wait_stream(self, other: Stream) -> None:
-        """Let nothing wait."""
+        """Let the device wait for everything on `other`."""
+        torch.ops.fakecuda.wait_on_device(other.number, _EVERY_TICKET)
 
     def wait_event(self, event: Event) -> None:
-        """Let nothing wait."""
+        """Let the device wait for an event."""
+        event.wait(self)
 
     def record_event(self, event: Event | None = None) -> Event:
-        """Return an event that has happened."""
-        return event or Event()
+        """Return an event that happens after what is on this stream by now."""
+        event = event or Event()
+        event.record(self)
+        return event
 
     def query(self) -> bool:
-        """Return whether all work is done, which it is."""
+        """Return True, once everything on this stream has happened."""
+        torch.ops.fakecuda.wait_on_host(self.number, _EVERY_TICKET)
         return True
 
 
 class Event:
-    """An event, which has happened."""
+    """A place in a stream."""
 
     def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
         del enable_timing, blocking, interprocess
+        self._place = (0, 0)  # the number of the stream, and the ticket of the last copy before it
 
     def record(self, stream: Stream | None = None) -> None:
-        """Happen."""
+        """Take this place in a stream, by default in the current one."""
+        self._place = ((stream or _current_stream()).number, torch.ops.fakecuda.last_ticket())
 
     def wait(self, stream: Stream | None = None) -> None:
-        """Let nothing wait."""
+        """Let the device wait for what is before this place."""
+        torch.ops.fakecuda.wait_on_device(*self._place)
 
     def synchronize(self) -> None:
-        """Count as a wait of the host."""
-        torch.ops.fakecuda.note_synchronization("the host waits for an event")
+        """Let the host wait for what is before this place."""
+        torch.ops.fakecuda.wait_on_host(*self._place)
 
     def query(self) -> bool:
-        """Return whether it has happened, which it has."""
+        """Return True, once what is before this place has happened."""
+        torch.ops.fakecuda.wait_on_host(*self._place)
         return True
 
     def elapsed_time(self, end: Event) -> float:
@@ -84,7 +99,7 @@ class Event:
         return 0.0
 
 
-_default_stream = Stream()
+_default_stream = Stream(number=0)
 _streams = threading.local()
 
 
@@ -115,16 +130,13 @@ def _functions() -> dict[str, Any]:
         "get_device_capability": lambda device=None: (PROPERTIES.major, PROPERTIES.minor),
         "get_device_properties": lambda device=None: PROPERTIES,
         "is_bf16_supported": lambda including_emulation=True: True,
-        "synchronize": lambda device=None: None,
+        "synchronize": lambda device=None: torch.ops.fakecuda.synchronize(),
         "current_stream": _current_stream,
         "default_stream": lambda device=None: _default_stream,
         "stream": _in_stream,
-        "set_stream": lambda stream: setattr(_streams, "current", stream),
+        "set_stream": _set_stream,
         "is_current_stream_capturing": lambda: False,
-        # Pinning succeeds, and changes nothing.
-        "cudart": lambda: SimpleNamespace(
-            cudaHostRegister=lambda address, size, flags: 0, cudaHostUnregister=lambda address: 0
-        ),
+        "cudart": lambda: SimpleNamespace(cudaHostRegister=_register_host, cudaHostUnregister=_unregister_host),
         "empty_cache": lambda: None,
         "mem_get_info": lambda device=None: (FREE_MEMORY, PROPERTIES.total_memory),
         "memory_allocated": lambda device=None: ALLOCATED_MEMORY,
@@ -156,18 +168,33 @@ def _current_stream(device: Any = None) -> Stream:
     return stream
 
 
+def _set_stream(stream: Stream) -> None:
+    _streams.current = stream
+    torch.ops.fakecuda.set_stream(stream.number)
+
+
 @contextmanager
 def _in_stream(stream: Stream | None) -> Iterator[None]:
     before = _current_stream()
-    _streams.current = stream or before
+    _set_stream(stream or before)
     try:
         yield
     finally:
-        _streams.current = before
+        _set_stream(before)
 
 
 def _set_sync_debug_mode(mode: int | str) -> None:
     torch.ops.fakecuda.set_sync_debug_mode(_SYNC_DEBUG_MODES[mode] if isinstance(mode, str) else mode)
+
+
+def _register_host(address: int, size: int, flags: int) -> int:
+    torch.ops.fakecuda.register_host(address, size)
+    return 0
+
+
+def _unregister_host(address: int) -> int:
+    torch.ops.fakecuda.unregister_host(address)
+    return 0
 
 
 def _new_storage(kind: type[torch.UntypedStorage], *arguments: Any, **named: Any) -> torch.UntypedStorage:

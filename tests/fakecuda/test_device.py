@@ -28,6 +28,9 @@ REFUSED = {
     "device_tensor_in_gloo_group": "No backend type associated with device type cuda",
     "waiting_in_error_mode": "synchronizing CUDA operation",
     "plain_copy_in_error_mode": "synchronizing CUDA operation",
+    "copy_on_a_stream_is_read_too_early": "[nan, nan]",
+    "host_overwrites_what_is_being_copied": "[0.0, 0.0]",
+    "host_reads_too_early": "[0.0, 0.0]",
 }
 
 

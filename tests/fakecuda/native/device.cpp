@@ -5,7 +5,9 @@
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <torch/library.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -15,6 +17,7 @@ namespace fakecuda {
 namespace {
 
 constexpr size_t kAlignment = 512;  // bytes, as the caching allocator of CUDA aligns
+constexpr size_t kPoisoned = 1 << 22;  // bytes at each end of fresh memory: DeepSpeed's buffers have gigabytes
 
 thread_local c10::DeviceIndex chosen = 0;
 
@@ -32,13 +35,20 @@ void choose(c10::Device device) {
   }
 }
 
+// Writes NaN of every floating type: what nobody has written must not be read.
+void poison(char* memory, size_t bytes) {
+  const size_t ends = std::min(bytes, kPoisoned);
+  std::memset(memory, 0xFF, ends);
+  std::memset(memory + bytes - ends, 0xFF, ends);
+}
+
 void* poisoned_memory(size_t bytes) {
   if (bytes == 0) {
     return nullptr;
   }
   void* memory = std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
   TORCH_CHECK(memory != nullptr, "fakecuda: no memory for ", bytes, " bytes");
-  std::memset(memory, 0xFF, bytes);  // NaN in every floating type: what nobody has written must not be read
+  poison(static_cast<char*>(memory), bytes);
   return memory;
 }
 
@@ -57,13 +67,20 @@ DeviceAllocator the_device_allocator;
 struct PinnedAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     void* memory = poisoned_memory(bytes);
-    const std::lock_guard<std::mutex> lock(mutex());
-    ranges()[static_cast<const char*>(memory)] = bytes;
+    add(memory, bytes);
     return {memory, memory, &release, c10::Device(c10::DeviceType::CPU)};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &release; }
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
 
+  static void add(const void* memory, size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex());
+    ranges()[static_cast<const char*>(memory)] = bytes;
+  }
+  static void remove(const void* memory) {
+    const std::lock_guard<std::mutex> lock(mutex());
+    ranges().erase(static_cast<const char*>(memory));
+  }
   static bool holds(const void* pointer) {
     const auto* address = static_cast<const char*>(pointer);
     const std::lock_guard<std::mutex> lock(mutex());
@@ -77,8 +94,7 @@ struct PinnedAllocator final : c10::Allocator {
 
  private:
   static void release(void* memory) {
-    const std::lock_guard<std::mutex> lock(mutex());
-    ranges().erase(static_cast<const char*>(memory));
+    remove(memory);
     std::free(memory);
   }
   // Never destroyed: tensors of the interpreter outlive the library's own objects.
@@ -94,7 +110,7 @@ struct PinnedAllocator final : c10::Allocator {
 
 PinnedAllocator the_pinned_allocator;
 
-// Streams carry an order only. Each new one has a number of its own, and no work waits on any.
+// What torch asks of a device. Its own streams are the default one: streams.cpp has those of this device.
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceType type() const override { return c10::DeviceType::CUDA; }
   c10::Device exchangeDevice(c10::Device device) const override {
@@ -128,6 +144,15 @@ c10::Allocator* device_allocator() { return &the_device_allocator; }
 c10::Device current_device() { return {c10::DeviceType::CUDA, chosen}; }
 
 C10_REGISTER_GUARD_IMPL(CUDA, Guard)
+
+TORCH_LIBRARY_FRAGMENT(fakecuda, m) {
+  m.def("register_host(int address, int bytes) -> ()", [](int64_t address, int64_t bytes) {
+    PinnedAllocator::add(reinterpret_cast<const void*>(address), static_cast<size_t>(bytes));
+  });
+  m.def("unregister_host(int address) -> ()", [](int64_t address) {
+    PinnedAllocator::remove(reinterpret_cast<const void*>(address));
+  });
+}
 }  // namespace fakecuda
 
 namespace at {

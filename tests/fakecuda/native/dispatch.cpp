@@ -67,6 +67,7 @@ const std::unordered_set<std::string> kWaiting = {
 
 void note_synchronization(const std::string& cause) {
   ++synchronizations;
+  deliver_all_of(current_stream());
   TORCH_CHECK(sync_debug_mode != SyncDebugMode::kError, "fakecuda: called a synchronizing CUDA operation: ", cause);
   if (sync_debug_mode == SyncDebugMode::kWarn) {
     TORCH_WARN("called a synchronizing CUDA operation: ", cause);
@@ -219,6 +220,7 @@ class Call {
 };
 
 void run_on_host(const c10::OperatorHandle& op, DispatchKeySet /*keys*/, torch::jit::Stack* stack) {
+  deliver_before_op();
   Call call(op.schema(), stack);
   call.replace_arguments();
   op.redispatchBoxed(DispatchKeySet(DispatchKey::CPU), stack);
@@ -255,15 +257,21 @@ Tensor empty_strided(c10::SymIntArrayRef size, c10::SymIntArrayRef stride, std::
       device_allocator(), DispatchKeySet(DispatchKey::CUDA), c10::dtype_or_default(dtype));
 }
 
-// A copy crosses devices. It makes the host wait unless it stays on the device, or is asynchronous with page-locked memory.
+// A copy crosses devices. Between page-locked memory and the device it may be asynchronous. All others make the host wait.
 Tensor& copy_(Tensor& self, const Tensor& source, bool non_blocking) {
-  const bool crosses = on_device(self) != on_device(source);
-  const Tensor& host_side = on_device(self) ? source : self;
-  if (crosses && !(non_blocking && host_side.is_pinned())) {
-    note_synchronization(on_device(self) ? "a copy to the device" : "a copy to the host");
+  deliver_before_op();
+  const bool to_device = on_device(self);
+  const bool crosses = to_device != on_device(source);
+  Tensor to = to_device ? host_alias(self) : self;
+  Tensor from = on_device(source) ? host_alias(source) : source;
+  if (crosses && non_blocking && (to_device ? source : self).is_pinned()) {
+    copy_later(to, from, to_device);
+    return self;
   }
-  Tensor to = on_device(self) ? host_alias(self) : self;
-  to.copy_(on_device(source) ? host_alias(source) : source);
+  if (crosses) {
+    note_synchronization(to_device ? "a copy to the device" : "a copy to the host");
+  }
+  to.copy_(from);
   return self;
 }
 
@@ -292,6 +300,11 @@ void record_stream(Tensor& /*self*/, c10::Stream /*stream*/) {}
 
 // ---- what the Python part calls --------------------------------------------------------------------------------------
 
+void wait_on_device(int64_t stream, int64_t ticket) { deliver(stream, ticket, /*host_waits=*/false); }
+void wait_on_host(int64_t stream, int64_t ticket) {
+  note_synchronization("the host waits for a stream");
+  deliver(stream, ticket, /*host_waits=*/true);
+}
 int64_t count_synchronizations() { return synchronizations; }
 void set_sync_debug_mode(int64_t mode) { sync_debug_mode = static_cast<SyncDebugMode>(mode); }
 int64_t get_sync_debug_mode() { return static_cast<int64_t>(sync_debug_mode.load()); }
@@ -300,7 +313,26 @@ int64_t get_sync_debug_mode() { return static_cast<int64_t>(sync_debug_mode.load
 
 TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_host>()); }
 
+// Some ops have a CPU kernel and also a decomposition, which torch would prefer to the fallback. A real device has kernels
+// for them, as the CPU has, which round differently from the decomposition.
+std::vector<std::string> ops_with_kernel_and_decomposition() {
+  std::vector<std::string> names;
+  auto& dispatcher = c10::Dispatcher::singleton();
+  for (const auto& name : dispatcher.getAllOpNames()) {
+    const auto op = dispatcher.findOp(name);
+    const bool decomposes = op && (op->hasKernelForDispatchKey(DispatchKey::CompositeImplicitAutograd) ||
+        op->hasKernelForDispatchKey(DispatchKey::CompositeExplicitAutograd));
+    if (decomposes && name.getNamespace() == "aten" && op->hasKernelForDispatchKey(DispatchKey::CPU)) {
+      names.push_back(c10::toString(name));
+    }
+  }
+  return names;
+}
+
 TORCH_LIBRARY_IMPL(aten, CUDA, m) {
+  for (const auto& name : ops_with_kernel_and_decomposition()) {
+    m.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
+  }
   m.impl("empty.memory_format", empty);
   m.impl("empty_strided", empty_strided);
   m.impl("copy_", copy_);
@@ -311,7 +343,11 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
 
 TORCH_LIBRARY_FRAGMENT(fakecuda, m) {
   m.def("synchronizations() -> int", &count_synchronizations);
-  m.def("note_synchronization(str cause) -> ()", &note_synchronization);
+  m.def("set_stream(int stream) -> ()", &set_stream);
+  m.def("last_ticket() -> int", &last_ticket);
+  m.def("wait_on_device(int stream, int ticket) -> ()", &wait_on_device);
+  m.def("wait_on_host(int stream, int ticket) -> ()", &wait_on_host);
+  m.def("synchronize() -> ()", &deliver_everything);
   m.def("set_sync_debug_mode(int mode) -> ()", &set_sync_debug_mode);
   m.def("get_sync_debug_mode() -> int", &get_sync_debug_mode);
 }

@@ -117,7 +117,45 @@ def plain_copy_in_error_mode() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@case
+def copy_on_a_stream_is_read_too_early() -> None:
+    with torch.cuda.stream(torch.cuda.Stream()):
+        there = torch.ones(2).pin_memory().to("cuda", non_blocking=True)
+    assert there.tolist() == [1, 1], there.tolist()
+
+
+@case
+def host_overwrites_what_is_being_copied() -> None:
+    here, stream = torch.ones(2).pin_memory(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        there = here.to("cuda", non_blocking=True)
+    here.zero_()
+    torch.cuda.current_stream().wait_stream(stream)
+    assert there.tolist() == [1, 1], there.tolist()
+
+
+@case
+def host_reads_too_early() -> None:
+    here = torch.zeros(2).pin_memory()
+    here.copy_(torch.ones(2, device="cuda"), non_blocking=True)
+    assert here.tolist() == [1, 1], here.tolist()
+
+
 # ---- what a device takes
+
+
+@case
+def takes_copies_that_are_waited_for() -> None:
+    stream, source = torch.cuda.Stream(), torch.ones(2, device="cuda")
+    with torch.cuda.stream(stream):
+        there = torch.ones(2).pin_memory().to("cuda", non_blocking=True)
+        arrived = stream.record_event()
+    torch.cuda.current_stream().wait_event(arrived)
+    here = torch.zeros(2).pin_memory()
+    here.copy_(source, non_blocking=True)
+    source.zero_()  # after the copy, in the order of the stream
+    torch.cuda.synchronize()
+    assert there.tolist() == here.tolist() == [1, 1]
 
 
 @case
