@@ -62,6 +62,7 @@ def crossed(
         cases = {
             name: _from_checkpoint(CASES[name], before[name].folder / f"checkpoints/step_{RESUME_AT:08d}")
             for name in FILES
+            if name in before  # the session may have chosen some only
         }
         folder = tmp_path_factory.mktemp(f"crossed_to_{device}")
         found |= run_cases(cases, 1, corpus, folder, devices=(device,))
