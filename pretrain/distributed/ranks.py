@@ -121,9 +121,8 @@ def initialize(timeout_s: float | None = None, flag: StopFlag | None = None) -> 
     import deepspeed
     import deepspeed.ops
 
-    if (
-        "OMP_NUM_THREADS" not in os.environ
-    ):  # on GPUs too: offloaded states and the recorder's figures are computed on the host
+    if "OMP_NUM_THREADS" not in os.environ:
+        # On GPUs too: offloaded states and the recorder's figures are computed on the host.
         torch.set_num_threads(cores_of_rank(int(os.environ["LOCAL_WORLD_SIZE"])))
     rank, world_size, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if torch.cuda.is_available():
