@@ -54,6 +54,14 @@ def choose_attention(model: PreTrainedModel, documents: bool, flex: bool = False
         model.set_attn_implementation(DOCUMENTS)
 
 
+def refuse_mask(model: PreTrainedModel) -> None:
+    """Raise ValueError where a mask of padding would be ignored: batches of training have no padding."""
+    if model.config._attn_implementation == CAUSAL:
+        raise ValueError(
+            "this model attends without a mask. Call set_attn_implementation('sdpa') on it before you give one."
+        )
+
+
 def mask_of_documents(model: PreTrainedModel, positions: torch.Tensor | None) -> BlockMask | None:
     """Return the mask that a forward pass must be given, None where the model makes its own or needs none.
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput
 
 from pretrain.errors import UserError
-from pretrain.model.attention import mask_of_documents
+from pretrain.model.attention import mask_of_documents, refuse_mask
 from pretrain.model.reparameterization import Effective, ReparameterizedLinear
 
 if TYPE_CHECKING:
@@ -261,6 +261,8 @@ def with_loss_head(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
             mask = mask_of_documents(self, kwargs.get("position_ids"))
             if mask is not None:
                 kwargs["attention_mask"] = mask
+            if kwargs.get("attention_mask") is not None:
+                refuse_mask(self)
             if targets is None:
                 return super().forward(input_ids, **kwargs)
             hidden = self.base_model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state

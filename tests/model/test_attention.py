@@ -70,6 +70,15 @@ def test_logits_and_gradients_are_those_of_the_stock_implementation(model) -> No
         assert torch.equal(gradient, theirs)
 
 
+def test_a_mask_of_padding_is_refused_not_ignored(model) -> None:
+    tokens = torch.randint(0, 61, (2, 7))
+    choose_attention(model, documents=False)
+    with pytest.raises(ValueError, match="attends without a mask"):
+        model(tokens, attention_mask=torch.ones_like(tokens))
+    model.set_attn_implementation("sdpa")
+    model(tokens, attention_mask=torch.ones_like(tokens))
+
+
 def test_no_positions_are_read_and_no_mask_is_made(model, kernel_arguments, monkeypatch) -> None:
     def read(positions: torch.Tensor) -> None:
         raise AssertionError("the positions are read, and the host waits for them")
