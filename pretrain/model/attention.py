@@ -55,7 +55,7 @@ def choose_attention(model: PreTrainedModel, documents: bool, flex: bool = False
 
 
 def refuse_mask(model: PreTrainedModel) -> None:
-    """Raise ValueError where a mask of padding would be ignored: batches of training have no padding."""
+    """Raise ValueError where a mask, of padding or of documents, would be ignored."""
     if model.config._attn_implementation == CAUSAL:
         raise ValueError(
             "this model attends without a mask. Call set_attn_implementation('sdpa') on it before you give one."
@@ -69,7 +69,7 @@ def mask_of_documents(model: PreTrainedModel, positions: torch.Tensor | None) ->
         model: the model, after `choose_attention`.
         positions: (sequences, seq_len) int64, which start at 0 again with each document.
     """
-    if positions is None or model.config._attn_implementation in _WITH_A_MASK:
+    if positions is None or model.config._attn_implementation != DOCUMENTS:
         return None
     return document_mask(positions)
 

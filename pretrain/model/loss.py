@@ -261,7 +261,7 @@ def with_loss_head(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
             mask = mask_of_documents(self, kwargs.get("position_ids"))
             if mask is not None:
                 kwargs["attention_mask"] = mask
-            if kwargs.get("attention_mask") is not None:
+            if kwargs.get("attention_mask") is not None or kwargs.get("position_ids") is not None:
                 refuse_mask(self)
             if targets is None:
                 return super().forward(input_ids, **kwargs)

@@ -7,7 +7,7 @@ torch's flight recorder counts for each process group, shows which rank the othe
 
 from __future__ import annotations
 
-import pickle
+import json
 import sys
 import threading
 from dataclasses import dataclass
@@ -72,9 +72,9 @@ def collective_progress() -> dict[str, Progress]:
         for number, entry in names.items():
             status, (name, description) = record["pg_status"][str(number)], entry["process_group"]
             found[f"{description} ({name})"] = Progress(
-                status["last_enqueued_collective"],
-                status["last_started_collective"],
-                status["last_completed_collective"],
+                int(status["last_enqueued_collective"]),
+                int(status["last_started_collective"]),
+                int(status["last_completed_collective"]),
                 entry["profiling_name"],
             )
     return found
@@ -101,9 +101,9 @@ def _records() -> list[dict[str, Any]]:
     """Return what torch's flight recorders hold: that of NCCL, and that of gloo. None of them in a build without it."""
     from torch._C import _distributed_c10d
 
-    dumps = [getattr(_distributed_c10d, name, None) for name in ("_dump_nccl_trace", "_dump_fr_trace")]
-    # With the collectives, without their stacks, also those that are completed.
-    records = [pickle.loads(dump(True, False, False)) for dump in dumps if dump is not None]
+    dumps = [getattr(_distributed_c10d, name, None) for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json")]
+    # With the collectives, also those that are completed.
+    records = [json.loads(dump(True, False)) for dump in dumps if dump is not None]
     return [record for record in records if record.get("entries")]
 
 

@@ -44,9 +44,17 @@ def tiny_tokenizer() -> PreTrainedTokenizerBase:
     return cast("PreTrainedTokenizerBase", TinyTokenizer())
 
 
-def tiny_config(case: dict, *, model: dict, sequences: int, micro_batch_size: int, steps: int, **parts: Any) -> Config:
-    """Return the configuration of a run without files. case: {deepspeed, tensor}, in which the cases of a file differ."""
+def tiny_config(
+    case: dict, *, model: dict, sequences: int, micro_batch_size: int, steps: int, documents: bool = False, **parts: Any
+) -> Config:
+    """Return the configuration of a run without files.
+
+    Args:
+        case: {deepspeed, tensor}, in which the cases of a file differ.
+        documents: whether attention ends with each document.
+    """
     data = {"seq_len": LENGTH, "global_batch_size": sequences, "micro_batch_size": micro_batch_size}
+    data |= {"document_attention": documents}
     return Config.model_validate(
         {
             "name": "case",

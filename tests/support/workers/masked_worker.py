@@ -36,6 +36,7 @@ def run_config(case: dict) -> Config:
         steps=STEPS,
         optim=OPTIM,
         methods=METHODS,
+        documents=True,
         activation_checkpointing=True,
     )
 
