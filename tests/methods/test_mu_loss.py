@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from pretrain.methods.mu_loss import MuLoss
-from pretrain.model import loss as loss_module
 from pretrain.model.loss import LossHead
 
 ROWS, COLUMNS = 4096, 16
@@ -40,7 +39,7 @@ def test_value_and_gradient_are_those_of_the_formula():
 
 def test_in_bf16_the_small_gradient_survives_beside_the_cross_entropys(monkeypatch):
     """It is below the rounding of a row and visible over all rows. Added to the other in bf16, a third would be lost."""
-    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", 32 * ROWS)
+    monkeypatch.setattr(LossHead, "chunk_logits", 32 * ROWS)
     coefficient = 3e-3
     found = gradient(head_of(torch.bfloat16, coefficient)) - gradient(head_of(torch.bfloat16, None))
     expected = 2 * coefficient * head_of(torch.bfloat16, None).weight.detach().double().mean(0)

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import pretrain.model.loss
 from pretrain.config.schema import Config
 from pretrain.data.batches.batch import MicroBatch
 from pretrain.distributed.ranks import Ranks, initialize
 from pretrain.engine.initialize import initialize_weights
 from pretrain.engine.step import train_step
 from pretrain.engine.validation import validation_loss
+from pretrain.model.loss import loss_head
 from pretrain.sharded import ShardedWeights
 from tests.support.arrays import save_arrays
 from tests.support.runs import allow_fp16_on_cpu
@@ -59,6 +59,7 @@ def examine(case: dict, ranks: Ranks) -> tuple[dict, dict[str, np.ndarray]]:
     """Return the losses of each step and of a validation afterwards, and the weights at the start."""
     plan = tiny_plan(run_config(case))
     gate, config = gated(plan), plan.config
+    loss_head(gate.engine.module).chunk_logits = 7 * VOCABULARY
     initialize_weights(ShardedWeights(gate.engine), config, 0.02)
     start = masters(gate.engine) if config.parallel.tensor == 1 else {}
     steps = []
@@ -75,7 +76,6 @@ def examine(case: dict, ranks: Ranks) -> tuple[dict, dict[str, np.ndarray]]:
 def examine_all(cases: dict[str, dict], out: Path) -> None:
     """Be a rank: `found.json` and the initial weights of each case go to the folder `out`."""
     allow_fp16_on_cpu()
-    pretrain.model.loss.CHUNK_LOGITS = 7 * VOCABULARY
     ranks = initialize()
     found = {}
     for name, case in cases.items():
