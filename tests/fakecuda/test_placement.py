@@ -29,20 +29,8 @@ pytestmark = [
 
 Outcomes = Callable[[int], dict[str, dict[str, Outcome]]]
 
-# On two ranks the gradients that ZeRO-3 offloads are zero on the device. Whether its copies that arrive late or DeepSpeed's
-# waits are at fault has not been found. On one rank these runs are equal.
-UNEXPLAINED = {(2, "file-zero3_offload"), (2, "zero3-offload-all")}
-
-
-def marks(ranks: int, name: str) -> list[pytest.MarkDecorator]:
-    """Return the marks of a case on so many ranks."""
-    if (ranks, name) in UNEXPLAINED:
-        return [pytest.mark.xfail(reason="gradients that two ranks offload under ZeRO-3 are zero on the device")]
-    return [pytest.mark.slow] if ranks in CASES[name].slow else []
-
-
 RUNS = [
-    pytest.param(ranks, name, marks=marks(ranks, name), id=f"{name}-on-{ranks}")
+    pytest.param(ranks, name, marks=[pytest.mark.slow] * (ranks in case.slow), id=f"{name}-on-{ranks}")
     for ranks in (1, 2)
     for name, case in CASES.items()
     if ranks in case.ranks

@@ -6,6 +6,7 @@
 #include <limits>
 #include <list>
 #include <mutex>
+#include <utility>
 
 namespace fakecuda {
 namespace {
@@ -47,9 +48,34 @@ void deliver_if(Condition due) {
   }
 }
 
+// Whether two tensors on the host share memory, by the addresses of their storages' parts that they reach.
+bool overlap(const at::Tensor& one, const at::Tensor& other) {
+  const auto range = [](const at::Tensor& tensor) {
+    const auto* first = static_cast<const char*>(tensor.const_data_ptr());
+    int64_t reach = tensor.numel() > 0 ? 1 : 0;
+    for (int64_t i = 0; i < tensor.dim() && reach > 0; i++) {
+      reach += (tensor.size(i) - 1) * tensor.stride(i);
+    }
+    return std::pair(first, first + reach * tensor.element_size());
+  };
+  const auto [first, end] = range(one);
+  const auto [other_first, other_end] = range(other);
+  return first < other_end && other_first < end;
+}
+
+// A copy from the host reads what earlier copies of its stream have written there, as the device does both in that order.
+void deliver_what_is_read(const at::Tensor& from) {
+  deliver_if([&](const Copy& copy) {
+    return copy.stream == chosen_stream && !copy.to_device && overlap(copy.to, from);
+  });
+}
+
 }  // namespace
 
 void copy_later(const at::Tensor& to, const at::Tensor& from, bool to_device) {
+  if (to_device) {
+    deliver_what_is_read(from);
+  }
   if (to_device && chosen_stream == kDefaultStream) {
     at::Tensor(to).copy_(from);
     return;

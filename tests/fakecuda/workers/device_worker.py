@@ -159,6 +159,17 @@ def takes_copies_that_are_waited_for() -> None:
 
 
 @case
+def takes_copies_to_the_host_and_back() -> None:
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        here, source = torch.zeros(4).pin_memory(), torch.ones(2, device="cuda")
+        with torch.cuda.stream(stream):
+            here[2:].copy_(source, non_blocking=True)
+            there = here[2:].to("cuda", non_blocking=True)  # the device has made the other copy first
+        torch.cuda.current_stream().wait_stream(stream)
+        assert there.tolist() == [1, 1], there.tolist()
+
+
+@case
 def takes_host_number() -> None:
     found = torch.ones(2, device="cuda") * torch.tensor(3.0)
     assert found.tolist() == [3, 3]
