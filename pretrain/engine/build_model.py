@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from pretrain.config.schema import Config
-from pretrain.engine.compiler_checks import missing_for_gpu
+from pretrain.engine.compiler_checks import kind_of_attention
 from pretrain.engine.initialize import rule_of_rows
 from pretrain.errors import UserError
 from pretrain.methods import RunContext
@@ -143,8 +143,7 @@ def build_model(config: Config, model_config: PreTrainedConfig, ds_config: dict[
         model = transformed(trained_class(model_config), config)
     if stage == 3:
         _restore_rotary_tables(model)
-    flex = torch.cuda.is_available() and not missing_for_gpu()
-    choose_attention(model, config.data.document_attention, flex)
+    choose_attention(model, config.data.document_attention, flex=kind_of_attention(config) == "blocks")
     return model
 
 

@@ -1,4 +1,4 @@
-"""Whether this node can compile what a run compiles: torch.compile calls a compiler while the run starts.
+"""Checks that this node can compile what a run compiles: torch.compile calls a compiler while the run starts.
 
 Without one it fails after the model is built, on the nodes that lack it only, with a traceback of hundreds of lines.
 """
@@ -26,6 +26,13 @@ def check_compiler(config: Config) -> None:
     if config.compile == "layers":
         missing = missing_for_gpu() if torch.cuda.is_available() else missing_for_cpu()
         _require("compile: layers", missing, "set compile: off")
+
+
+def kind_of_attention(config: Config) -> str:
+    """Return how attention keeps to documents on this node, in a word: `blocks` by flex_attention, `mask`, or `causal`."""
+    if not config.data.document_attention:
+        return "causal"
+    return "blocks" if torch.cuda.is_available() and not missing_for_gpu() else "mask"
 
 
 def missing_for_gpu() -> list[str]:

@@ -13,6 +13,7 @@ import pretrain
 from pretrain.config.schema import Config
 from pretrain.data.json_files import content_hash, read_json
 from pretrain.engine.compiled_blocks import form_of_blocks
+from pretrain.engine.compiler_checks import kind_of_attention
 from pretrain.files import checksum
 from pretrain.trainer.environment import version_of
 from pretrain.trainer.plan import Plan
@@ -52,6 +53,7 @@ def facts_of_plan(plan: Plan) -> Facts:
         "model": plan.model_config.to_diff_dict(),
         "DeepSpeed": plan.ds_config,
         "blocks": form_of_blocks(plan.config),
+        "attention": kind_of_attention(plan.config),
     }
 
 

@@ -12,7 +12,7 @@ import torch
 
 from pretrain.config.schema import Config
 from pretrain.engine.compiled_blocks import why_eager
-from pretrain.engine.compiler_checks import check_compiler, missing_for_cpu, missing_for_gpu
+from pretrain.engine.compiler_checks import check_compiler, kind_of_attention, missing_for_cpu, missing_for_gpu
 from pretrain.errors import UserError
 from tests.support.tiny_engines import tiny_config
 
@@ -63,6 +63,15 @@ def test_compiling_blocks_is_refused_without_a_compiler_and_left_out_where_nobod
     check_compiler(asked)
     assert why_eager(asked) is why_eager(plain) is None
     assert why_eager(forbidden) == "compile is off"
+
+
+def test_a_node_without_a_compiler_keeps_documents_apart_by_a_mask(tools: Path) -> None:
+    plain = config({"lr": 1e-3})
+    packed = plain.model_copy(update={"data": plain.data.model_copy(update={"document_attention": True})})
+    assert kind_of_attention(plain) == "causal"
+    assert kind_of_attention(packed) == "mask"
+    program(tools / "gcc")
+    assert kind_of_attention(packed) == "blocks"
 
 
 def test_blocks_are_eager_on_a_cpu_unless_they_are_to_be_compiled(tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
