@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -64,15 +65,15 @@ def _trainers(config: str, steps: int, settings: list[str]) -> dict[tuple[str, s
     cores = os.cpu_count() or 1
     whole, half = f"1 process x {cores} threads", f"2 ranks x {max(1, cores // 2)} threads"
     trainers: dict[tuple[str, str], Callable[[], float]] = {
-        ("plain PyTorch", whole): lambda: _rival("plain_loop", config, steps, settings, 1)
+        ("plain PyTorch", whole): partial(_rival, "plain_loop", config, steps, settings, 1)
     }
     for ranks, where in ((1, whole), (2, half)):
         for name in NAMES:
-            trainers[name, where] = lambda name=name, ranks=ranks: _rival(name, config, steps, settings, ranks)  # type: ignore[misc]
+            trainers[name, where] = partial(_rival, name, config, steps, settings, ranks)
         for compiled in ("off", "layers"):
             key = "Evenkeel" if compiled == "off" else "Evenkeel, compile: layers"
             own = [*settings, f"compile={compiled}"]
-            trainers[key, where] = lambda own=own, ranks=ranks: _evenkeel(config, steps, own, ranks)  # type: ignore[misc]
+            trainers[key, where] = partial(_evenkeel, config, steps, own, ranks)
     return trainers
 
 

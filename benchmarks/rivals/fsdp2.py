@@ -21,17 +21,7 @@ def main() -> None:
     for module in (*blocks_of(model), model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
     assert isinstance(model, FSDPModule)
-    optimizer = task.adamw(model)
-
-    def step() -> None:
-        for number in range(task.accumulation):
-            model.set_requires_gradient_sync(number == task.accumulation - 1)
-            (task.loss(model) / task.accumulation).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), task.config.optim.grad_clip or float("inf"))
-        optimizer.step()
-        optimizer.zero_grad()
-
-    task.time(step)
+    task.time_loop(model, lambda number: model.set_requires_gradient_sync(number == task.accumulation - 1))
 
 
 if __name__ == "__main__":

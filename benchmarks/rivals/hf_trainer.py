@@ -17,7 +17,7 @@ from pretrain.engine.deepspeed_config import read_deepspeed
 
 
 class RandomSequences(Dataset):
-    """As many sequences of random tokens as the steps read."""
+    """Sequences of random tokens, as many as the steps read."""
 
     def __init__(self, task: SameTask) -> None:
         self.count = task.steps * task.config.data.global_batch_size

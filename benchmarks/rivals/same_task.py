@@ -6,6 +6,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from pretrain.data import load_tokenizer
 
 
 class SameTask:
-    """What `python -m benchmarks.rivals.NAME CONFIG STEPS [KEY=VALUE ...]` asks for.
+    """The task of a command line: `python -m benchmarks.rivals.NAME CONFIG STEPS [KEY=VALUE ...]`.
 
     Attributes:
         config: the run file, with the overrides.
@@ -47,13 +48,27 @@ class SameTask:
         optim = self.config.optim
         return torch.optim.AdamW(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
 
-    def loss(self, model: Callable[..., object]) -> torch.Tensor:
+    def loss(self, model: Callable[..., Any]) -> torch.Tensor:
         """Return the cross-entropy of a micro-batch of random tokens, from full logits."""
         data = self.config.data
         shape = (data.micro_batch_size, data.seq_len + 1)
         tokens = torch.randint(0, self.vocab_size, shape, device=self.device)
-        logits: torch.Tensor = model(tokens[:, :-1], use_cache=False).logits  # type: ignore[attr-defined]
+        logits: torch.Tensor = model(tokens[:, :-1], use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+    def time_loop(self, model: torch.nn.Module, before: Callable[[int], object] = lambda number: None) -> None:
+        """Time a plain loop with AdamW and clipping by the norm. `before` is called with the number of each micro-batch."""
+        optimizer = self.adamw(model)
+
+        def step() -> None:
+            for number in range(self.accumulation):
+                before(number)
+                (self.loss(model) / self.accumulation).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), self.config.optim.grad_clip or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad()
+
+        self.time(step)
 
     def time(self, step: Callable[[], object]) -> None:
         """Take the steps, and print the median tokens/s of those after the first third."""
