@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pretrain.methods import REGISTRY
 from tests.fakecuda.build import REPOSITORY
-from tests.support.corpus import Corpus
+from tests.support.corpus import Corpus, tiny
 from tests.support.method_suite import reference
 
 STEPS, RESUME_AT, BATCH_SIZE = 3, 2, 4
@@ -19,6 +20,8 @@ CPU = {"device": "cpu", "pin_memory": True}
 OFFLOAD = {"offload_optimizer": CPU}
 NOTHING_RESIDENT = {"stage3_param_persistence_threshold": 0}
 MUON = {"optim.name": "muon", "optim.grad_clip": None}
+
+TVR = {"name": "tvr", "target_std": 0.01, "interval_steps": 2, "ratio_threshold": 1.1}
 
 STATEFUL = ("sigma_reparam",)  # methods with state of their own in a checkpoint
 
@@ -50,38 +53,17 @@ class Case:
 
     def content(self, name: str, corpus: Corpus, out: Path) -> dict[str, Any]:
         """Return the content of the run file."""
-        content: dict[str, Any] = {
+        content = deepcopy(tiny(corpus)) | {
             "name": name,
             "out": str(out),
-            "seed": 7,
-            "model": {
-                "family": "llama",
-                "hidden_size": 48,
-                "intermediate_size": 96,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-            },
-            "tokenizer": str(corpus.tokenizer),
-            "data": {
-                "train": str(corpus.train),
-                "val": str(corpus.val),
-                "seq_len": 32,
-                "global_batch_size": BATCH_SIZE,
-                "micro_batch_size": 2,
-            },
             "steps": self.steps,
-            "optim": {"lr": 5e-3, "schedule": {"name": "cosine", "warmup_steps": 2}},
-            "methods": [
-                {"name": "lir", "initializer_range": 0.02},
-                {"name": "tvr", "target_std": 0.01, "interval_steps": 2, "ratio_threshold": 1.1},
-            ],
+            "methods": [{"name": "lir", "initializer_range": 0.02}, TVR],
             "deepspeed": "ds_configs/zero3_bf16.json",
             "checkpoint": {"interval_steps": RESUME_AT},
             "eval": {"interval_steps": 2, "batches": 1},
             "log": {"interval_steps": 1, "weights_interval_steps": 2, "activations_interval_steps": 2},
-            "resilience": {"agreement_interval_steps": 1},
         }
+        content["data"]["global_batch_size"] = BATCH_SIZE
         for key, value in self.settings.items():
             *sections, last = key.split(".")
             section = content
