@@ -27,11 +27,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(VENV)/bin/python tools/demo.py
 
+# The files with few and long tests must not come last, as they would by the number of their tests.
 test: setup
-	$(VENV)/bin/python -m pytest -n $(JOBS)
+	$(VENV)/bin/python -m pytest -n $(JOBS) --no-loadscope-reorder
 
 test-cuda-placement: setup
-	$(VENV)/bin/python -m pytest tests/fakecuda -m 'cuda_placement and not slow'
+	$(VENV)/bin/python -m pytest -n $(JOBS) tests/fakecuda -m 'cuda_placement and not slow'
 
 coverage: setup
 	$(VENV)/bin/coverage erase
