@@ -1,4 +1,4 @@
-"""How many logits the loss holds at a time: more on a GPU with more free memory.
+"""The number of logits that the loss holds at a time: more on a GPU with more free memory.
 
 A chunk of the logits costs a reading of the head's matrix and of its float32 gradient. On a GPU large chunks also make the
 kernels fewer and longer. On a CPU small ones stay in the cache.

@@ -1,4 +1,4 @@
-"""What a stage has: the place of its files, the trainer, and a way to say what it has found."""
+"""The surroundings of a stage: the place of its files, the trainer, and a way to report findings."""
 
 from __future__ import annotations
 

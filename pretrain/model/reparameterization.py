@@ -122,7 +122,7 @@ class Reparameterized(nn.Module):
         self._advance(self.effective)
         bias = self.bias if self.bias is None else applied_to_bias(self.effective, self.bias)
         if torch.compiler.is_compiling():
-            # The compiler cannot trace _Product, but computes again in backward what it is told to.
+            # The compiler cannot trace _Product. A checkpoint makes it compute W̄ again in the backward pass.
             made = checkpoint(self._traced_weight, self.weight, self.weight_scale, use_reentrant=False)
             return self.multiply(hidden, cast("torch.Tensor", made), bias)
         return _Product.apply(self, hidden, self.weight, self.weight_scale, bias)

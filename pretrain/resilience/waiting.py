@@ -1,4 +1,4 @@
-"""Whether this rank waits for other ranks or its GPU, and how far it has come in what it does together with others.
+"""Distinguishes a rank that waits for others or for its GPU from one at fault, by its stacks and its collectives.
 
 On a GPU the host runs ahead: collectives are only enqueued, and the host blocks later, where it reads a number from the
 device or synchronizes. So a rank that is blocked there is not at fault by itself. What it has enqueued and completed, which

@@ -217,7 +217,7 @@ def test_later_saves_are_copied_into_the_memory_of_the_first() -> None:
 
 
 def test_the_memory_of_saves_is_pinned_once_and_released_with_its_last_user(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is asked of the CUDA driver, which this machine may lack."""
+    """A stand-in for the CUDA driver, which this machine may lack, that records each call."""
     registered: dict[int, int] = {}
 
     class Driver:

@@ -1,4 +1,4 @@
-"""What a block keeps for its backward pass, in bytes that are still in memory after its forward pass."""
+"""The bytes that a block keeps for its backward pass: those that are still in memory after its forward pass."""
 
 from __future__ import annotations
 

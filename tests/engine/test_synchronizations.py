@@ -1,4 +1,4 @@
-"""How often the host waits for the device in a step, on real ranks whose accelerator counts as asynchronous.
+"""Counts of the host's waits for the device in a step, on real ranks whose accelerator counts as asynchronous.
 
 docs/performance.md has these figures.
 """

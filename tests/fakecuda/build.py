@@ -29,7 +29,7 @@ def why_not() -> str | None:
 
 
 def library() -> Path:
-    """Return the shared library of this torch and these sources. It is built if nobody has built it.
+    """Return the shared library of this torch and these sources. It is built if it is not there yet.
 
     Raises:
         RuntimeError: the compiler fails. The message holds what it printed.

@@ -17,7 +17,7 @@ class ProcessGroupNCCL(dist.ProcessGroup):
     """A process group that takes the place of NCCL's backend where torch makes groups."""
 
     class Options(SimpleNamespace):
-        """What torch sets before it makes a group."""
+        """The settings that torch gives before it makes a group."""
 
         _timeout: timedelta = TIMEOUT
 

@@ -1,4 +1,4 @@
-"""Runs cases on the fake device and on the CPU, both at once, and returns what they left."""
+"""Runs cases on the fake device and on the CPU, both at once, and returns their remains."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEVICES = {"cuda": ("-m", "tests.fakecuda.run", "-m", WORKER), "cpu": ("-m", WOR
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one case left on one device.
+    """The remains of one case on one device.
 
     Attributes:
         folder: its run folder.
@@ -67,7 +67,7 @@ def run_cases(
     """Run every case on `ranks` ranks of each device.
 
     Returns:
-        What each case left, by device and case.
+        The remains of each case, by device and case.
     """
     running = [
         process for device in devices for process in _start(cases, ranks, corpus, folder / device, DEVICES[device])

@@ -1,4 +1,4 @@
-"""What the tests of several parts of the model need."""
+"""Fixtures for the tests of several parts of the model."""
 
 from __future__ import annotations
 

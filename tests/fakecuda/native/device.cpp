@@ -35,7 +35,7 @@ void choose(c10::Device device) {
   }
 }
 
-// Writes NaN of every floating type: what nobody has written must not be read.
+// Writes NaN of every floating type: what has not been written must not be read.
 void poison(char* memory, size_t bytes) {
   const size_t ends = std::min(bytes, kPoisoned);
   std::memset(memory, 0xFF, ends);
