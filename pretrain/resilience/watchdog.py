@@ -26,6 +26,7 @@ from pretrain.distributed.ranks import Ranks, from_first_rank
 from pretrain.errors import MACHINE_FAULT
 from pretrain.files import write_text
 from pretrain.monitor import phase
+from pretrain.optional import optional
 from pretrain.resilience.waiting import Progress, collective_progress, furthest_behind, waits_for_others
 
 ANSWER_S = 5.0  # a rank has two ticks and this time to write its last pulse
@@ -42,7 +43,7 @@ class Pulse:
         stacks: the Python stacks of its threads.
         waits: whether it waited for other ranks, or for its GPU.
         last: whether it was written because the run stands still.
-        collectives: how far it had come in those of each process group.
+        collectives: how far it had come in those of each process group. Only last pulses have them.
     """
 
     rank: int
@@ -157,7 +158,7 @@ class Watchdog:
             stacks=python_stacks(),
             waits=waits_for_others(),
             last=last,
-            collectives=collective_progress(),
+            collectives=_progress_if_known() if last else {},  # taking it costs more than the rest
         )
         with suppress(OSError):
             write_text(self._file(self._ranks.rank), json.dumps(asdict(pulse)))
@@ -201,6 +202,13 @@ def diagnose(pulses: list[Pulse], phases: list[str]) -> tuple[str, list[int]]:
         return f"All ranks are {where}: what they do together does not end{what}.", []
     names = ", ".join(f"{pulse.rank} ({pulse.host})" for pulse in blamed)
     return f"The others wait for rank {names}: {where}.", [pulse.rank for pulse in blamed]
+
+
+def _progress_if_known() -> dict[str, Progress]:
+    """Return this rank's progress in its collectives. Empty where torch's recorder cannot be read, which hides no hang."""
+    with optional("flight recorder", "the collectives that this rank has completed are not known"):
+        return collective_progress()
+    return {}
 
 
 def _behind_in_collectives(pulses: list[Pulse]) -> list[Pulse]:

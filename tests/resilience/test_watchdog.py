@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from pretrain.errors import MACHINE_FAULT
 from pretrain.resilience.watchdog import Pulse, describe, diagnose
 from tests.support.runs import ENVIRONMENT, REPOSITORY
 
@@ -45,3 +46,20 @@ def test_a_rank_has_left_its_stacks_when_its_watchdog_is_there(tmp_path: Path) -
     left = json.loads((tmp_path / "logs/pulses/rank_0.json").read_text(encoding="utf-8"))
     assert "in the_run" in left["stacks"]
     assert "thread MainThread:" in left["stacks"]
+
+
+def test_a_flight_recorder_that_cannot_be_read_hides_no_hang(tmp_path: Path) -> None:
+    program = (
+        "import sys, time, torch; from pathlib import Path; from pretrain.distributed.ranks import Ranks; "
+        "from pretrain.resilience import watchdog\n"
+        "def fail(): raise KeyError('pg_status')\n"
+        "watchdog.collective_progress = fail\n"
+        "watchdog.Watchdog(Path(sys.argv[1]), Ranks(0, 0, 1, torch.device('cpu')), 0.5, print); time.sleep(100)"
+    )
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)}
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], env=environment, timeout=240, capture_output=True, text=True
+    )
+    assert ended.returncode == MACHINE_FAULT, ended.stderr
+    assert "thread MainThread:" in (tmp_path / "logs/hang.txt").read_text(encoding="utf-8")
+    assert "pg_status" in ended.stdout + ended.stderr
