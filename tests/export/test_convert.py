@@ -594,16 +594,27 @@ def test_a_conversion_that_breaks_off_leaves_nothing(
     assert visible(tmp_path) == []
 
 
+# The tool as it is, except that it waits for its signal once the model is written.
+WAITS_BEFORE_ITS_PROOF = """
+import runpy, sys, time
+from pretrain.export import convert
+convert.prove = lambda *_, **__: time.sleep(600)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_a_conversion_that_gets_a_signal_leaves_nothing_and_may_start_again(
     fp32_checkpoint: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "tools/convert_to_hf.py", "--checkpoint", str(fp32_checkpoint), "--out"]
+    command = ["tools/convert_to_hf.py", "--checkpoint", str(fp32_checkpoint), "--out"]
+    waiting = [sys.executable, "-c", WAITS_BEFORE_ITS_PROOF, *command]
     started = {
-        number: open_process([*command, str(tmp_path / number.name)]) for number in (signal.SIGHUP, signal.SIGTERM)
+        number: open_process([*waiting, str(tmp_path / number.name)]) for number in (signal.SIGHUP, signal.SIGTERM)
     }
     for number, process in started.items():
         while not list(tmp_path.glob(f".{number.name}.*/model")) and process.poll() is None:
-            time.sleep(0.001)
+            time.sleep(0.01)
         process.send_signal(number)
     for number, process in started.items():
         ended = wait_for([process])
@@ -611,7 +622,7 @@ def test_a_conversion_that_gets_a_signal_leaves_nothing_and_may_start_again(
         assert ended.stderr.endswith(f"stopped by {number.name}\n")
         assert "Traceback" not in ended.stderr
     assert list(tmp_path.iterdir()) == []
-    assert launch([*command, str(tmp_path / "hf")]).code == 0
+    assert launch([sys.executable, *command, str(tmp_path / "hf")]).code == 0
 
 
 def test_files_of_another_checkpoint_among_the_shards_are_noticed(copied: Path) -> None:
