@@ -3,9 +3,9 @@
 import sys
 
 # ruff: noqa: UP031, UP036  (an old Python must be able to read this file)
-if sys.version_info < (3, 10):
+if sys.version_info < (3, 11):
     found = "%d.%d" % sys.version_info[:2]
-    sys.exit("error: Evenkeel needs Python 3.10 or newer, this is %s. Try: make setup PYTHON=python3.11" % found)
+    sys.exit("error: Evenkeel needs Python 3.11 or newer, this is %s. Try: make setup PYTHON=python3.11" % found)
 try:
     import ensurepip  # noqa: F401
     import venv  # noqa: F401

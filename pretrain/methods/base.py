@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
 from pydantic import PrivateAttr
@@ -18,7 +18,6 @@ from pretrain.values import Values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-    from typing_extensions import Self
 
     from pretrain.model.export_edits import LazyTensors
     from pretrain.model.loss import LossTerm

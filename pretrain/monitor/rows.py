@@ -7,9 +7,9 @@ The trainer writes these types and every reader gets them from `parse_row`. The 
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, TypeAlias, cast
+from typing import Annotated, Any, Literal, NotRequired, TypeAlias, cast
 
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 Number: TypeAlias = float | None  # null stands for NaN and infinity, which JSON does not have
 

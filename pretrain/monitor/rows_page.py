@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NotRequired, Union, get_args, get_origin, get_type_hints
 
-from typing_extensions import NotRequired, is_typeddict
+from typing_extensions import is_typeddict
 
 from pretrain.monitor import rows
 

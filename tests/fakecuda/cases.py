@@ -35,7 +35,6 @@ class Case:
         ranks: The numbers of ranks on which it is run.
         slow: Those of them that only the slow tests run.
         resumes: Whether a second run starts from its checkpoint of step RESUME_AT.
-        tolerance: The relative difference of figures between the devices that is allowed.
         plant: The name of a fault in faults.py that is planted first.
     """
 
@@ -43,7 +42,6 @@ class Case:
     ranks: tuple[int, ...] = (1, 2)
     slow: tuple[int, ...] = (2,)
     resumes: bool = False
-    tolerance: float = 0.0
     plant: str | None = None
 
     @property
@@ -156,8 +154,8 @@ def _parts() -> dict[str, Case]:
         "zclip": Case({"optim.zclip": {"warmup_steps": 2}}),
         "rollback": Case(bad_steps, slow=(), plant="two_bad_steps"),
         "gpt2": Case({"model": gpt2, "deepspeed": zero(3, "fp32")}),
-        # In bf16 gradients differ in the last bits from the first step on; why has not been found. In fp32 they are equal.
-        "gpt2-bf16": Case({"model": gpt2}, tolerance=1e-2),
+        # Without dropout, which a CPU does in other steps than a GPU: in bf16 they round differently.
+        "gpt2-bf16": Case({"model": gpt2 | dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0)}),
         "tensor-zero1": Case({**cut, "deepspeed": zero(1)}, ranks=(2,), slow=(), resumes=True),
         "tensor-zero3": Case(cut, ranks=(2,), slow=(), resumes=True),
         "tensor-zero2-offload": Case({**cut, "deepspeed": zero(2, **OFFLOAD)}, ranks=(2,)),
