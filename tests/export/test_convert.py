@@ -604,6 +604,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_conversion_that_gets_a_signal_leaves_nothing_and_may_start_again(
     fp32_checkpoint: Path, tmp_path: Path
 ) -> None:

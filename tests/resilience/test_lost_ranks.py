@@ -28,7 +28,7 @@ KILLS = {
     "save": ("saving", 6, 1),
     "save_of_rank_0": ("saving", 6, 0),
 }
-FAST_KILLS = ("data", "backward", "save_of_rank_0")
+FAST_KILLS = ("backward", "save_of_rank_0")
 WATCHDOG_S = 6
 # name: (phase, step, rank, what the rank does, what the verdict says of it)
 HANGS = {

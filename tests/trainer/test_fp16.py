@@ -128,6 +128,7 @@ def test_a_killed_run_resumes_with_its_loss_scale(run_file: Path, overflowed, tm
             assert found[key] == expected[key], (step, key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", EVERY)
 def test_gradients_that_overflow_at_the_smallest_scale_are_skips_of_the_guard(
     run_file: Path, tmp_path: Path, layout: str

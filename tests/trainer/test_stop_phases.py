@@ -41,7 +41,7 @@ STOPS = {
     "save": ("saving", 4, 1, (TERM, TERM, INT), 4),
 }
 
-FAST = ("build", "backward", "evaluation_at_the_end", "save")
+FAST = ("backward", "save")
 
 
 @pytest.fixture(scope="module")
