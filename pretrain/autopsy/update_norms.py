@@ -27,7 +27,8 @@ from pretrain.sharded.stepped_tensors import averaged_gradients, base_optimizer,
 from pretrain.sharded.weights import ShardedWeights
 from pretrain.sharded.zero12 import Zero12
 
-BATCH = {"cpu": 1 << 20, "cuda": 1 << 25}  # elements whose steps are computed at a time; they are in memory twice
+# Elements whose steps are computed at a time; they are in memory twice. On a CPU they stay in its cache.
+BATCH = {"cpu": 1 << 17, "cuda": 1 << 25}
 
 
 @dataclass
