@@ -25,7 +25,7 @@ from pretrain.cli.command import run
 from pretrain.cli.parser import tool_parser
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-# On a GPU, where Muon would need a compiler and training takes no time, the same model with AdamW.
+# On a GPU, where Muon would need a compiler and training takes no time, a larger model with AdamW.
 NAME = "tiny_tvr" if torch.cuda.is_available() else "demo"
 RUN, MODEL = REPOSITORY / "runs" / NAME, REPOSITORY / "hf" / NAME
 PROMPT = "def read_lines(path):"

@@ -30,7 +30,7 @@ NAMED_OTHERWISE = {
     "wesar_small_rapid": 1.34e9,
     "wesar_small_stable": 1.34e9,
     "lns_1b": 1.34e9,
-    "demo": 3.3e6,
+    "demo": 8.6e5,
     "tiny_baseline": 3.3e6,
     "tiny_tvr": 3.3e6,
 }
