@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pretrain.checkpoints.safe_load import read_safely
+from pretrain.checkpoints.stored.files import open_stored
 from pretrain.sharded.engine_protocol import Engine
 
 _FOLDER = "deepspeed"
@@ -39,6 +40,35 @@ def read_shards(engine: Engine, folder: Path) -> dict[str, Any]:
     if engine.zero_optimization():
         paths.add(engine._get_zero_ckpt_name(folder, _FOLDER))
     return {path: read_safely(Path(path)) for path in paths}
+
+
+def fits(engine: Engine, folder: Path) -> bool:
+    """Return whether this rank's files in the checkpoint `folder` are laid out as `engine` would write them.
+
+    With equal ranks, stage and precision they may still differ: in the size of sub-groups, in alignment, in the order of
+    gradients, in DeepSpeed's class for bf16, and in the momentum of Muon.
+    """
+    if not engine.zero_optimization():
+        return True
+    zero_file = Path(engine._get_zero_ckpt_name(folder, _FOLDER))
+    if not zero_file.exists():
+        return False
+    model = open_stored(Path(engine._get_all_ckpt_names(folder, _FOLDER)[0]))
+    if [list(group.items()) for group in model["param_shapes"]] != [
+        list(group.items()) for group in engine._get_zero_param_shapes()
+    ]:
+        return False
+    stored = open_stored(zero_file)
+    state, optimizer = stored["optimizer_state_dict"], engine.optimizer
+    if "param_alignment_paddings" in state and state["param_alignment_paddings"] != optimizer.round_robin_bit16_padding:
+        return False
+    by_muon = any(group.get("use_muon") for group in engine.basic_optimizer.param_groups)
+    was = stored.get("ds_config", {}).get("zero_optimization", {})
+    return not by_muon or bool(was.get("offload_optimizer")) == bool(_offloaded(optimizer))
+
+
+def _offloaded(optimizer: Any) -> bool:
+    return getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False)
 
 
 def load_shards(engine: Engine, folder: Path, files: dict[str, Any]) -> None:

@@ -14,8 +14,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from pretrain.checkpoints.deepspeed_files import gather_shards, load_shards, read_shards
+from pretrain.checkpoints.deepspeed_files import fits, gather_shards, load_shards, read_shards
 from pretrain.checkpoints.disk_space import checkpoint_bytes_of
+from pretrain.checkpoints.elastic import load_stored
 from pretrain.checkpoints.folders import (
     complete_checkpoints,
     delete_leftovers,
@@ -26,11 +27,12 @@ from pretrain.checkpoints.folders import (
     step_of,
 )
 from pretrain.checkpoints.manifest import save_manifest, saved_at, verify
-from pretrain.checkpoints.rng import random_states, restore_random_states
+from pretrain.checkpoints.rng import random_states, restore_random_states, seed_for_new_layout
 from pretrain.checkpoints.safe_load import read_safely
-from pretrain.checkpoints.shard_metadata import metadata_of, save_shard_metadata
+from pretrain.checkpoints.shard_metadata import metadata_of, save_shard_metadata, weights_by_group
 from pretrain.checkpoints.staging import Staging
-from pretrain.checkpoints.state import TrainerState, read_matching_state, save_state
+from pretrain.checkpoints.state import TrainerState, layout_changes, read_matching_state, save_state
+from pretrain.checkpoints.stored import stored_counters, stored_weights
 from pretrain.checkpoints.writer import Entries, Writing, explaining_failures
 from pretrain.config.schema import CheckpointSection
 from pretrain.distributed.ranks import Ranks, all_gather_object, control_group, from_first_rank, on_every_rank
@@ -206,7 +208,8 @@ class Checkpoints:
     def load(self, path: Path, engine: Engine, expected: TrainerState) -> TrainerState:
         """Load weights, optimizer and random states into an engine, new or under way, and return the stored state.
 
-        The optimizer's options (weight decay, betas, ...) stay those of this run.
+        The optimizer's options (weight decay, betas, ...) stay those of this run. Where the checkpoint was written by other
+        ranks or in another layout, each rank reads its share of every weight and moment from the files of all.
 
         Args:
             path: the checkpoint, verified.
@@ -218,11 +221,24 @@ class Checkpoints:
                 `expected`, or a file cannot be read safely.
         """
         state = on_every_rank(lambda: read_matching_state(path, expected))
-        files = on_every_rank(lambda: read_shards(engine, path))
-        states = on_every_rank(lambda: read_safely(path / _random_file(self.ranks)))
-        load_shards(engine, path, files)
-        restore_random_states(states)
+        elsewhere = bool(layout_changes(state, expected))
+        if elsewhere or not _all(on_every_rank(lambda: fits(engine, path))):
+            self._load_elsewhere(path, engine)
+        else:
+            files = on_every_rank(lambda: read_shards(engine, path))
+            load_shards(engine, path, files)
+        if (state.world_size, state.tensor_parallel) == (expected.world_size, expected.tensor_parallel):
+            restore_random_states(on_every_rank(lambda: read_safely(path / _random_file(self.ranks))))
+        else:
+            seed_for_new_layout(expected.seed, state.step, self.ranks.rank // expected.tensor_parallel)
         return state
+
+    def _load_elsewhere(self, path: Path, engine: Engine) -> None:
+        """Load the weights and optimizer states of a checkpoint of another layout."""
+        folder = path / "deepspeed"
+        order = weights_by_group(engine)
+        stored, counters = on_every_rank(lambda: (stored_weights(folder, order), stored_counters(folder)))
+        load_stored(engine, stored, counters, self.say)
 
     @contextmanager
     def _or_nothing(self, temporary: Path) -> Iterator[None]:

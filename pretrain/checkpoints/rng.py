@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
@@ -27,3 +28,21 @@ def restore_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def seed_for_new_layout(seed: int, step: int, reader: int) -> None:
+    """Seed the global generators of a rank whose states no checkpoint holds, because it was written by other ranks.
+
+    Only dropout draws from them. Its draws are then as random as before, and the same whenever this layout resumes here.
+
+    Args:
+        seed: the seed of the run.
+        step: optimizer steps done.
+        reader: the number of this rank's group among those that read different batches. The ranks of a tensor-parallel
+            group must draw the same.
+    """
+    digest = blake2b(f"{seed} {step} {reader}".encode(), digest_size=4).digest()
+    number = int.from_bytes(digest, "little")
+    random.seed(number)
+    np.random.seed(number)
+    torch.manual_seed(number)

@@ -21,8 +21,8 @@ class ShardMetadata:
     Attributes:
         tensor_ranks: the number of tensor-parallel ranks that the weights were cut among.
         cut_along: the dimension that each cut weight was cut along, by name. Weights that are whole on each are not listed.
-        whole_masters: only at stage 0 in half precision: names of the weights whose fp32 masters follow one another in
-            each parameter group.
+        whole_masters: only at stage 0: names of the weights that follow one another in each parameter group, in the
+            optimizer's state and, in half precision, among the fp32 masters. Older versions left them out in fp32.
     """
 
     tensor_ranks: int = 1
@@ -34,13 +34,23 @@ def metadata_of(engine: Engine) -> ShardMetadata:
     """Return the metadata of the files that `engine` saves. The same on every rank."""
     parameters = dict(engine.module.named_parameters())
     cuts = {name: tensor_slice(parameter, name).dim for name, parameter in parameters.items()}
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    half_stage0 = engine.zero_optimization_stage() == 0 and hasattr(engine.optimizer, "fp32_groups")
     return ShardMetadata(
         tensor_ranks=max(1, engine.autotp_size()),
         cut_along={name: dim for name, dim in cuts.items() if dim is not None},
-        whole_masters=[[names[id(p)] for p in group] for group in engine.optimizer.fp16_groups] if half_stage0 else [],
+        whole_masters=weights_by_group(engine) if engine.zero_optimization_stage() == 0 else [],
     )
+
+
+def weights_by_group(engine: Engine) -> list[list[str]]:
+    """Return the names of the weights in each parameter group (at ZeRO-3: sub-group) of an engine, in their order."""
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    for attribute in ("fp16_groups", "bit16_groups", "bf16_groups"):  # of DeepSpeed's classes
+        if hasattr(engine.optimizer, attribute):
+            groups = getattr(engine.optimizer, attribute)
+            break
+    else:
+        groups = [group["params"] for group in engine.optimizer.param_groups]
+    return [[names[id(parameter)] for parameter in group] for group in groups]
 
 
 def save_shard_metadata(folder: Path, metadata: ShardMetadata) -> None:

@@ -57,10 +57,6 @@ class TrainerState:
 
 _OR_BEGIN = "or start from scratch: checkpoint.resume=never and another name"
 _WHY_EQUAL = {
-    "world_size": "elastic resume is not supported yet: start the same number of ranks",
-    "tensor_parallel": "DeepSpeed's shards of one tensor-parallel size cannot be loaded by another: set parallel.tensor",
-    "zero_stage": "DeepSpeed's shards of one stage cannot be loaded by another: name the same stage",
-    "precision": "DeepSpeed's shards of one precision cannot be loaded in another: name the same precision",
     # Before the model, whose number of positions follows it.
     "seq_len": f"its sample order belongs to another sequence length. Give back data.seq_len, {_OR_BEGIN}",
     "model": f"it is a checkpoint of another architecture. Give back the model, {_OR_BEGIN}",
@@ -71,6 +67,15 @@ _WHY_EQUAL = {
     "tokenizer_fingerprint": f"it was trained with another tokenizer. Give that one back, {_OR_BEGIN}",
     "seed": f"its sample order belongs to another seed. Give back seed, {_OR_BEGIN}",
     "global_batch_size": f"its sample order belongs to another batch size. Give back data.global_batch_size, {_OR_BEGIN}",
+}
+
+
+# What the files of a checkpoint depend on, and a resumed run may change.
+_OF_LAYOUT = {
+    "world_size": "ranks",
+    "tensor_parallel": "parallel.tensor",
+    "zero_stage": "ZeRO stage",
+    "precision": "precision",
 }
 
 
@@ -105,6 +110,12 @@ def read_matching_state(folder: Path, expected: TrainerState, changed: Sequence[
             difference = _difference(key, stored, wanted)
         raise UserError(f"cannot resume from {folder}: {difference}; {reason}.")
     return state
+
+
+def layout_changes(state: TrainerState, expected: TrainerState) -> list[str]:
+    """Return what differs between the layouts of a checkpoint and of this run, each as "what old -> new"."""
+    pairs = {name: (getattr(state, key), getattr(expected, key)) for key, name in _OF_LAYOUT.items()}
+    return [f"{name} {was} -> {now}" for name, (was, now) in pairs.items() if was != now]
 
 
 def _compared(value: Any) -> Any:

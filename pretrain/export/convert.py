@@ -15,6 +15,7 @@ from pretrain.checkpoints.folders import resolve
 from pretrain.checkpoints.logit_probe import load_probe
 from pretrain.checkpoints.manifest import verify
 from pretrain.checkpoints.method_state import read_method_state
+from pretrain.checkpoints.stored import master_weights
 from pretrain.config.schema import Config, load_config
 from pretrain.data.json_files import read_json
 from pretrain.data.tokenizer import load_tokenizer, separator_id
@@ -22,7 +23,6 @@ from pretrain.data.tokenizer_files import trained_files, write_files
 from pretrain.engine.build_model import bind_methods
 from pretrain.errors import UserError, first_line
 from pretrain.export.card import class_name, model_card
-from pretrain.export.masters import master_weights
 from pretrain.export.proof import Proof, checked, prove
 from pretrain.export.safetensors_files import Shapes, write_weights
 from pretrain.files import require_utf8, unfinished, write_text

@@ -27,6 +27,8 @@ class Engine(Protocol):
         data_parallel_group: the ranks that read different batches and share out the weights.
         dp_world_size: the number of ranks in it.
         micro_steps: micro-batches that were stepped since the engine was built.
+        global_steps: optimizer steps, skipped ones included.
+        global_samples: sequences that all ranks have read.
         skipped_steps: optimizer steps that DeepSpeed left out at an overflow of fp16.
         checkpoint_engine: writes and reads DeepSpeed's files.
         clip_fp32_gradients: clips the gradients in fp32 without ZeRO.
@@ -40,6 +42,8 @@ class Engine(Protocol):
     data_parallel_group: dist.ProcessGroup
     dp_world_size: int
     micro_steps: int
+    global_steps: int
+    global_samples: int
     skipped_steps: int
     checkpoint_engine: Any
     clip_fp32_gradients: Callable[[], None]
@@ -92,6 +96,8 @@ class Engine(Protocol):
     # Private to DeepSpeed.
     _config: Any
     _copy_recovery_script: Callable[[str], None]
+
+    def _get_zero_param_shapes(self) -> list[dict[str, torch.Size]]: ...
 
     def _get_ckpt_name(self, checkpoints_path: Path, tag: str) -> str: ...
 

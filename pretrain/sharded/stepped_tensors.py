@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from pretrain.sharded.piece import Slice
 from pretrain.sharded.stage0 import Stage0
 from pretrain.sharded.weights import ShardedWeights
-from pretrain.sharded.zero12 import BF16Optimizer
+from pretrain.sharded.zero12 import BF16Optimizer, Zero12
 
 
 def base_optimizer(weights: ShardedWeights) -> torch.optim.Optimizer:
@@ -30,6 +31,35 @@ def stepped_tensors(weights: ShardedWeights) -> Iterator[tuple[torch.Tensor, dic
             yield tensor, groups[optimizer.sub_group_to_group_id[number]]
     else:
         yield from ((tensor, group) for group in groups for tensor in group["params"])
+
+
+def has_whole_momentums(weights: ShardedWeights) -> bool:
+    """Return whether Muon's momentum has a layout of its own: at ZeRO-1 and 2, unless the optimizer is offloaded.
+
+    Each rank that steps any element of a matrix then keeps the momentum of the whole matrix.
+    """
+    by_muon = any(group.get("use_muon") for group in base_optimizer(weights).param_groups)
+    return by_muon and isinstance(weights.placement, Zero12) and not weights.engine.optimizer.cpu_offload
+
+
+def fresh_whole_momentums(weights: ShardedWeights) -> Iterator[tuple[str, Slice, torch.Tensor]]:
+    """Make the momentum of each matrix that this rank steps any of, where `has_whole_momentums`.
+
+    Yields:
+        The matrix's name, its slice, and the momentum to be filled: (elements,) float32, all zero.
+    """
+    optimizer, base, placement = weights.engine.optimizer, base_optimizer(weights), weights.placement
+    assert isinstance(placement, Zero12)
+    for number, group in enumerate(base.param_groups):
+        parameters = optimizer.params_in_partition[number]
+        if not group.get("use_muon") or not parameters:
+            continue
+        flat = group["params"][0]
+        sizes = [parameter.numel() for parameter in parameters]
+        base.state[flat]["momentum_buffer"] = momentum = torch.zeros(sum(sizes), device=flat.device)
+        for parameter, part in zip(parameters, momentum.split(sizes), strict=True):
+            name = placement.name(parameter)
+            yield name, placement.slices[name], part
 
 
 def averaged_gradients(weights: ShardedWeights, number: int, flat: torch.Tensor) -> Sequence[torch.Tensor]:

@@ -15,7 +15,7 @@ from pretrain.checkpoints import Checkpoints, TrainerState
 from pretrain.checkpoints.finite import fault_of_model, refuse_unless_finite
 from pretrain.checkpoints.logit_probe import probe_logits, save_probe
 from pretrain.checkpoints.method_state import load_method_state, save_method_state
-from pretrain.checkpoints.state import read_matching_state, read_state
+from pretrain.checkpoints.state import layout_changes, read_matching_state, read_state
 from pretrain.config.diff import Change
 from pretrain.data.batches.batch import MicroBatch
 from pretrain.data.tokenizer_files import write_files
@@ -347,9 +347,11 @@ def due(step: int, interval: int, last: int) -> bool:
 
 def _compare(plan: Plan, found: Path) -> list[Change]:
     """List what has changed since the checkpoint `found` was written. UserError if this run cannot resume from it."""
-    step = read_state(found).step
+    step, mine = read_state(found).step, plan.state_at(0, 0)
     changed = changes(found, plan.config, step)
-    read_matching_state(found, plan.state_at(0, 0), [str(change) for change in changed])
+    state = read_matching_state(found, mine, [str(change) for change in changed])
+    if layout := layout_changes(state, mine):
+        log.info(f"another layout than the checkpoint's: {', '.join(layout)}. Each rank reads its share of the files")
     check_length(found, step, plan.config)
     with optional("environment", "what has changed in the environment is not known"):
         changed += environment_changes(found, plan.config)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pretrain.checkpoints.method_state import read_method_state
-from pretrain.export.masters import master_weights
+from pretrain.checkpoints.stored import master_weights
 from tests.support.runs import (
     TRAIN,
     arguments,

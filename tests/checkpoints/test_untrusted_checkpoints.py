@@ -15,9 +15,9 @@ import torch
 from pretrain.checkpoints.folders import complete_checkpoints, resolve, retire
 from pretrain.checkpoints.manifest import MANIFEST, verify
 from pretrain.checkpoints.safe_load import read_safely
+from pretrain.checkpoints.stored import open_stored
 from pretrain.errors import UserError
 from pretrain.export.convert import convert
-from pretrain.export.stored import open_stored
 from pretrain.files import checksum
 from tests.support.runs import arguments, assert_refused, contents, launch, run_ranks, run_together
 

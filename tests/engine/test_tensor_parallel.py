@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretrain.checkpoints.stored import master_weights
 from pretrain.errors import UserError
 from pretrain.export.convert import convert
-from pretrain.export.masters import master_weights
 from tests.support.runs import (
     Ended,
     arguments,

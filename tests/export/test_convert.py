@@ -25,11 +25,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, LlamaForCausalLM, pipeline
 
 from pretrain.checkpoints.logit_probe import load_probe, probe_logits, probe_positions
+from pretrain.checkpoints.stored import master_weights
 from pretrain.errors import UserError
 from pretrain.export import convert as conversion
 from pretrain.export import safetensors_files as writing
 from pretrain.export.convert import convert
-from pretrain.export.masters import master_weights
 from pretrain.export.proof import NotEqualError, computing_in
 from pretrain.files import checksum
 from pretrain.methods.lir import LIR

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pretrain.export.masters import master_weights
+from pretrain.checkpoints.stored import master_weights
 from pretrain.methods import REGISTRY, decisions_that_clash
 from pretrain.methods.sigma_reparam import SigmaReparam
 from tests.support.corpus import Corpus

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from pretrain.checkpoints.stored import master_weights
 from pretrain.config.schema import Config
 from pretrain.engine.build_model import _restore_rotary_tables, build_model
-from pretrain.export.masters import master_weights
 from pretrain.methods import REGISTRY
 from pretrain.optim.schedule import learning_rate
 from pretrain.trainer.plan import Plan, make_plan, training_batches

@@ -208,7 +208,6 @@ REFUSALS = {
     "the named one missing": (None, {"checkpoint.resume": "{}/step_00000003"}, 2, ("is not a complete checkpoint",)),
     "other layers": (None, {"model.num_hidden_layers": 3}, 2, (*OTHER_RUN, "another architecture")),
     "other width": (None, {"model.hidden_size": 64}, 2, (*OTHER_RUN, "another architecture", "hidden_size")),
-    "other world size": (None, {}, 1, (*OTHER_RUN, "world_size 2, this run 1")),
     "other seed": (None, {"seed": 8}, 2, (*OTHER_RUN, "another seed")),
     "other batch": (None, {"data.global_batch_size": 16}, 2, (*OTHER_RUN, "another batch size")),
     "other sequence length": (
@@ -217,8 +216,6 @@ REFUSALS = {
         2,
         (*OTHER_RUN, "seq_len 32, this run 16", "Give back data.seq_len"),
     ),
-    "other stage": (None, {"deepspeed": {"zero_optimization": {"stage": 2}}}, 2, (*OTHER_RUN, "name the same stage")),
-    "other precision": (None, {"deepspeed": LAYOUTS["zero3_bf16"]}, 2, (*OTHER_RUN, "name the same precision")),
     "other methods": (
         None,
         {"methods": [{"name": "wesar"}]},

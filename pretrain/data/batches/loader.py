@@ -258,11 +258,24 @@ def check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size:
         return
     below, above = global_batch_size // unit * unit, (global_batch_size // unit + 1) * unit
     nearest = f"{below} or {above}" if below > 0 else f"{above}"
+    share, left = divmod(global_batch_size, world_size)
+    if share and not left:
+        fitting = _nearest_divisor(share, micro_batch_size)
+        advice = f"data.micro_batch_size to {fitting}, the nearest that fits these ranks"
+    else:
+        ranks = _nearest_divisor(global_batch_size, world_size)
+        fitting = _nearest_divisor(global_batch_size // ranks, micro_batch_size)
+        advice = f"start {ranks} data-parallel ranks, the nearest number that can share it, with data.micro_batch_size {fitting}"
     raise UserError(
         f"data.global_batch_size {global_batch_size} is not a multiple of data.micro_batch_size {micro_batch_size} x "
-        f"{world_size} data-parallel ranks = {unit}. Set it to {nearest}, or change data.micro_batch_size or the "
-        "number of ranks."
+        f"{world_size} data-parallel ranks = {unit}. Set it to {nearest}, or {advice}. "
+        "A run that resumes keeps its global batch."
     )
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    """Return the divisor of `number` that is nearest to `wanted`, of two the smaller one."""
+    return min((each for each in range(1, number + 1) if number % each == 0), key=lambda each: abs(each - wanted))
 
 
 def check_enough_samples(samples: Samples, global_batch_size: int, world_size: int) -> None:

@@ -255,9 +255,10 @@ def test_waiting_is_counted(shards: TokenShards, monkeypatch) -> None:
             10,
             4,
             2,
-            r"global_batch_size 10 is not a multiple of data.micro_batch_size 4 x 2 data-parallel ranks = 8. Set it to 8 or 16",
+            r"global_batch_size 10 is not a multiple of data.micro_batch_size 4 x 2 data-parallel ranks = 8. Set it to 8 or 16, "
+            r"or data.micro_batch_size to 5, the nearest that fits",
         ),
-        (3, 4, 2, r"Set it to 8, or"),
+        (3, 4, 2, r"Set it to 8, or start 1 data-parallel ranks, .* with data.micro_batch_size 3"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(

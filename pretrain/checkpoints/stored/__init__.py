@@ -1,0 +1,21 @@
+"""The training state in a checkpoint of any layout: each weight's fp32 master and optimizer moments, found without reading.
+
+`stored_weights` says where they lie. A `StoredTensor` then reads any range of any tensor-parallel slice of a weight.
+"""
+
+from pretrain.checkpoints.stored.counters import Counters, stored_counters
+from pretrain.checkpoints.stored.files import Span, open_stored
+from pretrain.checkpoints.stored.tensor import Part, StoredTensor
+from pretrain.checkpoints.stored.weights import StoredWeight, master_weights, stored_weights
+
+__all__ = [
+    "Counters",
+    "Part",
+    "Span",
+    "StoredTensor",
+    "StoredWeight",
+    "master_weights",
+    "open_stored",
+    "stored_counters",
+    "stored_weights",
+]
