@@ -6,6 +6,7 @@ would fail later or mean something else. `Values` refuses them all, so that a ne
 
 from __future__ import annotations
 
+from math import isqrt
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -70,3 +71,9 @@ Location = Annotated[str, AfterValidator(expanded)]
 Count = Annotated[int, Field(gt=0)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """Return the divisor of a `number` that lies nearest to what was `wanted`, the smaller of two."""
+    divisors = {d for small in range(1, isqrt(number) + 1) if number % small == 0 for d in (small, number // small)}
+    return min(divisors, key=lambda divisor: (abs(divisor - wanted), divisor))

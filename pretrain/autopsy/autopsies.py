@@ -64,7 +64,7 @@ class Autopsies:
             return None
         self._newest = now
         steps = self.recorder.figures()
-        losses = sequence_losses(engine, micro_batches, self.config.parallel.tensor, self.ranks)
+        losses = sequence_losses(engine, micro_batches, self.config.parallel, self.ranks)
         path = None
         if self.ranks.is_first:
             with optional("autopsy", f"the autopsy of step {now} could not be written to {self.folder}"):

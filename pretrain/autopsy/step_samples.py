@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pretrain.config.schema import ParallelSection
 from pretrain.data.audit.documents import Decoder
 from pretrain.data.audit.trace import add_texts, trace
 from pretrain.data.batches.batch import NO_TARGET, MicroBatch
@@ -23,14 +24,14 @@ from pretrain.sharded.engine_protocol import Engine
 
 @torch.no_grad()
 def sequence_losses(
-    engine: Engine, micro_batches: Sequence[MicroBatch], tensor: int, ranks: Ranks
+    engine: Engine, micro_batches: Sequence[MicroBatch], parallel: ParallelSection, ranks: Ranks
 ) -> list[float | None]:
     """Return the mean cross-entropy of each sequence of the global batch, with the present weights and without dropout.
 
     Collective: one forward pass for each sequence, of all ranks at once.
 
     Args:
-        tensor: how many consecutive ranks share a batch.
+        parallel: which ranks share a batch.
 
     Returns:
         The losses in nats per token, None for a sequence in which no target counts.
@@ -43,7 +44,8 @@ def sequence_losses(
             one = _sequence(batch, row)
             loss = engine(one.inputs, one.targets, position_ids=one.positions)[CROSS_ENTROPY]
             rows.append(torch.stack((loss.double(), (one.targets != NO_TARGET).sum().double())))
-    whole = all_gather(torch.stack(rows))[::tensor]
+    everyones = all_gather(torch.stack(rows)).unflatten(0, (-1, parallel.sequence, parallel.tensor))
+    whole = everyones[:, :, 0].mean(1)  # over the slices of a sequence
     return [loss if counted else None for loss, counted in whole.flatten(0, 1).tolist()]
 
 

@@ -27,7 +27,7 @@ from pretrain.errors import UserError
 from pretrain.methods import REGISTRY, Method, decisions_that_clash
 from pretrain.methods.base import INITIAL_DISTRIBUTION
 from pretrain.paths import check_name, expanded, local
-from pretrain.values import Count, LocalPath, Location, Positive, Share, Values, at
+from pretrain.values import Count, LocalPath, Location, Positive, Share, Values, at, nearest_divisor
 
 FAMILIES = ("llama", "gpt2")
 
@@ -261,11 +261,11 @@ class ParallelSection(Values):
 
     Attributes:
         tensor: Consecutive ranks that hold one copy of every block matrix together and read the same batch.
-        sequence: Only 1 is supported so far.
+        sequence: Ranks, or groups of `tensor` ranks, that read the same batch and hold consecutive slices of its sequences.
     """
 
     tensor: Count = 1
-    sequence: int = Field(1, ge=1, le=1)
+    sequence: Count = 1
 
 
 class CheckpointSection(Values):
@@ -410,7 +410,7 @@ class Config(Values):
             `layers` on a GPU and `off` on a CPU.
         activation_checkpointing: The part of a block that the backward pass computes again instead of keeping it: `off`,
             `full` (all of it), or `selective` (all but the results of matrix products and attention).
-        parallel: Tensor parallelism.
+        parallel: Tensor and sequence parallelism.
         checkpoint: Checkpoints.
         eval: Validation.
         log: Logging.
@@ -464,6 +464,17 @@ class Config(Values):
             )
         if self.total_steps * self.tokens_per_step > 2**63 - 1:
             raise at("steps" if self.steps else "tokens", "more tokens in all than a 64-bit integer can count")
+        return self
+
+    @model_validator(mode="after")
+    def _equal_slices_of_sequences(self) -> Config:
+        length, slices = self.data.seq_len, self.parallel.sequence
+        if length % slices:
+            raise at(
+                "parallel.sequence",
+                f"{slices} does not divide data.seq_len {length}, and ranks hold equal slices of a sequence: the nearest "
+                f"that does is {nearest_divisor(length, slices)}",
+            )
         return self
 
     @model_validator(mode="after")

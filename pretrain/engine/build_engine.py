@@ -13,6 +13,8 @@ from pretrain.engine.build_model import build_model
 from pretrain.engine.compiled_blocks import compile_blocks, gather_whole_blocks, why_eager
 from pretrain.engine.loss_chunk import agreed_chunk
 from pretrain.engine.recomputation import checkpoint_options
+from pretrain.engine.sequence_parallel import sequence_ranks
+from pretrain.model.attention import share_sequences
 from pretrain.model.loss import loss_head
 from pretrain.optim.param_groups import build_optimizer
 from pretrain.sharded.engine_protocol import Engine
@@ -29,6 +31,9 @@ def build_engine(config: Config, model_config: PreTrainedConfig, ds_config: dict
     import deepspeed
 
     model = build_model(config, model_config, ds_config)
+    if (ranks := sequence_ranks(config)) is not None:
+        share_sequences(model, ranks, config.parallel.tensor)
+        vars(model)["sequence_ranks"] = ranks
     compiled = why_eager(config) is None
     recomputed = None if config.activation_checkpointing == "off" else config.activation_checkpointing
     if compiled and ds_config["zero_optimization"].get("stage", 0) == 3:

@@ -64,6 +64,7 @@ _NOT_HERE = {
     "scheduler": "the run file's 'optim.schedule' sets the learning rate",
     "torch_autocast": "mixed precision comes from the 'bf16' or the 'fp16' block",
     "tensor_parallel": "set parallel.tensor in the run file",
+    "sequence_parallel_size": "set parallel.sequence in the run file",
     "wandb": "set log.wandb in the run file",
     "activation_checkpointing": "set 'activation_checkpointing: full' in the run file",
 }
@@ -110,10 +111,10 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     if config.optim.name == "muon":
         zero = zero_for_muon(config, zero, precision, source)
     resolved = {**_ALWAYS, **given, **computed, "zero_optimization": zero, **precision}
-    if tensor_parallel := tensor_parallel_block(config):
+    if data_ranks(config, world_size) != world_size:
         # DeepSpeed checks this key against the number of all ranks, but the ranks of a group read the same batch.
         del resolved["train_batch_size"]
-    return {**resolved, **tensor_parallel}
+    return {**resolved, **tensor_parallel_block(config)}
 
 
 def read_deepspeed(config: Config) -> tuple[str, dict[str, Any]]:

@@ -1,8 +1,8 @@
 """One optimizer step through the DeepSpeed engine.
 
 Losses and gradients are means over the targets of the global batch that count. How these are spread over ranks and
-micro-batches changes nothing. The ranks of a tensor-parallel group have the same loss, so the mean over all ranks is the
-mean over the batch.
+micro-batches changes nothing. The ranks of a tensor-parallel group have the same loss, and the mean over those that share a
+sequence is its loss, so the mean over all ranks is the mean over the batch.
 
 From here to the update of the weights, in the order in which things happen:
 

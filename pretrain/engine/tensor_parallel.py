@@ -1,8 +1,13 @@
 """Tensor parallelism: which ranks share a batch, and which models can be cut.
 
-`parallel.tensor: N` lets N consecutive ranks share one copy of the model. DeepSpeed's AutoTP cuts the matrices of the
+`parallel.tensor: T` lets T consecutive ranks share one copy of the model. DeepSpeed's AutoTP cuts the matrices of the
 decoder blocks and leaves embeddings, norms and the output head whole on each rank. The ranks of such a group read the
-same batch. So everything about data counts groups (the data-parallel ranks) instead of ranks.
+same batch, and so do S consecutive groups under `parallel.sequence: S` (`sequence_parallel.py`). So everything about data
+counts what reads batches of its own (the data-parallel ranks) instead of ranks:
+
+    rank = (data rank x S + slice of the sequence) x T + share of the matrices
+
+ZeRO shares out each weight, or tensor-parallel share of one, among all ranks that have it: world size / T.
 """
 
 from __future__ import annotations
@@ -14,21 +19,38 @@ from transformers import PreTrainedConfig
 from pretrain.config.schema import Config
 from pretrain.errors import UserError
 from pretrain.model.layout import Weight
+from pretrain.values import nearest_divisor
 
 
 def data_ranks(config: Config, world_size: int) -> int:
-    """Return how many groups of ranks read different batches. Raises UserError if `parallel.tensor` does not divide the ranks."""
-    tensor = config.parallel.tensor
+    """Return how many groups of ranks read different batches. Raises UserError if their size does not divide the ranks."""
+    tensor, sequence = config.parallel.tensor, config.parallel.sequence
     if world_size % tensor:
         raise UserError(
             f"parallel.tensor {tensor} does not divide the {world_size} ranks that were started. "
             f"Start a multiple of {tensor} ranks, or set parallel.tensor to a divisor of {world_size}."
         )
-    return world_size // tensor
+    if world_size % (tensor * sequence):
+        raise UserError(
+            f"parallel.tensor {tensor} x parallel.sequence {sequence} = {tensor * sequence} does not divide the {world_size} "
+            f"ranks that were started. Start a multiple of {tensor * sequence} ranks, or set parallel.sequence to "
+            f"{nearest_divisor(world_size // tensor, sequence)}."
+        )
+    return world_size // (tensor * sequence)
 
 
 def data_rank(config: Config, rank: int) -> int:
-    """Return the number of the group that rank `rank` belongs to: DeepSpeed groups consecutive ranks."""
+    """Return the number of the group that rank `rank` belongs to: groups are of consecutive ranks."""
+    return rank // (config.parallel.tensor * config.parallel.sequence)
+
+
+def zero_ranks(config: Config, world_size: int) -> int:
+    """Return how many ranks ZeRO shares out each weight among. They also draw random numbers of their own."""
+    return world_size // config.parallel.tensor
+
+
+def zero_rank(config: Config, rank: int) -> int:
+    """Return the number of rank `rank` among these."""
     return rank // config.parallel.tensor
 
 

@@ -6,6 +6,8 @@ makes none for an attention function under a name that it does not know. Two are
     CAUSAL      transformers' own. Without a mask it tells torch's kernel that attention is causal.
     DOCUMENTS   torch's flex_attention within documents. It skips the blocks of tokens of which no pair is in one document.
 
+Ranks that share sequences have a third, which exchanges slices of sequences around one of these (`sequence.py`).
+
 The values are those of the stock implementation, which stays on CPUs for attention within documents. The names are set on
 models in training only. Configurations are saved without them, and exports are stock models.
 """
@@ -21,8 +23,10 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pretrain.errors import UserError
+from pretrain.model.sequence import Attention, SequenceRanks, over_slices, repeats_of_heads
 
 CAUSAL, DOCUMENTS = "evenkeel_causal", "evenkeel_documents"
+SLICED, SLICED_MASKED, SLICED_DOCUMENTS = "evenkeel_sliced", "evenkeel_sliced_masked", "evenkeel_sliced_documents"
 BLOCK = 128  # tokens, the least that flex_attention's kernels take
 
 _WITH_A_MASK = ("sdpa", "eager")  # implementations that keep documents apart by transformers' mask
@@ -54,6 +58,34 @@ def choose_attention(model: PreTrainedModel, documents: bool, flex: bool = False
         model.set_attn_implementation(DOCUMENTS)
 
 
+def share_sequences(model: PreTrainedModel, ranks: SequenceRanks, tensor: int) -> None:
+    """Let the attention of a model, after `choose_attention`, exchange the slices of sequences that ranks hold.
+
+    Args:
+        model: the model.
+        ranks: the ranks that share a sequence, which the model's forward must know as well.
+        tensor: how many ranks share the heads of one token.
+
+    Raises:
+        UserError: the model's implementation would make a mask for the slice alone.
+    """
+    chosen = model.config._attn_implementation
+    if chosen not in _SLICED:
+        raise UserError(
+            f"parallel.sequence {ranks.size} does not go with the attention implementation {chosen}, which makes its mask "
+            "for the tokens of one rank. Take sdpa."
+        )
+    name, attend = _SLICED[chosen]
+    heads = getattr(model.config, "num_key_value_heads", model.config.num_attention_heads) // tensor
+    repeats = repeats_of_heads(heads, ranks.size)
+    for module in model.modules():
+        groups = getattr(module, "num_key_value_groups", None)
+        if isinstance(groups, int):
+            vars(module)["num_key_value_groups"] = groups // repeats
+    AttentionInterface.register(name, over_slices(attend, ranks, repeats))
+    model.set_attn_implementation(name)
+
+
 def refuse_mask(model: PreTrainedModel) -> None:
     """Raise ValueError where a mask, of padding or of documents, would be ignored."""
     if model.config._attn_implementation == CAUSAL:
@@ -62,16 +94,27 @@ def refuse_mask(model: PreTrainedModel) -> None:
         )
 
 
-def mask_of_documents(model: PreTrainedModel, positions: torch.Tensor | None) -> BlockMask | None:
+def mask_of_documents(model: PreTrainedModel, positions: torch.Tensor | None) -> BlockMask | torch.Tensor | None:
     """Return the mask that a forward pass must be given, None where the model makes its own or needs none.
 
     Args:
         model: the model, after `choose_attention`.
-        positions: (sequences, seq_len) int64, which start at 0 again with each document.
+        positions: (sequences, seq_len) int64 of whole sequences, which start at 0 again with each document.
     """
-    if positions is None or model.config._attn_implementation != DOCUMENTS:
+    chosen = model.config._attn_implementation
+    if positions is None or chosen not in (DOCUMENTS, SLICED_DOCUMENTS, SLICED_MASKED):
         return None
-    return document_mask(positions)
+    return pairs_within_documents(positions) if chosen == SLICED_MASKED else document_mask(positions)
+
+
+def pairs_within_documents(positions: torch.Tensor) -> torch.Tensor:
+    """Return the mask of all pairs of tokens, (sequences, 1, seq_len, seq_len) bool, as transformers would make it.
+
+    Args:
+        positions: as for `document_mask`.
+    """
+    documents = (positions == 0).cumsum(1)
+    return (documents[:, None, :, None] == documents[:, None, None, :]).tril()
 
 
 def document_mask(positions: torch.Tensor) -> BlockMask:
@@ -135,3 +178,10 @@ def _compiled_flex_attention() -> Any:
 
 AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 AttentionInterface.register(DOCUMENTS, _within_documents)
+
+# What a model attends with -> the name of the same over slices of sequences, and the function around which they are exchanged.
+_SLICED: dict[str, tuple[str, Attention]] = {
+    CAUSAL: (SLICED, sdpa_attention_forward),
+    "sdpa": (SLICED_MASKED, sdpa_attention_forward),
+    DOCUMENTS: (SLICED_DOCUMENTS, _within_documents),
+}

@@ -9,6 +9,7 @@ is computed in the head's own forward because under ZeRO-3 a module has its full
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast, overload
@@ -21,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from pretrain.errors import UserError
 from pretrain.model.attention import mask_of_documents, refuse_mask
 from pretrain.model.reparameterization import Effective, ReparameterizedLinear
+from pretrain.model.sequence import SequenceRanks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -155,7 +157,7 @@ class _ChunkedLoss(torch.autograd.Function):
         with_gradients = any(ctx.needs_input_grad[:2])
         parts = torch.zeros(1 + len(terms), dtype=torch.float32, device=hidden.device)
         gradients = (torch.zeros_like(hidden), _float32_zeros_like(weight)) if with_gradients else None
-        divisor = (targets != -100).sum().clamp_min(1) if divisor is None else divisor
+        divisor = count_targets(targets) if divisor is None else divisor
         for first in range(0, len(hidden), chunk_tokens):
             rows = slice(first, first + chunk_tokens)
             product = F.linear(hidden[rows], weight).requires_grad_(with_gradients)
@@ -230,6 +232,11 @@ def sums_of_tokens(
     return torch.stack([cross_entropy, *((term.of_logits(logits) * counts).sum() for term in terms)])
 
 
+def count_targets(targets: torch.Tensor) -> torch.Tensor:
+    """Return how many targets count, at least 1: an int64 scalar."""
+    return (targets != -100).sum().clamp_min(1)
+
+
 def capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
     """Return `cap tanh(logits / cap)`, the logits themselves where there is no cap."""
     return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -240,11 +247,14 @@ def with_loss_head(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """Return a subclass of a Hugging Face causal LM with a `LossHead`.
 
     Its forward takes `targets` and a `divisor` besides the stock arguments, and with targets returns what `LossHead` does.
+    All arguments are of whole sequences. Where ranks share them, each computes the loss of its slice: the mean of the
+    results over these ranks is the loss of the sequences. Logits are computed by each of these ranks for whole sequences.
     """
 
     class Trained(model_class):  # type: ignore[misc, valid-type]  # a base class that is only known at run time
         # The stock class would have tensor parallelism replace the head, and with it the loss. It stays whole.
         _tp_plan = None
+        sequence_ranks: SequenceRanks | None = None
 
         def __init__(self, config: PreTrainedConfig) -> None:
             super().__init__(config)
@@ -263,8 +273,15 @@ def with_loss_head(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
                 kwargs["attention_mask"] = mask
             if kwargs.get("attention_mask") is not None or kwargs.get("position_ids") is not None:
                 refuse_mask(self)
+            ranks = self.sequence_ranks
             if targets is None:
-                return super().forward(input_ids, **kwargs)
+                with nullcontext() if ranks is None else ranks.on_whole_sequences():
+                    return super().forward(input_ids, **kwargs)
+            if ranks is not None:
+                divisor = (count_targets(targets) if divisor is None else divisor) / ranks.size
+                input_ids, targets, kwargs["position_ids"] = ranks.slice_of(
+                    input_ids, targets, kwargs.get("position_ids")
+                )
             hidden = self.base_model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
             return self.lm_head(hidden, targets, divisor)
 

@@ -28,7 +28,8 @@ from pretrain.engine.build_model import bind_methods, hf_config, outline
 from pretrain.engine.deepspeed_config import deepspeed_config, read_deepspeed
 from pretrain.engine.initialize import initial_rule
 from pretrain.engine.precision import precision_of
-from pretrain.engine.tensor_parallel import check_model, data_rank, data_ranks, elements_per_rank
+from pretrain.engine.sequence_parallel import check_heads
+from pretrain.engine.tensor_parallel import check_model, data_rank, data_ranks, elements_per_rank, zero_ranks
 from pretrain.errors import UserError
 from pretrain.files import free_bytes, require_utf8
 from pretrain.methods import Method
@@ -79,8 +80,13 @@ class Plan:
 
     @property
     def data_ranks(self) -> int:
-        """The number of groups of ranks that read batches of their own. Without tensor parallelism each rank is one."""
+        """The number of groups of ranks that read batches of their own. A group holds one rank unless `parallel` says more."""
         return data_ranks(self.config, self.world_size)
+
+    @property
+    def zero_ranks(self) -> int:
+        """The number of ranks that ZeRO shares out each weight among."""
+        return zero_ranks(self.config, self.world_size)
 
     @property
     def elements_per_rank(self) -> int:
@@ -135,6 +141,7 @@ def make_plan(config: Config, world_size: int, rank: int | None = None) -> Plan:
     tokenizer = load_tokenizer(config.tokenizer)
     model_config = hf_config(config, tokenizer)
     check_model(config, model_config)
+    check_heads(config, model_config)
     config = bind_methods(config, model_config)
     weights = outline(config, model_config)
     for method in config.methods:
@@ -202,7 +209,7 @@ def _check_initial_values(config: Config, weights: list[Weight], default_std: fl
 def training_batches(plan: Plan, rank: int, samples: int) -> Loader:
     """Return the batches of rank `rank` after the run's first `samples` samples.
 
-    The ranks of a tensor-parallel group have the same batches.
+    The ranks of a tensor-parallel group have the same batches, and so have those that share sequences.
     """
     data = plan.config.data
     return Loader(

@@ -24,7 +24,8 @@ _RECOMPUTED = {
 def describe_plan(plan: Plan) -> str:
     """Describe the plan in lines for the person who queues the run."""
     config, data = plan.config, plan.config.data
-    tokens, tensor = config.total_steps * config.tokens_per_step, config.parallel.tensor
+    tokens = config.total_steps * config.tokens_per_step
+    tensor, sequence = config.parallel.tensor, config.parallel.sequence
     lines = {
         "model": f"{config.model.family}, {short(plan.parameters)} parameters, vocabulary "
         f"{plan.model_config.vocab_size:,}",
@@ -36,7 +37,8 @@ def describe_plan(plan: Plan) -> str:
         "batch": f"{data.global_batch_size} sequences of {data.seq_len} = {plan.data_ranks} data-parallel ranks x "
         f"{accumulation_steps(config, plan.world_size)} micro-batches of {data.micro_batch_size}",
         "sharding": f"ZeRO-{plan.zero_stage}, {plan.precision}"
-        + (f", {tensor} tensor-parallel ranks" if tensor > 1 else ""),
+        + (f", {tensor} tensor-parallel ranks" if tensor > 1 else "")
+        + (f", {sequence} ranks share a sequence" if sequence > 1 else ""),
         "blocks": _describe_blocks(config),
         "memory": f"{state_bytes(plan) / 1e9:.2f} GB per rank for "
         + ("weights, the rest on the CPU " if plan.optimizer_on_cpu else "weights, gradients and optimizer ")
@@ -63,7 +65,7 @@ def state_bytes(plan: Plan) -> float:
     """
     working, optimizer = (4, 8) if plan.precision == "fp32" else (2, 12)
     gradient = 4 if plan.ds_config["data_types"]["grad_accum_dtype"] == "fp32" else 2
-    stage, ranks = plan.zero_stage, plan.data_ranks
+    stage, ranks = plan.zero_stage, plan.zero_ranks
     if plan.optimizer_on_cpu:
         gradient, optimizer = 0, 0
     per_parameter = (

@@ -25,7 +25,7 @@ from pretrain.engine.build_engine import build_engine
 from pretrain.engine.initialize import initialize_weights
 from pretrain.engine.step import StepResult, train_step
 from pretrain.engine.step_gate import StepGate
-from pretrain.engine.tensor_parallel import data_rank
+from pretrain.engine.tensor_parallel import zero_rank
 from pretrain.engine.validation import validation_loss
 from pretrain.errors import Diverged
 from pretrain.files import write_text
@@ -82,8 +82,8 @@ class Trainer:
         config = plan.config
         self.plan, self.folder, self.ranks, self.requests = plan, folder, ranks, requests
         enter("building the model")
-        # Dropout: each data-parallel rank draws for itself, the ranks of a tensor-parallel group draw the same.
-        torch.manual_seed(config.seed * plan.data_ranks + data_rank(config, ranks.rank))
+        # Dropout: the ranks of a tensor-parallel group draw the same, each of the others draws for itself.
+        torch.manual_seed(config.seed * plan.zero_ranks + zero_rank(config, ranks.rank))
         self.engine = build_engine(config, plan.model_config, plan.ds_config)
         zclip = ZClip(config.optim.zclip) if config.optim.zclip else None
         self.gate = StepGate(self.engine, SpikeGuard(config.resilience.guard), zclip)

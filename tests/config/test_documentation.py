@@ -28,7 +28,7 @@ CHOSEN = {
     "deepspeed",
 }
 # Keys that the page explains in the text below.
-ELSEWHERE = {"tokens", "data.shuffle.window_shards", "optim.muon", "parallel.sequence"}
+ELSEWHERE = {"tokens", "data.shuffle.window_shards", "optim.muon"}
 
 
 @pytest.fixture(scope="module")

@@ -39,8 +39,14 @@ CASES = {
         "zero3_fp16": {"deepspeed": zero(3, **FP16), "micro_batch_size": 2},
         "zero0_fp16": {"deepspeed": zero(0, **FP16, data_types={"grad_accum_dtype": "fp16"}), "micro_batch_size": 2},
         "means_of_means": {"deepspeed": zero(2), "micro_batch_size": 2, "masked": False},
+        "slices_zero0": {"deepspeed": zero(0), "micro_batch_size": 2, "sequence": 2},
+        "slices_zero2_fp16": {"deepspeed": zero(2, **FP16), "micro_batch_size": 8, "sequence": 2},
+        "slices_zero3": {"deepspeed": zero(3), "micro_batch_size": 4, "sequence": 2},
     },
     "2 tensor-parallel ranks": {"cut_in_two": {"deepspeed": zero(1), "micro_batch_size": 4, "tensor": 2}},
+    "4 tensor-parallel ranks": {
+        "cut_in_two_slices": {"deepspeed": zero(3), "micro_batch_size": 4, "tensor": 2, "sequence": 2}
+    },
 }
 RIGHT = [(ranks, name) for ranks, cases in CASES.items() for name in cases if name != "means_of_means"]
 

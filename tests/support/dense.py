@@ -64,7 +64,13 @@ class RunSettings:
 
 
 class DenseLlama:
-    """Weights by their Hugging Face names, and one method for each piece of the model and of a training step."""
+    """Weights by their Hugging Face names, and one method for each piece of the model and of a training step.
+
+    Attributes:
+        gradient_norm: the global norm of the last step's gradient, before it was clipped.
+    """
+
+    gradient_norm: float
 
     def __init__(self, settings: RunSettings, initial: dict[str, torch.Tensor], options: dict[str, Any]) -> None:
         """Take every trained weight, float32, and the method's options, as in OPTIONS."""
@@ -177,7 +183,8 @@ class DenseLlama:
         trained = self.trained()
         gradients = torch.autograd.grad(torch.stack([*losses.values()]).sum(), list(trained.values()))
         norm = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum().sqrt()
-        clip = min(1.0, self.settings.clip / (float(norm) + 1e-6))
+        self.gradient_norm = float(norm)
+        clip = min(1.0, self.settings.clip / (self.gradient_norm + 1e-6))
         with torch.no_grad():
             for (name, weight), gradient in zip(trained.items(), gradients, strict=True):
                 self.update(name, weight, gradient * clip)

@@ -50,7 +50,7 @@ def tiny_config(
     """Return the configuration of a run without files.
 
     Args:
-        case: {deepspeed, tensor}, in which the cases of a file differ.
+        case: {deepspeed, tensor, sequence}, in which the cases of a file differ.
         documents: whether attention ends with each document.
     """
     data = {"seq_len": LENGTH, "global_batch_size": sequences, "micro_batch_size": micro_batch_size}
@@ -62,7 +62,7 @@ def tiny_config(
             "tokenizer": "none",
             "data": {"train": "none", **data},
             "steps": steps,
-            "parallel": {"tensor": case.get("tensor", 1)},
+            "parallel": {"tensor": case.get("tensor", 1), "sequence": case.get("sequence", 1)},
             "deepspeed": case["deepspeed"],
             **parts,
         }

@@ -113,7 +113,7 @@ def examine(case: dict, ranks: Ranks) -> dict:
         weights.rescale_(
             {"model.layers.0.mlp.up_proj.weight": (1.01, 0.0)}
         )  # as a method may; no step of the optimizer
-    sequences = sequence_losses(engine, micro_batches, config.parallel.tensor, ranks)
+    sequences = sequence_losses(engine, micro_batches, config.parallel, ranks)
     steps = [vars(step) | {"norms": {n: vars(of) for n, of in step.norms.items()}} for step in recorder.figures()]
     end = masters(engine)
     found = {"steps": steps, "expected": expected[-len(steps) :], "sequences": sequences}

@@ -27,7 +27,7 @@ OPTIM = {"lr": LR, "eps": 1.0, "weight_decay": 0.0, "grad_clip": None, "schedule
 
 
 def run_config(case: dict) -> Config:
-    """Return the run of a case: {deepspeed, micro_batch_size, tensor}."""
+    """Return the run of a case: {deepspeed, micro_batch_size, tensor, sequence}."""
     return tiny_config(
         case,
         model={**SIZES, "num_key_value_heads": 2},
