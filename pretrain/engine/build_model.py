@@ -24,8 +24,9 @@ from pretrain.engine.initialize import rule_of_rows
 from pretrain.errors import UserError
 from pretrain.methods import RunContext
 from pretrain.model.attention import choose_attention
+from pretrain.model.class_logits import require_known_logits
 from pretrain.model.layout import Weight, describe, describe_model
-from pretrain.model.loss import loss_head, require_plain_logits, with_loss_head
+from pretrain.model.loss import loss_head, with_loss_head
 from pretrain.optim.param_groups import peak_lr, weight_decay
 from pretrain.optim.schedule import learning_rate
 
@@ -130,7 +131,7 @@ def _matrices(model_config: PreTrainedConfig) -> dict[str, Weight]:
     """Return the matrices of the model before any method transforms it, by module; the head also where it is tied."""
     with torch.device("meta"), no_init_weights():
         model = model_class(model_config)(model_config)
-    require_plain_logits(model)
+    require_known_logits(model, loss_head(model).after_head)
     matrices = {weight.name.removesuffix(".weight"): weight for weight in describe_model(model) if weight.fan_in}
     return matrices | {"lm_head": describe("lm_head.weight", model.lm_head.weight.shape)}
 

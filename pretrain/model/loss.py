@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any, cast, overload
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.modeling_outputs import BaseModelOutput
 
-from pretrain.errors import UserError
 from pretrain.model.attention import mask_of_documents, refuse_mask
+from pretrain.model.class_logits import AfterHead, after_head_of
 from pretrain.model.reparameterization import Effective, ReparameterizedLinear
 from pretrain.model.sequence import SequenceRanks
 
@@ -64,6 +63,8 @@ class LossHead(ReparameterizedLinear):
     Attributes:
         terms: the terms that are added to the cross-entropy, by name.
         cap: c of `c tanh(logits / c)`. None leaves logits as they are.
+        after_head: what the class of the model does to the logits after its head. The loss does it too. Logits come out
+            without it, because the class does it to them. None where it does nothing.
         sums: computes the parts of the loss of a few tokens: `sums_of_tokens`, which may be compiled.
         gradient_scale: fp16's loss scale. The gradients that forward computes are computed with it. Without it they would
             underflow before backward multiplies them by it.
@@ -71,6 +72,7 @@ class LossHead(ReparameterizedLinear):
     """
 
     cap: float | None = None
+    after_head: AfterHead | None = None
     gradient_scale: float = 1.0
     chunk_logits: int = CHUNK_LOGITS
 
@@ -81,7 +83,7 @@ class LossHead(ReparameterizedLinear):
 
     def remade(self, effective: Effective) -> LossHead:
         new = LossHead(self.in_features, self.out_features, effective)
-        new.cap = self.cap
+        new.cap, new.after_head = self.cap, self.after_head
         return new
 
     @overload
@@ -122,6 +124,7 @@ class LossHead(ReparameterizedLinear):
             targets.flatten(),
             self.sums,
             self.cap,
+            self.after_head,
             tuple(of_tokens.values()),
             tuple(of_weight.values()),
             self.gradient_scale,
@@ -148,6 +151,7 @@ class _ChunkedLoss(torch.autograd.Function):
         targets: torch.Tensor,
         sums: Callable[..., torch.Tensor],
         cap: float | None,
+        after_head: AfterHead | None,
         terms: Sequence[TokenTerm],
         head_terms: Sequence[HeadTerm],
         gradient_scale: float,
@@ -162,7 +166,7 @@ class _ChunkedLoss(torch.autograd.Function):
             rows = slice(first, first + chunk_tokens)
             product = F.linear(hidden[rows], weight).requires_grad_(with_gradients)
             with torch.set_grad_enabled(with_gradients):
-                chunk = sums(product, targets[rows], cap, terms) / divisor
+                chunk = sums(product, targets[rows], cap, terms, after_head) / divisor
                 scaled_loss = chunk.sum() * gradient_scale
             parts += chunk.detach()
             if gradients is not None:
@@ -189,7 +193,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, scales: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         of_hidden, of_weight = ctx.saved_tensors
         scale = scales[0] / ctx.gradient_scale
-        return of_hidden * scale, of_weight * scale, *[None] * 8
+        return of_hidden * scale, of_weight * scale, *[None] * 9
 
 
 def _float32_zeros_like(tensor: torch.Tensor) -> torch.Tensor:
@@ -216,7 +220,11 @@ def _adds_unrounded(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def sums_of_tokens(
-    product: torch.Tensor, targets: torch.Tensor, cap: float | None, terms: Sequence[TokenTerm]
+    product: torch.Tensor,
+    targets: torch.Tensor,
+    cap: float | None,
+    terms: Sequence[TokenTerm],
+    after_head: AfterHead | None = None,
 ) -> torch.Tensor:
     """Return the sums of the cross-entropy and of the terms over the tokens that count: (1 + terms,) float32.
 
@@ -225,8 +233,11 @@ def sums_of_tokens(
         targets: (tokens,) token ids, -100 where no token counts.
         cap: as in `LossHead`.
         terms: the terms of tokens.
+        after_head: as in `LossHead`.
     """
     logits = capped(product.float(), cap)
+    if after_head is not None:
+        logits = after_head(logits)
     counts = targets != -100
     cross_entropy = F.cross_entropy(logits, targets, reduction="sum")
     return torch.stack([cross_entropy, *((term.of_logits(logits) * counts).sum() for term in terms)])
@@ -259,6 +270,7 @@ def with_loss_head(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
         def __init__(self, config: PreTrainedConfig) -> None:
             super().__init__(config)
             self.lm_head = LossHead(config.hidden_size, config.vocab_size)
+            self.lm_head.after_head = after_head_of(config)
             self.tie_weights()
 
         def forward(
@@ -294,37 +306,3 @@ def loss_head(model: nn.Module) -> LossHead:
     head = model.get_submodule("lm_head")
     assert isinstance(head, LossHead)
     return head
-
-
-def require_plain_logits(model: PreTrainedModel) -> None:
-    """Refuse a class that changes the logits after its head, by a factor or a cap: its loss would be another one here.
-
-    A neutral factor of 1 is refused as well. The forward of the class runs with empty tensors in place of the decoder.
-
-    Args:
-        model: a model of a class that `with_loss_head` made, on the meta device.
-
-    Raises:
-        UserError: for such a class.
-    """
-    head, decoder, outputs = loss_head(model), cast("PreTrainedModel", model.base_model), []
-    watch = head.register_forward_hook(lambda module, args, output: outputs.append(output))
-    decoded = _Decoded(last_hidden_state=torch.empty(1, 1, head.in_features, device="meta"))
-    decoder.forward = lambda *args, **kwargs: decoded
-    try:
-        logits = model(torch.zeros(1, 1, dtype=torch.long, device="meta"), use_cache=False).logits
-    finally:
-        del decoder.forward
-        watch.remove()
-    if logits is not outputs[-1]:
-        raise UserError(
-            f"{type(model).__name__} changes the logits after its head, and the loss here would not. Teach LossHead in "
-            "pretrain/model/loss.py the change before this family is trained."
-        )
-
-
-class _Decoded(BaseModelOutput):
-    """A decoder's output that has every further field that a class may read, as None."""
-
-    def __getattr__(self, name: str) -> None:
-        return None

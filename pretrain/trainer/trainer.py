@@ -29,6 +29,7 @@ from pretrain.engine.tensor_parallel import zero_rank
 from pretrain.engine.validation import validation_loss
 from pretrain.errors import Diverged
 from pretrain.files import write_text
+from pretrain.model.class_logits import require_own_loss
 from pretrain.model.config_json import save_config
 from pretrain.monitor.activations import record_activations
 from pretrain.monitor.logs import log
@@ -97,6 +98,8 @@ class Trainer:
         self.gate.load_state(state.guard or {})
         for method in config.methods:
             method.prepare(self.weights)
+        self.probe = on_every_rank(lambda: fixed_probe(plan)).to(ranks.device)
+        on_every_rank(lambda: require_own_loss(self.engine.module, self.probe))
         folder.begin(config, state.step)
         self.step = state.step
         self.saved: int | None = state.step
@@ -107,7 +110,6 @@ class Trainer:
         mode = mode_of(config.log.wandb) if ranks.is_first else "disabled"
         self.tracker = Tracker(folder.path, mode, self.record.tracking_changed)
         self.loader = training_batches(plan, ranks.rank, state.samples)
-        self.probe = on_every_rank(lambda: fixed_probe(plan)).to(ranks.device)
         self.throughput = Throughput(
             config.tokens_per_step, plan.flops_per_token, ranks.world_size, state.step, peak_flops(plan.precision)
         )

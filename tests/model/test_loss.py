@@ -3,21 +3,9 @@
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import (
-    CohereConfig,
-    Gemma2Config,
-    GPT2Config,
-    GraniteConfig,
-    LlamaConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen3Config,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from pretrain.errors import UserError
 from pretrain.model import loss as loss_module
-from pretrain.model.loss import HeadTerm, LossHead, TokenTerm, loss_head, require_plain_logits, with_loss_head
+from pretrain.model.loss import HeadTerm, LossHead, TokenTerm
 
 
 @pytest.fixture(params=[1, 7, 1 << 25], ids=["one token a chunk", "ragged chunks", "one chunk"])
@@ -148,37 +136,6 @@ def test_capped_logits_come_out_where_no_targets_go_in():
     plain = head(hidden)
     head.cap = 1.5
     torch.testing.assert_close(head(hidden), 1.5 * torch.tanh(plain / 1.5))
-
-
-def on_meta(hf_config: PreTrainedConfig) -> PreTrainedModel:
-    with torch.device("meta"):
-        return with_loss_head(MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)])(hf_config)
-
-
-SHAPE = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
-
-
-@pytest.mark.parametrize(
-    "hf_config",
-    [GraniteConfig(**SHAPE, logits_scaling=8.0), CohereConfig(**SHAPE), Gemma2Config(**SHAPE)],
-    ids=lambda hf_config: hf_config.model_type,
-)
-def test_a_class_that_changes_its_logits_after_the_head_is_refused(hf_config):
-    """A factor (Granite, Cohere) or a cap (Gemma 2) would be missing in the loss."""
-    with pytest.raises(UserError, match="changes the logits after its head"):
-        require_plain_logits(on_meta(hf_config))
-
-
-@pytest.mark.parametrize(
-    "hf_config",
-    [LlamaConfig(**SHAPE), Qwen3Config(**SHAPE), GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=9)],
-    ids=lambda hf_config: hf_config.model_type,
-)
-def test_a_class_whose_head_gives_the_logits_is_left_as_it_was(hf_config):
-    model = on_meta(hf_config)
-    require_plain_logits(model)
-    assert "forward" not in vars(model.base_model)
-    assert not loss_head(model)._forward_hooks
 
 
 def test_a_device_that_cannot_add_a_product_unrounded_adds_the_rounded_one():
