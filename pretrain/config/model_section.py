@@ -13,10 +13,11 @@ from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, create_model, field_validator, model_serializer, model_validator
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RotaryEmbeddingConfigMixin
 
+from pretrain.model.families import FAMILIES
 from pretrain.values import Positive, Share, Values, at
 
 ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
@@ -269,7 +270,7 @@ def _plain(value: Any) -> Any:
 @cache
 def hf_class(family: str) -> type[PreTrainedConfig]:
     """Return the class of the family's Hugging Face configuration."""
-    return type(AutoConfig.for_model(family))
+    return FAMILIES[family].config_class
 
 
 def family_section(family: str) -> type[ModelSection]:

@@ -26,11 +26,9 @@ from pretrain.credentials import credential_in
 from pretrain.errors import UserError
 from pretrain.methods import REGISTRY, Method, decisions_that_clash
 from pretrain.methods.base import INITIAL_DISTRIBUTION
+from pretrain.model.families import FAMILIES, NEEDS, families_with, missing
 from pretrain.paths import check_name, expanded, local
 from pretrain.values import Count, LocalPath, Location, Positive, Share, Values, at, nearest_divisor
-
-FAMILIES = ("llama", "gpt2")
-
 
 Rate = Annotated[float, Field(gt=0, le=100)]
 
@@ -487,9 +485,11 @@ class Config(Values):
     @model_validator(mode="after")
     def _methods_that_go_together(self) -> Config:
         for method in self.methods:
-            if self.model.family not in method.families:
+            if lacks := missing(self.model.family, method.needs):
                 raise ValueError(
-                    f"method {method.name} cannot act on a {self.model.family}, only on: {', '.join(method.families)}"
+                    f"method {method.name} cannot act on a {self.model.family}: it needs "
+                    f"{' and '.join(NEEDS[need] for need in lacks)}. Families that have what it needs: "
+                    f"{', '.join(families_with(method.needs))}"
                 )
             if self.parallel.tensor > 1 and not method.tensor_parallel:
                 raise ValueError(

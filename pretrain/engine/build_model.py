@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -25,6 +25,7 @@ from pretrain.errors import UserError
 from pretrain.methods import RunContext
 from pretrain.model.attention import choose_attention
 from pretrain.model.class_logits import require_known_logits
+from pretrain.model.families import FAMILIES
 from pretrain.model.layout import Weight, describe, describe_model
 from pretrain.model.loss import loss_head, with_loss_head
 from pretrain.optim.param_groups import peak_lr, weight_decay
@@ -38,8 +39,10 @@ def hf_config(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedC
         UserError: fields contradict each other, or the vocabulary does not fit.
     """
     given = config.model.hf_fields
-    aliases = type(AutoConfig.for_model(config.model.family)).attribute_map
+    family = FAMILIES[config.model.family]
+    aliases = family.config_class.attribute_map
     defaults = {
+        **family.defaults,
         "vocab_size": len(tokenizer),
         "max_position_embeddings": config.data.seq_len,
         "bos_token_id": tokenizer.bos_token_id,
@@ -48,7 +51,7 @@ def hf_config(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedC
     fields = {key: value for key, value in defaults.items() if aliases.get(key) not in given} | given
     _check_ids(given, fields["vocab_size"])
     try:
-        result = AutoConfig.for_model(config.model.family, **fields)
+        result = family.config_class(**fields)
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         reason = " ".join(str(error).split()).removesuffix(".")
         raise UserError(f"the 'model' section is not a valid {config.model.family}: {reason}.") from error

@@ -26,6 +26,7 @@ from transformers import PreTrainedConfig
 from pretrain.errors import UserError
 from pretrain.methods.base import RESIDUAL_STREAM, Method
 from pretrain.model.evenkeel_llama import UNLIKE_SOFTCAP, evenkeel_llama
+from pretrain.model.families import Need
 from pretrain.model.layout import Weight
 from pretrain.sharded.draws import Constant, Draw
 
@@ -45,7 +46,7 @@ class AttentionResiduals(Method):
             "attention_residuals compares the outputs by would see",
         }
     )
-    families: ClassVar[tuple[str, ...]] = ("llama",)
+    needs: ClassVar[frozenset[Need]] = frozenset({"llama_block"})
     eager_blocks: ClassVar[str | None] = (
         "its blocks hand on several tensors, which DeepSpeed cannot take for a whole block"
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import torch
 from pydantic import PrivateAttr
 
+from pretrain.model.families import Need
 from pretrain.model.layout import Weight
 from pretrain.values import Values
 
@@ -39,7 +40,7 @@ class RunContext:
     """The values of the run that a method may depend on besides its own options.
 
     Attributes:
-        family: `llama` or `gpt2`.
+        family: the name of the model's family.
         model_config: the model's Hugging Face configuration, as the methods' `configure` made it.
         hidden_size: d.
         layers: the number of decoder blocks, N.
@@ -93,7 +94,7 @@ class Method(Values):
 
     - `conflicts`: names of methods that it cannot be combined with, besides those that decide the same (see `decides`),
       each with a sentence that says why.
-    - `families`: the model families that it can act on.
+    - `needs`: what a model family must have for it (`pretrain.model.families.NEEDS`). Families without that are refused.
     - `tensor_parallel`: whether it may be used where AutoTP cuts the matrices.
     - `eager_blocks`: why torch.compile cannot take the blocks of a model with this method, None where it can. They then
       run eagerly, and the plan that is printed at start says so.
@@ -104,7 +105,7 @@ class Method(Values):
     """
 
     conflicts: ClassVar[Mapping[str, str]] = {}
-    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
+    needs: ClassVar[frozenset[Need]] = frozenset()
     tensor_parallel: ClassVar[bool] = True
     eager_blocks: ClassVar[str | None] = None
     fold_order: ClassVar[int] = 1

@@ -19,6 +19,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from pretrain.methods.base import INITIAL_DEVIATIONS, Method
+from pretrain.model.families import Need
 from pretrain.model.layout import Weight
 
 
@@ -30,6 +31,7 @@ class DepthScaledInit(Method):
     """
 
     decides: ClassVar[frozenset[str]] = frozenset({INITIAL_DEVIATIONS})
+    needs: ClassVar[frozenset[Need]] = frozenset({"direct_branches"})
 
     name: Literal["depth_scaled_init"] = "depth_scaled_init"
     std: float = Field(0.02, gt=0)

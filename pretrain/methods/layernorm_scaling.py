@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig
 
 from pretrain.methods.base import Method
 from pretrain.model.export_edits import LazyTensors, change
+from pretrain.model.families import FAMILIES, Need
 from pretrain.model.layout import Weight, role_and_layer
 from pretrain.model.modeling_evenkeel import SeeDNorm
 from pretrain.model.norms import BLOCK_NORMS, ScaledLayerNorm, ScaledSeeDNorm, change_norm, scaled
@@ -43,6 +44,7 @@ class LayerNormScaling(Method):
             for name in ("residual_init", "small_init", "he_init", "depth_scaled_init", "residual_scaling", "wesar")
         }
     )
+    needs: ClassVar[frozenset[Need]] = frozenset({"pre_norm"})
 
     name: Literal["layernorm_scaling"] = "layernorm_scaling"
 
@@ -65,7 +67,7 @@ class LayerNormScaling(Method):
         return hf_config
 
     def fold_note(self) -> str | None:
-        divided = "gains and biases" if self.run.family == "gpt2" else "gains"
+        divided = "gains" if "rms_norm" in FAMILIES[self.run.family].has else "gains and biases"
         return f"the {divided} of block l's norms are divided by √l"
 
     def training_rule(self, weight: Weight) -> str | None:

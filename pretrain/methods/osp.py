@@ -28,6 +28,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from pretrain.errors import UserError
 from pretrain.methods.base import EMBEDDING, NORMALIZATION, Method
 from pretrain.model.export_edits import LazyTensors, change
+from pretrain.model.families import Need
 from pretrain.model.layout import Weight
 from pretrain.model.norms import change_norm, is_stream_norm, stream_norms
 from pretrain.sharded.draws import Draw, Orthogonal
@@ -45,7 +46,7 @@ class OSP(Method):
         embedding_projection: EmbProj. The model's embeddings must not be tied.
     """
 
-    families: ClassVar[tuple[str, ...]] = ("llama",)
+    needs: ClassVar[frozenset[Need]] = frozenset({"pre_norm", "rms_norm"})
     tensor_parallel: ClassVar[bool] = False
 
     name: Literal["osp"] = "osp"

@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig
 
 from pretrain.methods.base import NORMALIZATION, Method
 from pretrain.model.export_edits import LazyTensors, change
+from pretrain.model.families import Need
 from pretrain.model.layout import Weight
 from pretrain.model.norms import change_norm, is_stream_norm, stream_norms
 
@@ -33,7 +34,7 @@ class PreLN(Method):
     """LayerNorm. Folds into the stock RMSNorm class by centring what is added to the residual stream."""
 
     decides: ClassVar[frozenset[str]] = frozenset({NORMALIZATION})
-    families: ClassVar[tuple[str, ...]] = ("llama",)
+    needs: ClassVar[frozenset[Need]] = frozenset({"pre_norm", "rms_norm", "direct_branches"})
     fold_order: ClassVar[int] = 2  # once the embedding is what enters the stream
 
     name: Literal["pre_ln"] = "pre_ln"

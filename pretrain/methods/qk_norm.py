@@ -19,6 +19,7 @@ from pretrain.errors import UserError
 from pretrain.methods.base import Method
 from pretrain.model.evenkeel_llama import EvenkeelLlamaConfig, evenkeel_llama
 from pretrain.model.export_edits import as_config
+from pretrain.model.families import Need
 from pretrain.model.layout import Weight
 
 
@@ -28,7 +29,7 @@ class QKNorm(Method):
     With a method that needs Evenkeel's own class, it is that class with Qwen3's attention.
     """
 
-    families: ClassVar[tuple[str, ...]] = ("llama",)
+    needs: ClassVar[frozenset[Need]] = frozenset({"llama_block"})
     tensor_parallel: ClassVar[bool] = False
 
     name: Literal["qk_norm"] = "qk_norm"

@@ -18,6 +18,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from pretrain.methods.base import INITIAL_DEVIATIONS, Method
+from pretrain.model.families import Need
 from pretrain.model.layout import Weight
 
 
@@ -29,6 +30,7 @@ class ResidualInit(Method):
     """
 
     decides: ClassVar[frozenset[str]] = frozenset({INITIAL_DEVIATIONS})
+    needs: ClassVar[frozenset[Need]] = frozenset({"direct_branches"})
 
     name: Literal["residual_init"] = "residual_init"
     std: float = Field(0.02, gt=0)

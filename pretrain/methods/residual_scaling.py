@@ -25,6 +25,7 @@ from transformers import PreTrainedConfig
 from pretrain.methods.backbone import Backbone, backbone_rule, backbone_std
 from pretrain.methods.base import FORM_OF_MATRICES, INITIAL_DEVIATIONS, Method
 from pretrain.model.export_edits import LazyTensors, change
+from pretrain.model.families import Need
 from pretrain.model.layout import Weight
 from pretrain.model.reparameterization import Multiple, applied, applied_to_bias, reparameterize
 
@@ -50,6 +51,7 @@ class ResidualScaling(Method):
             "sum, so there is no sum that grows with depth for residual_scaling to hold down"
         }
     )
+    needs: ClassVar[frozenset[Need]] = frozenset({"direct_branches"})
     tensor_parallel: ClassVar[bool] = False
     fold_order: ClassVar[int] = 0
 

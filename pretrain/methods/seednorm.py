@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 
 from pretrain.methods.base import NORMALIZATION, Method
 from pretrain.model.evenkeel_llama import UNLIKE_SOFTCAP, evenkeel_llama
+from pretrain.model.families import Need
 from pretrain.model.layout import Weight
 from pretrain.model.norms import is_stream_norm
 from pretrain.sharded.draws import Constant, Draw
@@ -33,7 +34,7 @@ class SeeDNormMethod(Method):
 
     decides: ClassVar[frozenset[str]] = frozenset({NORMALIZATION})
     conflicts: ClassVar[Mapping[str, str]] = MappingProxyType(UNLIKE_SOFTCAP)
-    families: ClassVar[tuple[str, ...]] = ("llama",)
+    needs: ClassVar[frozenset[Need]] = frozenset({"llama_block"})
 
     name: Literal["seednorm"] = "seednorm"
     alpha_init: float = Field(1.0, gt=0)

@@ -30,6 +30,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, VaultGemmaConfig
 from pretrain.errors import UserError
 from pretrain.methods.base import Method
 from pretrain.model.export_edits import LazyTensors, as_config, as_lazy, change, scale_final_norm
+from pretrain.model.families import Need
 from pretrain.model.layout import Weight
 from pretrain.model.loss import loss_head
 
@@ -48,7 +49,7 @@ class Softcap(Method):
             "qk_norm": "no stock class has both normalized queries and keys, which Qwen3 has, and a cap, which VaultGemma has"
         }
     )
-    families: ClassVar[tuple[str, ...]] = ("llama",)
+    needs: ClassVar[frozenset[Need]] = frozenset({"llama_block"})
     fold_order: ClassVar[int] = 3
 
     name: Literal["softcap"] = "softcap"

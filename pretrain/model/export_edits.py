@@ -10,11 +10,17 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedConfig
 
+from pretrain.model.families import FAMILIES
+
 # Exported weights by name, each a function that loads it (float32), so that only one tensor at a time is in memory.
 LazyTensors = MutableMapping[str, Callable[[], torch.Tensor]]
 
 _Config = TypeVar("_Config", bound=PreTrainedConfig)
-_FINAL_NORM = ("model.norm.weight", "model.norm.alpha", "transformer.ln_f.weight", "transformer.ln_f.bias")
+_FINAL_NORM = tuple(
+    f"{norm}.{kind}"
+    for norm in sorted({family.final_norm for family in FAMILIES.values()})
+    for kind in ("weight", "alpha", "bias")
+)
 
 
 def as_lazy(tensors: Mapping[str, torch.Tensor]) -> LazyTensors:

@@ -8,7 +8,7 @@ zero-length placeholder.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal, cast
@@ -17,45 +17,40 @@ import torch
 from torch import nn
 
 from pretrain.errors import UserError
+from pretrain.model.families import FAMILIES
 
 MatrixRole = Literal["q", "k", "v", "qkv", "o", "gate", "up", "down"]
 MATRIX_ROLES: tuple[MatrixRole, ...] = ("q", "k", "v", "qkv", "o", "gate", "up", "down")
 
-_BLOCK = re.compile(r"(?:model\.layers|transformer\.h)\.(\d+)\.(.+)")
-
-_IN_BLOCK = {
-    "self_attn.q_proj": "q",
-    "self_attn.k_proj": "k",
-    "self_attn.v_proj": "v",
-    "self_attn.o_proj": "o",
-    "mlp.gate_proj": "gate",
-    "mlp.up_proj": "up",
-    "mlp.down_proj": "down",
-    "input_layernorm": "norm",
-    "post_attention_layernorm": "norm",
-    "attn.c_attn": "qkv",
-    "attn.c_proj": "o",
-    "mlp.c_fc": "up",
-    "mlp.c_proj": "down",
-    "ln_1": "norm",
-    "ln_2": "norm",
+# What methods add to the modules of the families.
+_OF_METHODS_IN_BLOCK = {
     "self_attn.q_norm": "norm",
     "self_attn.k_norm": "norm",
     "attn_read": "query",
     "mlp_read": "query",
     "output_read": "query",
 }
+_OF_METHODS_OUTSIDE = {"model.embed_projection": "projection", "model.head_projection": "projection"}
 
-_OUTSIDE = {
-    "model.embed_tokens": "embed",
-    "model.norm": "norm",
-    "transformer.wte": "embed",
-    "transformer.wpe": "position",
-    "transformer.ln_f": "norm",
-    "lm_head": "head",
-    "model.embed_projection": "projection",
-    "model.head_projection": "projection",
-}
+
+def _merged(tables: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """Return one table of roles by name, so that a weight is described by its name alone.
+
+    Raises:
+        ValueError: two families give a module of one name two roles.
+    """
+    merged: dict[str, str] = {}
+    for table in tables:
+        for module, role in table.items():
+            if merged.setdefault(module, role) != role:
+                raise ValueError(f"pretrain/model/families: '{module}' is both {merged[module]} and {role}")
+    return merged
+
+
+_IN_BLOCK = _merged([_OF_METHODS_IN_BLOCK, *(family.in_block for family in FAMILIES.values())])
+_OUTSIDE = _merged([_OF_METHODS_OUTSIDE, *(family.outside for family in FAMILIES.values())])
+_LISTS_OF_BLOCKS = sorted({family.blocks for family in FAMILIES.values()})
+_BLOCK = re.compile(rf"(?:{'|'.join(map(re.escape, _LISTS_OF_BLOCKS))})\.(\d+)\.(.+)")
 
 # The role of a weight by the last part of its name. None: the role of its module.
 _KINDS: dict[str, str | None] = {
@@ -69,8 +64,7 @@ _KINDS: dict[str, str | None] = {
     "norm_bias": "bias",
 }
 
-# GPT-2's Conv1D stores its weight as [in, out], nn.Linear as [out, in].
-_INPUT_MAJOR = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+_INPUT_MAJOR = tuple(end for family in FAMILIES.values() for end in family.input_major)
 
 
 @dataclass(frozen=True)
@@ -144,7 +138,7 @@ def role_and_layer(name: str) -> tuple[str, int | None]:
     if role is None or kind not in _KINDS:
         raise UserError(
             f"the model has a weight called '{name}' whose role is unknown. No method could say what it does to it; "
-            "add its module to the tables in pretrain/model/layout.py."
+            "add its module to the tables of its family in pretrain/model/families."
         )
     return _KINDS[kind] or role, layer
 
@@ -174,7 +168,8 @@ def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """Return the decoder blocks of a Hugging Face model, the first one first."""
     base = cast("Any", model).base_model
-    return list(base.layers if hasattr(base, "layers") else base.h)
+    names = (name.rpartition(".")[2] for name in _LISTS_OF_BLOCKS)
+    return list(next(getattr(base, name) for name in names if hasattr(base, name)))
 
 
 def embedding_of(model: nn.Module, module: str) -> nn.Embedding:

@@ -16,11 +16,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pretrain.model.families import FAMILIES
 from pretrain.model.layout import full_shape
 from pretrain.model.modeling_evenkeel import SeeDNorm
 
-BLOCK_NORMS = ("input_layernorm", "post_attention_layernorm", "ln_1", "ln_2")
-FINAL_NORMS = ("model.norm", "transformer.ln_f")
+BLOCK_NORMS = tuple({norm: None for family in FAMILIES.values() for norm in family.norms})
+FINAL_NORMS = tuple({family.final_norm: None for family in FAMILIES.values()})
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from pretrain.checkpoints.method_state import read_method_state
 from pretrain.export.convert import convert
 from pretrain.methods import REGISTRY
+from pretrain.model.families import missing
 from tests.support.method_suite import METHODS, Run, assert_same_logits, generated, parameters, reference, trainer_model
 
 
@@ -46,7 +47,7 @@ def variants(*labels: str):
         for label in labels:
             if label == "zero3_tied" and hasattr(formulas, "REFUSES_TIED"):
                 continue
-            if label == "zero2_gpt2" and ("gpt2" not in REGISTRY[method].families or hasattr(formulas, "REFUSES_TIED")):
+            if label == "zero2_gpt2" and (missing("gpt2", REGISTRY[method].needs) or hasattr(formulas, "REFUSES_TIED")):
                 continue
             found.append((method, label))
     return pytest.mark.parametrize(("method", "label"), parameters(found))
