@@ -10,6 +10,7 @@ called. At its start the trainer compares the loss of the probe with the cross-e
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -118,7 +119,9 @@ def require_own_loss(model: torch.nn.Module, input_ids: torch.Tensor) -> None:
     try:
         logits = model(input_ids, use_cache=False).logits
         targets = F.pad(input_ids[:, 1:], (0, 1), value=-100)
-        trained = model(input_ids, targets=targets)["cross_entropy"].item()
+        ranks = getattr(model, "sequence_ranks", None)
+        with nullcontext() if ranks is None else ranks.on_whole_sequences():
+            trained = model(input_ids, targets=targets)["cross_entropy"].item()
     finally:
         model.train(was_training)
     own = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten()).item()

@@ -289,7 +289,7 @@ def with_loss_head(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
             if targets is None:
                 with nullcontext() if ranks is None else ranks.on_whole_sequences():
                     return super().forward(input_ids, **kwargs)
-            if ranks is not None:
+            if ranks is not None and not ranks.whole:
                 divisor = (count_targets(targets) if divisor is None else divisor) / ranks.size
                 input_ids, targets, kwargs["position_ids"] = ranks.slice_of(
                     input_ids, targets, kwargs.get("position_ids")
