@@ -94,6 +94,32 @@ def test_the_memory_of_the_documentation_is_that_of_the_plan(
     assert stated[3] == pytest.approx(sum(stated[:3]) + gathered + copy, abs=0.6)
 
 
+def test_the_memory_of_the_long_run_is_the_arithmetic_in_its_file(
+    corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plans, "_check_disk", lambda plan: None)
+    path, gpus = CONFIGS / "7b_long.yaml", 64
+    real = load_config(path)
+    data = [f"data.train={corpus.train}", "data.val=null", "data.seq_len=8"]
+    plan = plans.make_plan(load_config(path, [f"tokenizer={corpus.tokenizer}", *data, f"out={tmp_path}"]), gpus)
+    size, tokens = plan.model_config, real.data.micro_batch_size * real.data.seq_len // real.parallel.sequence
+    hidden, mlp = size.hidden_size, size.intermediate_size
+    key_value = hidden // size.num_attention_heads * size.num_key_value_heads
+    expected = {
+        "weights, gradients, masters, moments": state_bytes(plan),
+        "what `selective` keeps": 2 * tokens * size.num_hidden_layers * (5 * hidden + 2 * key_value + 2 * mlp),
+        "one block computed again in backward": tokens * (24 * hidden + 8 * mlp),
+        "one exchange, sent and received": 2 * 2 * tokens * (hidden + 2 * key_value),
+        "loss": 6 * size.vocab_size * hidden + 20 * (1 << 27),
+        "gathered weights": 2e9,
+    }
+    expected["together"] = sum(expected.values())
+    stated = dict(re.findall(r"^#   (\S.*?)  .* ([\d.]+)$", path.read_text(), re.MULTILINE))
+    assert {name: float(figure) for name, figure in stated.items()} == {
+        name: pytest.approx(value / 1e9, abs=0.06) for name, value in expected.items()
+    }
+
+
 def memory_in_documentation(name: str, gpus: int, deepspeed: str) -> list[float]:
     """Return the figures of a row: states, activations, loss and sum, in GB."""
     page = (CONFIGS.parent / "docs/performance.md").read_text()

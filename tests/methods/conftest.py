@@ -49,6 +49,13 @@ def cut_in_two(corpus, tmp_path_factory) -> Lazily:
 
 
 @pytest.fixture(scope="session")
+def sliced(corpus, tmp_path_factory) -> Runs:
+    """Return the cases on two ranks that share sequences."""
+    cases = [Case((method,), "sliced", sequence=2) for method in METHODS]
+    return Runs(cases, 2, corpus, tmp_path_factory.mktemp("sliced"))
+
+
+@pytest.fixture(scope="session")
 def on_three(corpus, tmp_path_factory) -> Runs:
     return Runs(
         [Case((method,), "zero3", resident=False) for method in METHODS],

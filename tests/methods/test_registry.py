@@ -78,6 +78,12 @@ def test_matrices_cut_by_tensor_parallelism_train_as_the_dense_reference(on_two,
     assert_same_training(cut_in_two.run(f"{method}-{label}"), method, on_two.run(f"{method}-zero3").initial)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_ranks_that_share_sequences_train_as_the_dense_reference(on_two, sliced, method):
+    assert_same_training(sliced.run(f"{method}-sliced"), method, on_two.run(f"{method}-zero3").initial)
+
+
 TIED = [(method, "zero3_tied") for method in METHODS if not hasattr(reference(method), "REFUSES_TIED")]
 
 

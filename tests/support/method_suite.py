@@ -85,6 +85,7 @@ class Case:
     label: str
     stage: int = 3
     tensor: int = 1
+    sequence: int = 1
     resident: bool = True
     tied: bool = False
     bf16: bool = False
@@ -108,12 +109,12 @@ class Case:
                 "train": str(corpus.train),
                 "seq_len": 24,
                 "global_batch_size": SEQUENCES,
-                "micro_batch_size": SEQUENCES // (ranks // self.tensor) // 2,
+                "micro_batch_size": SEQUENCES // (ranks // self.tensor // self.sequence) // 2,
             },
             "steps": STEPS,
             "optim": {"lr": 4e-3, "eps": 1e-6, "schedule": {"name": "cosine", "warmup_steps": 2}},
             "methods": [{"name": name, **reference(name).OPTIONS} for name in self.methods],
-            "parallel": {"tensor": self.tensor},
+            "parallel": {"tensor": self.tensor, "sequence": self.sequence},
             "deepspeed": {
                 "zero_optimization": {"stage": self.stage, **({} if self.resident else NOTHING_RESIDENT)},
                 **(BF16 if self.bf16 else {}),

@@ -36,7 +36,7 @@ UNDROPPED = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 
 
 def run_config(case: dict) -> Config:
-    """Return the run of a case: {deepspeed, methods, compile, recomputed, tensor, gpt2}."""
+    """Return the run of a case: {deepspeed, methods, compile, recomputed, tensor, sequence, gpt2}."""
     return tiny_config(
         case,
         model=GPT2 | UNDROPPED if case.get("gpt2") else LLAMA,
