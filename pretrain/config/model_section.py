@@ -125,6 +125,12 @@ _TYPES: dict[str, Any] = {
     "initializer_range": Annotated[float, Field(ge=0, le=1)],
     **dict.fromkeys(("attention_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "summary_first_dropout"), Share),
     "rope_parameters": RopeSection,
+    "sliding_window": Length,
+    **dict.fromkeys(
+        ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling"),
+        Annotated[float, Field(ge=1e-6, le=1e6)],
+    ),
+    "max_window_layers": Annotated[int, Field(ge=0, le=4096)],
     # Other values would be built and never trained, or have no effect.
     "pretraining_tp": Annotated[int, Field(ge=1, le=1)],
     "add_cross_attention": Literal[False],
@@ -153,6 +159,7 @@ class ModelSection(Values):
         "_name_or_path": "leave it out: nothing is loaded from there",
         "torch_dtype": "leave it out: the DeepSpeed file says the precision, in its 'bf16' or 'fp16' block",
         "dtype": "leave it out: the DeepSpeed file says the precision, in its 'bf16' or 'fp16' block",
+        "layer_types": "leave it out: use_sliding_window and max_window_layers say which layers have a window",
         "n_ctx": "did you mean 'model.n_positions'?",
     }
 
@@ -279,6 +286,7 @@ def family_section(family: str) -> type[ModelSection]:
     theirs = {field.name: field.type for field in dataclasses.fields(config_class)}
     names = theirs.keys() - {field.name for field in dataclasses.fields(PreTrainedConfig)}
     names |= config_class.attribute_map.keys() | {"tie_word_embeddings", "bos_token_id", "eos_token_id"}
+    names -= {"layer_types"}
     types: dict[str, Any] = {name: _TYPES.get(name) or theirs[name] for name in names}
     if "rope_parameters" in names:
         types |= _OLDER_ROPE

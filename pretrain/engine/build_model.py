@@ -42,7 +42,7 @@ def hf_config(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedC
     family = FAMILIES[config.model.family]
     aliases = family.config_class.attribute_map
     defaults = {
-        **family.defaults,
+        **family.defaults(given),
         "vocab_size": len(tokenizer),
         "max_position_embeddings": config.data.seq_len,
         "bos_token_id": tokenizer.bos_token_id,

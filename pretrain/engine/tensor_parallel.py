@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 
 from pretrain.config.schema import Config
 from pretrain.errors import UserError
+from pretrain.model.families import FAMILIES
 from pretrain.model.layout import Weight
 from pretrain.values import nearest_divisor
 
@@ -74,6 +75,11 @@ def check_model(config: Config, model_config: PreTrainedConfig) -> None:
         raise UserError(
             f"parallel.tensor {tensor} cannot cut a {config.model.family}: Hugging Face has no plan for it, which says "
             "what each matrix is split along. Set parallel.tensor to 1 and let ZeRO-3 share out the weights."
+        )
+    if reason := FAMILIES[config.model.family].whole_heads:
+        raise UserError(
+            f"parallel.tensor {tensor} cannot cut a {config.model.family}: {reason}. Set parallel.tensor to 1 and let "
+            "ZeRO-3 share out the weights."
         )
     for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if (value := getattr(model_config, field)) % tensor:

@@ -8,7 +8,8 @@ makes none for an attention function under a name that it does not know. Two are
 
 Ranks that share sequences have a third, which exchanges slices of sequences around one of these (`sequence.py`).
 
-The values are those of the stock implementation, which stays on CPUs for attention within documents. The names are set on
+The values are those of the stock implementation, which stays on CPUs for attention within documents, and everywhere for a
+model with a sliding window. The names are set on
 models in training only. Configurations are saved without them, and exports are stock models.
 """
 
@@ -50,7 +51,7 @@ def choose_attention(model: PreTrainedModel, documents: bool, flex: bool = False
             f"data.document_attention does not go with the attention implementation {chosen}, which lets the documents of "
             f"a batch see each other: take {' or '.join(_WITH_A_MASK)}."
         )
-    if chosen != "sdpa":
+    if chosen != "sdpa" or _sees_a_window(model):
         return
     if not documents:
         model.set_attn_implementation(CAUSAL)
@@ -147,6 +148,14 @@ def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     counts = blocks.sum(-1, dtype=torch.int32)
     numbers = blocks.int().argsort(dim=-1, descending=True, stable=True).int()
     return counts.unsqueeze(1), numbers.unsqueeze(1)
+
+
+def _sees_a_window(model: PreTrainedModel) -> bool:
+    """Return whether some layer attends to fewer tokens than there are before it, which transformers' mask says."""
+    config = model.config
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    shorter = window is not None and window < config.max_position_embeddings
+    return shorter and (kinds is None or "sliding_attention" in kinds)
 
 
 def _attention_dropout(model: PreTrainedModel) -> float:

@@ -39,6 +39,7 @@ class RunSettings:
     Attributes:
         lrs: The learning rate of each step.
         std: The run's initializer_range.
+        head_size: The size of a head where it is not hidden / heads.
     """
 
     hidden: int
@@ -58,9 +59,11 @@ class RunSettings:
     weight_decay: float
     clip: float
 
+    head_size: int | None = None
+
     @property
     def head_dim(self) -> int:
-        return self.hidden // self.heads
+        return self.head_size or self.hidden // self.heads
 
 
 class DenseLlama:

@@ -24,6 +24,7 @@ from pretrain.optim.schedule import learning_rate
 from pretrain.trainer.plan import Plan, make_plan, training_batches
 from tests.support.corpus import Corpus
 from tests.support.dense import DenseLlama, RunSettings
+from tests.support.dense_families import DENSE_FAMILIES, dense_family
 from tests.support.runs import run_ranks
 from tests.support.workers.registry_worker import train_all
 
@@ -79,6 +80,7 @@ class Case:
         resident: Whether ZeRO-3 leaves small weights whole.
         resume_at: The step that a second run starts from.
         initial: Whether the initial weights are kept.
+        family: One of dense_families.py. None: LLaMA.
     """
 
     methods: tuple[str, ...]
@@ -92,6 +94,7 @@ class Case:
     gpt2: bool = False
     resume_at: int | None = None
     initial: bool = False
+    family: str | None = None
 
     @property
     def name(self) -> str:
@@ -99,11 +102,12 @@ class Case:
 
     def config(self, corpus: Corpus, out: Path, ranks: int = 2) -> dict[str, Any]:
         """Return the content of the run file, with two micro-batches a step."""
+        of_family = {"family": self.family, **DENSE_FAMILIES[self.family][0]} if self.family else {}
         return {
             "name": self.name,
             "out": str(out),
             "seed": 11,
-            "model": {**(GPT2 if self.gpt2 else LLAMA), "tie_word_embeddings": self.tied or self.gpt2},
+            "model": {**(GPT2 if self.gpt2 else LLAMA), **of_family, "tie_word_embeddings": self.tied or self.gpt2},
             "tokenizer": str(corpus.tokenizer),
             "data": {
                 "train": str(corpus.train),
@@ -243,6 +247,7 @@ class Run:
             adam_eps=optim.eps,
             weight_decay=optim.weight_decay,
             clip=optim.grad_clip,
+            head_size=getattr(model, "head_dim", None),
         )
 
     def batches(self) -> list[torch.Tensor]:
@@ -262,8 +267,9 @@ def trained_densely(
     run: Run, method: str, initial: dict[str, torch.Tensor]
 ) -> tuple[DenseLlama, list[dict[str, float]]]:
     """Return the reference after the run's steps, and its losses."""
-    module = reference(method)
-    dense = module.Reference(run.settings(), initial, module.OPTIONS)
+    module, family = reference(method), run.content["model"]["family"]
+    cls = dense_family(family, module.Reference) if family in DENSE_FAMILIES else module.Reference
+    dense = cls(run.settings(), initial, module.OPTIONS)
     return dense, [dense.step(batch) for batch in run.batches()]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -47,7 +47,8 @@ class Family:
         norms: the names, in a block, of the norms that read the residual stream.
         final_norm: the name of the norm before the head.
         input_major: the ends of the names of matrices that are stored as (inputs, outputs).
-        defaults: values of fields where transformers' default would surprise whoever trains from scratch.
+        defaults: maps the fields that the run file gives to values of others, where transformers' default would surprise
+            whoever trains from scratch.
         whole_heads: why tensor parallelism cannot cut its attention, None where it can.
     """
 
@@ -61,5 +62,5 @@ class Family:
     norms: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     final_norm: str = "model.norm"
     input_major: tuple[str, ...] = ()
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda fields: {}
     whole_heads: str | None = None

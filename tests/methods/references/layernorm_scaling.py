@@ -11,4 +11,4 @@ class Reference(DenseLlama):
     def norm(self, x, module):
         normed = super().norm(x, module)
         parts = module.split(".")
-        return normed / sqrt(int(parts[2]) + 1) if parts[1] == "layers" else normed
+        return normed / sqrt(int(parts[2]) + 1) if parts[1] == "layers" and "self_attn" not in parts else normed

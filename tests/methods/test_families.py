@@ -1,0 +1,143 @@
+"""Every pair of a model family and a method: trained on two ranks as the dense reference, exported, or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from pretrain.config.schema import Config
+from pretrain.errors import UserError
+from pretrain.export.convert import convert
+from pretrain.methods import REGISTRY
+from pretrain.model.families import FAMILIES, missing
+from pretrain.trainer.plan import Plan, make_plan
+from tests.methods.test_registry import assert_same_training
+from tests.support.corpus import Corpus
+from tests.support.dense_families import DENSE_FAMILIES
+from tests.support.folded_models import folded, random_model
+from tests.support.method_suite import METHODS, Case, Run, Runs, assert_same_logits, reference
+
+PAIRS = [(family, method) for family in DENSE_FAMILIES for method in METHODS]
+ACCEPTED = [(family, method) for family, method in PAIRS if not missing(family, REGISTRY[method].needs)]
+# At least one pair of each family, and each thing in which families differ beside a method that acts on it.
+FAST = {
+    ("arcee", "wesar"),
+    ("granite", "pre_ln"),
+    ("mistral", "softcap"),
+    ("olmo2", "lir"),
+    ("olmo2", "residual_scaling"),
+    ("qwen2", "weight_norm"),
+    ("qwen3", "layernorm_scaling"),
+}
+# Plain families that are trained in the fast tests, on the ranks that are started for the pairs.
+FAST_ALONE = {"granite", "olmo2"}
+
+
+def slow_unless_fast(pairs: list[tuple[str, str]]) -> list[Any]:
+    return [pytest.param(*pair, marks=[] if pair in FAST else pytest.mark.slow, id="-".join(pair)) for pair in pairs]
+
+
+def alone(family: str) -> Case:
+    return Case((), f"{family}-zero3", family=family, initial=True, resident=False)
+
+
+def paired(family: str, method: str) -> Case:
+    return Case((method,), f"{family}-zero3", family=family, initial=True)
+
+
+@pytest.fixture(scope="module")
+def fast_runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    cases = [alone(family) for family in sorted(FAST_ALONE)]
+    cases += [paired(*pair) for pair in sorted(FAST) if pair in ACCEPTED]
+    return Runs(cases, 2, corpus, tmp_path_factory.mktemp("families"))
+
+
+@pytest.fixture(scope="module")
+def slow_runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    cases = [alone(family) for family in DENSE_FAMILIES if family not in FAST_ALONE]
+    cases += [paired(*pair) for pair in ACCEPTED if pair not in FAST]
+    return Runs(cases, 2, corpus, tmp_path_factory.mktemp("families"))
+
+
+def run_of(case: Case, fast: bool, request: pytest.FixtureRequest) -> Run:
+    return request.getfixturevalue("fast_runs" if fast else "slow_runs").run(case.name)
+
+
+def trained_by_transformers(run: Run) -> tuple[torch.nn.Module, list[float]]:
+    """Return transformers' own class after the run's steps with torch's AdamW, float32, one process; and its losses."""
+    settings, hf_config = run.settings(), run.plan.model_config
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)](hf_config)
+    model.load_state_dict(run.initial, strict=True)
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() != 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=settings.betas, eps=settings.adam_eps)
+    losses = []
+    for lr, tokens in zip(settings.lrs, run.batches(), strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = F.cross_entropy(model(tokens[:, :-1]).logits.flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        optimizer.step()
+        losses.append(loss.item())
+    return model.eval(), losses
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[] if name in FAST_ALONE else pytest.mark.slow) for name in DENSE_FAMILIES]
+)
+def test_a_family_trains_as_transformers_own_class_and_is_exported_as_it(family, request, tmp_path):
+    run = run_of(alone(family), family in FAST_ALONE, request)
+    model, losses = trained_by_transformers(run)
+    assert [step["cross_entropy"] for step in run.losses] == pytest.approx(losses, rel=2e-5)
+    for name, expected in model.state_dict().items():
+        moved = (expected - run.initial[name]).norm()
+        assert (run.final[name] - expected).norm() <= 2e-4 * moved + 5e-7 * expected.norm(), name
+    convert(run.checkpoint, tmp_path / "exported")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
+    assert type(exported).__name__ == FAMILIES[family].trained_class
+    assert_same_logits(exported, model, run.settings().vocabulary, bit_equal=False)
+
+
+@pytest.mark.parametrize(("family", "method"), slow_unless_fast(ACCEPTED))
+def test_a_pair_trains_as_the_dense_reference_and_converts(family, method, request, tmp_path):
+    run = run_of(paired(family, method), (family, method) in FAST, request)
+    assert_same_training(run, method, run.initial)
+    convert(run.checkpoint, tmp_path / "exported")  # which proves its logits
+
+
+def planned(family: str, method: str, tied: bool, corpus: Corpus, folder: Path) -> Plan:
+    content = Case((method,), "pair", family=family, tied=tied).config(corpus, folder)
+    return make_plan(Config.model_validate(content), world_size=1)
+
+
+@pytest.mark.parametrize("tied", [pytest.param(False, id="untied"), pytest.param(True, id="tied")])
+@pytest.mark.parametrize(("family", "method"), slow_unless_fast(PAIRS))
+def test_a_pair_learns_and_folds_or_is_refused_with_a_sentence(family, method, tied, corpus, tmp_path):
+    if (family, method) not in ACCEPTED:
+        with pytest.raises(ValidationError, match=f"method {method} cannot act on a {family}: it needs .*. Families"):
+            planned(family, method, tied, corpus, tmp_path)
+        return
+    if tied and hasattr(reference(method), "REFUSES_TIED"):
+        with pytest.raises(UserError, match=reference(method).REFUSES_TIED):
+            planned(family, method, tied, corpus, tmp_path)
+        return
+    plan = planned(family, method, tied, corpus, tmp_path)
+    model = random_model(plan)
+    tokens = torch.randint(0, plan.model_config.vocab_size, (2, 25), generator=torch.Generator().manual_seed(4))
+    losses = model.train()(tokens[:, :-1], tokens[:, 1:])
+    losses["total"].backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+    assert_same_logits(folded(plan, model.eval()), model, plan.model_config.vocab_size, bit_equal=False)
