@@ -49,10 +49,14 @@ def cut_in_two(corpus, tmp_path_factory) -> Lazily:
 
 
 @pytest.fixture(scope="session")
-def sliced(corpus, tmp_path_factory) -> Runs:
+def sliced(corpus, tmp_path_factory) -> Lazily:
     """Return the cases on two ranks that share sequences."""
+
+    def start(cases: list[Case]) -> Runs:
+        return Runs(cases, 2, corpus, tmp_path_factory.mktemp("sliced"))
+
     cases = [Case((method,), "sliced", sequence=2) for method in METHODS]
-    return Runs(cases, 2, corpus, tmp_path_factory.mktemp("sliced"))
+    return Lazily([cases[::2], cases[1::2]], start)
 
 
 @pytest.fixture(scope="session")

@@ -204,7 +204,8 @@ class Run:
 
     @cached_property
     def plan(self) -> Plan:
-        return make_plan(Config.model_validate(self.content), world_size=self.content["parallel"]["tensor"])
+        parallel = self.content["parallel"]
+        return make_plan(Config.model_validate(self.content), world_size=parallel["tensor"] * parallel["sequence"])
 
     @cached_property
     def initial(self) -> dict[str, torch.Tensor]:
