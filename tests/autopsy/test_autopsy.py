@@ -37,6 +37,7 @@ CASES = {
     "tensor-parallel ranks": {"cut_in_two": {"deepspeed": zero(1), "micro_batch_size": 4, "tensor": 2}},
     "ranks, the other engines": {
         "zero3_fp32": {"deepspeed": zero(3), "micro_batch_size": 4},
+        "zero3_slices": {"deepspeed": zero(3), "micro_batch_size": 4, "sequence": 2},
         "zero3_offloaded": {"deepspeed": {"zero_optimization": {"stage": 3, **CPU}}, "micro_batch_size": 2},
         "zero3_muon": {"deepspeed": zero(3), "micro_batch_size": 2, "muon": True},
         "zero2_fp32": {"deepspeed": zero(2), "micro_batch_size": 2},

@@ -94,9 +94,7 @@ FAST = [
     Layout(3, 1, 1, 1, False, 1),
     Layout(3, 1, 1, 3, False, 4),
     Layout(4, 2, 1, 3, True, 1),
-    Layout(4, 2, 2, 0, False, 1),
     Layout(4, 2, 2, 1, False, 4),
-    Layout(4, 2, 2, 2, True, 1),
     Layout(4, 2, 2, 3, False, 1),
 ]
 PARAMETERS = [pytest.param(each, id=each.name, marks=[] if each in FAST else pytest.mark.slow) for each in EVERY]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import arguments, events, last_rows, losses, run_ranks, run_together
+from tests.support.runs import arguments, events, last_rows, losses, run_together
 
 STEPS, HALF = 6, 3
 CLOCK = ("time", "tokens_per_s", "step_time_s", "data_wait", "memory_bytes", "mfu")
@@ -55,13 +55,13 @@ def test_every_row_is_that_of_ranks_which_read_sequences_of_their_own(trained: P
 
 @pytest.fixture(scope="module")
 def resumed(run_file: Path, trained: Path) -> Path:
-    """Return the folder of runs that resume from step 3: of `sliced` as it was and apart, of `apart` sliced."""
-    plans = {"again": ("sliced", 2), "joined": ("sliced", 1), "cut": ("apart", 2)}
+    """Return the folder of runs that resume from step 3: `sliced` as it was, apart and on one rank, `apart` sliced."""
+    plans = {"again": ("sliced", 2, 2), "joined": ("sliced", 1, 2), "alone": ("sliced", 1, 1), "cut": ("apart", 2, 2)}
     commands = {}
-    for name, (source, size) in plans.items():
+    for name, (source, size, ranks) in plans.items():
         place = f"checkpoints/step_{HALF:08d}"
         shutil.copytree(trained / source / place, trained / name / place)
-        commands[name] = (arguments(run_file, settings(trained, name, size)), 2)
+        commands[name] = (arguments(run_file, settings(trained, name, size)), ranks)
     ended = run_together(commands, trained / "resumed_logs")
     assert [each.code for each in ended.values()] == [0] * len(plans), ended
     return trained
@@ -74,7 +74,7 @@ def test_a_run_resumes_to_the_same_bits(resumed: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "like"), [("joined", "sliced"), ("cut", "apart")])
+@pytest.mark.parametrize(("name", "like"), [("joined", "sliced"), ("alone", "sliced"), ("cut", "apart")])
 def test_a_run_resumes_with_another_number_of_slices(resumed: Path, name: str, like: str) -> None:
     assert [event["step"] for event in events(resumed / name, "resumed")] == [HALF]
     found, expected = losses(resumed / name), losses(resumed / like)
@@ -82,7 +82,7 @@ def test_a_run_resumes_with_another_number_of_slices(resumed: Path, name: str, l
     assert found == pytest.approx({step: expected[step] for step in found}, rel=1e-6)
 
 
-def test_the_plan_names_the_slices_and_counts_batches(run_file: Path, tmp_path: Path) -> None:
-    said = run_ranks(arguments(run_file, settings(tmp_path, "planned", 2), "--dry-run"), tmp_path / "logs", 2).stdout
+def test_the_plan_names_the_slices_and_counts_batches(trained: Path) -> None:
+    said = (trained / "sliced/log.txt").read_text()
     assert "8 sequences of 32 = 1 data-parallel ranks x 2 micro-batches of 4" in said
     assert "2 ranks share a sequence" in said
