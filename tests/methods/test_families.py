@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,21 +62,61 @@ def fast_runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.fixture(scope="module")
-def slow_runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    cases = [alone(family) for family in DENSE_FAMILIES if family not in FAST_ALONE]
-    cases += [paired(*pair) for pair in ACCEPTED if pair not in FAST]
-    return Runs(cases, 2, corpus, tmp_path_factory.mktemp("families"))
+def slow_runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Runs]:
+    """Start the slow runs of one family, when one of them is first asked for."""
+
+    @cache
+    def started(family: str) -> Runs:
+        cases = [alone(family)] if family not in FAST_ALONE else []
+        cases += [paired(*pair) for pair in ACCEPTED if pair[0] == family and pair not in FAST]
+        return Runs(cases, 2, corpus, tmp_path_factory.mktemp(family))
+
+    return started
+
+
+# Fields of a LLaMA that change what it computes, as a user writes them.
+FIELDS = {
+    "rope_theta": {"rope_theta": 500.0},
+    "rope_scaling": {
+        "rope_theta": 500.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "head_dim": {"head_dim": 10},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+}
+CUT = [family for family in DENSE_FAMILIES if FAMILIES[family].whole_heads is None]
+
+
+def with_fields(name: str) -> Case:
+    return Case((), f"fields_{name}", initial=True, keys=tuple(FIELDS[name].items()))
+
+
+def cut(family: str) -> Case:
+    return Case((), f"{family}-cut", family=family, stage=1, tensor=2)
+
+
+@pytest.fixture(scope="module")
+def field_runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs([*map(with_fields, FIELDS)], 2, corpus, tmp_path_factory.mktemp("fields"))
 
 
 def run_of(case: Case, fast: bool, request: pytest.FixtureRequest) -> Run:
-    return request.getfixturevalue("fast_runs" if fast else "slow_runs").run(case.name)
+    if fast:
+        return request.getfixturevalue("fast_runs").run(case.name)
+    return request.getfixturevalue("slow_runs")(case.family).run(case.name)
 
 
-def trained_by_transformers(run: Run) -> tuple[torch.nn.Module, list[float]]:
+def trained_by_transformers(run: Run, initial: dict[str, torch.Tensor]) -> tuple[torch.nn.Module, list[float]]:
     """Return transformers' own class after the run's steps with torch's AdamW, float32, one process; and its losses."""
     settings, hf_config = run.settings(), run.plan.model_config
     model = MODEL_FOR_CAUSAL_LM_MAPPING[type(hf_config)](hf_config)
-    model.load_state_dict(run.initial, strict=True)
+    model.load_state_dict(initial, strict=True)
     groups = [
         {"params": [p for p in model.parameters() if p.dim() == 2], "weight_decay": settings.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() != 2], "weight_decay": 0.0},
@@ -98,14 +140,31 @@ def trained_by_transformers(run: Run) -> tuple[torch.nn.Module, list[float]]:
 )
 def test_a_family_trains_as_transformers_own_class_and_is_exported_as_it(family, request, tmp_path):
     run = run_of(alone(family), family in FAST_ALONE, request)
-    model, losses = trained_by_transformers(run)
+    assert_as_transformers(run, run.initial, FAMILIES[family].trained_class, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIELDS)
+def test_fields_that_change_the_function_are_trained_and_exported(name, field_runs, tmp_path):
+    run = field_runs.run(with_fields(name).name)
+    assert_as_transformers(run, run.initial, "LlamaForCausalLM", tmp_path)
+
+
+@pytest.mark.parametrize("family", [family for family in DENSE_FAMILIES if family not in CUT])
+def test_a_family_whose_heads_belong_together_is_not_cut(family, corpus, tmp_path):
+    with pytest.raises(UserError, match=f"parallel.tensor 2 cannot cut a {family}: .* heads"):
+        make_plan(Config.model_validate(cut(family).config(corpus, tmp_path)), world_size=2)
+
+
+def assert_as_transformers(run: Run, initial: dict[str, torch.Tensor], exported_as: str, folder: Path) -> None:
+    model, losses = trained_by_transformers(run, initial)
     assert [step["cross_entropy"] for step in run.losses] == pytest.approx(losses, rel=2e-5)
     for name, expected in model.state_dict().items():
-        moved = (expected - run.initial[name]).norm()
+        moved = (expected - initial[name]).norm()
         assert (run.final[name] - expected).norm() <= 2e-4 * moved + 5e-7 * expected.norm(), name
-    convert(run.checkpoint, tmp_path / "exported")
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
-    assert type(exported).__name__ == FAMILIES[family].trained_class
+    convert(run.checkpoint, folder / "exported")
+    exported = AutoModelForCausalLM.from_pretrained(folder / "exported").eval()
+    assert type(exported).__name__ == exported_as
     assert_same_logits(exported, model, run.settings().vocabulary, bit_equal=False)
 
 

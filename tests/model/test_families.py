@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
+import yaml
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -12,6 +17,8 @@ from pretrain.model.class_logits import require_known_logits
 from pretrain.model.families import FAMILIES
 from pretrain.model.layout import blocks_of, describe_model
 from pretrain.model.loss import loss_head, with_loss_head
+from tests.support.corpus import tiny
+from tests.support.runs import PATIENCE_S, REPOSITORY
 
 SIZES = {
     "hidden_size": 24,
@@ -97,3 +104,20 @@ def test_a_window_is_seen_in_training():
     # Two layers with windows of 4 tokens see 6 tokens back.
     assert not torch.equal(before[6], after[6])
     assert torch.equal(before[7:], after[7:])
+
+
+@pytest.mark.slow
+def test_the_documented_family_is_added_by_its_file_alone(corpus, tmp_path):
+    """The file of docs/families.md, in a copy of the package: it is planned, and takes a step."""
+    page = (REPOSITORY / "docs/families.md").read_text(encoding="utf-8")
+    source = page.split("```python\n")[1].split("```")[0]
+    shutil.copytree(REPOSITORY / "pretrain", tmp_path / "pretrain", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "pretrain/model/families/smollm3.py").write_text(source, encoding="utf-8")
+    stage = {"zero_optimization": {"stage": 1}}
+    content = tiny(corpus) | {"out": str(tmp_path / "runs"), "steps": 2, "deepspeed": stage}
+    content["model"] = {**SIZES, "family": "smollm3", "vocab_size": None, "max_position_embeddings": None}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    command = [sys.executable, str(tmp_path / "pretrain/train.py"), "--config", str(tmp_path / "run.yaml")]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "smollm3, " in ended.stdout + ended.stderr

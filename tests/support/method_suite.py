@@ -81,6 +81,7 @@ class Case:
         resume_at: The step that a second run starts from.
         initial: Whether the initial weights are kept.
         family: One of dense_families.py. None: LLaMA.
+        keys: More keys of the model section, with their values.
     """
 
     methods: tuple[str, ...]
@@ -95,6 +96,7 @@ class Case:
     resume_at: int | None = None
     initial: bool = False
     family: str | None = None
+    keys: tuple[tuple[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
@@ -107,7 +109,12 @@ class Case:
             "name": self.name,
             "out": str(out),
             "seed": 11,
-            "model": {**(GPT2 if self.gpt2 else LLAMA), **of_family, "tie_word_embeddings": self.tied or self.gpt2},
+            "model": {
+                **(GPT2 if self.gpt2 else LLAMA),
+                **of_family,
+                **dict(self.keys),
+                "tie_word_embeddings": self.tied or self.gpt2,
+            },
             "tokenizer": str(corpus.tokenizer),
             "data": {
                 "train": str(corpus.train),
