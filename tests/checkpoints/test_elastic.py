@@ -21,7 +21,9 @@ from tests.support.workers.elastic_worker import AFTER, BEFORE, Layout, examine_
 BF16, FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True, "initial_scale_power": 4}}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 MUON = {"optim": {"name": "muon", "grad_clip": None}}
-WESAR, SIGMA = ({"methods": [{"name": name}]} for name in ("wesar", "sigma_reparam"))
+# At 5e-3 WeSaR's runs of this model amplify rounding: from scratch, two layouts differ by 0.1 within ten steps.
+WESAR = {"methods": [{"name": "wesar"}], "optim": {"lr": 2e-4}}
+SIGMA = {"methods": [{"name": "sigma_reparam"}]}
 
 
 def layout(stage: int, tensor: int = 1, zero: dict | None = None, precision: dict | None = None, **more: Any) -> Layout:

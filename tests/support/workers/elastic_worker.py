@@ -60,7 +60,7 @@ def train(engine: Engine, weights: ShardedWeights, config: Config, ranks: Ranks,
     losses = []
     for step in range(first, last + 1):
         for group in engine.optimizer.param_groups:
-            group["lr"] = LR * group.get("lr_scale", 1.0)
+            group["lr"] = config.optim.lr * group.get("lr_scale", 1.0)
         parts = []
         for micro_batch in share(MicroBatch(tokens(step, SEQUENCES)), config, ranks):
             loss = engine(micro_batch.inputs, micro_batch.targets, divisor=None)["total"]
