@@ -29,7 +29,7 @@ from contextlib import contextmanager, suppress
 import torch.distributed as dist
 
 from pretrain import quiet  # noqa: F401  (before the libraries that it silences)
-from pretrain.checkpoints.folders import resolve
+from pretrain.checkpoints.folders import find_start
 from pretrain.cli.parser import tool_parser
 from pretrain.config.schema import Config, ResilienceSection, load_config
 from pretrain.distributed.ranks import (
@@ -65,7 +65,7 @@ def dry_run(config: Config) -> None:
     if rank_from_environment() == 0:
         plan = make_plan(config, int(os.environ["WORLD_SIZE"]))
         if config.checkpoint.resume not in ("auto", "never"):
-            resolve(Path(config.checkpoint.resume))
+            find_start(Path(config.checkpoint.resume))
         print(describe_plan(plan))
         if tracker.mode_of(config.log.wandb) != "disabled":
             print(f"tracking  {tracker.describe(config.log.wandb)}")

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from pretrain.checkpoints.manifest import MANIFEST, saved_at
+from pretrain.checkpoints.stored import find_universal
 from pretrain.errors import UserError
 
 _COMPLETE = re.compile(r"step_(\d{8,})", re.ASCII)
@@ -37,6 +38,11 @@ def resolve(path: Path) -> Path:
             "Name a folder such as runs/NAME/checkpoints/step_00000500, or runs/NAME/checkpoints/latest."
         )
     return path
+
+
+def find_start(path: Path) -> Path:
+    """Return the folder that a run can start from at `path`: a universal checkpoint of DeepSpeed's, or as `resolve` says."""
+    return find_universal(path) or resolve(path)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:

@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,9 +20,9 @@ from pretrain.checkpoints.elastic import load_stored
 from pretrain.checkpoints.folders import (
     complete_checkpoints,
     delete_leftovers,
+    find_start,
     folder_of,
     put_in_place,
-    resolve,
     retire,
     step_of,
 )
@@ -32,7 +32,13 @@ from pretrain.checkpoints.safe_load import read_safely
 from pretrain.checkpoints.shard_metadata import metadata_of, save_shard_metadata, weights_by_group
 from pretrain.checkpoints.staging import Staging
 from pretrain.checkpoints.state import TrainerState, layout_changes, read_matching_state, save_state
-from pretrain.checkpoints.stored import stored_counters, stored_weights
+from pretrain.checkpoints.stored import (
+    is_universal,
+    stored_counters,
+    stored_weights,
+    universal_counters,
+    universal_weights,
+)
 from pretrain.checkpoints.writer import Entries, Writing, explaining_failures
 from pretrain.config.schema import CheckpointSection
 from pretrain.distributed.ranks import Ranks, all_gather_object, control_group, from_first_rank, on_every_rank
@@ -185,8 +191,9 @@ class Checkpoints:
         if rule == "never":
             return None
         if rule != "auto":
-            chosen = from_first_rank(lambda: resolve(Path(rule)))
-            self._verify(chosen)
+            chosen = from_first_rank(lambda: find_start(Path(rule)))
+            if not is_universal(chosen):  # those have no checksums
+                self._verify(chosen)
             self._of_others -= {path for path in self._of_others if path.samefile(chosen)}
             return chosen
         newest, damage = self._newest_whole(self._own())
@@ -220,6 +227,8 @@ class Checkpoints:
             UserError: on every rank and before anything is loaded, if the checkpoint belongs to another run than
                 `expected`, or a file cannot be read safely.
         """
+        if is_universal(path):
+            return self._load_universal(path, engine, expected)
         state = on_every_rank(lambda: read_matching_state(path, expected))
         elsewhere = bool(layout_changes(state, expected))
         if elsewhere or not _all(on_every_rank(lambda: fits(engine, path))):
@@ -232,6 +241,13 @@ class Checkpoints:
         else:
             seed_for_new_layout(expected.seed, state.step, self.ranks.rank // expected.tensor_parallel)
         return state
+
+    def _load_universal(self, path: Path, engine: Engine, expected: TrainerState) -> TrainerState:
+        """Load the weights and optimizer states of another trainer. Its data order is unknown: this run's begins."""
+        stored, counters = on_every_rank(lambda: (universal_weights(path), universal_counters(path)))
+        load_stored(engine, stored, counters, self.say)
+        seed_for_new_layout(expected.seed, counters.global_steps, self.ranks.rank // expected.tensor_parallel)
+        return replace(expected, step=counters.global_steps)
 
     def _load_elsewhere(self, path: Path, engine: Engine) -> None:
         """Load the weights and optimizer states of a checkpoint of another layout."""

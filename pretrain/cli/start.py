@@ -29,6 +29,7 @@ def train() -> None:
 
 
 check_node = partial(start, "pretrain.cli.check_node")
+convert_checkpoint = partial(start, "pretrain.cli.convert_checkpoint")
 convert_to_hf = partial(start, "pretrain.cli.convert_to_hf")
 evaluate = partial(start, "pretrain.cli.evaluate")
 generate = partial(start, "pretrain.cli.generate")

@@ -274,7 +274,7 @@ class CheckpointSection(Values):
         keep_last: Newest checkpoints that are kept.
         keep_every_steps: Checkpoints at multiples of it are never deleted.
         resume: `auto` (the newest valid checkpoint of the run folder, else from scratch), `never`, or the path of one
-            checkpoint.
+            checkpoint, also of a DeepSpeed universal checkpoint.
         asynchronous: Training continues while a checkpoint is written, from a copy in the host's memory.
     """
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import pretrain
+from pretrain.checkpoints.stored import is_universal
 from pretrain.config.schema import Config
 from pretrain.data.json_files import content_hash, read_json
 from pretrain.engine.compiled_blocks import form_of_blocks
@@ -59,7 +60,13 @@ def facts_of_plan(plan: Plan) -> Facts:
 
 def facts_of_checkpoint(path: Path | None) -> Facts:
     """Return the checkpoint that this rank resumes from, and its content. UserError if it cannot be read."""
-    content = None if path is None else content_hash(read_json(path / "manifest.json"))
+    content = None
+    if path is not None and is_universal(path):  # without a manifest
+        content = content_hash(
+            {str(file.relative_to(path)): file.stat().st_size for file in sorted(path.rglob("*.pt"))}
+        )
+    elif path is not None:
+        content = content_hash(read_json(path / "manifest.json"))
     return {"checkpoint": str(path), "content of the checkpoint": content}
 
 

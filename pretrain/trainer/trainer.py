@@ -16,6 +16,7 @@ from pretrain.checkpoints.finite import fault_of_model, refuse_unless_finite
 from pretrain.checkpoints.logit_probe import probe_logits, save_probe
 from pretrain.checkpoints.method_state import load_method_state, save_method_state
 from pretrain.checkpoints.state import layout_changes, read_matching_state, read_state
+from pretrain.checkpoints.stored import is_universal, universal_counters
 from pretrain.config.diff import Change
 from pretrain.data.batches.batch import MicroBatch
 from pretrain.data.tokenizer_files import write_files
@@ -349,6 +350,14 @@ def due(step: int, interval: int, last: int) -> bool:
 
 def _compare(plan: Plan, found: Path) -> list[Change]:
     """List what has changed since the checkpoint `found` was written. UserError if this run cannot resume from it."""
+    if is_universal(found):
+        step = universal_counters(found).global_steps
+        check_length(found, step, plan.config)
+        log.info(
+            f"continuing another trainer's run after {step:,} steps: weights, optimizer states and step are its own, the data "
+            "begins with this run's first sample, and methods and random numbers begin anew"
+        )
+        return []
     step, mine = read_state(found).step, plan.state_at(0, 0)
     changed = changes(found, plan.config, step)
     state = read_matching_state(found, mine, [str(change) for change in changed])

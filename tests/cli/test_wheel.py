@@ -20,6 +20,7 @@ from tests.support.runs import ENVIRONMENT, REPOSITORY
 
 SCRIPTS = (
     "evenkeel-check-node",
+    "evenkeel-convert-checkpoint",
     "evenkeel-convert-to-hf",
     "evenkeel-evaluate",
     "evenkeel-generate",

@@ -6,6 +6,7 @@
 from pretrain.checkpoints.stored.counters import Counters, stored_counters
 from pretrain.checkpoints.stored.files import Span, open_stored
 from pretrain.checkpoints.stored.tensor import Part, StoredTensor
+from pretrain.checkpoints.stored.universal import find_universal, is_universal, universal_counters, universal_weights
 from pretrain.checkpoints.stored.weights import StoredWeight, master_weights, stored_weights
 
 __all__ = [
@@ -14,8 +15,12 @@ __all__ = [
     "Span",
     "StoredTensor",
     "StoredWeight",
+    "find_universal",
+    "is_universal",
     "master_weights",
     "open_stored",
     "stored_counters",
     "stored_weights",
+    "universal_counters",
+    "universal_weights",
 ]

@@ -32,14 +32,20 @@ class Counters:
 
 def stored_counters(folder: Path) -> Counters:
     """Return the counters in a checkpoint's folder of DeepSpeed's files. Raises UserError if they cannot be read."""
-    model = open_stored(_first(folder, "*mp_rank_00_model_states.pt"))
+    model = open_stored(first_file(folder, "*mp_rank_00_model_states.pt"))
     if model["optimizer"] is not None:  # stage 0
-        scaler = model["optimizer"]
-        dynamic = scaler.get("dynamic_loss_scale", False)
-    else:
-        state = open_stored(_first(folder, "*mp_rank_00_optim_states.pt"))["optimizer_state_dict"]
-        scaler = vars(state["loss_scaler"]) if "loss_scaler" in state else {}
-        dynamic = scaler.get("dynamic", False)
+        return _counters(model, model["optimizer"], model["optimizer"].get("dynamic_loss_scale", False))
+    state = open_stored(first_file(folder, "*mp_rank_00_optim_states.pt"))["optimizer_state_dict"]
+    return counters_in(model, state)
+
+
+def counters_in(model: dict[str, Any], state: dict[str, Any]) -> Counters:
+    """Return the counters in DeepSpeed's model states and in the state of its ZeRO optimizer."""
+    scaler = vars(state["loss_scaler"]) if "loss_scaler" in state else {}
+    return _counters(model, scaler, scaler.get("dynamic", False))
+
+
+def _counters(model: dict[str, Any], scaler: dict[str, Any], dynamic: bool) -> Counters:
     return Counters(
         model["global_steps"], model["global_samples"], model["skipped_steps"], _changing(scaler) if dynamic else {}
     )
@@ -49,8 +55,8 @@ def _changing(scaler: dict[str, Any]) -> dict[str, float]:
     return {key: scaler[key] for key in _OF_SCALER if scaler.get(key) is not None}
 
 
-def _first(folder: Path, pattern: str) -> Path:
-    """Return the first file of this pattern. All ranks' files hold the same counters."""
+def first_file(folder: Path, pattern: str) -> Path:
+    """Return the first file of this pattern, UserError without one. All ranks' files hold the same counters."""
     path = next(iter(sorted(folder.glob(pattern))), None)
     if path is None:
         raise UserError(f"{folder} holds no whole DeepSpeed checkpoint: there is no file {pattern}.")
