@@ -51,7 +51,7 @@ from pretrain.resilience.consistency import check_start
 from pretrain.resilience.watchdog import Watchdog
 from pretrain.trainer.exit_codes import end_alone, end_badly, refuse
 from pretrain.trainer.plan import make_plan
-from pretrain.trainer.plan_summary import describe_plan
+from pretrain.trainer.plan_summary import describe_plan, describe_whole_memory
 from pretrain.trainer.run_folder import RunFolder
 from pretrain.trainer.startup_facts import facts_of_plan, facts_of_process
 from pretrain.trainer.trainer import train
@@ -67,6 +67,7 @@ def dry_run(config: Config) -> None:
         if config.checkpoint.resume not in ("auto", "never"):
             find_start(Path(config.checkpoint.resume))
         print(describe_plan(plan))
+        print(f"in all    {describe_whole_memory(plan)}")
         if tracker.mode_of(config.log.wandb) != "disabled":
             print(f"tracking  {tracker.describe(config.log.wandb)}")
         print("\n" + describe_weights(plan.weights, plan.config, plan.model_config.initializer_range))

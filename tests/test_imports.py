@@ -22,6 +22,7 @@ FLOORS = (
     {"monitor", "optim"},
     {"autopsy", "checkpoints", "report", "resilience"},
     {"engine"},
+    {"planning"},
     {"export", "trainer"},
     {"cluster", "gpu_check"},
     {"cli"},

@@ -55,10 +55,12 @@ def peak_flops(precision: str) -> float | None:
     A run in fp32 is held against the peak of TF32 where torch may compute in it, else against that of fp32. None on a CPU
     or an unknown device: no MFU is reported there.
     """
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name()
-    peaks = next((peaks for part, peaks in _PEAKS.items() if part in name), None)
+    return peak_of(torch.cuda.get_device_name(), precision) if torch.cuda.is_available() else None
+
+
+def peak_of(device: str, precision: str) -> float | None:
+    """Return what `peak_flops` returns on the device of that name. None for an unknown one."""
+    peaks = next((peaks for part, peaks in _PEAKS.items() if part in device), None)
     if peaks is None or precision != "fp32":
         return peaks and peaks.half
     return peaks.tf32 if torch.backends.cuda.matmul.allow_tf32 else peaks.fp32

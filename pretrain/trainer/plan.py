@@ -11,13 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
 from pretrain.checkpoints import TrainerState
-from pretrain.checkpoints.disk_space import checkpoint_bytes
 from pretrain.checkpoints.logit_probe import probe_batch
 from pretrain.config.schema import Config
 from pretrain.data import load_tokenizer
@@ -27,14 +25,13 @@ from pretrain.data.tokenizer_files import trained_files
 from pretrain.engine.build_model import bind_methods, hf_config, outline
 from pretrain.engine.deepspeed_config import deepspeed_config, read_deepspeed
 from pretrain.engine.initialize import initial_rule
-from pretrain.engine.precision import precision_of
 from pretrain.engine.sequence_parallel import check_heads
-from pretrain.engine.tensor_parallel import check_model, data_rank, data_ranks, elements_per_rank, zero_ranks
+from pretrain.engine.tensor_parallel import check_model, data_rank, data_ranks
 from pretrain.errors import UserError
 from pretrain.files import free_bytes, require_utf8
 from pretrain.methods import Method
 from pretrain.model.layout import Weight
-from pretrain.monitor.throughput import flops_per_token
+from pretrain.planning.run_shape import RunShape
 from pretrain.trainer.corpora import Corpora, open_corpora
 
 # The least and the largest for a matrix: the squares in its moments must be float32 numbers, and its elements fp16 numbers.
@@ -42,66 +39,18 @@ _INITIAL_DEVIATIONS = (1e-15, 1e4)
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(RunShape):
     """A run that has been checked: its model, its data and its length.
 
+    The configuration has the content of the DeepSpeed file, and methods that are bound to the model.
+
     Attributes:
-        config: the configuration, with the content of the DeepSpeed file and methods that are bound to the model.
         tokenizer_files: the files of the run's tokenizer as checkpoints keep it, by name.
-        weights: the layout of every weight that the model will have.
+        corpora: the data.
     """
 
-    config: Config
-    world_size: int
-    model_config: PreTrainedConfig
-    ds_config: dict[str, Any]
     tokenizer_files: dict[str, bytes]
     corpora: Corpora
-    weights: list[Weight]
-
-    @property
-    def parameters(self) -> int:
-        """Elements of all weights, a tied one counted once."""
-        return sum(weight.numel for weight in self.weights)
-
-    @property
-    def zero_stage(self) -> int:
-        return self.ds_config["zero_optimization"].get("stage", 0)
-
-    @property
-    def optimizer_on_cpu(self) -> bool:
-        offload = self.ds_config["zero_optimization"].get("offload_optimizer") or {}
-        return offload.get("device") == "cpu"
-
-    @property
-    def precision(self) -> str:
-        """The precision of the working copies: fp32, bf16 or fp16."""
-        return precision_of(self.ds_config)
-
-    @property
-    def data_ranks(self) -> int:
-        """The number of groups of ranks that read batches of their own. A group holds one rank unless `parallel` says more."""
-        return data_ranks(self.config, self.world_size)
-
-    @property
-    def zero_ranks(self) -> int:
-        """The number of ranks that ZeRO shares out each weight among."""
-        return zero_ranks(self.config, self.world_size)
-
-    @property
-    def elements_per_rank(self) -> int:
-        """The elements that one rank holds before ZeRO shards them."""
-        return elements_per_rank(self.weights, self.config.parallel.tensor)
-
-    @property
-    def flops_per_token(self) -> float:
-        return flops_per_token(self.weights, self.model_config, self.config.data.seq_len)
-
-    @property
-    def checkpoint_bytes(self) -> int:
-        """The size of one checkpoint on disk."""
-        tensor = self.config.parallel.tensor  # each rank of a group stores the weights that are whole on all of them
-        return checkpoint_bytes(tensor * self.elements_per_rank, half=self.precision != "fp32")
 
     def state_at(self, step: int, samples: int) -> TrainerState:
         """Return the state that a checkpoint of this run stores after `step` steps and `samples` samples of all ranks."""
@@ -152,7 +101,7 @@ def make_plan(config: Config, world_size: int, rank: int | None = None) -> Plan:
     corpora = open_corpora(config, tokenizer, data_ranks(config, world_size), **share)
     _set_bos(model_config, config, tokenizer.eos_token_id if corpora.bos_id is None else corpora.bos_id)
     files = trained_files(tokenizer, Path(config.tokenizer), corpora.bos_id)
-    plan = Plan(config, world_size, model_config, ds_config, files, corpora, weights)
+    plan = Plan(config, world_size, model_config, ds_config, weights, files, corpora)
     if corpora.val is not None:
         validation_batches(plan, rank=0)
     _check_disk(plan)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import PreTrainedConfig
 
 from pretrain.checkpoints.folders import complete_checkpoints
 from pretrain.config.schema import Config
 from pretrain.engine.compiled_blocks import why_eager
-from pretrain.engine.deepspeed_config import accumulation_steps
 from pretrain.files import free_bytes
 from pretrain.optim.schedule import learning_rate
+from pretrain.planning.memory import memory_of, states_of
+from pretrain.planning.text import describe_memory
 from pretrain.trainer.plan import Plan, existing_folder
 
 _DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop", "attention_dropout")  # fields of the families' configurations
@@ -35,19 +37,22 @@ def describe_plan(plan: Plan) -> str:
         f"{plan.flops_per_token * tokens:.2e} FLOPs",
         "rate": _describe_rate(config),
         "batch": f"{data.global_batch_size} sequences of {data.seq_len} = {plan.data_ranks} data-parallel ranks x "
-        f"{accumulation_steps(config, plan.world_size)} micro-batches of {data.micro_batch_size}",
+        f"{plan.accumulation_steps} micro-batches of {data.micro_batch_size}",
         "sharding": f"ZeRO-{plan.zero_stage}, {plan.precision}"
         + (f", {tensor} tensor-parallel ranks" if tensor > 1 else "")
         + (f", {sequence} ranks share a sequence" if sequence > 1 else ""),
         "blocks": _describe_blocks(config),
-        "memory": f"{state_bytes(plan) / 1e9:.2f} GB per rank for "
-        + ("weights, the rest on the CPU " if plan.optimizer_on_cpu else "weights, gradients and optimizer ")
-        + "(activations come on top)",
+        "memory": f"{describe_memory(states_of(plan))} (activations come on top)",
         "disk": _describe_disk(plan),
         "optimizer": config.optim.name if config.optim.name == "adamw" else "muon on block matrices, adamw on the rest",
         "methods": ", ".join(method.name for method in config.methods) or "none",
     }
     return "\n".join(f"{key:<9} {value}" for key, value in lines.items())
+
+
+def describe_whole_memory(plan: Plan) -> str:
+    """Return a line about the memory of a rank, activations included. Counting them takes seconds."""
+    return describe_memory(memory_of(plan, _gpu_bytes()))
 
 
 def short(count: float) -> str:
@@ -58,22 +63,13 @@ def short(count: float) -> str:
     return f"{count:.0f}"
 
 
-def state_bytes(plan: Plan) -> float:
-    """Return the bytes per rank of working copy, gradient, fp32 master and two Adam moments, by ZeRO stage.
-
-    Gradients and optimizer do not count if they are offloaded to the CPU.
-    """
-    working, optimizer = (4, 8) if plan.precision == "fp32" else (2, 12)
-    gradient = 4 if plan.ds_config["data_types"]["grad_accum_dtype"] == "fp32" else 2
-    stage, ranks = plan.zero_stage, plan.zero_ranks
-    if plan.optimizer_on_cpu:
-        gradient, optimizer = 0, 0
-    per_parameter = (
-        working / (ranks if stage == 3 else 1)
-        + gradient / (ranks if stage >= 2 else 1)
-        + optimizer / (ranks if stage >= 1 else 1)
+def _gpu_bytes() -> float | None:
+    """Return the memory of this rank's GPU, None without one."""
+    return (
+        torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        if torch.cuda.is_available()
+        else None
     )
-    return plan.elements_per_rank * per_parameter
 
 
 def _describe_disk(plan: Plan) -> str:

@@ -15,8 +15,8 @@ from pretrain.engine.initialize import initial_rule
 from pretrain.errors import UserError
 from pretrain.methods import REGISTRY
 from pretrain.optim.schedule import learning_rate
+from pretrain.planning.memory import states_of
 from pretrain.trainer import plan as plans
-from pretrain.trainer.plan_summary import state_bytes
 from tests.support.corpus import Corpus
 from tests.support.tiny_engines import TinyTokenizer
 
@@ -86,7 +86,7 @@ def test_the_memory_of_the_documentation_is_that_of_the_plan(
     kept = 24 * size.hidden_size + 8 * size.intermediate_size + 4 * size.num_attention_heads + 8
     loss = 6 * size.vocab_size * size.hidden_size + 20 * (1 << 27)
     stated = memory_in_documentation(name, gpus, deepspeed)
-    assert stated[0] == pytest.approx(state_bytes(plan) / 1e9, abs=0.06)
+    assert stated[0] == pytest.approx(states_of(plan).device_bytes / 1e9, abs=0.06)
     assert stated[1] == pytest.approx(tokens * size.num_hidden_layers * kept / 1e9, abs=0.06)
     assert stated[2] == pytest.approx(loss / 1e9, abs=0.06)
     gathered = 2.0 if "zero3" in deepspeed else 0.0
@@ -106,7 +106,7 @@ def test_the_memory_of_the_long_run_is_the_arithmetic_in_its_file(
     hidden, mlp = size.hidden_size, size.intermediate_size
     key_value = hidden // size.num_attention_heads * size.num_key_value_heads
     expected = {
-        "weights, gradients, masters, moments": state_bytes(plan),
+        "weights, gradients, masters, moments": states_of(plan).device_bytes,
         "what `selective` keeps": 2 * tokens * size.num_hidden_layers * (5 * hidden + 2 * key_value + 2 * mlp),
         "one block computed again in backward": tokens * (24 * hidden + 8 * mlp),
         "one exchange, sent and received": 2 * 2 * tokens * (hidden + 2 * key_value),
