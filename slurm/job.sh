@@ -101,7 +101,7 @@ tool() {
 
 # requeue [NODES]: back into the queue, NODES excluded from now on. Ends this script one way or the other.
 requeue() {
-    local exclude=${1:-} known state
+    local exclude=${1:-} known per_node state
     state=$(squeue --noheader --jobs="$job" --format=%T)
     if [[ $state != RUNNING ]]; then    # cancelled, or Slurm is taking it back itself
         say "not requeued: Slurm has the job as ${state:-gone}"
@@ -111,7 +111,13 @@ requeue() {
         say "not requeued: Slurm does not allow it. The same sbatch command goes on from the newest checkpoint."
         exit 3
     fi
-    if [[ -n $exclude ]]; then    # allowed from here on only, while the job is pending
+    # These changes are allowed from here on only, while the job is pending. Slurm has counted the tasks of all nodes that the
+    # job had, and would wait for as many nodes again. With the fewest tasks that so many nodes can have it keeps to --nodes.
+    if [[ -n ${SLURM_NTASKS_PER_NODE:-} ]]; then
+        per_node=$SLURM_NTASKS_PER_NODE
+        scontrol update jobid="$job" numtasks=$((per_node * ((SLURM_JOB_NUM_NODES + per_node - 1) / per_node)))
+    fi
+    if [[ -n $exclude ]]; then
         known=$(scontrol show job -o "$job" | grep -o ' ExcNodeList=[^ ]*' | cut -d= -f2)
         exclude=$exclude${known:+,$known}
         if scontrol update jobid="$job" excnodelist="${exclude%,(null)}"; then say "excluded: ${exclude%,(null)}"; fi

@@ -26,6 +26,7 @@ SCRIPTS = (
     "evenkeel-generate",
     "evenkeel-gpu-check",
     "evenkeel-inspect-data",
+    "evenkeel-plan",
     "evenkeel-prepare-data",
     "evenkeel-report",
     "evenkeel-sync-wandb",
