@@ -29,7 +29,7 @@ from pretrain.files import free_bytes, patiently, sync_folder, unfinished, write
 # DeepSpeed's loaders look for either name, by the stage of the engine that loads.
 _MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 _OF_MODEL = (
-    *("global_steps", "global_samples", "skipped_steps", "dp_world_size", "mp_world_size", "lr_scheduler"),
+    *("global_steps", "global_samples", "skipped_steps", "dp_world_size", "lr_scheduler"),
     *("ds_config", "ds_version", "buffer_names", "sparse_tensor_module_names"),
 )
 _OF_OPTIMIZER = ("loss_scaler", "dynamic_loss_scale", "overflow", "clip_grad", "zero_stage")
@@ -72,7 +72,10 @@ def export_universal(checkpoint: Path, out: Path, say: Callable[[str], None]) ->
             _save(folder / OPTIMIZER_STATE, _with_step(optimizer, step))
             shapes = {name: torch.Size(weight.master.shape) for name, weight in weights.items()}
             for name in _MODEL_FILES:
-                _save(folder / name, {**model, "module": {}, "optimizer": None, "param_shapes": [shapes]})
+                _save(
+                    folder / name,
+                    {**model, "module": {}, "optimizer": None, "mp_world_size": 1, "param_shapes": [shapes]},
+                )
             write_text(temporary / LATEST, tag)
             for made in [*(path for path in temporary.rglob("*") if path.is_dir()), temporary]:
                 sync_folder(made)
