@@ -39,7 +39,9 @@ PAIRS: dict[str, tuple[tuple[int, Layout], tuple[int, Plain]]] = {
     "bf16, ZeRO-1": ((2, layout(1, precision=BF16)), (2, {"stage": 1, "bf16": True})),
 }
 FAST = ("ZeRO-3 and 1",)
-MUON = layout(3, optim={"name": "muon", "grad_clip": None})
+# DeepSpeed's converter takes ZeRO checkpoints only. With tensor parallelism at ZeRO-3, its map of a weight that is whole on
+# each rank has no elements, and it ends with an error.
+NOT_BY_DEEPSPEED = ("stage 0 and ZeRO-1", "tensor 2 at ZeRO-3 and ZeRO-3")
 
 
 def by_deepspeed(source: Path, out: Path) -> Path:
@@ -105,12 +107,10 @@ def test_another_trainers_run_continues_here(request: pytest.FixtureRequest, fol
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", [name for name in PAIRS if name not in NOT_BY_DEEPSPEED])
 def test_an_export_holds_what_deepspeeds_converter_writes(
     request: pytest.FixtureRequest, folder: Path, tmp_path: Path, name: str
 ) -> None:
-    if name == "stage 0 and ZeRO-1":
-        pytest.skip("DeepSpeed's converter takes ZeRO checkpoints only")
     number = number_of(request, name)
     source = folder / "ours" / f"saved {number}" / f"step_{BEFORE:08d}" / "deepspeed"
     [exported] = (folder / f"exported {number}").glob("*/zero")
