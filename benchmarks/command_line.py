@@ -7,6 +7,7 @@ python tools/bench.py trap
 python tools/bench.py methods
 python tools/bench.py fill
 python tools/bench.py convert --checkpoint runs/tiny_tvr/checkpoints/latest
+python tools/bench.py elastic --layers 2
 python tools/bench.py tokenize --rivals-python peers/bin/python
 python tools/bench.py data --rivals-python peers/bin/python
 """
@@ -71,6 +72,12 @@ def _convert(options: argparse.Namespace) -> str:
     return bench_convert(options.checkpoint, options.rounds)
 
 
+def _elastic(options: argparse.Namespace) -> str:
+    from benchmarks.elastic import bench_elastic
+
+    return bench_elastic(options.layers, options.rounds, options.folder)
+
+
 def _tokenize(options: argparse.Namespace) -> str:
     from benchmarks.rivals import known_rivals
     from benchmarks.tokenize import RIVALS, bench_tokenize
@@ -108,6 +115,7 @@ _SUBJECTS = {
     "methods": _methods,
     "fill": _fill,
     "convert": _convert,
+    "elastic": _elastic,
     "tokenize": _tokenize,
     "data": _data,
 }
@@ -154,6 +162,10 @@ def _parser() -> argparse.ArgumentParser:
     convert = subjects.add_parser("convert", help="conversion against DeepSpeed's zero_to_fp32")
     convert.add_argument("--checkpoint", required=True, type=argument_types.path)
     convert.add_argument("--rounds", type=argument_types.whole(1), default=3)
+    elastic = subjects.add_parser("elastic", help="8 ranks' checkpoint loaded on 2, against DeepSpeed's universal path")
+    elastic.add_argument("--layers", type=argument_types.whole(1), default=16, help="16 (default): 1B, 45 GB of disk")
+    elastic.add_argument("--rounds", type=argument_types.whole(1), default=3)
+    elastic.add_argument("--folder", type=argument_types.path, help="for its files (default: the temporary one)")
     tokenize = subjects.add_parser(
         "tokenize", help="text to token files: tools/prepare_data.py against other pipelines"
     )
