@@ -106,9 +106,13 @@ class DenseLlama:
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.matrix("model.embed_tokens")[ids]
 
+    def start_of_stream(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return what the first block reads, (batch, seq_len, hidden): the embedding, as a method has made it."""
+        return self.embed(ids)
+
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the final norm's output, (batch, seq_len, hidden)."""
-        x = self.embed(ids)
+        x = self.start_of_stream(ids)
         for layer in range(self.settings.layers):
             x = x + self.attention(self.norm(x, f"model.layers.{layer}.input_layernorm"), layer)
             x = x + self.mlp(self.norm(x, f"model.layers.{layer}.post_attention_layernorm"), layer)

@@ -31,8 +31,8 @@ class Qwen3(DenseLlama):
 class Granite(DenseLlama):
     """Four factors: of the embedding, of the branches, of the scores and of the logits."""
 
-    def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        return GRANITE["embedding_multiplier"] * super().embed(ids)
+    def start_of_stream(self, ids: torch.Tensor) -> torch.Tensor:
+        return GRANITE["embedding_multiplier"] * super().start_of_stream(ids)
 
     def attention(self, x: torch.Tensor, layer: int) -> torch.Tensor:
         return GRANITE["residual_multiplier"] * super().attention(x, layer)
@@ -53,7 +53,7 @@ class Olmo2(DenseLlama):
     """Norms after the sub-layers, and of all queries and all keys at once."""
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.embed(ids)
+        x = self.start_of_stream(ids)
         for layer in range(self.settings.layers):
             block = f"model.layers.{layer}"
             x = x + self.norm(self.attention(x, layer), f"{block}.post_attention_layernorm")
