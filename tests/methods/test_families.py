@@ -184,7 +184,9 @@ def assert_as_transformers(run: Run, initial: dict[str, torch.Tensor], exported_
 def factors_without_effect(family: str) -> list[str]:
     """Return the modules before a norm, which takes any one factor of their outputs out again."""
     before_qk_norm = ["q_proj", "k_proj"] if "self_attn.q_norm" in FAMILIES[family].in_block else []
-    return before_qk_norm + (["v_proj", "o_proj", "down_proj"] if missing(family, ["direct_branches"]) else [])
+    return before_qk_norm + (
+        ["v_proj", "o_proj", "up_proj", "down_proj"] if missing(family, ["direct_branches"]) else []
+    )
 
 
 @pytest.mark.parametrize(("family", "method"), slow_unless_fast(ACCEPTED))
