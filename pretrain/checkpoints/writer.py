@@ -61,7 +61,7 @@ class Writing:
             names = list(present)
             while contents:  # frees each once it is written: it may be a copy
                 path, content = contents.popitem()
-                _save(path, content)
+                save_synced(path, content)
                 names.append(path.relative_to(self._folder).as_posix())
                 self._files_done += 1
             entries: Entries = {}
@@ -93,7 +93,7 @@ def explaining_failures(write: Callable[[], Result], folder: Path, rank: int) ->
         raise UserError(message + "free space or fix the folder and start the same command again.") from error
 
 
-def _save(path: Path, content: Any) -> None:
+def save_synced(path: Path, content: Any) -> None:
     """Write a file with `torch.save`, flushed to disk. Each attempt writes the whole file."""
 
     def save() -> None:

@@ -23,8 +23,9 @@ from pretrain.checkpoints.shard_metadata import load_shard_metadata
 from pretrain.checkpoints.stored import StoredWeight, stored_weights
 from pretrain.checkpoints.stored.counters import first_file
 from pretrain.checkpoints.stored.universal import LATEST, OPTIMIZER_STATE
+from pretrain.checkpoints.writer import save_synced
 from pretrain.errors import UserError
-from pretrain.files import free_bytes, patiently, sync_folder, unfinished, write_text
+from pretrain.files import free_bytes, sync_folder, unfinished, write_text
 
 # DeepSpeed's loaders look for either name, by the stage of the engine that loads.
 _MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
@@ -69,10 +70,10 @@ def export_universal(checkpoint: Path, out: Path, say: Callable[[str], None]) ->
             folder = temporary / tag
             _write_weights(folder / "zero", weights, load_shard_metadata(checkpoint).cut_along, total, say)
             step = torch.tensor(next(iter(weights.values())).scalars["step"])
-            _save(folder / OPTIMIZER_STATE, _with_step(optimizer, step))
+            save_synced(folder / OPTIMIZER_STATE, _with_step(optimizer, step))
             shapes = {name: torch.Size(weight.master.shape) for name, weight in weights.items()}
             for name in _MODEL_FILES:
-                _save(
+                save_synced(
                     folder / name,
                     {**model, "module": {}, "optimizer": None, "mp_world_size": 1, "param_shapes": [shapes]},
                 )
@@ -126,20 +127,9 @@ def _write_weights(
     done, line = 0, time.monotonic()
     for name, weight in weights.items():
         for key, tensor in {"fp32": weight.master, **weight.moments}.items():
-            _save(folder / name / f"{key}.pt", {"cat_dim": cut_along.get(name, 0), "param": tensor()})
+            save_synced(folder / name / f"{key}.pt", {"cat_dim": cut_along.get(name, 0), "param": tensor()})
             done += 4 * prod(tensor.shape)
             if time.monotonic() - line > _BETWEEN_LINES_S:
                 line = time.monotonic()
                 say(f"{done / 1e9:.2f} of {total / 1e9:.2f} GB are written")
-        _save(folder / name / "step.pt", torch.tensor(weight.scalars["step"]))
-
-
-def _save(path: Path, content: Any) -> None:
-    def save() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-
-    patiently(save, f"writing {path}")
+        save_synced(folder / name / "step.pt", torch.tensor(weight.scalars["step"]))
