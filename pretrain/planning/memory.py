@@ -11,17 +11,19 @@ up. Compiled blocks keep less, so there the figure is an upper bound.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from pretrain.config.schema import Config
 from pretrain.engine.build_model import model_class, transformed
 from pretrain.engine.loss_chunk import chunk_for
 from pretrain.model.attention import choose_attention
+from pretrain.model.layout import blocks_of
 from pretrain.model.loss import CHUNK_LOGITS
 from pretrain.planning.run_shape import RunShape
 
@@ -119,38 +121,47 @@ def block_bytes_per_token(config: Config, model_config: PreTrainedConfig, dtype:
     """
     key = (model_config.to_json_string(), repr(config.methods), dtype)
     if key not in _COUNTED:
-        two, one = (_kept(config, model_config, layers, dtype) for layers in (2, 1))
-        _COUNTED[key] = (two - one) / _PROBED_TOKENS
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights():
+                model = transformed(model_class(model_config)(model_config), config)
+                torch.set_default_dtype(before)
+                _COUNTED[key] = _kept_by_a_block(model) / _PROBED_TOKENS
+        finally:
+            torch.set_default_dtype(before)
     return _COUNTED[key]
 
 
-def _kept(config: Config, model_config: PreTrainedConfig, layers: int, dtype: torch.dtype) -> int:
-    """Return the bytes that autograd would keep of a forward pass of the first layers in `dtype`."""
-    values = model_config.to_dict() | {"num_hidden_layers": layers}
-    if values.get("layer_types"):
-        values["layer_types"] = values["layer_types"][:layers]
-    smaller = type(model_config)(**values)
-    found: list[torch.Tensor] = []
+def _kept_by_a_block(model: PreTrainedModel) -> int:
+    """Return the bytes that autograd would keep of one block of a model of fake tensors.
+
+    It is the second block where there is one, which makes nothing that later ones share. The forward pass ends after it.
+    """
+    choose_attention(model.train(), documents=False)
+    held = {parameter.untyped_storage()._cdata: 0 for parameter in model.parameters()}
+    kept: list[torch.Tensor] = []  # alive, so that no storage takes the place of another one
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        found.append(tensor)
+        kept.append(tensor)
         return tensor
 
-    before = torch.get_default_dtype()
-    with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights():
-        torch.set_default_dtype(dtype)
-        try:
-            model = transformed(model_class(smaller)(smaller), config)
-        finally:
-            torch.set_default_dtype(before)
-        choose_attention(model.train(), documents=False)
-        weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            ids = torch.zeros(1, _PROBED_TOKENS, dtype=torch.long)
-            result = model.base_model(input_ids=ids, use_cache=False)
-        storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in found}
-    del result
-    return sum(size for address, size in storages.items() if address not in weights)
+    def begin(*_: object) -> None:
+        held.update({tensor.untyped_storage()._cdata: 0 for tensor in kept})
+
+    def end(*_: object) -> None:
+        raise _Counted
+
+    block = blocks_of(model)[:2][-1]
+    block.register_forward_pre_hook(begin)
+    block.register_forward_hook(end)
+    with suppress(_Counted), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.base_model(input_ids=torch.zeros(1, _PROBED_TOKENS, dtype=torch.long), use_cache=False)
+    return sum(({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept} | held).values())
+
+
+class _Counted(Exception):
+    """The block that is counted has ended."""
 
 
 def _cut_bytes_per_token(shape: RunShape) -> float:

@@ -14,15 +14,11 @@ from pretrain.checkpoints.stored import master_weights
 from pretrain.errors import UserError
 from pretrain.export.convert import convert
 from tests.support.runs import (
-    Ended,
     arguments,
-    assert_refused,
-    contents,
     events,
     last_rows,
     losses,
     run_ranks,
-    run_together,
     start_ranks,
     wait_until,
 )
@@ -189,36 +185,6 @@ def test_a_killed_run_goes_on_bit_for_bit(run_file: Path, tmp_path: Path, name: 
             assert {k: v for k, v in found[step].items() if k not in clock} == {
                 k: v for k, v in row.items() if k not in clock
             }
-
-
-OTHERS = {  # changes to the run that was cut in two, and a part of the message
-    "not cut any more": ({"parallel.tensor": 1}, "tensor_parallel 2, this run 1; DeepSpeed's shards of one"),
-    "cut in four": (
-        {"parallel.tensor": 4, "model": MODEL | {"num_key_value_heads": 4, "intermediate_size": 88}},
-        "tensor_parallel 2, this run 4",
-    ),
-}
-
-
-@pytest.fixture(scope="module")
-def refused(run_file: Path, trained, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Ended, dict, dict]]:
-    """Return the refusal of four ranks of a checkpoint of another tensor-parallel size, and the folder before and after."""
-    base = tmp_path_factory.mktemp("refused")
-    commands, folders = {}, {}
-    for number, (name, (change, _)) in enumerate(OTHERS.items()):
-        folders[name] = Path(shutil.copytree(trained("zero2"), base / str(number) / "run"))
-        chosen = settings(folders[name].parent, "run", CUT["zero2"], steps=STEPS + 2) | change
-        commands[name] = (arguments(run_file, chosen), 4)
-    before = {name: contents(folder) for name, folder in folders.items()}
-    ended = run_together(commands, base / "logs")
-    return {name: (ended[name], before[name], contents(folders[name])) for name in OTHERS}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_a_checkpoint_of_another_size_is_refused_and_left_alone(refused: dict, name: str) -> None:
-    ended, before, after = refused[name]
-    assert_refused(ended, "cannot resume from", OTHERS[name][1])
-    assert after == before
 
 
 def test_the_plan_counts_groups_that_read_batches_of_their_own(run_file: Path, tmp_path: Path) -> None:

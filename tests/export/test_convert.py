@@ -177,12 +177,13 @@ def change(
     stored = master_weights(checkpoint / "deepspeed")[name]
     values = new(stored())
     rest = values.flatten()
-    for span in stored.spans:
+    spans = [part.span for part in stored.parts]
+    for span in spans:
         with open(span.file, "r+b") as file:
             file.seek(span.offset)
             file.write(rest[: span.count].numpy())
         rest = rest[span.count :]
-    changed = {span.file for span in stored.spans}
+    changed = {span.file for span in spans}
     if also_moments:
         path = checkpoint / "moments.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {name: asdict(Moments.of(values))}))
