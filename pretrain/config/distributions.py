@@ -1,4 +1,4 @@
-"""The `init` section of a run: the distribution that matrices are drawn from. Methods decide its standard deviation."""
+"""The `init` section of a run: the distribution that matrices are drawn from, and their standard deviations by role."""
 
 from __future__ import annotations
 
@@ -10,9 +10,57 @@ from pydantic import Field
 from pretrain.sharded.draws import Draw, GeneralizedGaussian, Normal, TruncatedNormal, Uniform
 from pretrain.values import Values
 
+Deviation = Annotated[float, Field(ge=0, le=1e4)]
+
+
+class DeviationsSection(Values):
+    """Standard deviations by role, as a paper's table has them. Roles that are left out have `model.initializer_range`.
+
+    Attributes:
+        embed: Of the embedding, also where the head shares its matrix.
+        position: Of learned positions.
+        q: Of the queries' matrices.
+        k: Of the keys'.
+        v: Of the values'.
+        qkv: Of the one matrix that holds all three in a gpt2.
+        o: Of attention's output.
+        gate: Of the MLP's gate.
+        up: Of the MLP's input.
+        down: Of the MLP's output.
+        head: Of a head with a matrix of its own.
+    """
+
+    embed: Deviation | None = None
+    position: Deviation | None = None
+    q: Deviation | None = None
+    k: Deviation | None = None
+    v: Deviation | None = None
+    qkv: Deviation | None = None
+    o: Deviation | None = None
+    gate: Deviation | None = None
+    up: Deviation | None = None
+    down: Deviation | None = None
+    head: Deviation | None = None
+
+    @property
+    def given(self) -> dict[str, float]:
+        """The deviations that the run file gives, by role."""
+        return {role: std for role, std in self if std is not None}
+
 
 class Init(Values, ABC):
-    """A distribution without its standard deviation."""
+    """A distribution, and standard deviations of its own where the run file gives any.
+
+    Attributes:
+        std: Standard deviations by role.
+    """
+
+    std: DeviationsSection | None = None
+
+    @property
+    def deviations(self) -> dict[str, float]:
+        """The standard deviations that the run file gives, by role."""
+        return self.std.given if self.std else {}
 
     @abstractmethod
     def draw(self, std: float) -> Draw:

@@ -24,8 +24,9 @@ from pretrain.config.model_section import ModelSection, family_section
 from pretrain.config.yaml_file import RunFile, to_yaml
 from pretrain.credentials import credential_in
 from pretrain.errors import UserError
-from pretrain.methods import REGISTRY, Method, decisions_that_clash
-from pretrain.methods.base import INITIAL_DISTRIBUTION
+from pretrain.methods import REGISTRY, Method, allowed_in, allowed_in_vain, decisions_that_clash
+from pretrain.methods.base import INITIAL_DEVIATIONS, INITIAL_DISTRIBUTION
+from pretrain.methods.pairs import Allowed
 from pretrain.model.families import FAMILIES, NEEDS, families_with, missing
 from pretrain.paths import check_name, expanded, local
 from pretrain.values import Count, LocalPath, Location, Positive, Share, Values, at, nearest_divisor
@@ -401,6 +402,7 @@ class Config(Values):
         tokens: The length in tokens. Give this or `steps`.
         optim: The optimizer.
         methods: The stability methods, each once.
+        allow: Pairs of methods to train together against advice, each with a reason: "one + other: why".
         init: The distribution that matrices are drawn from.
         deepspeed: A DeepSpeed JSON file, or its content.
         deterministic: On GPUs too, the same bits for the same input.
@@ -425,6 +427,7 @@ class Config(Values):
     tokens: float | None = Field(None, ge=1)
     optim: OptimSection
     methods: tuple[AnyMethod, ...] = ()
+    allow: tuple[str, ...] = ()
     init: AnyInit = NormalInit()
     deepspeed: LocalPath | dict[str, Any]
     deterministic: bool = False
@@ -442,6 +445,18 @@ class Config(Values):
         if not isinstance(given, str | dict):
             raise ValueError("give the path of a DeepSpeed JSON file, or its content as a mapping")
         return expanded(given) if isinstance(given, str) else given
+
+    @field_validator("init", mode="before")
+    @classmethod
+    def _normal_unless_it_says_otherwise(cls, given: Any) -> Any:
+        only_deviations = isinstance(given, dict) and given.keys() == {"std"}
+        return {"distribution": "normal", **given} if only_deviations else given
+
+    @field_validator("allow")
+    @classmethod
+    def _pairs_with_reasons(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        allowed_in(given)
+        return given
 
     @field_validator("compile", "activation_checkpointing", mode="before")
     @classmethod
@@ -496,13 +511,24 @@ class Config(Values):
                     f"method {method.name} cannot be used with parallel.tensor {self.parallel.tensor}, where no rank has "
                     "whole matrices or all heads: set it to 1 and let ZeRO share out the weights"
                 )
+            if INITIAL_DEVIATIONS in method.decides and self.init.deviations:
+                raise ValueError(
+                    f"method {method.name} decides the initial deviations, and so does 'init.std': keep one of them"
+                )
             if INITIAL_DISTRIBUTION in method.decides and self.init != NormalInit():
                 raise ValueError(
                     f"method {method.name} draws from a distribution of its own, and so does 'init': keep one of them"
                 )
-        if clashes := decisions_that_clash(self.methods):
+        if clashes := decisions_that_clash(self.methods, self.allowed):
             raise ValueError("; ".join(clashes))
+        if in_vain := allowed_in_vain(self.methods, self.allowed):
+            raise at("allow", "; ".join(in_vain))
         return self
+
+    @property
+    def allowed(self) -> list[Allowed]:
+        """The pairs of methods that this run takes against advice."""
+        return allowed_in(self.allow)
 
     @property
     def folder(self) -> Path:

@@ -13,8 +13,8 @@ from pretrain.sharded.draws import Constant, Draw, ZeroRow
 def initial_rule(weight: Weight, config: Config, default_std: float) -> tuple[Draw, str]:
     """Return the distribution of a weight at initialization, and the rule in words.
 
-    Norm gains and trained factors are 1, biases 0. Matrices have the run's distribution, with deviation `default_std`
-    unless a method sets another. The row of an embedding that stands for padding is 0, as in transformers.
+    Norm gains and trained factors are 1, biases 0. Matrices have the run's distribution, with the deviation that `init.std`
+    or a method sets for them, else `default_std`. The row of an embedding that stands for padding is 0, as in transformers.
     """
     draw, rule = rule_of_rows(weight, config, default_std)
     if weight.padding_row is None:
@@ -33,6 +33,8 @@ def rule_of_rows(weight: Weight, config: Config, default_std: float) -> tuple[Dr
         rules = (method.init_rule(weight) for method in config.methods)
         return constant, ", ".join(filter(None, (constant.description, *rules)))
     std, rule = default_std, f"initializer_range: {default_std:g}"
+    if (given := config.init.deviations.get(weight.role)) is not None:
+        std, rule = given, f"init.std: {given:g}"
     for method in config.methods:
         chosen = method.init_std(weight)
         if chosen is not None:

@@ -118,5 +118,11 @@ def _methods(config: Config, reasons: Mapping[str, str]) -> str:
     )
     return (
         f"As listed in the run, with their options:\n\n```yaml\n{yaml.safe_dump(listed, sort_keys=False)}```"
-        f"\n\nWhat the conversion made of them:\n\n{made}"
+        f"\n\nWhat the conversion made of them:\n\n{made}{_allowed(config)}"
     )
+
+
+def _allowed(config: Config) -> str:
+    """Return a paragraph about pairs that were trained against advice, if there are any."""
+    lines = [f"- {' + '.join(sorted(pair.methods))}: {pair.because}" for pair in config.allowed]
+    return "\n\nTrained together against advice, for the reason given:\n\n" + "\n".join(lines) if lines else ""

@@ -6,7 +6,8 @@ import importlib
 import pkgutil
 from collections.abc import Iterator
 
-from pretrain.methods.base import Method, RunContext, decisions_that_clash
+from pretrain.methods.base import Method, RunContext
+from pretrain.methods.pairs import Clash, allowed_in, allowed_in_vain, clashes_of, decisions_that_clash
 
 
 def _load() -> dict[str, type[Method]]:
@@ -25,4 +26,13 @@ def _concrete(base: type[Method]) -> Iterator[type[Method]]:
 
 REGISTRY: dict[str, type[Method]] = _load()
 
-__all__ = ["REGISTRY", "Method", "RunContext", "decisions_that_clash"]
+__all__ = [
+    "REGISTRY",
+    "Clash",
+    "Method",
+    "RunContext",
+    "allowed_in",
+    "allowed_in_vain",
+    "clashes_of",
+    "decisions_that_clash",
+]

@@ -93,7 +93,9 @@ class Method(Values):
     Class attributes:
 
     - `conflicts`: names of methods that it cannot be combined with, besides those that decide the same (see `decides`),
-      each with a sentence that says why.
+      each with a sentence that says why: one would have no effect, or no export could hold the two.
+    - `discouraged`: names of methods with which it is well defined but against what is known, each with a sentence that
+      says so. A run can `allow` such a pair.
     - `needs`: what a model family must have for it (`pretrain.model.families.NEEDS`). Families without that are refused.
     - `tensor_parallel`: whether it may be used where AutoTP cuts the matrices.
     - `eager_blocks`: why torch.compile cannot take the blocks of a model with this method, None where it can. They then
@@ -105,6 +107,7 @@ class Method(Values):
     """
 
     conflicts: ClassVar[Mapping[str, str]] = {}
+    discouraged: ClassVar[Mapping[str, str]] = {}
     needs: ClassVar[frozenset[Need]] = frozenset()
     tensor_parallel: ClassVar[bool] = True
     eager_blocks: ClassVar[str | None] = None
@@ -274,16 +277,3 @@ class Method(Values):
 
     def training_rule(self, weight: Weight) -> str | None:
         """Return what the method does with this weight in training, in words: in forward, in the loss, after a step."""
-
-
-def decisions_that_clash(methods: tuple[Method, ...]) -> list[str]:
-    """Return a sentence for each pair of methods that cannot be combined."""
-    clashes = []
-    for position, second in enumerate(methods):
-        for first in methods[:position]:
-            reason = first.conflicts.get(second.name) or second.conflicts.get(first.name)
-            if reason is None and (both := first.decides & second.decides):
-                reason = f"both decide {', '.join(sorted(both))}: keep one of them"
-            if reason:
-                clashes.append(f"methods {first.name} and {second.name} cannot be combined: {reason}")
-    return clashes

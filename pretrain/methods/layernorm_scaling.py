@@ -38,7 +38,7 @@ _TWICE = (
 class LayerNormScaling(Method):
     """LayerNorm Scaling. Folds into the stock class by γ ← γ / √l, in GPT-2 the norm's bias too."""
 
-    conflicts: ClassVar[Mapping[str, str]] = MappingProxyType(
+    discouraged: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
             name: _TWICE.format(name)
             for name in ("residual_init", "small_init", "he_init", "depth_scaled_init", "residual_scaling", "wesar")

@@ -29,9 +29,11 @@ class MuCentering(Method):
 
     conflicts: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
-            "softcap": "a capped softmax changes when all logits shift, so centring would change the probabilities",
             "mu_loss": "mu_centering keeps the mean at zero that mu_loss would pull there, so mu_loss would do nothing",
         }
+    )
+    discouraged: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"softcap": "a capped softmax changes when all logits shift, so centring would change the probabilities"}
     )
 
     name: Literal["mu_centering"] = "mu_centering"

@@ -44,9 +44,11 @@ class ResidualScaling(Method):
             run.
     """
 
-    conflicts: ClassVar[Mapping[str, str]] = MappingProxyType(
+    discouraged: ClassVar[Mapping[str, str]] = MappingProxyType(
         {name: _TWICE.format(name) for name in ("residual_init", "small_init", "he_init", "depth_scaled_init", "lir")}
-        | {
+    )
+    conflicts: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
             "attention_residuals": "attention_residuals takes a weighted mean of the outputs of sub-layers instead of their "
             "sum, so there is no sum that grows with depth for residual_scaling to hold down"
         }

@@ -61,6 +61,10 @@ class WeightNorm(TrainedFactors):
         {
             "tvr": "tvr rescales the stored matrix, and weight_norm divides it by its own norms, so tvr would do nothing to "
             "the model",
+        }
+    )
+    discouraged: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
             "layernorm_scaling": "weight_norm lets the residual branches start smaller, for the sake of depth, and "
             "LayerNorm Scaling does best without that",
         }

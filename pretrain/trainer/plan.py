@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from pretrain.checkpoints import TrainerState
 from pretrain.checkpoints.logit_probe import probe_batch
+from pretrain.config.distributions import DeviationsSection
 from pretrain.config.schema import Config
 from pretrain.data import load_tokenizer
 from pretrain.data.batches.batch import MicroBatch
@@ -142,6 +143,13 @@ def _check_touches(method: Method, weights: list[Weight]) -> None:
 def _check_initial_values(config: Config, weights: list[Weight], default_std: float) -> None:
     """Raise UserError if a weight would start beyond what float32 arithmetic holds, or all matrices at zero."""
     smallest, largest = _INITIAL_DEVIATIONS
+    roles = dict.fromkeys(weight.role for weight in weights)
+    if absent := sorted(config.init.deviations.keys() - roles.keys()):
+        raise UserError(
+            f"init.std.{absent[0]} matches no weight of the model, so it would do nothing. Its matrices are "
+            f"{', '.join(role for role in roles if role in DeviationsSection.model_fields)}"
+            + ("; the head's is the embedding's." if absent[0] == "head" else ".")
+        )
     rules = {weight.name: initial_rule(weight, config, default_std) for weight in weights if weight.fan_in}
     for name, (draw, rule) in rules.items():
         if draw.std and not smallest <= draw.std <= largest:

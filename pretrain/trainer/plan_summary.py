@@ -9,6 +9,7 @@ from pretrain.checkpoints.folders import complete_checkpoints
 from pretrain.config.schema import Config
 from pretrain.engine.compiled_blocks import why_eager
 from pretrain.files import free_bytes
+from pretrain.methods import clashes_of
 from pretrain.optim.schedule import learning_rate
 from pretrain.planning.memory import memory_of, states_of
 from pretrain.planning.text import describe_memory
@@ -46,6 +47,7 @@ def describe_plan(plan: Plan) -> str:
         "disk": _describe_disk(plan),
         "optimizer": config.optim.name if config.optim.name == "adamw" else "muon on block matrices, adamw on the rest",
         "methods": ", ".join(method.name for method in config.methods) or "none",
+        **_describe_allowed(config),
     }
     return "\n".join(f"{key:<9} {value}" for key, value in lines.items())
 
@@ -88,6 +90,16 @@ def _describe_dropout(model_config: PreTrainedConfig) -> dict[str, str]:
     rates = {field: getattr(model_config, field, 0.0) for field in _DROPOUTS}
     fields = [f"model.{field} {rate:g}" for field, rate in rates.items() if rate]
     return {"dropout": ", ".join(fields) + " in training"} if fields else {}
+
+
+def _describe_allowed(config: Config) -> dict[str, str]:
+    """Return a line about the pairs of methods that are trained against advice, if there are any."""
+    reasons = {clash.methods: clash.reason for clash in clashes_of(config.methods)}
+    pairs = [
+        f"{' + '.join(sorted(pair.methods))}, against advice ({reasons[pair.methods]}), because: {pair.because}"
+        for pair in config.allowed
+    ]
+    return {"allowed": "; ".join(pairs)} if pairs else {}
 
 
 def _describe_blocks(config: Config) -> str:

@@ -14,7 +14,9 @@ from pretrain.engine.initialize import initial_rule
 from pretrain.errors import UserError
 from pretrain.methods.embedding_scale import EmbeddingScale
 from pretrain.model.layout import describe, describe_model
-from pretrain.sharded.draws import Constant, Draw, GeneralizedGaussian, Normal, TruncatedNormal
+from pretrain.sharded.draws import Constant, Draw, GeneralizedGaussian, Normal, TruncatedNormal, Uniform
+from pretrain.trainer.plan import make_plan
+from tests.support.method_suite import Case
 from tests.support.tiny_engines import TinyTokenizer
 
 DECIDING = ("lir", "residual_init", "small_init", "he_init", "xavier_init", "depth_scaled_init")
@@ -211,3 +213,36 @@ def test_a_resumed_run_has_the_factor_that_it_started_with():
 def test_a_multiplier_and_a_rule_contradict_each_other():
     with pytest.raises(ValidationError, match="give either multiplier or rule: inverse_std, not both"):
         config({"name": "embedding_scale", "rule": "inverse_std", "multiplier": 3.0})
+
+
+def test_deviations_by_role_are_those_of_the_run_file_and_others_are_the_models():
+    found = draws(config(init={"std": {"embed": 1.0, "o": 0.003, "down": 0.0, "head": 0.5}}))
+    assert found["model.embed_tokens.weight"].std == 1.0
+    assert found["lm_head.weight"].std == 0.5
+    for layer in (1, 8):
+        assert found[block(layer, "self_attn.o_proj")].std == 0.003
+        assert found[block(layer, "mlp.down_proj")].std == 0.0
+        assert found[block(layer, "self_attn.q_proj")].std == 0.02  # model.initializer_range
+        assert found[block(layer, "input_layernorm")].mean == 1.0
+
+
+def test_deviations_by_role_go_with_every_distribution():
+    kinds = {"truncated_normal": TruncatedNormal, "uniform": Uniform, "generalized_gaussian": GeneralizedGaussian}
+    for kind, draw in kinds.items():
+        found = draws(config(init={"distribution": kind, "std": {"embed": 0.25}}))["model.embed_tokens.weight"]
+        assert isinstance(found, draw)
+        assert found.std == 0.25
+
+
+@pytest.mark.parametrize("name", ["lir", "gg_init", "wesar", "xavier_init"])
+def test_a_method_that_decides_the_deviations_leaves_none_to_the_run_file(name):
+    with pytest.raises(ValueError, match=f"{name} decides the initial deviations, and so does 'init.std'"):
+        config({"name": name}, init={"std": {"embed": 1.0}})
+
+
+def test_a_role_that_the_model_does_not_have_is_refused(corpus, tmp_path):
+    content = Case((), "roles").config(corpus, tmp_path)
+    for role, tied, expected in (("qkv", False, "matrices are embed, q, k, v, o, gate"), ("head", True, "embedding's")):
+        model = {**content["model"], "tie_word_embeddings": tied}
+        with pytest.raises(UserError, match=f"init.std.{role} matches no weight.*{expected}"):
+            make_plan(Config.model_validate({**content, "model": model, "init": {"std": {role: 0.1}}}), world_size=1)

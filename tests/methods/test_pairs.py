@@ -11,17 +11,21 @@ from pydantic import ValidationError
 from pretrain.config.schema import Config
 from pretrain.errors import UserError
 from pretrain.export.convert import convert
+from pretrain.methods import REGISTRY, clashes_of
 from pretrain.trainer.plan import Plan, make_plan
 from tests.support.folded_models import folded, random_model
 from tests.support.method_suite import METHODS, STEPS, Case, Runs, assert_same_logits
 
 PAIRS = list(combinations(METHODS, 2))
+FORCED = [
+    tuple(sorted(clash.methods)) for clash in clashes_of([REGISTRY[name]() for name in METHODS]) if clash.scientific
+]
 TIED = [pytest.param(False, id="untied"), pytest.param(True, id="tied")]
 
 
-def accepted(pair, tied, corpus, folder) -> Plan | None:
+def accepted(pair, tied, corpus, folder, **keys) -> Plan | None:
     """Return the plan of the pair's run, or None if it is refused with a sentence that names the cause."""
-    content = Case(pair, "pair", tied=tied).config(corpus, folder)
+    content = Case(pair, "pair", tied=tied).config(corpus, folder) | keys
     try:
         return make_plan(Config.model_validate(content), world_size=1)
     except (ValidationError, UserError) as error:
@@ -36,8 +40,20 @@ def accepted(pair, tied, corpus, folder) -> Plan | None:
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_a_pair_learns_and_folds_or_is_refused(pair, tied, corpus, tmp_path):
     plan = accepted(pair, tied, corpus, tmp_path)
-    if plan is None:
-        return
+    if plan is not None:
+        assert_learns_and_folds(plan)
+
+
+@pytest.mark.parametrize("tied", TIED)
+@pytest.mark.parametrize("pair", FORCED, ids="-".join)
+def test_a_pair_that_is_only_advised_against_learns_and_folds_once_it_is_allowed(pair, tied, corpus, tmp_path):
+    assert accepted(pair, tied, corpus, tmp_path) is None
+    plan = accepted(pair, tied, corpus, tmp_path, allow=[f"{' + '.join(pair)}: to see what it does"])
+    if plan is not None:
+        assert_learns_and_folds(plan)
+
+
+def assert_learns_and_folds(plan):
     model = random_model(plan)
     tokens = torch.randint(0, plan.model_config.vocab_size, (2, 25), generator=torch.Generator().manual_seed(4))
     losses = model.train()(tokens[:, :-1], tokens[:, 1:])
