@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,11 @@ import yaml
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported, by the fork server too
+# Both are read when torch is first imported, by the fork server too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault(
+    "ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16"
+)  # no CPU has fp16, so that Muon is as exact on all of them
 
 from tests.support import runs
 from tests.support.corpus import Corpus, documents_of, make_corpus, tiny
@@ -29,7 +34,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Togethe
 
 
 @pytest.fixture(scope="session", autouse=True)
-def fork_server() -> None:
+def heard_signals() -> None:
+    """Let the processes of tests hear SIGHUP under nohup and SIGINT in the background, which this process goes on ignoring.
+
+    They would inherit that a signal is ignored. They do not inherit a handler.
+    """
+    for number in (signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server(heard_signals: None) -> None:
     """Start this process's fork server with the libraries loaded.
 
     Otherwise the workers of the data path would start it with almost nothing loaded, and each rank of each test would load

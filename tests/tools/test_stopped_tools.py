@@ -52,15 +52,11 @@ HAS_CHILD = HEAD + (
 )
 
 
-def hear_ctrl_c() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test runner in the background may ignore it
-
-
 def under_nohup() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 
-def start(script: str, folder: Path, prepare: Callable[[], None] = hear_ctrl_c) -> subprocess.Popen:
+def start(script: str, folder: Path, prepare: Callable[[], None] | None = None) -> subprocess.Popen:
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(REPOSITORY)],
         cwd=folder,
