@@ -8,6 +8,7 @@ python tools/bench.py methods
 python tools/bench.py fill
 python tools/bench.py convert --checkpoint runs/tiny_tvr/checkpoints/latest
 python tools/bench.py elastic --layers 2
+python tools/bench.py plan
 python tools/bench.py tokenize --rivals-python peers/bin/python
 python tools/bench.py data --rivals-python peers/bin/python
 """
@@ -78,6 +79,12 @@ def _elastic(options: argparse.Namespace) -> str:
     return bench_elastic(options.layers, options.rounds, options.folder)
 
 
+def _plan(options: argparse.Namespace) -> str:
+    from benchmarks.plan import bench_plan
+
+    return bench_plan()
+
+
 def _tokenize(options: argparse.Namespace) -> str:
     from benchmarks.rivals import known_rivals
     from benchmarks.tokenize import RIVALS, bench_tokenize
@@ -116,6 +123,7 @@ _SUBJECTS = {
     "fill": _fill,
     "convert": _convert,
     "elastic": _elastic,
+    "plan": _plan,
     "tokenize": _tokenize,
     "data": _data,
 }
@@ -166,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     elastic.add_argument("--layers", type=argument_types.whole(1), default=16, help="16 (default): 1B, 45 GB of disk")
     elastic.add_argument("--rounds", type=argument_types.whole(1), default=3)
     elastic.add_argument("--folder", type=argument_types.path, help="for its files (default: the temporary one)")
+    subjects.add_parser("plan", help="the memory that tools/plan.py predicts against that of real ranks")
     tokenize = subjects.add_parser(
         "tokenize", help="text to token files: tools/prepare_data.py against other pipelines"
     )

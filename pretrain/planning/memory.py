@@ -5,13 +5,12 @@
     T     tokens of a micro-batch that the rank computes on
 
 Weights, gradients, masters and moments follow from P, N, the stage and the precision. Activations are counted: the model's
-own forward pass is run on fake tensors, which have sizes and no memory, and what autograd would keep of one block is added
-up. Compiled blocks keep less, so there the figure is an upper bound.
+own forward pass is run on fake tensors, which have sizes and no memory, and what autograd would keep is added up. Compiled
+blocks keep less, so there the figure is an upper bound.
 """
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -30,9 +29,7 @@ from pretrain.planning.run_shape import RunShape
 _LOGIT_BYTES = 20  # see engine/loss_chunk.py
 _LIVE_WEIGHTS = 1_000_000_000  # elements that ZeRO-3 gathers at most: DeepSpeed's stage3_max_live_parameters
 _PROBED_TOKENS = 64  # of the counted forward pass
-_COUNTED: dict[
-    tuple[str, str, torch.dtype], float
-] = {}  # what blocks keep: a search asks for the same ones again and again
+_COUNTED: dict[tuple[str, str, torch.dtype], Kept] = {}  # a search asks for the same ones again and again
 
 
 @dataclass(frozen=True)
@@ -90,23 +87,38 @@ def states_of(shape: RunShape) -> Memory:
 def activation_bytes(shape: RunShape) -> float:
     """Return the bytes that a rank keeps of the forward pass of one micro-batch for its backward pass.
 
-    Where blocks are recomputed, these are their inputs, what `selective` keeps besides, and one block while it is at work.
+    Where blocks are recomputed, these are what all blocks keep, and the one block that is at work.
     """
-    config, layers, whole = shape.config, shape.model_config.num_hidden_layers, kept_bytes(shape)
-    if config.activation_checkpointing == "off":
-        return whole
-    elements = shape.model_config.hidden_size
-    if config.activation_checkpointing == "selective":
+    kept = kept_until_backward(shape)
+    if shape.config.activation_checkpointing == "off":
+        return kept
+    return kept + shape.tokens_per_micro_batch * _block_bytes_per_token(shape)
+
+
+def kept_until_backward(shape: RunShape) -> float:
+    """Return the bytes that a rank keeps of one micro-batch from its forward to its backward pass.
+
+    Of a recomputed block these are its input and what `selective` keeps besides.
+    """
+    if shape.config.activation_checkpointing == "off":
+        return kept_bytes(shape)
+    elements = float(shape.model_config.hidden_size)
+    if shape.config.activation_checkpointing == "selective":
         elements += _product_outputs(shape)
-    return _width(shape) * layers * shape.tokens_per_micro_batch * elements + whole / layers
+    blocks = _width(shape) * shape.model_config.num_hidden_layers * elements
+    return shape.tokens_per_micro_batch * (blocks + _counted(shape).rest)
 
 
 def kept_bytes(shape: RunShape) -> float:
-    """Return the bytes that a rank would keep of one micro-batch's blocks without recomputation."""
-    dtype = torch.float32 if shape.precision == "fp32" else torch.bfloat16
-    kept, cut = block_bytes_per_token(shape.config, shape.model_config, dtype), _cut_bytes_per_token(shape)
-    each = kept - cut + cut / shape.config.parallel.tensor
-    return shape.model_config.num_hidden_layers * shape.tokens_per_micro_batch * each
+    """Return the bytes that a rank would keep of one micro-batch without recomputation."""
+    blocks = shape.model_config.num_hidden_layers * _block_bytes_per_token(shape)
+    return shape.tokens_per_micro_batch * (blocks + _counted(shape).rest)
+
+
+def _block_bytes_per_token(shape: RunShape) -> float:
+    """Return the bytes that a rank keeps of one block for each token, without recomputation."""
+    cut = _cut_bytes_per_token(shape)
+    return _counted(shape).block - cut + cut / shape.config.parallel.tensor
 
 
 def _width(shape: RunShape) -> int:
@@ -114,54 +126,70 @@ def _width(shape: RunShape) -> int:
     return 4 if shape.precision == "fp32" else 2
 
 
-def block_bytes_per_token(config: Config, model_config: PreTrainedConfig, dtype: torch.dtype) -> float:
-    """Return the bytes that autograd keeps of one block for each token, besides the weights, without recomputation.
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that autograd keeps for each token, besides the weights, without recomputation or tensor parallelism.
 
-    Each storage counts once. The block is that of the run, as its methods have transformed it.
+    Attributes:
+        block: of one block.
+        rest: of the embedding and the last norm.
     """
-    key = (model_config.to_json_string(), repr(config.methods), dtype)
+
+    block: float
+    rest: float
+
+
+def _counted(shape: RunShape) -> Kept:
+    dtype = torch.float32 if shape.precision == "fp32" else torch.bfloat16
+    key = (shape.model_config.to_json_string(), repr(shape.config.methods), dtype)
     if key not in _COUNTED:
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights():
-                model = transformed(model_class(model_config)(model_config), config)
-                torch.set_default_dtype(before)
-                _COUNTED[key] = _kept_by_a_block(model) / _PROBED_TOKENS
-        finally:
-            torch.set_default_dtype(before)
+        _COUNTED[key] = count_kept(shape.config, shape.model_config, dtype)
     return _COUNTED[key]
 
 
-def _kept_by_a_block(model: PreTrainedModel) -> int:
-    """Return the bytes that autograd would keep of one block of a model of fake tensors.
+def count_kept(config: Config, model_config: PreTrainedConfig, dtype: torch.dtype) -> Kept:
+    """Return what autograd would keep of the model of a run, as its methods have transformed it, from fake tensors.
 
-    It is the second block where there is one, which makes nothing that later ones share. The forward pass ends after it.
+    Each storage counts once, for the part of the model that keeps it first.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights():
+            model = transformed(model_class(model_config)(model_config), config)
+            torch.set_default_dtype(before)
+            return _kept_by_parts(model)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _kept_by_parts(model: PreTrainedModel) -> Kept:
+    """Count a forward pass of a model of fake tensors.
+
+    The block that stands for all is the second one, where there are two: it makes nothing that later ones share.
     """
     choose_attention(model.train(), documents=False)
-    held = {parameter.untyped_storage()._cdata: 0 for parameter in model.parameters()}
-    kept: list[torch.Tensor] = []  # alive, so that no storage takes the place of another one
+    sizes = {parameter.untyped_storage()._cdata: 0 for parameter in model.parameters()}
+    alive: list[torch.Tensor] = []  # so that no storage takes the place of another one
+    counts: list[int] = []  # before and after the block
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor)
+        alive.append(tensor)
+        sizes.setdefault(tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes())
         return tensor
 
-    def begin(*_: object) -> None:
-        held.update({tensor.untyped_storage()._cdata: 0 for tensor in kept})
+    def count(*_: object) -> None:
+        counts.append(sum(sizes.values()))
 
-    def end(*_: object) -> None:
-        raise _Counted
-
-    block = blocks_of(model)[:2][-1]
-    block.register_forward_pre_hook(begin)
-    block.register_forward_hook(end)
-    with suppress(_Counted), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.base_model(input_ids=torch.zeros(1, _PROBED_TOKENS, dtype=torch.long), use_cache=False)
-    return sum(({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept} | held).values())
-
-
-class _Counted(Exception):
-    """The block that is counted has ended."""
+    blocks = blocks_of(model)
+    block = blocks[:2][-1]
+    block.register_forward_pre_hook(count)
+    block.register_forward_hook(count)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model.base_model(input_ids=torch.zeros(1, _PROBED_TOKENS, dtype=torch.long), use_cache=False)
+    keep(output.last_hidden_state)  # for the gradient of the head
+    each = counts[1] - counts[0]
+    return Kept(each / _PROBED_TOKENS, (sum(sizes.values()) - len(blocks) * each) / _PROBED_TOKENS)
 
 
 def _cut_bytes_per_token(shape: RunShape) -> float:

@@ -1,40 +1,37 @@
-"""The memory that is predicted for a rank against that of real ranks, and of autograd on real tensors."""
+"""The memory that is predicted for a rank against that of real ranks."""
 
 from __future__ import annotations
 
-import json
-from functools import partial
+from collections.abc import Iterator
 
 import pytest
 
-from tests.support.runs import run_ranks
-from tests.support.workers.memory_worker import measure_all
+from benchmarks.plan import CASES, measure_plan
+from tests.support.runs import ENVIRONMENT
 
-
-def zero(stage: int, **more: object) -> dict:
-    return {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}, **more}
-
-
-BF16 = {"bf16": {"enabled": True}}
-CASES = {
-    "zero0_fp32": {"deepspeed": zero(0)},
-    "zero1_bf16": {"deepspeed": zero(1, **BF16)},
-    "zero2_bf16": {"deepspeed": zero(2, **BF16)},
-    "zero3_bf16": {"deepspeed": zero(3, **BF16)},
-    "zero2_fp32": {"deepspeed": zero(2)},
-    "zero3_fp32": {"deepspeed": zero(3)},
-}
+FAST = [
+    "llama, ZeRO-0, fp32",
+    "llama, ZeRO-1, bf16",
+    "llama, ZeRO-3, bf16",
+    "llama, ZeRO-2, bf16, full",
+    "gpt2, ZeRO-3, bf16",
+]
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    out = tmp_path_factory.mktemp("memory")
-    ended = run_ranks([], out / "logs", 2, prepare=partial(measure_all, CASES, out))
-    assert ended.code == 0, ended.stderr[-5000:]
-    return json.loads((out / "found.json").read_text())
+def environment() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in ENVIRONMENT.items():
+            patch.setenv(key, value)
+        yield
 
 
-@pytest.mark.parametrize("part", ["states", "activations"])
-@pytest.mark.parametrize("case", CASES)
-def test_memory_is_predicted_within_a_tenth(measured: dict, case: str, part: str) -> None:
-    assert measured[case]["predicted"][part] == pytest.approx(measured[case]["found"][part], rel=0.1)
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("names", [FAST, pytest.param([*CASES], marks=pytest.mark.slow)], ids=["few", "all"])
+def test_memory_is_as_predicted(names: list[str]) -> None:
+    measured = measure_plan(names)
+    assert [row["name"] for row in measured] == names
+    for row in measured:
+        for part, tolerance in {"states": 1e-3, "kept": 0.05}.items():
+            figures = row[part]
+            assert figures["predicted"] == pytest.approx(figures["measured"], rel=tolerance), (row["name"], part)
