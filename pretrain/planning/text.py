@@ -13,8 +13,8 @@ _DAY_S = 86_400.0
 
 
 def describe_memory(memory: Memory) -> str:
-    """Return the memory of one rank in a line: the sum, and its parts in GB."""
-    text = f"{memory.device_bytes / 1e9:.2f} GB per rank: {_parts(memory.device)}"
+    """Return the memory of one rank in a line: the sum, and its parts."""
+    text = f"{size_text(memory.device_bytes)} per rank: {_parts(memory.device)}"
     return text + (f"; on the host {_parts(memory.host)}" if memory.host else "")
 
 
@@ -37,14 +37,14 @@ def describe_prediction(prediction: Prediction, cluster: Cluster, largest: int |
         "each GPU between nodes",
         "layout": f"{layout_of(prediction)}, {shape.accumulation_steps} micro-batches a step, blocks "
         + ("compiled" if is_compiled(config) else "eager"),
-        "memory": f"{_gb(prediction.memory.device_bytes)} of {_gb(room)} a GPU: {verdict} ({1 - ROOM:.0%} are left free)",
-        **{f"  {name}": _gb(size) for name, size in prediction.memory.device.items()},
-        **{f"  host: {name}": _gb(size) for name, size in prediction.memory.host.items()},
+        "memory": f"{size_text(prediction.memory.device_bytes)} of {size_text(room)} a GPU: {verdict} ({1 - ROOM:.0%} left free)",
+        **{f"  {name}": size_text(size) for name, size in prediction.memory.device.items()},
+        **{f"  host: {name}": size_text(size) for name, size in prediction.memory.host.items()},
         "largest": f"micro-batch {largest} in this layout" if largest else "no micro-batch fits in this layout",
         "step": f"{time.seconds:.3g} s: "
         + ", ".join(f"{name} {seconds:.2g} s" for name, seconds in time.parts.items()),
         "speed": f"{time.tokens_per_s:,.0f} tokens/s, {time.tokens_per_s * _DAY_S / 1e9:.3g}B tokens a day, MFU {time.mfu:.0%}",
-        "traffic": f"{_gb(time.sent_bytes)} sent by each GPU in a step",
+        "traffic": f"{size_text(time.sent_bytes)} sent by each GPU in a step",
         "whole run": f"{_tokens(prediction) / 1e9:.3g}B tokens in {_days(prediction):.3g} days, "
         f"{_days(prediction) * 24 * cluster.gpus:,.0f} GPU hours",
     }
@@ -113,8 +113,9 @@ def _days(prediction: Prediction) -> float:
 
 
 def _parts(parts: dict[str, float]) -> str:
-    return ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
+    return ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
 
 
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e9:.2f} GB"
+def size_text(size: float) -> str:
+    """Return a number of bytes with three digits and its unit, such as 1.25 GB or 27 MB."""
+    return f"{size / 1e9:.3g} GB" if size >= 0.9995e9 else f"{size / 1e6:.3g} MB"

@@ -12,7 +12,7 @@ from pretrain.files import free_bytes
 from pretrain.methods import clashes_of
 from pretrain.optim.schedule import learning_rate
 from pretrain.planning.memory import memory_of, states_of
-from pretrain.planning.text import describe_memory
+from pretrain.planning.text import describe_memory, size_text
 from pretrain.trainer.plan import Plan, existing_folder
 
 _DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop", "attention_dropout")  # fields of the families' configurations
@@ -79,7 +79,7 @@ def _describe_disk(plan: Plan) -> str:
     one = plan.checkpoint_bytes
     at_once = plan.config.checkpoint.keep_last + 1  # the new one is written before the old one goes
     wanted = (at_once - len(complete_checkpoints(plan.config.folder / "checkpoints"))) * one
-    figures = f"{one / 1e9:.2f} GB per checkpoint, up to {at_once} at a time"
+    figures = f"{size_text(one)} per checkpoint, up to {at_once} at a time"
     if free is None:
         return f"{figures}; how much is free is not known"
     return f"{figures}; {free / 1e9:.1f} GB free" + (f", {wanted / 1e9:.1f} GB WILL BE NEEDED" if wanted > free else "")
