@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tokens",
         type=argument_types.whole(1),
         default=4096,
-        help="of the training step (default: 4096, as in the demo)",
+        help="of the training step (default: 4096, as in configs/tiny_tvr.yaml)",
     )
     tvr.add_argument(
         "--resident-below", type=argument_types.whole(0), default=100_000, help="stage3_param_persistence_threshold"
