@@ -70,7 +70,9 @@ def dry_run(config: Config) -> None:
         print(f"in all    {describe_whole_memory(plan)}")
         if tracker.mode_of(config.log.wandb) != "disabled":
             print(f"tracking  {tracker.describe(config.log.wandb)}")
-        print("\n" + describe_weights(plan.weights, plan.config, plan.model_config.initializer_range))
+        if plan.start is not None:
+            plan.start.check_files()
+        print("\n" + describe_weights(plan.weights, plan.config, plan.model_config.initializer_range, plan.start))
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -21,6 +21,7 @@ FLOORS = (
     {"config"},
     {"monitor", "optim"},
     {"autopsy", "checkpoints", "report", "resilience"},
+    {"starting"},
     {"engine"},
     {"planning"},
     {"export", "trainer"},

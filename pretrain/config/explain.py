@@ -128,12 +128,14 @@ def _tagged(given: Any, members: list[type[BaseModel]]) -> str:
 
 
 def _nearest(key: str, section: type[BaseModel] | None, root: type[BaseModel]) -> str:
-    """Return a hint: the nearest valid key, or else the keys that are valid there."""
+    """Return a hint: the key of this name elsewhere, the nearest valid key, or else the keys that are valid there."""
     prefix, _, last = key.rpartition(".")
     here = list(section.model_fields) if section else []
-    if near := difflib.get_close_matches(last, here, 1, 0.6):
-        return f"did you mean '{prefix}{'.' if prefix else ''}{near[0]}'?"
     elsewhere = next((valid for valid in _all_keys(root) if valid.rpartition(".")[2] == last), None)
+    # At the top a key is more often forgotten in its section than misspelt as the name of another.
+    near = difflib.get_close_matches(last, here, 1, 0.6) if section is not root or not elsewhere else []
+    if near:
+        return f"did you mean '{prefix}{'.' if prefix else ''}{near[0]}'?"
     guess = f"did you mean '{elsewhere}'?" if elsewhere else ""
     if guess and section is root:
         return guess

@@ -3,11 +3,14 @@
 The names and most types are transformers' own, which checks few of their values. Values that it accepts and cannot build,
 or builds and ignores, are refused here. The older spelling of RoPE, `rope_theta` and `rope_scaling`, becomes
 `rope_parameters`.
+
+`init_from` names a model to start from. Fields that the run file leaves out are that model's (`pretrain/starting`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -18,6 +21,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RotaryEmbeddingConfigMixin
 
 from pretrain.model.families import FAMILIES
+from pretrain.paths import expanded
 from pretrain.values import Positive, Share, Values, at
 
 ROPE_TYPES = ("default", *ROPE_INIT_FUNCTIONS)
@@ -136,7 +140,39 @@ _TYPES: dict[str, Any] = {
     "add_cross_attention": Literal[False],
     "reorder_and_upcast_attn": Literal[False],
 }
+_OURS = ("family", "init_from")  # keys that are no field of the family's configuration
 _OLDER_ROPE = {"rope_theta": Annotated[float, Field(gt=1)], "rope_scaling": RopeSection}
+
+
+def _place_of_a_model(path: str) -> str:
+    path = expanded(path)
+    if "://" in path and not re.fullmatch(r"hf://([\w.\-]+/)?[\w.\-]+(@[\w.\-/]+)?", path):
+        raise ValueError("is no place of a model: give a folder, or hf://owner/name, with @revision if it must be one")
+    return path
+
+
+class InitFromSection(Values):
+    """The model whose weights a run starts from.
+
+    Attributes:
+        path: A Hugging Face folder with safetensors, a checkpoint of another run, or `hf://owner/name[@revision]`.
+        layers: The model's block (counted from 0) that each block of this run starts from: [0, 0, 1, 1] doubles two blocks.
+            Null: each from its own.
+    """
+
+    path: Annotated[str, AfterValidator(_place_of_a_model)]
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+
+    @field_validator("layers")
+    @classmethod
+    def _some(cls, given: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if given == ():
+            raise ValueError("names no block: list one for each block of this run, or leave the key out")
+        return given
+
+    @model_serializer
+    def _as_it_was_given(self) -> str | dict[str, Any]:
+        return self.path if self.layers is None else {"path": self.path, "layers": list(self.layers)}
 
 
 class ModelSection(Values):
@@ -146,6 +182,7 @@ class ModelSection(Values):
 
     Attributes:
         family: The kind of model.
+        init_from: The model whose weights the run starts from. Null: weights are drawn.
         vocab_size: If not set, the tokenizer's.
         max_position_embeddings: If not set, `data.seq_len`.
         rope_theta: Of older configurations. It is taken into `rope_parameters`.
@@ -156,7 +193,7 @@ class ModelSection(Values):
         "model_type": "it is called 'family' here",
         "architectures": "leave it out: the class follows from 'family' and the methods",
         "transformers_version": "leave it out",
-        "_name_or_path": "leave it out: nothing is loaded from there",
+        "_name_or_path": "'init_from' names a model to start from",
         "torch_dtype": "leave it out: the DeepSpeed file says the precision, in its 'bf16' or 'fp16' block",
         "dtype": "leave it out: the DeepSpeed file says the precision, in its 'bf16' or 'fp16' block",
         "layer_types": "leave it out: use_sliding_window and max_window_layers say which layers have a window",
@@ -164,6 +201,7 @@ class ModelSection(Values):
     }
 
     family: str
+    init_from: InitFromSection | None = None
     if TYPE_CHECKING:  # fields of the families with rotary positions: see `family_section`
         rope_theta: float | None = None
         rope_parameters: RopeSection | None = None
@@ -172,11 +210,17 @@ class ModelSection(Values):
     @property
     def hf_fields(self) -> dict[str, Any]:
         """The fields that the run file set (null leaves the default), for the family's Hugging Face configuration."""
-        return {key: _plain(value) for key, value in self if key != "family" and value is not None}
+        return {key: _plain(value) for key, value in self if key not in _OURS and value is not None}
 
     @model_serializer
     def _only_what_was_set(self) -> dict[str, Any]:
-        return {"family": self.family, **self.hf_fields}
+        start = {"init_from": self.init_from.model_dump()} if self.init_from else {}
+        return {"family": self.family, **start, **self.hf_fields}
+
+    @field_validator("init_from", mode="before")
+    @classmethod
+    def _a_path_alone(cls, given: Any) -> Any:
+        return {"path": given} if isinstance(given, str) else given
 
     @field_validator("eos_token_id", mode="before", check_fields=False)
     @classmethod
@@ -189,7 +233,10 @@ class ModelSection(Values):
     @model_validator(mode="after")
     def _that_can_be_built(self) -> Self:
         result = self._with_one_spelling_of_rope() if "rope_scaling" in type(self).model_fields else self
-        for fault in (result._spelt_twice(), *result._shapes_that_do_not_fit(), result._rope_that_does_not_work()):
+        faults = [result._spelt_twice()]
+        if result.init_from is None:  # else the other fields are those of a model that has not been read yet
+            faults += [*result._shapes_that_do_not_fit(), result._rope_that_does_not_work()]
+        for fault in faults:
             if fault is not None:
                 raise fault
         return result

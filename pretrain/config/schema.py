@@ -200,6 +200,24 @@ class ZClipSection(Values):
     warmup_steps: int = Field(25, ge=2)
 
 
+class WarmStartSection(Values):
+    """Shrink and perturb (Ash and Adams 2020, arXiv 1910.08475): loaded matrices become shrink W + noise N(0, 1).
+
+    Attributes:
+        shrink: The factor.
+        noise: The standard deviation of what is added.
+    """
+
+    shrink: float = Field(1.0, ge=0, le=1)
+    noise: float = Field(0.0, ge=0, le=1e4)
+
+    @model_validator(mode="after")
+    def _does_something(self) -> WarmStartSection:
+        if self.shrink == 1 and self.noise == 0:
+            raise ValueError("changes nothing with shrink 1 and noise 0: give one of them, or remove the section")
+        return self
+
+
 class OptimSection(Values):
     """The optimizer.
 
@@ -404,6 +422,7 @@ class Config(Values):
         methods: The stability methods, each once.
         allow: Pairs of methods to train together against advice, each with a reason: "one + other: why".
         init: The distribution that matrices are drawn from.
+        warm_start: What is done to the weights of `model.init_from` before training. Null: nothing.
         deepspeed: A DeepSpeed JSON file, or its content.
         deterministic: On GPUs too, the same bits for the same input.
         compile: `layers` runs the decoder blocks and the loss through torch.compile, `off` runs them eagerly. Null is
@@ -429,6 +448,7 @@ class Config(Values):
     methods: tuple[AnyMethod, ...] = ()
     allow: tuple[str, ...] = ()
     init: AnyInit = NormalInit()
+    warm_start: WarmStartSection | None = None
     deepspeed: LocalPath | dict[str, Any]
     deterministic: bool = False
     compile: Literal["off", "layers"] | None = None
@@ -488,6 +508,22 @@ class Config(Values):
                 f"{slices} does not divide data.seq_len {length}, and ranks hold equal slices of a sequence: the nearest "
                 f"that does is {nearest_divisor(length, slices)}",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _weights_that_are_drawn_or_loaded(self) -> Config:
+        if self.model.init_from is None:
+            if self.warm_start is not None:
+                raise at("warm_start", "needs model.init_from: weights that are drawn are not shrunk and perturbed")
+            return self
+        if self.init != NormalInit():
+            raise at("init", "has no effect, because model.init_from gives the initial values: remove one of the two")
+        for method in self.methods:
+            if method.only_initializes():
+                raise ValueError(
+                    f"method {method.name} decides initial values and does nothing else, and model.init_from gives them: "
+                    "remove the method, or model.init_from"
+                )
         return self
 
     @model_validator(mode="after")

@@ -56,9 +56,12 @@ def hf_config(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedC
         reason = " ".join(str(error).split()).removesuffix(".")
         raise UserError(f"the 'model' section is not a valid {config.model.family}: {reason}.") from error
     if result.vocab_size < len(tokenizer):
+        remedy = f"Raise it to at least {len(tokenizer)}, or leave it out"
+        if config.model.init_from is not None:
+            remedy = f"It is that of {config.model.init_from.path}: take the tokenizer that this model was trained with"
         raise UserError(
             f"model.vocab_size {result.vocab_size} is smaller than the {len(tokenizer)} tokens of the tokenizer "
-            f"{config.tokenizer}. Raise it to at least {len(tokenizer)}, or leave it out."
+            f"{config.tokenizer}. {remedy}."
         )
     if result.max_position_embeddings < config.data.seq_len:
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import sqrt
 
 from pretrain.config.schema import Config
@@ -21,6 +22,11 @@ def initial_rule(weight: Weight, config: Config, default_std: float) -> tuple[Dr
         return draw, rule
     rows, columns = weight.shape
     return ZeroRow(draw, weight.padding_row, (rows, columns)), f"{rule}; row {weight.padding_row} (padding): 0"
+
+
+def initial_draw(weight: Weight, config: Config, default_std: float) -> Draw:
+    """Return the distribution of `initial_rule`."""
+    return initial_rule(weight, config, default_std)[0]
 
 
 def rule_of_rows(weight: Weight, config: Config, default_std: float) -> tuple[Draw, str]:
@@ -55,9 +61,7 @@ def initialize_weights(weights: ShardedWeights, config: Config, default_std: flo
         RuntimeError: the mean or deviation of a weight differs from its rule by more than sampling error.
     """
 
-    def rule(weight: Weight) -> Draw:
-        return initial_rule(weight, config, default_std)[0]
-
+    rule = partial(initial_draw, config=config, default_std=default_std)
     weights.fill_(config.seed, rule)
     moments = weights.moments()
     for name, weight in weights.layout.items():

@@ -138,6 +138,21 @@ class Method(Values):
         copy._run = run
         return copy
 
+    @classmethod
+    def acts_in_forward(cls) -> bool:
+        """Return whether it changes what the model computes with its weights."""
+        return cls._overrides("configure", "transform", "fold")
+
+    @classmethod
+    def only_initializes(cls) -> bool:
+        """Return whether it does nothing but to decide initial values."""
+        acts = cls.acts_in_forward() or cls._overrides("loss_terms", "prepare", "after_step", "decays", "weight_decay")
+        return cls._overrides("init_std", "init_draw") and not acts
+
+    @classmethod
+    def _overrides(cls, *hooks: str) -> bool:
+        return any(getattr(cls, hook) is not getattr(Method, hook) for hook in hooks)
+
     # before the model is built
 
     def configure(self, hf_config: PreTrainedConfig) -> PreTrainedConfig:
@@ -204,6 +219,32 @@ class Method(Values):
         """Return the whole initial distribution of a weight, matrix or not. Local.
 
         None leaves it to `init_std` and to other methods. Of several methods that return one, the first decides.
+        """
+
+    # weights of another model
+
+    def why_not_from_weights(self) -> str | None:
+        """Return why a run with this method cannot start from a plain model's weights, None if it can. Local.
+
+        By default a method that acts in forward cannot, unless it overrides `take_over`.
+        """
+        if not self.acts_in_forward() or self._overrides("take_over"):
+            return None
+        return (
+            f"{self.name} changes what the model computes, so the loaded weights would serve another function. Start from "
+            f"a checkpoint of a run with the same methods, or train without {self.name}"
+        )
+
+    def take_over(self, weights: ShardedWeights) -> None:
+        """Change the weights, which are a plain model's, so that forward computes what that model does. Collective.
+
+        The method's own weights have their initial values. Called before `prepare`, in the reverse order of the folds.
+
+        Args:
+            weights: the engine's weights. Both of their copies are up to date.
+
+        Raises:
+            UserError: on every rank, for weights with which it cannot.
         """
 
     # training

@@ -25,6 +25,7 @@ from pretrain.methods.base import EMBEDDING, Method
 from pretrain.model.export_edits import LazyTensors, as_config, change, scale_final_norm
 from pretrain.model.layout import Weight
 from pretrain.model.reparameterization import Multiple, reparameterize
+from pretrain.sharded import ShardedWeights
 
 
 class EmbeddingScale(Method):
@@ -58,6 +59,23 @@ class EmbeddingScale(Method):
                 f"deviation {std:g}: it is at unit scale already, as with he_init and methods that use it. Remove "
                 "embedding_scale, or give its 'multiplier'."
             )
+
+    def why_not_from_weights(self) -> str | None:
+        if self.run.tied:
+            return (
+                "embedding_scale multiplies the embedding and not the head, which share one matrix here, so no matrix gives "
+                "both what they have in the loaded model. Set model.tie_word_embeddings to false"
+            )
+        if self.rule == "inverse_std":
+            return (
+                "embedding_scale.rule inverse_std divides by the deviation that the embedding is drawn with, and it is loaded "
+                "here. Give embedding_scale.multiplier"
+            )
+        return None
+
+    def take_over(self, weights: ShardedWeights) -> None:
+        """Divide the embedding by m."""
+        weights.rescale_({f"{self.run.embedding}.weight": (1 / self._multiple.factor, 0.0)})
 
     def forward_factor(self, weight: Weight) -> float | str | None:
         return self._multiple.factor if weight.role == "embed" else None

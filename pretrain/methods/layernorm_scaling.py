@@ -27,6 +27,7 @@ from pretrain.model.families import FAMILIES, Need
 from pretrain.model.layout import Weight, role_and_layer
 from pretrain.model.modeling_evenkeel import SeeDNorm
 from pretrain.model.norms import BLOCK_NORMS, ScaledLayerNorm, ScaledSeeDNorm, change_norm, scaled
+from pretrain.sharded import ShardedWeights
 
 _TWICE = (
     "{} already makes the residual branches start smaller, for the sake of depth, and LayerNorm Scaling does best "
@@ -59,6 +60,10 @@ class LayerNormScaling(Method):
                 model.set_submodule(name, ScaledSeeDNorm(self.run.hidden_size, norm.eps, factor))
             else:
                 change_norm(model, name, factor=factor)
+
+    def take_over(self, weights: ShardedWeights) -> None:
+        """Multiply what forward divides by √l."""
+        weights.rescale_({name: (1 / _factor(name), 0.0) for name in weights.layout if _is_scaled(name)})
 
     def fold(self, tensors: LazyTensors, hf_config: PreTrainedConfig) -> PreTrainedConfig:
         for name in tensors:

@@ -28,6 +28,7 @@ from pretrain.model.export_edits import LazyTensors, change
 from pretrain.model.families import Need
 from pretrain.model.layout import Weight
 from pretrain.model.reparameterization import Multiple, applied, applied_to_bias, reparameterize
+from pretrain.sharded import ShardedWeights
 
 _TWICE = (
     "{} already makes the residual branches start smaller, for the sake of depth, and residual_scaling would do it again. "
@@ -80,6 +81,18 @@ class ResidualScaling(Method):
         rule = backbone_rule(self.backbone, weight, self.run.tied)
         multiplied = " x sqrt(2N)" if weight.role in ("o", "down") else ""
         return f"residual_scaling: {rule}{multiplied}"
+
+    def why_not_from_weights(self) -> str | None:
+        if self.backbone is None:
+            return None
+        return (
+            "residual_scaling.backbone decides initial values, which are those of the loaded model here. Leave it null"
+        )
+
+    def take_over(self, weights: ShardedWeights) -> None:
+        """Divide what forward multiplies by 1/√(2N)."""
+        names = [f"{module}.{kind}" for module in self._outputs() for kind in ("weight", "bias")]
+        weights.rescale_({name: (1 / self._multiple.factor, 0.0) for name in names if name in weights.layout})
 
     def forward_factor(self, weight: Weight) -> float | str | None:
         return self._multiple.factor if weight.role in ("o", "down") else None

@@ -22,6 +22,7 @@ from pretrain.model.evenkeel_llama import UNLIKE_SOFTCAP, evenkeel_llama
 from pretrain.model.families import Need
 from pretrain.model.layout import Weight
 from pretrain.model.norms import is_stream_norm
+from pretrain.sharded import ShardedWeights
 from pretrain.sharded.draws import Constant, Draw
 
 
@@ -45,6 +46,9 @@ class SeeDNormMethod(Method):
     def init_draw(self, weight: Weight) -> Draw | None:
         start = {"alpha": self.alpha_init, "beta": 0.0}.get(weight.role)
         return None if start is None else Constant(start)
+
+    def take_over(self, weights: ShardedWeights) -> None:
+        """Do nothing: β is 0 at the start, so the norms are the loaded RMSNorms."""
 
     def decays(self, weight: Weight) -> bool | None:
         return True if weight.role in ("alpha", "beta") else None

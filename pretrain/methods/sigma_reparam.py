@@ -32,7 +32,7 @@ from pydantic import Field
 from transformers import PreTrainedConfig
 
 from pretrain.errors import UserError
-from pretrain.methods.trained_factors import TrainedFactors
+from pretrain.methods.trained_factors import TrainedFactors, factor_to
 from pretrain.model.export_edits import LazyTensors, change
 from pretrain.model.layout import Weight
 from pretrain.model.reparameterization import SCALE, Effective, applied
@@ -178,6 +178,23 @@ class SigmaReparam(TrainedFactors):
         if weight.role == "scale":
             return "sigma_reparam: spectral norm of what forward multiplies by"
         return "sigma_reparam: times its scale / spectral norm" if weight.in_block_matrix else None
+
+    def take_over(self, weights: ShardedWeights) -> None:
+        """Set γ to the spectral norm of each matrix, whatever `initial_scale` says, and give the matrix its deviation."""
+        gates = {f"{module}.weight": gate for module, gate in self._gates(weights.engine.module)}
+        gammas = {}
+        for name, full in gathered(weights, gates):
+            if not bool(full.any()):
+                raise UserError(
+                    f"{name} holds only zeros, and sigma_reparam divides it by its spectral norm. Start from other weights, "
+                    "or train without sigma_reparam."
+                )
+            factor = factor_to(sqrt(self.variance), full)
+            full.mul_(factor)
+            matrix = full.T if weights.layout[name].input_major else full
+            sigma = float(spectral_norm(matrix, *gates[name].start(matrix)))
+            gammas[name.removesuffix(".weight") + SCALE] = (0.0, sigma / factor)
+        weights.rescale_(gammas)
 
     def prepare(self, weights: ShardedWeights) -> None:
         if self.initial_scale == "spectral_norm":

@@ -10,7 +10,7 @@ import torch
 from pretrain.methods.base import FORM_OF_MATRICES, INITIAL_DEVIATIONS, Method
 from pretrain.model.layout import Weight
 from pretrain.model.reparameterization import SCALE, Effective, Reparameterized, reparameterize
-from pretrain.sharded import ShardedWeights
+from pretrain.sharded import Moments, ShardedWeights
 from pretrain.sharded.full import small_weights
 
 
@@ -46,6 +46,11 @@ class TrainedFactors(Method):
     def after_step(self, step: int, weights: ShardedWeights) -> dict[str, dict[str, float | bool]]:
         follow_masters(weights)
         return {}
+
+
+def factor_to(std: float, matrix: torch.Tensor) -> float:
+    """Return the factor that gives a matrix this standard deviation, 1 where all its elements are equal."""
+    return std / (Moments.of(matrix).std or std)
 
 
 def follow_masters(weights: ShardedWeights) -> None:

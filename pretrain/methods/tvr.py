@@ -137,6 +137,17 @@ class TVR(Method):
         kept, added = _random_walk(self.run.learning_rate, self.run.total_steps, self.run.weight_decay(weight))
         return sqrt(kept * self.run.initial_std(weight) ** 2 + added)
 
+    def why_not_from_weights(self) -> str | None:
+        given = {
+            "relative_target": self.relative_target is not None,
+            "target_warmup_steps": self.target_warmup_steps > 0,
+        }
+        option = next((name for name, is_given in given.items() if is_given), None)
+        return option and (
+            f"tvr.{option} reckons with the deviation that a matrix is drawn with, and matrices are loaded here. Give "
+            "tvr.target_std alone"
+        )
+
     def check(self, weights: list[Weight]) -> None:
         names = {weight.name for weight in weights}
         if unknown := sorted(set(self.exclude) - names):

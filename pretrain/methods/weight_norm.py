@@ -28,11 +28,13 @@ import torch
 from pydantic import Field
 from transformers import PreTrainedConfig
 
+from pretrain.errors import UserError
 from pretrain.methods.backbone import Backbone, backbone_rule, backbone_std
-from pretrain.methods.trained_factors import TrainedFactors
+from pretrain.methods.trained_factors import TrainedFactors, factor_to
 from pretrain.model.export_edits import LazyTensors, change
 from pretrain.model.layout import Weight
 from pretrain.model.reparameterization import SCALE, Effective, applied
+from pretrain.sharded import ShardedWeights, gathered
 from pretrain.sharded.draws import Constant, Draw
 
 
@@ -94,6 +96,23 @@ class WeightNorm(TrainedFactors):
         if weight.in_block_matrix:
             return f"weight_norm: {sqrt(self.variance):.3g}"
         return f"weight_norm: {backbone_rule(self.backbone, weight, self.run.tied)}" if weight.fan_in else None
+
+    def take_over(self, weights: ShardedWeights) -> None:
+        """Give each gain the length of its row, and each matrix the deviation σ."""
+        gains = {}
+        matrices = {matrix.name: matrix for matrix in self.matrices().values()}
+        for name, full in gathered(weights, matrices):
+            rows = full.T if matrices[name].input_major else full
+            lengths = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+            if not bool(lengths.all()):
+                raise UserError(
+                    f"{name} has a row of zeros (output {int(lengths.argmin())}), and weight_norm divides each row by its "
+                    "length. Start from other weights, or train without weight_norm."
+                )
+            gains[name.removesuffix(".weight") + SCALE] = lengths.float()
+            full.mul_(factor_to(sqrt(self.variance), full))
+        for name, full in gathered(weights, gains):
+            full.copy_(gains[name])
 
     def training_rule(self, weight: Weight) -> str | None:
         if weight.role == "scale":

@@ -37,6 +37,7 @@ from pretrain.methods.trained_factors import TrainedFactors
 from pretrain.model.export_edits import LazyTensors, change, scale_final_norm
 from pretrain.model.layout import Weight
 from pretrain.model.reparameterization import SCALE, Effective, Multiple
+from pretrain.sharded import ShardedWeights
 from pretrain.sharded.draws import Constant, Draw
 
 
@@ -91,6 +92,28 @@ class WeSaR(TrainedFactors):
             target = "1" if _is_embedding(matrix) else backbone_rule(self.backbone, matrix, tied=False)
             return f"wesar: {target} / {sqrt(self.variance):.3g}"
         return f"wesar: {sqrt(self.variance):.3g}" if weight.fan_in else None
+
+    def why_not_from_weights(self) -> str | None:
+        if self.frozen and self.run.tied:
+            return (
+                "wesar with constant factors multiplies the one matrix of embedding and head by two of them, and a loaded "
+                "model by one. Set wesar.frozen or model.tie_word_embeddings to false"
+            )
+        return None
+
+    def take_over(self, weights: ShardedWeights) -> None:
+        """Divide each matrix by α: its deviation over σ, so that all stored matrices have σ, or the constant if frozen."""
+        stored = {f"{module}.weight": matrix for module, matrix in self.matrices().items()}
+        stored = {name: matrix for name, matrix in stored.items() if name in weights.layout}
+        if self.frozen:
+            weights.rescale_({name: (1 / self._alpha(matrix), 0.0) for name, matrix in stored.items()})
+            return
+        sigma = sqrt(self.variance)
+        alpha = {name: (moments.std or sigma) / sigma for name, moments in weights.moments(stored).items()}
+        alpha["lm_head.weight"] = alpha[self.run.head]
+        changes = {name: (1 / alpha[name], 0.0) for name in stored}
+        changes |= {module + SCALE: (0.0, alpha[f"{module}.weight"]) for module in self.matrices()}
+        weights.rescale_(changes)
 
     def forward_factor(self, weight: Weight) -> float | str | None:
         if not weight.fan_in:

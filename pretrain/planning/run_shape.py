@@ -20,6 +20,7 @@ from pretrain.engine.tensor_parallel import check_model, data_ranks, elements_pe
 from pretrain.errors import UserError
 from pretrain.model.layout import Weight
 from pretrain.monitor.throughput import flops_per_token
+from pretrain.starting import model_of
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def shape_of(config: Config, world_size: int) -> RunShape:
     Raises:
         UserError: the layout does not divide the ranks, the batch or the model, or the size of the vocabulary is unknown.
     """
+    config = model_of(config)
     ds_config = deepspeed_config(config, world_size)
     model_config = hf_config(config, _tokenizer(config))
     check_model(config, model_config)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from pretrain.model.layout import Weight, describe_model
 from pretrain.sharded.collectives import all_gather, check_call, require_known
-from pretrain.sharded.draws import Draw, fill_slice_
+from pretrain.sharded.draws import CHUNK, Draw, fill_slice_
 from pretrain.sharded.engine_protocol import Engine
 from pretrain.sharded.moments import (
     Moments,
@@ -142,23 +142,56 @@ class ShardedWeights:
         self.placement.refresh(stale)
 
     @torch.no_grad()
-    def fill_(self, seed: int, rule: Callable[[Weight], Draw]) -> None:
-        """Give every weight its initial values in every copy. Collective.
+    def fill_(self, seed: int, rule: Callable[[Weight], Draw], names: Iterable[str] | None = None) -> None:
+        """Give weights their initial values in every copy. Collective.
 
         Draws by position (see draws.py): the same bits for every world size, stage and tensor-parallel size.
 
         Args:
             seed: the seed of the run.
             rule: maps a weight to the distribution that it is drawn from.
+            names: the weights, every weight by default.
 
         Raises:
             RuntimeError: between the micro-batches of a step.
-            ValueError: where seed or distributions differ between ranks.
+            ValueError: for an unknown name, or where seed or distributions differ between ranks.
         """
-        draws = {name: rule(weight) for name, weight in self.layout.items()}
-        chosen = check_call(self.engine, self.layout, "fill_", self.layout, extra=(seed, sorted(draws.items())))
+        wanted = list(self.layout if names is None else names)
+        require_known(wanted, self.layout)
+        draws = {name: rule(self.layout[name]) for name in wanted}
+        chosen = check_call(self.engine, self.layout, "fill_", wanted, extra=(seed, sorted(draws.items())))
         for piece in self.placement.edit(chosen):
             fill_slice_(piece.master, draws[piece.name], seed, piece.name, piece.slice, piece.start)
+        self.placement.refresh(chosen)
+
+    @torch.no_grad()
+    def perturb_(self, seed: int, shrink: float, noise: Callable[[Weight], Draw], names: Iterable[str]) -> None:
+        """Replace each named weight W by shrink W + N in every copy, with N drawn by position. Collective.
+
+        The draws have streams of their own: they do not depend on `fill_` with the same seed.
+
+        Args:
+            seed: the seed of the run.
+            shrink: the factor.
+            noise: maps a weight to the distribution of N.
+            names: the weights to change.
+
+        Raises:
+            RuntimeError: between the micro-batches of a step.
+            ValueError: for an unknown name, or where the arguments differ between ranks.
+        """
+        wanted = list(names)
+        require_known(wanted, self.layout)
+        draws = {name: noise(self.layout[name]) for name in wanted}
+        extra = (seed, shrink, sorted(draws.items()))
+        chosen = check_call(self.engine, self.layout, "perturb_", wanted, extra=extra)
+        for piece in self.placement.edit(chosen):
+            start = piece.start
+            for chunk in piece.master.split(CHUNK):
+                added = torch.empty(len(chunk))
+                fill_slice_(added, draws[piece.name], seed, f"perturbation of {piece.name}", piece.slice, start)
+                chunk.mul_(shrink).add_(added.to(chunk.device))
+                start += len(chunk)
         self.placement.refresh(chosen)
 
     def snapshot(self) -> dict[str, torch.Tensor]:

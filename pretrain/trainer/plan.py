@@ -7,7 +7,7 @@ model. `--dry-run` prints the plan, and training starts from it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -33,6 +33,7 @@ from pretrain.files import free_bytes, require_utf8
 from pretrain.methods import Method
 from pretrain.model.layout import Weight
 from pretrain.planning.run_shape import RunShape
+from pretrain.starting import StartingPoint, model_of, starting_point
 from pretrain.trainer.corpora import Corpora, open_corpora
 
 # The least and the largest for a matrix: the squares in its moments must be float32 numbers, and its elements fp16 numbers.
@@ -48,10 +49,12 @@ class Plan(RunShape):
     Attributes:
         tokenizer_files: the files of the run's tokenizer as checkpoints keep it, by name.
         corpora: the data.
+        start: the model whose weights it starts from; None where they are drawn.
     """
 
     tokenizer_files: dict[str, bytes]
     corpora: Corpora
+    start: StartingPoint | None
 
     def state_at(self, step: int, samples: int) -> TrainerState:
         """Return the state that a checkpoint of this run stores after `step` steps and `samples` samples of all ranks."""
@@ -63,7 +66,7 @@ class Plan(RunShape):
             zero_stage=self.zero_stage,
             precision=self.precision,
             model=self.model_config.to_diff_dict(),
-            forward=_digest_of_forward(self),
+            forward=_digest_of_forward(self.config, self.weights),
             optimizer=self.config.optim.name,
             data_fingerprint=self.corpora.fingerprint,
             tokenizer_fingerprint=self.corpora.tokenizer_fingerprint,
@@ -86,6 +89,7 @@ def make_plan(config: Config, world_size: int, rank: int | None = None) -> Plan:
         UserError: something in the input is wrong, or does not fit the rest.
     """
     require_utf8(config.folder, "the run folder")
+    config = model_of(config)
     ds_config = deepspeed_config(config, world_size)
     config = config.model_copy(update={"deepspeed": read_deepspeed(config)[1]})
     tokenizer = load_tokenizer(config.tokenizer)
@@ -97,12 +101,17 @@ def make_plan(config: Config, world_size: int, rank: int | None = None) -> Plan:
     for method in config.methods:
         method.check(weights)
         _check_touches(method, weights)
-    _check_initial_values(config, weights, model_config.initializer_range)
+    plain = config.model_copy(update={"methods": ()})
+    plain_weights = outline(plain, hf_config(plain, tokenizer))
+    forward = _digest_of_forward(config, weights)
+    start = starting_point(config, tokenizer, weights, plain_weights, forward)
+    if start is None:
+        _check_initial_values(config, weights, model_config.initializer_range)
     share = {} if rank is None else {"rank": rank, "world_size": world_size}
     corpora = open_corpora(config, tokenizer, data_ranks(config, world_size), **share)
     _set_bos(model_config, config, tokenizer.eos_token_id if corpora.bos_id is None else corpora.bos_id)
     files = trained_files(tokenizer, Path(config.tokenizer), corpora.bos_id)
-    plan = Plan(config, world_size, model_config, ds_config, weights, files, corpora)
+    plan = Plan(config, world_size, model_config, ds_config, weights, files, corpora, start)
     if corpora.val is not None:
         validation_batches(plan, rank=0)
     _check_disk(plan)
@@ -122,16 +131,12 @@ def _set_bos(model_config: PreTrainedConfig, config: Config, bos_id: int | None)
     model_config.bos_token_id = bos_id
 
 
-def _digest_of_forward(plan: Plan) -> str:
+def _digest_of_forward(config: Config, weights: Sequence[Weight]) -> str:
     """Return a digest of the weights' names and shapes, and of the methods that change the forward pass, with options."""
-    acting = [method for method in plan.config.methods if _acts_in_forward(method)]
-    lines = [f"{weight.name} {weight.shape}" for weight in plan.weights]
+    acting = [method for method in config.methods if method.acts_in_forward()]
+    lines = [f"{weight.name} {weight.shape}" for weight in weights]
     lines += sorted(method.forward_identity() for method in acting)
     return blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
-
-
-def _acts_in_forward(method: Method) -> bool:
-    return any(getattr(type(method), hook) is not getattr(Method, hook) for hook in ("configure", "transform", "fold"))
 
 
 def _check_touches(method: Method, weights: list[Weight]) -> None:

@@ -48,6 +48,7 @@ def describe_plan(plan: Plan) -> str:
         "optimizer": config.optim.name if config.optim.name == "adamw" else "muon on block matrices, adamw on the rest",
         "methods": ", ".join(method.name for method in config.methods) or "none",
         **_describe_allowed(config),
+        **({"start": str(plan.start)} if plan.start else {}),
     }
     return "\n".join(f"{key:<9} {value}" for key, value in lines.items())
 

@@ -24,7 +24,7 @@ from pretrain.trainer.environment import version_of
 _PLACES = ("name", "out", "checkpoint.resume")
 _OF_SCHEDULE = ("steps", "tokens", "data.global_batch_size", "data.seq_len", "optim.lr", "optim.schedule.")
 _EFFECTS = {
-    "init.": "without effect, the weights have their values",
+    **dict.fromkeys(("init.", "model.init_from", "warm_start"), "without effect, the weights have their values"),
     "data.val": "validation losses before and after are not of the same text",
     "eval.batches": "validation losses before and after are not of the same text",
     "data.micro_batch_size": "the same batches, in other parts: losses differ by rounding",

@@ -52,6 +52,7 @@ def facts_of_plan(plan: Plan) -> Facts:
         "validation data": corpora.val.shards.fingerprint if corpora.val else None,
         "tokenizer": corpora.tokenizer_fingerprint,
         "model": plan.model_config.to_diff_dict(),
+        "model to start from": plan.start and plan.start.source.name,
         "DeepSpeed": plan.ds_config,
         "blocks": form_of_blocks(plan.config),
         "attention": kind_of_attention(plan.config),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Literal, cast
@@ -23,7 +24,7 @@ from pretrain.data.tokenizer_files import write_files
 from pretrain.distributed import signals
 from pretrain.distributed.ranks import Ranks, on_every_rank
 from pretrain.engine.build_engine import build_engine
-from pretrain.engine.initialize import initialize_weights
+from pretrain.engine.initialize import initial_draw, initialize_weights
 from pretrain.engine.step import StepResult, train_step
 from pretrain.engine.step_gate import StepGate
 from pretrain.engine.tensor_parallel import zero_rank
@@ -46,6 +47,7 @@ from pretrain.resilience.consistency import check_start, check_step
 from pretrain.resilience.spike_guard import SpikeGuard
 from pretrain.resilience.stop_requests import StopRequest, StopRequests
 from pretrain.sharded import ShardedWeights
+from pretrain.starting import start_from
 from pretrain.trainer.corpora import read_again
 from pretrain.trainer.plan import Plan, fixed_probe, training_batches, validation_batches
 from pretrain.trainer.plan_summary import describe_plan
@@ -334,12 +336,16 @@ class Trainer:
         return state
 
     def _initialize(self) -> TrainerState:
-        """Draw the initial weights. Returns the state before the first step."""
+        """Draw or load the initial weights. Returns the state before the first step."""
         enter("initializing weights")
         plan, default_std = self.plan, self.plan.model_config.initializer_range
-        measured = initialize_weights(self.weights, plan.config, default_std)
+        if plan.start is None:
+            measured = initialize_weights(self.weights, plan.config, default_std)
+        else:
+            rule = partial(initial_draw, config=plan.config, default_std=default_std)
+            measured = start_from(plan.start, self.weights, plan.config, rule, self.ranks)
         if self.ranks.is_first:
-            log.info("\n" + describe_weights(plan.weights, plan.config, default_std, measured) + "\n")
+            log.info("\n" + describe_weights(plan.weights, plan.config, default_std, plan.start, measured) + "\n")
         return plan.state_at(0, 0)
 
 

@@ -9,24 +9,32 @@ from pretrain.engine.initialize import initial_rule
 from pretrain.model.layout import Weight, role_and_layer
 from pretrain.optim.param_groups import optimizer_rule
 from pretrain.sharded import Moments
+from pretrain.starting import StartingPoint, rule_in_words
 
 _HEADER = ("weights", "layers", "count", "shape", "initial values", "std", "optimizer", "in training")
 
 
 def describe_weights(
-    weights: Sequence[Weight], config: Config, default_std: float, measured: Mapping[str, Moments] | None = None
+    weights: Sequence[Weight],
+    config: Config,
+    default_std: float,
+    start: StartingPoint | None = None,
+    measured: Mapping[str, Moments] | None = None,
 ) -> str:
     """Return the table, with one row for all weights that differ in their layer only.
 
     Args:
         default_std: the standard deviation of weights for which no method has a rule.
+        start: the model whose weights the run starts from. Their deviations are known once they are measured.
         measured: moments by name. If given, the table has these standard deviations, from the first to the last layer.
     """
     groups: dict[tuple[str, ...], list[tuple[Weight, float]]] = {}
     for weight in weights:
         draw, rule = initial_rule(weight, config, default_std)
+        loaded = rule_in_words(weight, start, config)
+        rule, drawn_std = (rule, draw.std) if loaded is None else (loaded, 0.0)
         in_training = "; ".join(filter(None, (method.training_rule(weight) for method in config.methods))) or "-"
-        std = measured[weight.name].std if measured else draw.std
+        std = measured[weight.name].std if measured else drawn_std
         key = (_label(weight), rule, optimizer_rule(weight, config), in_training)
         groups.setdefault(key, []).append((weight, std))
     rows = [_HEADER]

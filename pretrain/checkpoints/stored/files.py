@@ -20,15 +20,16 @@ from pretrain.files import patiently
 
 @dataclass(frozen=True)
 class Span:
-    """A range of `count` float32 values from byte `offset` on in `file`."""
+    """A range of `count` values of a float dtype from byte `offset` on in `file`."""
 
     file: Path
     offset: int
     count: int
+    dtype: torch.dtype = torch.float32
 
     def part(self, start: int, count: int) -> Span:
         """Return the span of `count` of these values, from number `start` on."""
-        return Span(self.file, self.offset + 4 * start, count)
+        return Span(self.file, self.offset + self.dtype.itemsize * start, count, self.dtype)
 
 
 def open_stored(path: Path) -> Any:
@@ -59,17 +60,18 @@ def span(path: Path, tensor: torch.Tensor, start: int = 0, count: int | None = N
 
 
 def read_span(where: Span, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Read and return the values of a span.
+    """Read and return the values of a span, float32 whatever their dtype in the file.
 
     Args:
         where: the span.
-        out: (count,) float32 on the CPU, to read into. None for new memory.
+        out: (count,) contiguous float32 on the CPU, to read into. None for new memory.
 
     Raises:
         UserError: the file ends before them, or cannot be read.
     """
     values = torch.empty(where.count, dtype=torch.float32) if out is None else out
-    content = values.numpy().data.cast("B") if where.count else b""
+    raw = values if where.dtype == torch.float32 else torch.empty(where.count, dtype=where.dtype)
+    content = raw.view(torch.uint8).numpy().data if where.count else b""
 
     def read() -> int:
         with open(where.file, "rb") as file:
@@ -80,9 +82,9 @@ def read_span(where: Span, out: torch.Tensor | None = None) -> torch.Tensor:
         found = patiently(read, f"reading {where.file}")
     except OSError as error:
         raise UserError(f"{where.file} cannot be read: {error}.") from error
-    if found != values.nbytes:
+    if found != raw.nbytes:
         raise UserError(f"{where.file} ends before the weights that it should hold. Copy it again.")
-    return values
+    return values if raw is values else values.copy_(raw)
 
 
 class _Placeholder:

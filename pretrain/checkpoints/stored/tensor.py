@@ -1,4 +1,4 @@
-"""One float32 tensor that lies in many places: ranges of tensor-parallel slices of it, in the files of several ranks.
+"""One tensor that lies in many places: ranges of tensor-parallel slices of it, in the files of several ranks.
 
 Both what is stored and what is wanted are such ranges. A range of the flattened slice covers at most three rectangles of the
 full matrix: the rest of its first row, whole rows, and the beginning of its last row. Where a stored rectangle and a wanted
@@ -37,7 +37,7 @@ class Part:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A float32 tensor of shape `shape`, whose elements each lie in one of `parts`. Calling it reads it."""
+    """A tensor of shape `shape`, whose elements each lie in one of `parts`. It is read as float32. Calling it reads it."""
 
     shape: tuple[int, ...]
     parts: tuple[Part, ...]

@@ -1,0 +1,174 @@
+"""Whole runs that start from what another run has trained: its export, or its checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from pretrain.checkpoints.folders import resolve
+from pretrain.checkpoints.logit_probe import load_probe
+from pretrain.checkpoints.state import read_state
+from pretrain.export.convert import convert
+from tests.support.corpus import Corpus
+from tests.support.runs import arguments, assert_refused, events, run_ranks, run_together, status
+from tests.support.workers.starting_worker import examine_all, results
+
+SIGMA = {"name": "sigma_reparam"}
+SIZES = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run with sigma_reparam, its last checkpoint, its export, and the logits of its model on the probe."""
+
+    checkpoint: Path
+    export: Path
+    ids: torch.Tensor
+    logits: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def trained(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    base = tmp_path_factory.mktemp("trained")
+    settings = {"out": str(base), "name": "source", "steps": 4, "methods": [SIGMA]}
+    ended = run_ranks(arguments(run_file, settings), base / "logs")
+    assert ended.code == 0, ended.stderr
+    checkpoint = resolve(base / "source/checkpoints/latest")
+    convert(checkpoint, base / "export", torch.float32)
+    return Trained(checkpoint, base / "export", *load_probe(checkpoint))
+
+
+@pytest.fixture(scope="module")
+def found(trained: Trained, corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    def case(path: Path, *methods: dict[str, Any], **more: Any) -> dict[str, Any]:
+        return {
+            "deepspeed": {"zero_optimization": {"stage": 3}},
+            "model": {"family": "llama", "init_from": str(path), **more.pop("keys", {})},
+            "methods": list(methods),
+            "tokenizer": str(corpus.tokenizer),
+            "tokens": trained.ids.tolist(),
+            "forward": read_state(trained.checkpoint).forward,
+            **more,
+        }
+
+    in_bf16 = {"zero_optimization": {"stage": 1}}
+    cases = {
+        "export": case(trained.export),
+        "export with wesar": case(trained.export, {"name": "wesar"}),
+        "export with other gates": case(trained.export, {"name": "sigma_reparam", "variance": 1e-3}),
+        "checkpoint": case(trained.checkpoint, SIGMA),
+        "checkpoint on zero1": case(trained.checkpoint, SIGMA, deepspeed=in_bf16),
+        "by its latest": case(trained.checkpoint.parent / "latest", SIGMA),
+        "other options": case(trained.checkpoint, {"name": "sigma_reparam", "variance": 1e-3}, forward="another"),
+        "no methods": case(trained.checkpoint, forward="another"),
+        "more blocks": case(
+            trained.checkpoint, SIGMA, keys={"init_from": {"path": str(trained.checkpoint), "layers": [0, 1, 1]}}
+        ),
+    }
+    out = tmp_path_factory.mktemp("found")
+    ended = run_ranks([], out / "logs", prepare=partial(examine_all, cases, out))
+    assert ended.code == 0, ended.stderr[-5000:]
+    return results(out)
+
+
+SAME = ("export", "export with wesar", "export with other gates", "checkpoint", "checkpoint on zero1", "by its latest")
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_what_was_trained_is_what_the_next_run_starts_from(
+    trained: Trained, found: dict[str, dict[str, Any]], name: str
+) -> None:
+    assert "refused" not in found[name], found[name]
+    error = (found[name]["logits"] - trained.logits).abs().max() / trained.logits.abs().max()
+    assert error < 1e-5
+
+
+def test_a_checkpoint_gives_its_masters_to_the_bit(trained: Trained, found: dict[str, dict[str, Any]]) -> None:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    folder = trained.checkpoint / "deepspeed"
+    expected = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), folder.name)
+    for name, master in found["checkpoint"]["masters"].items():
+        assert torch.equal(master.flatten(), expected[name].flatten()), name
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("other options", "does not list the same methods with the same options"),
+        ("no methods", "does not list the same methods"),
+        ("more blocks", "belong to its own blocks"),
+    ],
+)
+def test_a_checkpoint_of_other_methods_is_refused_and_its_export_named(
+    found: dict[str, dict[str, Any]], name: str, expected: str
+) -> None:
+    assert expected in found[name]["refused"]
+    assert "convert_to_hf.py --dtype float32" in found[name]["refused"]
+
+
+def test_a_run_from_an_export_trains_and_resumes_without_its_weights(
+    run_file: Path, trained: Trained, tmp_path: Path
+) -> None:
+    export = Path(shutil.copytree(trained.export, tmp_path / "export"))
+    settings = {
+        "out": str(tmp_path),
+        "name": "next",
+        "methods": [],
+        "optim.lr": 1e-12,
+        "optim.schedule.warmup_steps": 0,
+        "steps": 1,
+        "model": {"family": "llama", "init_from": str(export)},
+    }
+    ended = run_ranks(arguments(run_file, settings), tmp_path / "logs")
+    assert ended.code == 0, ended.stderr
+    assert f"start     weights of {export}\n" in ended.stdout
+    checkpoint = resolve(tmp_path / "next/checkpoints/latest")
+    ids, logits = load_probe(checkpoint)
+    assert torch.equal(ids, trained.ids)
+    assert (logits - trained.logits).abs().max() < 1e-5 * trained.logits.abs().max()
+    section = yaml.safe_load((tmp_path / "next/config.yaml").read_text())["model"]
+    assert {key: section[key] for key in SIZES} == SIZES
+    for file in export.glob("*.safetensors"):
+        file.unlink()
+    ended = run_ranks(arguments(run_file, {**settings, "steps": 2}), tmp_path / "logs")
+    assert ended.code == 0, ended.stderr
+    assert [event["step"] for event in events(tmp_path / "next", "resumed")] == [1]
+    assert status(tmp_path / "next")["status"] == "finished"
+
+
+def test_a_model_that_cannot_be_loaded_is_refused_by_all_ranks_at_once(
+    run_file: Path, trained: Trained, tmp_path: Path
+) -> None:
+    damaged = Path(shutil.copytree(trained.export, tmp_path / "damaged"))
+    (file,) = damaged.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-4])
+    checkpoint = Path(shutil.copytree(trained.checkpoint, tmp_path / "checkpoints/step_00000004"))
+    shard = next((checkpoint / "deepspeed").glob("*rank_1*optim_states.pt"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+
+    def from_there(name: str, path: Path, methods: list[dict[str, Any]]) -> tuple[list[str], int]:
+        settings = {"out": str(tmp_path / "runs"), "name": name, "steps": 1, "methods": methods}
+        return arguments(run_file, {**settings, "model.init_from": str(path)}), 2
+
+    ended = run_together(
+        {
+            "damaged": from_there("damaged", damaged, []),
+            "changed": from_there("changed", checkpoint, [SIGMA]),
+            "absent": from_there("absent", tmp_path / "nowhere", []),
+        },
+        tmp_path / "logs",
+    )
+    assert_refused(ended["damaged"], str(file), "it is not whole")
+    assert_refused(ended["changed"], shard.name, "does not match its checksum")
+    assert_refused(ended["absent"], "nowhere does not exist")
+    assert not list((tmp_path / "runs").glob("*/checkpoints/step_*"))

@@ -1,0 +1,130 @@
+"""A rank that starts from a model in each case, and shows what its engine then holds and computes.
+
+Masters and working copies are put together by DeepSpeed's own functions, not by the code that loads them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from pretrain.checkpoints.logit_probe import probe_logits
+from pretrain.config.schema import Config
+from pretrain.data import load_tokenizer
+from pretrain.distributed.ranks import Ranks, initialize
+from pretrain.engine.build_engine import build_engine
+from pretrain.engine.build_model import hf_config, outline
+from pretrain.engine.initialize import initial_draw
+from pretrain.errors import UserError
+from pretrain.sharded import ShardedWeights
+from pretrain.sharded.engine_protocol import Engine
+from pretrain.starting import model_of, start_from, starting_point
+from tests.support.tiny_engines import forget_garbage, leave, tiny_config, tiny_plan, tiny_tokenizer, tokens
+from tests.support.workers.elastic_worker import _of_all_slices
+
+
+def config_of(case: dict[str, Any]) -> Config:
+    """Return the run of a case: {model, deepspeed, tensor, methods, warm_start, seed}, and {tokenizer, tokens, forward}."""
+    more = {key: case[key] for key in ("warm_start", "seed") if key in case}
+    return tiny_config(
+        case,
+        model=case["model"],
+        sequences=4,
+        micro_batch_size=1,
+        steps=3,
+        optim={"lr": 1e-3},
+        methods=case.get("methods", []),
+        **more,
+    )
+
+
+def whole_masters(engine: Engine) -> dict[str, torch.Tensor]:
+    """Return the full master of each weight by name, as DeepSpeed puts it together. Collective."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    masters: dict[int, torch.Tensor] = {}
+    if engine.zero_optimization_stage() == 0:
+        for group in zip(
+            getattr(engine.optimizer, "fp16_groups", None) or [g["params"] for g in engine.optimizer.param_groups],
+            getattr(engine.optimizer, "fp32_groups", None) or [g["params"] for g in engine.optimizer.param_groups],
+            strict=True,
+        ):
+            masters |= {id(mine): master for mine, master in zip(*group, strict=True)}
+    return {
+        name: _of_all_slices(
+            parameter, (masters[id(parameter)] if masters else safe_get_full_fp32_param(parameter)).detach().clone()
+        )
+        for name, parameter in engine.module.named_parameters()
+    }
+
+
+def whole_working_copies(engine: Engine) -> dict[str, torch.Tensor]:
+    """Return what forward reads of each weight, in full. Collective."""
+    return {name: _of_all_slices(parameter, full) for name, parameter, full in _gathered(engine)}
+
+
+def _gathered(engine: Engine) -> Iterator[tuple[str, torch.nn.Parameter, torch.Tensor]]:
+    import deepspeed
+
+    for name, parameter in engine.module.named_parameters():
+        if engine.zero_optimization_stage() == 3:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                yield name, parameter, parameter.detach().clone()
+        else:
+            yield name, parameter, parameter.detach().clone()
+
+
+def examine(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
+    """Return masters, working copies and logits, or the sentence of a refusal. Collective."""
+    tokenizer = load_tokenizer(case["tokenizer"]) if "tokenizer" in case else tiny_tokenizer()
+    try:
+        config = model_of(config_of(case))
+        bare = config.model_copy(update={"methods": ()})
+        plain = outline(bare, hf_config(bare, tokenizer))
+        plan = tiny_plan(config)
+        weights = outline(plan.config, plan.model_config)
+        point = starting_point(plan.config, tokenizer, weights, plain, case.get("forward", ""))
+    except (UserError, ValidationError) as error:
+        return {"refused": str(error)}
+    assert point is not None
+    engine = build_engine(plan.config, plan.model_config, plan.ds_config)
+    sharded = ShardedWeights(engine)
+    rule = partial(initial_draw, config=plan.config, default_std=0.02)
+    try:
+        start_from(point, sharded, plan.config, rule, ranks)
+    except UserError as error:
+        return {"refused": str(error)}
+    for method in plan.config.methods:
+        method.prepare(sharded)
+    ids = torch.tensor(case["tokens"]) if "tokens" in case else tokens(1, 2)[:, :-1]
+    return {
+        "masters": whole_masters(engine),
+        "working": whole_working_copies(engine),
+        "logits": probe_logits(engine.module, ids),
+    }
+
+
+def examine_all(cases: dict[str, dict[str, Any]], out: Path) -> None:
+    """Be a rank that goes through all cases. Results go to the folder `out`, those of rank 0."""
+    ranks = initialize()
+    out.mkdir(parents=True, exist_ok=True)
+    for number, case in enumerate(cases.values()):
+        found = examine(case, ranks)
+        if ranks.is_first:
+            torch.save(found, out / f"{number}.pt")
+        forget_garbage()
+    if ranks.is_first:
+        (out / "names.json").write_text(json.dumps(list(cases)))
+    leave()
+
+
+def results(out: Path) -> dict[str, dict[str, Any]]:
+    """Return what was found in each case, by name."""
+    names = json.loads((out / "names.json").read_text())
+    return {name: torch.load(out / f"{number}.pt") for number, name in enumerate(names)}
