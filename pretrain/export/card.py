@@ -50,6 +50,8 @@ def model_card(
         "batch": f"{config.data.global_batch_size} sequences of {config.data.seq_len} tokens",
         "optimizer": f"{config.optim.name}, peak learning rate {config.optim.lr:g}, {config.optim.schedule.name} schedule",
     }
+    if config.model.init_from is not None:
+        provenance["started from"] = f"the weights of {config.model.init_from.path}"
     return f"""---
 {yaml.safe_dump(head, sort_keys=False).strip()}
 ---

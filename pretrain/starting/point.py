@@ -12,6 +12,7 @@ from pretrain.checkpoints.stored import StoredTensor
 from pretrain.config.schema import Config
 from pretrain.data import load_tokenizer
 from pretrain.errors import UserError, first_line
+from pretrain.methods.base import INITIAL_DEVIATIONS
 from pretrain.model.layout import Weight
 from pretrain.starting.hub import HUB
 from pretrain.starting.model_of import fields_of
@@ -102,6 +103,9 @@ def starting_point(
         if not (same and method.acts_in_forward()) and (reason := method.why_not_from_weights()):
             raise UserError(f"model.init_from: {reason}.")
     notes = [_tokens_in_common(source, tokenizer, config.tokenizer), *_differences(source, config)]
+    if not same:
+        factors = [method.name for method in config.methods if INITIAL_DEVIATIONS in method.decides]
+        notes += [f"the initial values of {name} follow from them, not from its options" for name in factors]
     return StartingPoint(
         source=source,
         family=family,

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config.schema import load_config
+from pretrain.config.schema import Config, load_config
+from pretrain.planning.run_shape import shape_of
+from tests.support.corpus import Corpus, tiny
 from tests.support.runs import REPOSITORY
+from tests.support.stock_models import stock_model
 
 
 def plan(*words: str) -> subprocess.CompletedProcess:
@@ -38,6 +41,16 @@ def test_the_length_and_the_speed_give_the_days(found: tuple[str, Path]) -> None
     (speed,) = re.findall(r"([\d,]+) tokens/s, ", found[0])
     (days,) = re.findall(r"tokens in ([\d.]+) days", found[0])
     assert float(days) == pytest.approx(100e9 / float(speed.replace(",", "")) / 86400, rel=0.01)
+
+
+def test_a_run_that_starts_from_a_model_has_its_sizes(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 320, "max_position_embeddings": 64}
+    model = stock_model("llama", **sizes)
+    model.save_pretrained(tmp_path / "model")
+    content = tiny(Corpus(tmp_path / "none", tmp_path / "none", tmp_path / "none"))
+    content |= {"name": "run", "methods": [], "model": {"family": "llama", "init_from": str(tmp_path / "model")}}
+    shape = shape_of(Config.model_validate(content), 2)
+    assert shape.parameters == model.num_parameters()
 
 
 def test_layouts_are_listed_from_the_fastest_on_and_the_first_is_written(found: tuple[str, Path]) -> None:

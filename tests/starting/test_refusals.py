@@ -85,6 +85,30 @@ def test_a_file_of_the_base_model_and_tables_of_older_files_are_read(corpus: Cor
     assert plan_of(corpus, model).start is not None
 
 
+def test_options_that_loaded_weights_overrule_are_said(corpus: Corpus, sound: Path) -> None:
+    plan = plan_of(corpus, sound, methods=[{"name": "wesar", "backbone": "small"}])
+    assert "the initial values of wesar follow from them, not from its options" in str(plan.start)
+
+
+def test_gpt2_as_the_hub_has_it_is_read(corpus: Corpus, tmp_path: Path) -> None:
+    """Its file names no `transformer.`, holds the tables of the causal mask, and no head."""
+    model = stock_model("gpt2", vocab_size=320)
+    model.config.save_pretrained(tmp_path)
+    tensors = {
+        name.removeprefix("transformer."): value
+        for name, value in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    tables = {f"h.{layer}.attn.bias": torch.ones(1, 1, 32, 32) for layer in range(3)}
+    save_file({name: value.contiguous() for name, value in (tensors | tables).items()}, tmp_path / FILE)
+    plan = plan_of(corpus, tmp_path, {"family": "gpt2"})
+    assert plan.start is not None
+    found = plan.start.tensors()
+    assert found.keys() == dict(model.named_parameters()).keys()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(found[name](), parameter), name
+
+
 def without(name: str) -> Callable[[Path], None]:
     return lambda folder: edit(folder, lambda tensors: tensors.pop(name))
 

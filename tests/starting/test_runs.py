@@ -136,6 +136,8 @@ def test_a_run_from_an_export_trains_and_resumes_without_its_weights(
     assert (logits - trained.logits).abs().max() < 1e-5 * trained.logits.abs().max()
     section = yaml.safe_load((tmp_path / "next/config.yaml").read_text())["model"]
     assert {key: section[key] for key in SIZES} == SIZES
+    convert(checkpoint, tmp_path / "again", torch.float32)
+    assert f"| started from | the weights of {export} |" in (tmp_path / "again/README.md").read_text()
     for file in export.glob("*.safetensors"):
         file.unlink()
     ended = run_ranks(arguments(run_file, {**settings, "steps": 2}), tmp_path / "logs")

@@ -15,6 +15,7 @@ import torch
 from pydantic import ValidationError
 
 from pretrain.checkpoints.logit_probe import probe_logits
+from pretrain.checkpoints.stored import safetensors_weights
 from pretrain.config.schema import Config
 from pretrain.data import load_tokenizer
 from pretrain.distributed.ranks import Ranks, initialize
@@ -23,8 +24,10 @@ from pretrain.engine.build_model import hf_config, outline
 from pretrain.engine.initialize import initial_draw
 from pretrain.errors import UserError
 from pretrain.sharded import ShardedWeights
+from pretrain.sharded.draws import Constant
 from pretrain.sharded.engine_protocol import Engine
 from pretrain.starting import model_of, start_from, starting_point
+from pretrain.starting.start import read_into
 from tests.support.tiny_engines import forget_garbage, leave, tiny_config, tiny_plan, tiny_tokenizer, tokens
 from tests.support.workers.elastic_worker import _of_all_slices
 
@@ -128,3 +131,27 @@ def results(out: Path) -> dict[str, dict[str, Any]]:
     """Return what was found in each case, by name."""
     names = json.loads((out / "names.json").read_text())
     return {name: torch.load(out / f"{number}.pt") for number, name in enumerate(names)}
+
+
+def measure_reading(folder: Path, out: Path) -> None:
+    """Be a rank that reads a model into an engine, and write how many bytes its memory grew by while it did."""
+    ranks = initialize()
+    case = {"deepspeed": {"zero_optimization": {"stage": 3}}, "model": {"family": "llama", "init_from": str(folder)}}
+    plan = tiny_plan(model_of(config_of(case)))
+    engine = build_engine(plan.config, plan.model_config, plan.ds_config)
+    weights, stored = ShardedWeights(engine), safetensors_weights(folder)
+    weights.fill_(0, lambda weight: Constant(0.0))  # all memory of the engine is in use
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
+    before = _memory("VmRSS")
+    read_into(weights, stored)
+    grown = _memory("VmHWM") - before
+    largest = max(tensor.parts[0].span.count * 4 for tensor in stored.values())
+    (out / f"{ranks.rank}.json").write_text(json.dumps({"grown": grown, "largest weight": largest}))
+    leave()
+
+
+def _memory(field: str) -> int:
+    line = next(
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith(field)
+    )
+    return 1024 * int(line.split()[1])
