@@ -11,6 +11,7 @@ from pretrain.methods import REGISTRY
 from tests.fakecuda.build import REPOSITORY
 from tests.support.corpus import Corpus, tiny
 from tests.support.method_suite import reference
+from tests.support.stock_models import saved
 
 STEPS, RESUME_AT, BATCH_SIZE = 3, 2, 4
 
@@ -34,6 +35,7 @@ class Case:
         settings: Keys of the run file, with dots, over those of `content`.
         ranks: The numbers of ranks on which it is run.
         slow: Those of them that only the slow tests run.
+        starts: Whether it starts from a saved model instead of drawn weights.
         resumes: Whether a second run starts from its checkpoint of step RESUME_AT.
         plant: The name of a fault in faults.py that is planted first.
     """
@@ -41,6 +43,7 @@ class Case:
     settings: dict[str, Any] = field(default_factory=dict)
     ranks: tuple[int, ...] = (1, 2)
     slow: tuple[int, ...] = (2,)
+    starts: bool = False
     resumes: bool = False
     plant: str | None = None
 
@@ -68,7 +71,14 @@ class Case:
             for part in sections:
                 section = section.setdefault(part, {})
             section[last] = value
+        if self.starts:
+            content["model"] = {"family": "llama", "init_from": str(_model(out / f"{name}-source"))}
         return content
+
+
+def _model(folder: Path) -> Path:
+    """Save a model with the vocabulary of the corpus, and return its folder."""
+    return saved(folder, "llama", vocab_size=320, max_position_embeddings=64, attention_bias=False, mlp_bias=False)
 
 
 def zero(stage: int, precision: str = "bf16", /, **more: Any) -> dict[str, Any]:
@@ -162,4 +172,16 @@ def _parts() -> dict[str, Case]:
     }
 
 
-CASES = _files() | _engines() | _methods() | _parts()
+def _starts() -> dict[str, Case]:
+    """Return cases that start from a saved model."""
+    bare = {"deepspeed": zero(3, **NOTHING_RESIDENT)}
+    shrunk = {"methods": [{"name": "wesar"}], "warm_start": {"shrink": 0.9, "noise": 0.01}}
+    return {
+        "start-wesar-shrunk": Case({**shrunk, **bare}, starts=True, slow=()),
+        "start-weight_norm": Case({"methods": [{"name": "weight_norm"}], "deepspeed": zero(1)}, starts=True),
+        "start-sigma_reparam": Case({"methods": [{"name": "sigma_reparam"}], **bare}, starts=True),
+        "start-offload": Case({"methods": [{"name": "weight_norm"}], "deepspeed": zero(3, **OFFLOAD)}, starts=True),
+    }
+
+
+CASES = _files() | _engines() | _methods() | _parts() | _starts()
