@@ -39,6 +39,7 @@ from pretrain.model.reparameterization import SCALE, Effective, applied
 from pretrain.sharded import ShardedWeights, gathered
 
 FIRST_ITERATIONS = 20
+SETTLING_ITERATIONS, SETTLED = 500, 1e-6  # of loaded matrices, until an iteration changes σ by less than this share
 CHUNK = 1 << 20  # elements that are converted to float64 at a time: 8 MB
 _VECTORS = (".left_singular_vector", ".right_singular_vector")
 
@@ -67,6 +68,22 @@ class SpectralGate(Effective):
             left, right = power_iteration(weight, left)
         self.restore(left, right)
         return left, right
+
+    def settle(self, weight: torch.Tensor) -> float:
+        """Find first vectors near which an iteration hardly changes σ any more, and return σ.
+
+        A trained matrix may need many iterations. With the first ones, σ would go on growing, and W̄ shrinking.
+        """
+        left, right = self.start(weight)
+        sigma = float(spectral_norm(weight, left, right))
+        for _ in range(SETTLING_ITERATIONS):
+            before = sigma
+            left, right = power_iteration(weight, left)
+            sigma = float(spectral_norm(weight, left, right))
+            if abs(sigma - before) <= SETTLED * sigma:
+                break
+        self.restore(left, right)
+        return sigma
 
     def restore(self, left: torch.Tensor, right: torch.Tensor) -> None:
         """Continue from vectors that were stored after an optimizer step."""
@@ -192,8 +209,7 @@ class SigmaReparam(TrainedFactors):
             factor = factor_to(sqrt(self.variance), full)
             full.mul_(factor)
             matrix = full.T if weights.layout[name].input_major else full
-            sigma = float(spectral_norm(matrix, *gates[name].start(matrix)))
-            gammas[name.removesuffix(".weight") + SCALE] = (0.0, sigma / factor)
+            gammas[name.removesuffix(".weight") + SCALE] = (0.0, gates[name].settle(matrix) / factor)
         weights.rescale_(gammas)
 
     def prepare(self, weights: ShardedWeights) -> None:

@@ -72,7 +72,7 @@ class StartingPoint:
 
     def __str__(self) -> str:
         kind = "the same methods' weights" if self.same_methods else "weights"
-        return "; ".join([f"{kind} of {self.source.name}", *self.notes])
+        return "; ".join([f"unless it resumes: {kind} of {self.source.name}", *self.notes])
 
 
 def starting_point(

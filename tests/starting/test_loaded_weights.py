@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from pretrain.methods import REGISTRY
+from pretrain.methods import REGISTRY, Method
 from pretrain.model.families import FAMILIES, missing
 from tests.support.runs import run_ranks
 from tests.support.selection import slow_but
@@ -48,16 +48,31 @@ OPTIONS = {
     "embedding_scale by a number": {"name": "embedding_scale", "multiplier": 7.0},
 }
 HALVES = ("llama in bf16", "llama in fp16")
-GPT2 = ("wesar", "weight_norm", "sigma_reparam", "layernorm_scaling", "residual_scaling")
+# Methods that change the weights when they take them over, with every other family that has what they need.
+TAKING = sorted(name for name, cls in REGISTRY.items() if cls.take_over is not Method.take_over)
+OTHER_FAMILIES = {
+    f"{family} with {name}": (family, name)
+    for family in FAMILIES
+    for name in TAKING
+    if family != "llama" and not missing(family, REGISTRY[name].needs) and (family, name) != ("gpt2", "embedding_scale")
+}
+ON_CUT = tuple(name for name in TAKING if REGISTRY[name].tensor_parallel)
 TIED = ("wesar", "embedding_scale", "weight_norm")
 GROWN = {"doubled": [0, 0, 1, 1, 2, 2], "cut": [2], "turned": [2, 1, 0]}
 SHRINK = {"shrink": 0.8, "noise": 0.01}
 # Cases that tests name without a parameter.
-OTHERS = ("wesar", "weight_norm", "wesar in bf16", "tied embedding_scale", "tied wesar frozen", "tied weight_norm")
-OTHERS += ("untied from tied", "shrunk", "shrunk with another seed", "shrunk wesar", "shrunk plain")
+OTHERS = ("wesar in bf16", "tied embedding_scale", "tied wesar frozen", "tied weight_norm")
+OTHERS += ("tied wesar", "untied from tied", "shrunk", "shrunk with another seed", "shrunk wesar", "shrunk plain")
 # The rest is slow: others take the same paths.
 FAST = {"zero2", "zero3", "zero1_bf16", "tensor2_zero3_bf16", "gpt2", "granite", "olmo2", "llama in fp16", "doubled"}
-FAST |= {"wesar frozen", "gpt2 weight_norm", "tied wesar", "two methods", "shrunk on zero1", "shrunk, cut"}
+FAST |= {
+    "wesar frozen",
+    "gpt2 with weight_norm",
+    "qwen3 with sigma_reparam",
+    "two methods",
+    "shrunk on zero1",
+    "shrunk, cut",
+}
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +93,15 @@ def start(folder: Path, family: str = "llama", keys: dict[str, Any] | None = Non
 
 
 def cases_of_two_ranks(models: dict[str, Path]) -> dict[str, dict[str, Any]]:
-    llama, plain, gpt2, tied = (models[name] for name in ("llama", "plain llama", "gpt2", "tied llama"))
+    llama, plain, tied = (models[name] for name in ("llama", "plain llama", "tied llama"))
     cases = {name: start(llama, **case) for name, case in LAYOUTS.items()}
     cases |= {family: start(models[family], family) for family in FAMILIES}
     cases |= {kind: start(models[kind]) for kind in HALVES}
     cases |= {name: start(plain, methods=[{"name": name}]) for name in FORWARD}
     cases |= {name: start(plain, methods=[method]) for name, method in OPTIONS.items()}
-    cases |= {f"gpt2 {name}": start(gpt2, "gpt2", methods=[{"name": name}]) for name in GPT2}
+    cases |= {
+        pair: start(models[family], family, methods=[{"name": name}]) for pair, (family, name) in OTHER_FAMILIES.items()
+    }
     cases |= {f"tied {name}": start(tied, methods=[{"name": name}]) for name in TIED}
     cases["tied wesar frozen"] = start(tied, methods=[OPTIONS["wesar frozen"]])
     cases["wesar in bf16"] = start(plain, **layout(3, bf16=True), methods=[{"name": "wesar"}])
@@ -114,6 +131,10 @@ def found(
         if isinstance(value, str)
     }
     cut = {name: start(models["llama"], **case) for name, case in CUT.items()}
+    cut |= {
+        f"{name}, cut": start(models["plain llama"], **CUT["tensor2_zero3"], methods=[{"name": name}])
+        for name in ON_CUT
+    }
     cut["shrunk, cut"] = start(models["llama"], **CUT["tensor2_zero3_bf16"], warm_start=SHRINK)
     worlds = (
         (2, cases_of_two_ranks(models)),
@@ -144,11 +165,19 @@ def logits_of(folder: Path) -> torch.Tensor:
         return model(IDS, use_cache=False).logits[:, positions]
 
 
+def loss_of(folder: Path) -> float:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = model(IDS[:, :-1], use_cache=False).logits
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), IDS[:, 1:].flatten()))
+
+
 def assert_same_function(found: dict[str, Any], folder: Path, tolerance: float = 2e-5) -> None:
     assert "refused" not in found, found.get("refused")
     expected = logits_of(folder)
     error = (found["logits"].float() - expected).abs().max() / expected.abs().max()
     assert error < tolerance, f"logits differ by {error:.2e} of the largest"
+    assert found["loss"] == pytest.approx(loss_of(folder), rel=tolerance)
 
 
 @pytest.mark.parametrize("name", slow_but(FAST, [*LAYOUTS, *CUT]))
@@ -199,12 +228,18 @@ def test_every_method_starts_from_an_equal_function_or_is_refused(found, models,
         assert_same_function(found[method], models["plain llama"])
 
 
-@pytest.mark.parametrize(
-    "name", slow_but(FAST, [*OPTIONS, "two methods", *(f"gpt2 {name}" for name in GPT2), "tied wesar"])
-)
-def test_options_and_other_models_start_from_an_equal_function_too(found, models, name):
-    folder = next((kind for kind in ("gpt2", "tied") if name.startswith(kind)), "plain")
-    assert_same_function(found[name], models["gpt2" if folder == "gpt2" else f"{folder} llama"])
+@pytest.mark.parametrize("name", slow_but(FAST, [*OPTIONS, "two methods", *(f"{name}, cut" for name in ON_CUT)]))
+def test_options_and_cut_matrices_start_from_an_equal_function_too(found, models, name):
+    assert_same_function(found[name], models["plain llama"])
+
+
+@pytest.mark.parametrize("pair", slow_but(FAST, OTHER_FAMILIES))
+def test_every_family_starts_with_every_method_from_an_equal_function(found, models, pair):
+    assert_same_function(found[pair], models[OTHER_FAMILIES[pair][0]])
+
+
+def test_a_tied_model_starts_from_an_equal_function(found, models):
+    assert_same_function(found["tied wesar"], models["tied llama"])
 
 
 def test_half_precision_starts_from_an_equal_function_up_to_its_rounding(found, models):

@@ -129,7 +129,7 @@ def test_a_run_from_an_export_trains_and_resumes_without_its_weights(
     }
     ended = run_ranks(arguments(run_file, settings), tmp_path / "logs")
     assert ended.code == 0, ended.stderr
-    assert f"start     weights of {export}\n" in ended.stdout
+    assert f"start     unless it resumes: weights of {export}\n" in ended.stdout
     checkpoint = resolve(tmp_path / "next/checkpoints/latest")
     ids, logits = load_probe(checkpoint)
     assert torch.equal(ids, trained.ids)

@@ -23,6 +23,7 @@ from pretrain.engine.build_engine import build_engine
 from pretrain.engine.build_model import hf_config, outline
 from pretrain.engine.initialize import initial_draw
 from pretrain.errors import UserError
+from pretrain.model.loss import CROSS_ENTROPY
 from pretrain.sharded import ShardedWeights
 from pretrain.sharded.draws import Constant
 from pretrain.sharded.engine_protocol import Engine
@@ -110,6 +111,7 @@ def examine(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         "masters": whole_masters(engine),
         "working": whole_working_copies(engine),
         "logits": probe_logits(engine.module, ids),
+        "loss": float(engine(ids[:, :-1], ids[:, 1:], divisor=None)[CROSS_ENTROPY]),  # as training computes it
     }
 
 
