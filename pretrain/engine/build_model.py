@@ -27,7 +27,7 @@ from pretrain.model.attention import choose_attention
 from pretrain.model.class_logits import require_known_logits
 from pretrain.model.families import FAMILIES
 from pretrain.model.layout import Weight, describe, describe_model
-from pretrain.model.loss import loss_head, with_loss_head
+from pretrain.model.loss import hidden_terms_of, loss_head, with_loss_head
 from pretrain.optim.param_groups import peak_lr, weight_decay
 from pretrain.optim.schedule import learning_rate
 
@@ -97,6 +97,7 @@ def transformed(model: PreTrainedModel, config: Config) -> PreTrainedModel:
     model.tie_weights()
     for method in config.methods:
         loss_head(model).terms.update(method.loss_terms())
+        hidden_terms_of(model).update(method.hidden_terms())
     return model
 
 

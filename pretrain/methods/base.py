@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from pretrain.model.export_edits import LazyTensors
+    from pretrain.model.hidden_terms import HiddenTerm
     from pretrain.model.loss import LossTerm
     from pretrain.sharded import ShardedWeights
     from pretrain.sharded.draws import Draw
@@ -177,6 +178,10 @@ class Method(Values):
 
     def loss_terms(self) -> Mapping[str, LossTerm]:
         """Return the terms to add to the cross-entropy, by the names under which they are reported. Local."""
+        return {}
+
+    def hidden_terms(self) -> Mapping[str, HiddenTerm]:
+        """Return terms on the residual stream after each block to add to the cross-entropy, by their reported names. Local."""
         return {}
 
     def check(self, weights: list[Weight]) -> None:

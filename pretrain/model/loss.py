@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from pretrain.model.attention import mask_of_documents, refuse_mask
 from pretrain.model.class_logits import AfterHead, after_head_of
+from pretrain.model.hidden_terms import HiddenTerm, hidden_states, with_hidden_terms
 from pretrain.model.reparameterization import Effective, ReparameterizedLinear
 from pretrain.model.sequence import SequenceRanks
 
@@ -271,6 +272,7 @@ def with_loss_head(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
             super().__init__(config)
             self.lm_head = LossHead(config.hidden_size, config.vocab_size)
             self.lm_head.after_head = after_head_of(config)
+            self.hidden_terms: dict[str, HiddenTerm] = {}
             self.tie_weights()
 
         def forward(
@@ -294,11 +296,20 @@ def with_loss_head(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
                 input_ids, targets, kwargs["position_ids"] = ranks.slice_of(
                     input_ids, targets, kwargs.get("position_ids")
                 )
-            hidden = self.base_model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
-            return self.lm_head(hidden, targets, divisor)
+            if divisor is None:
+                divisor = count_targets(targets)
+            with hidden_states(self, wanted=bool(self.hidden_terms)) as states:
+                hidden = self.base_model(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
+            losses = self.lm_head(hidden, targets, divisor)
+            return with_hidden_terms(losses, self.hidden_terms, states, targets != -100, divisor)
 
     Trained.__name__ = Trained.__qualname__ = model_class.__name__
     return Trained
+
+
+def hidden_terms_of(model: nn.Module) -> dict[str, HiddenTerm]:
+    """Return the terms on hidden states of a model whose class `with_loss_head` made, to be changed in place."""
+    return cast("dict[str, HiddenTerm]", model.hidden_terms)
 
 
 def loss_head(model: nn.Module) -> LossHead:

@@ -7,13 +7,12 @@ median |h|, and the excess kurtosis E[(h − h̄)⁴]/σ⁴ − 3 over channels,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch.utils.hooks import RemovableHandle
 
-from pretrain.model.layout import blocks_of
+from pretrain.model.hidden_terms import after_blocks
 from pretrain.monitor.rows import LayerActivations
 from pretrain.optional import optional
 
@@ -42,9 +41,9 @@ def record_activations(model: torch.nn.Module) -> Iterator[list[LayerActivations
 
     def note(layer: int, hidden: torch.Tensor) -> None:
         with optional("activations", f"the activations of layer {layer} could not be measured"):
-            layers.append(_statistics(layer, hidden))
+            layers.append(_statistics(layer, hidden.detach()))
 
-    handles = _after_blocks(model, note)
+    handles = after_blocks(model, note)
     try:
         yield layers
     finally:
@@ -58,7 +57,7 @@ class LargestActivations:
     def __init__(self, model: torch.nn.Module, device: torch.device) -> None:
         """Measure from now on. The values are kept on `device`."""
         self._model = model
-        self._largest = torch.zeros(len(_after_blocks(model, self._note)), device=device)
+        self._largest = torch.zeros(len(after_blocks(model, self._note)), device=device)
 
     def take(self) -> torch.Tensor:
         """Return this rank's values and start again from 0.
@@ -75,16 +74,3 @@ class LargestActivations:
             lowest, highest = torch.aminmax(hidden)  # one pass, and no |h| in memory
             place = self._largest[layer - 1]
             torch.maximum(place, torch.maximum(-lowest, highest).float(), out=place)
-
-
-def _after_blocks(model: torch.nn.Module, note: Callable[[int, torch.Tensor], None]) -> list[RemovableHandle]:
-    """Have `note` called with the layer, from 1, and the residual stream after each block. Returns the hooks' handles."""
-
-    def hook(layer: int) -> Callable[[torch.nn.Module, tuple, torch.Tensor | tuple], None]:
-        def record(module: torch.nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
-            hidden = output if isinstance(output, torch.Tensor) else output[0]
-            note(layer, hidden.detach())
-
-        return record
-
-    return [block.register_forward_hook(hook(layer)) for layer, block in enumerate(blocks_of(model), start=1)]

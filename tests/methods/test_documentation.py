@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pretrain.config.schema import Config
 from pretrain.errors import UserError
@@ -14,7 +15,8 @@ from pretrain.sharded import Moments
 from pretrain.trainer.plan import make_plan
 from tests.support.method_suite import Case
 
-PAGE = Path(__file__).parents[2] / "docs" / "sharded_weights.md"
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = DOCS / "sharded_weights.md"
 
 
 class DenseHead:
@@ -34,13 +36,17 @@ class DenseHead:
             self.arrays[name] = self.arrays[name] * scale + shift
 
 
+def class_of_page(page: Path, name: str) -> type[Method]:
+    code = re.search(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[1]
+    assert len(code.splitlines()) <= 30
+    module = {"__name__": name}
+    exec(code, module)
+    return module[name]
+
+
 @pytest.fixture(scope="module")
 def head_anchor() -> type[Method]:
-    code = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
-    assert len(code.splitlines()) <= 30
-    module = {"__name__": "head_anchor"}
-    exec(code, module)
-    return module["HeadAnchor"]
+    return class_of_page(PAGE, "HeadAnchor")
 
 
 def test_the_method_of_the_documentation_works(head_anchor):
@@ -71,3 +77,14 @@ def test_a_method_without_a_rule_for_any_weight_is_refused_at_start(head_anchor,
     config = Config.model_validate(Case((), "silent").config(corpus, tmp_path))
     with pytest.raises(UserError, match="head_anchor matches no weight"):
         make_plan(config.model_copy(update={"methods": (Silent(),)}), world_size=1)
+
+
+def test_the_term_of_the_documentation_is_that_of_the_last_block(corpus, tmp_path):
+    method = class_of_page(DOCS / "methods/activations.md", "LastBlockPenalty")(coefficient=0.5)
+    config = Config.model_validate(Case((), "penalized").config(corpus, tmp_path))
+    plan = make_plan(config.model_copy(update={"methods": (method,)}), world_size=1)
+    (bound,) = plan.config.methods
+    (term,) = bound.hidden_terms().values()
+    states = torch.tensor([[1.0, 3.0], [2.0, 0.0]])
+    assert term.of_hidden(3, states).tolist() == [2.5, 1.0]
+    assert term.of_hidden(2, states).tolist() == [0.0, 0.0]

@@ -116,7 +116,11 @@ class DenseLlama:
         for layer in range(self.settings.layers):
             x = x + self.attention(self.norm(x, f"model.layers.{layer}.input_layernorm"), layer)
             x = x + self.mlp(self.norm(x, f"model.layers.{layer}.post_attention_layernorm"), layer)
+            self.after_block(x, layer)
         return self.norm(x, "model.norm")
+
+    def after_block(self, x: torch.Tensor, layer: int) -> None:
+        """Look at the residual stream after a block, (batch, seq_len, hidden). Layers count from 0 here."""
 
     def attention(self, x: torch.Tensor, layer: int) -> torch.Tensor:
         settings, (batch, length, _) = self.settings, x.shape

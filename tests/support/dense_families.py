@@ -58,6 +58,7 @@ class Olmo2(DenseLlama):
             block = f"model.layers.{layer}"
             x = x + self.norm(self.attention(x, layer), f"{block}.post_attention_layernorm")
             x = x + self.norm(self.mlp(x, layer), f"{block}.post_feedforward_layernorm")
+            self.after_block(x, layer)
         return self.norm(x, "model.norm")
 
     def queries_and_keys(self, q: torch.Tensor, k: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
