@@ -11,6 +11,14 @@ from pretrain.model.families import FAMILIES
 from pretrain.model.layout import Weight
 
 _HEAD = "lm_head.weight"
+# The keys that decide the shape of a matrix besides hidden_size, by its role.
+_KEYS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("embed", "head"), ("vocab_size", "hidden_size")),
+    "position": ("max_position_embeddings", "hidden_size"),
+    **dict.fromkeys(("q", "o", "qkv"), ("num_attention_heads", "head_dim", "hidden_size")),
+    **dict.fromkeys(("k", "v"), ("num_key_value_heads", "head_dim", "hidden_size")),
+    **dict.fromkeys(("gate", "up", "down"), ("intermediate_size", "hidden_size")),
+}
 # Tables that older files store beside the weights, and that every class makes for itself: causal masks, rotary frequencies.
 _TABLES = re.compile(r".*\.(attn\.(masked_)?bias|rotary_emb\.inv_freq)")
 
@@ -76,9 +84,11 @@ def _check(weight: Weight, name: str, stored: Mapping[str, StoredTensor], place:
         )
     if stored[name].shape == weight.shape:
         return
-    size = f"{name} of shape {list(stored[name].shape)}, and the run's {weight.name} has {list(weight.shape)}"
-    vocabulary = " Its rows are tokens: model.vocab_size must be as many." if weight.role in ("embed", "head") else ""
-    raise UserError(f"model.init_from: {place} holds {size}. Leave out the key of `model` that differs.{vocabulary}")
+    keys = " and ".join(f"model.{key}" for key in _KEYS.get(weight.role, ("hidden_size",)))
+    raise UserError(
+        f"model.init_from: {stored[name].parts[0].span.file} holds {name} of shape {list(stored[name].shape)}, and the run's "
+        f"{weight.name} has {list(weight.shape)}. Leave {keys} out of the run file, or give what the model has."
+    )
 
 
 def _hint(name: str) -> str:

@@ -81,8 +81,8 @@ def starting_point(
     weights: Sequence[Weight],
     plain: Sequence[Weight],
     forward: str,
-) -> StartingPoint | None:
-    """Return where the run starts from, None where its weights are drawn.
+) -> StartingPoint:
+    """Return where a run with `model.init_from` starts from.
 
     Args:
         config: the run, with a complete `model` section and bound methods.
@@ -95,8 +95,7 @@ def starting_point(
         UserError: the source's tokenizer or its methods do not fit this run's.
     """
     init_from, family = config.model.init_from, config.model.family
-    if init_from is None:
-        return None
+    assert init_from is not None
     source = source_of(init_from.path)
     same = _has_same_methods(source, forward, init_from.layers)
     for method in config.methods:

@@ -101,12 +101,13 @@ def make_plan(config: Config, world_size: int, rank: int | None = None) -> Plan:
     for method in config.methods:
         method.check(weights)
         _check_touches(method, weights)
-    plain = config.model_copy(update={"methods": ()})
-    plain_weights = outline(plain, hf_config(plain, tokenizer))
-    forward = _digest_of_forward(config, weights)
-    start = starting_point(config, tokenizer, weights, plain_weights, forward)
-    if start is None:
+    start = None
+    if config.model.init_from is None:
         _check_initial_values(config, weights, model_config.initializer_range)
+    else:
+        plain = config.model_copy(update={"methods": ()})
+        plain_weights = outline(plain, hf_config(plain, tokenizer))
+        start = starting_point(config, tokenizer, weights, plain_weights, _digest_of_forward(config, weights))
     share = {} if rank is None else {"rank": rank, "world_size": world_size}
     corpora = open_corpora(config, tokenizer, data_ranks(config, world_size), **share)
     _set_bos(model_config, config, tokenizer.eos_token_id if corpora.bos_id is None else corpora.bos_id)

@@ -96,7 +96,6 @@ def examine(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
         point = starting_point(plan.config, tokenizer, weights, plain, case.get("forward", ""))
     except (UserError, ValidationError) as error:
         return {"refused": str(error)}
-    assert point is not None
     engine = build_engine(plan.config, plan.model_config, plan.ds_config)
     sharded = ShardedWeights(engine)
     rule = partial(initial_draw, config=plan.config, default_std=0.02)
