@@ -55,6 +55,8 @@ def fields_of(source: Source, section: type[ModelSection], family: str) -> dict[
     older = {"rope_theta", "rope_scaling"}  # they are in rope_parameters
     names = section.model_fields.keys() - {"family", "init_from"} - _OF_TOKENIZER - older - stored.attribute_map.keys()
     found = {name: getattr(stored, name, None) for name in sorted(names)}
+    if rope := found.get("rope_parameters"):
+        found["rope_parameters"] = {key: value for key, value in rope.items() if key != "type"}  # rope_type, once more
     return {name: value for name, value in found.items() if value is not None}
 
 
