@@ -147,8 +147,14 @@ class Method(Values):
     @classmethod
     def only_initializes(cls) -> bool:
         """Return whether it does nothing but to decide initial values."""
-        acts = cls.acts_in_forward() or cls._overrides("loss_terms", "prepare", "after_step", "decays", "weight_decay")
+        of_loss, of_training = ("loss_terms", "hidden_terms"), ("prepare", "after_step", "decays", "weight_decay")
+        acts = cls.acts_in_forward() or cls._overrides(*of_loss, *of_training)
         return cls._overrides("init_std", "init_draw") and not acts
+
+    @classmethod
+    def leaves_weights_plain(cls) -> bool:
+        """Return whether a stock class computes with the stored weights what the trained model does."""
+        return not cls._overrides("configure", "fold")
 
     @classmethod
     def _overrides(cls, *hooks: str) -> bool:

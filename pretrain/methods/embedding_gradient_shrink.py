@@ -22,6 +22,7 @@ from torch import nn
 
 from pretrain.methods.base import EMBEDDING, Method
 from pretrain.model.layout import Weight, embedding_of
+from pretrain.sharded import ShardedWeights
 
 
 class ShrunkGradient(torch.autograd.Function):
@@ -64,6 +65,9 @@ class EmbeddingGradientShrink(Method):
         old = embedding_of(model, self.run.embedding)
         new = ShrunkEmbedding(old.num_embeddings, old.embedding_dim, old.padding_idx, self.alpha)
         model.set_submodule(self.run.embedding, new)
+
+    def take_over(self, weights: ShardedWeights) -> None:
+        """Do nothing: forward looks up the loaded rows."""
 
     def training_rule(self, weight: Weight) -> str | None:
         where = " as input" if self.run.tied else ""

@@ -129,7 +129,7 @@ def rule_in_words(weight: Weight, point: StartingPoint | None, config: Config) -
 def _has_same_methods(source: Source, forward: str, layers: tuple[int, ...] | None) -> bool:
     """Return whether the source's methods act in forward as the run's; False for a plain model. UserError for others."""
     run = source.run()
-    acting = [method.name for method in run.methods if method.acts_in_forward()] if run else []
+    acting = [method.name for method in run.methods if not method.leaves_weights_plain()] if run else []
     if not acting or source.checkpoint is None:
         return False
     names = ", ".join(acting)

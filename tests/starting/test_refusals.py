@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from pretrain.config.schema import Config
 from pretrain.errors import UserError
+from pretrain.methods import REGISTRY
 from pretrain.starting import model_of
 from pretrain.trainer.plan import Plan, make_plan
 from tests.support.corpus import Corpus, tiny
@@ -292,3 +293,11 @@ def test_several_files_are_read_by_their_index(corpus: Corpus, tmp_path: Path) -
     lost.unlink()
     with pytest.raises(UserError, match=f"{lost.name} cannot be read"):
         plan_of(corpus, folder)
+
+
+def test_methods_whose_checkpoints_mean_something_with_them_only() -> None:
+    """All others leave weights of which a stock class makes the same, as their references say: they have no fold."""
+    assert {name for name, cls in REGISTRY.items() if not cls.leaves_weights_plain()} == {
+        *("attention_residuals", "embedding_layernorm", "embedding_scale", "layernorm_scaling", "osp", "pre_ln"),
+        *("qk_norm", "residual_scaling", "seednorm", "sigma_reparam", "softcap", "weight_norm", "wesar"),
+    }
