@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pretrain.config.model_section import InitFromSection, ModelSection, hf_class
-from pretrain.config.schema import Config
+from pretrain.config.schema import Config, load_config
 from pretrain.errors import UserError
 from pretrain.starting.source import Source, source_of
 
@@ -19,7 +19,8 @@ _LAYERS = "num_hidden_layers"
 def model_of(config: Config) -> Config:
     """Return the configuration with a complete `model` section if it starts from another model, else as it is.
 
-    The section then names a model of the hub by its revision. So the resolved configuration alone reproduces the run.
+    The section then names a model of the hub by its revision, and a checkpoint by its step. So the resolved configuration
+    alone reproduces the run. A run that has begun does not need the other model any more: its sections are in its folder.
 
     Raises:
         UserError: the model cannot be found, is of another family, or does not fit what the run file says.
@@ -27,9 +28,15 @@ def model_of(config: Config) -> Config:
     init_from, section = config.model.init_from, type(config.model)
     if init_from is None:
         return config
-    source = source_of(init_from.path)
-    fields = fields_of(source, section, config.model.family)
     given = _by_own_names(config.model)
+    try:
+        source = source_of(init_from.path)
+        fields = fields_of(source, section, config.model.family)
+    except UserError:
+        begun = as_it_began(config)
+        if begun is None:
+            raise
+        return config.model_copy(update={"model": section.model_validate({**begun.model_dump(), **given})})
     own = hf_class(config.model.family).attribute_map.get(_LAYERS, _LAYERS)
     fields[own] = _layers(source, fields[own], given.get(own), init_from.layers)
     merged = {**fields, **given}
@@ -47,6 +54,15 @@ def model_of(config: Config) -> Config:
             f"{faults}."
         ) from error
     return config.model_copy(update={"model": complete})
+
+
+def as_it_began(config: Config) -> ModelSection | None:
+    """Return the complete `model` section in the run's folder, None if it has not begun from the weights of this family."""
+    path = config.folder / "config.yaml"
+    if not path.is_file():
+        return None
+    stored = load_config(path).model
+    return stored if stored.init_from is not None and stored.family == config.model.family else None
 
 
 def fields_of(source: Source, section: type[ModelSection], family: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -15,7 +16,7 @@ from pretrain.errors import UserError, first_line
 from pretrain.methods.base import INITIAL_DEVIATIONS
 from pretrain.model.layout import Weight
 from pretrain.starting.hub import HUB
-from pretrain.starting.model_of import fields_of
+from pretrain.starting.model_of import as_it_began, fields_of
 from pretrain.starting.names import tensors_of
 from pretrain.starting.source import Source, source_of
 
@@ -96,7 +97,13 @@ def starting_point(
     """
     init_from, family = config.model.init_from, config.model.family
     assert init_from is not None
-    source = source_of(init_from.path)
+    try:
+        source = source_of(init_from.path)
+    except UserError as error:
+        if as_it_began(config) is None:
+            raise
+        gone = Source(init_from.path, Path(init_from.path), missing=str(error))
+        return StartingPoint(gone, family, plain, init_from.layers, False, False, ("which is not there any more",))
     same = _has_same_methods(source, forward, init_from.layers)
     for method in config.methods:
         if not (same and method.acts_in_forward()) and (reason := method.why_not_from_weights()):

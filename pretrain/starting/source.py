@@ -27,11 +27,13 @@ class Source:
         name: what run files call it: a path, or a model of the hub with its revision.
         folder: the folder with its configuration and its tokenizer.
         checkpoint: the checkpoint of a run; None for a Hugging Face folder.
+        missing: why it is not there any more, as a sentence. None where it is.
     """
 
     name: str
     folder: Path
     checkpoint: Path | None = None
+    missing: str | None = None
 
     def weights(self) -> dict[str, StoredTensor]:
         """Return its tensors by name: the weights of a Hugging Face folder, or the fp32 masters of a checkpoint.
@@ -39,6 +41,8 @@ class Source:
         Raises:
             UserError: there are none, or they are damaged.
         """
+        if self.missing is not None:
+            raise UserError(self.missing)
         if self.checkpoint is not None:
             return master_weights(self.checkpoint / "deepspeed")
         folder = fetched(self.name, weights=True)[0] if self.name.startswith(HUB) else self.folder
@@ -88,7 +92,7 @@ def source_of(path: str) -> Source:
     place = Path(path)
     if (place.name == "latest" and place.is_file()) or (place / MANIFEST).is_file():
         checkpoint = resolve(place)
-        return Source(path, checkpoint / "hf", checkpoint)
+        return Source(str(checkpoint), checkpoint / "hf", checkpoint)  # `latest` will be another one
     if (place / "config.json").is_file():
         return Source(path, place)
     raise UserError(f"model.init_from: {place} {_fault_of(place)}")

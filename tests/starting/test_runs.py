@@ -114,9 +114,7 @@ def test_a_checkpoint_of_other_methods_is_refused_and_its_export_named(
     assert "convert_to_hf.py --dtype float32" in found[name]["refused"]
 
 
-def test_a_run_from_an_export_trains_and_resumes_without_its_weights(
-    run_file: Path, trained: Trained, tmp_path: Path
-) -> None:
+def test_a_run_from_an_export_trains_and_resumes_without_it(run_file: Path, trained: Trained, tmp_path: Path) -> None:
     export = Path(shutil.copytree(trained.export, tmp_path / "export"))
     settings = {
         "out": str(tmp_path),
@@ -138,10 +136,12 @@ def test_a_run_from_an_export_trains_and_resumes_without_its_weights(
     assert {key: section[key] for key in SIZES} == SIZES
     convert(checkpoint, tmp_path / "again", torch.float32)
     assert f"| started from | the weights of {export} |" in (tmp_path / "again/README.md").read_text()
-    for file in export.glob("*.safetensors"):
-        file.unlink()
+    shutil.rmtree(export)
     ended = run_ranks(arguments(run_file, {**settings, "steps": 2}), tmp_path / "logs")
     assert ended.code == 0, ended.stderr
+    assert "which is not there any more" in ended.stdout
+    again = {**settings, "steps": 2, "checkpoint.resume": "never"}
+    assert_refused(run_ranks(arguments(run_file, again), tmp_path / "logs", 1), f"{export} does not exist")
     assert [event["step"] for event in events(tmp_path / "next", "resumed")] == [1]
     assert status(tmp_path / "next")["status"] == "finished"
 
