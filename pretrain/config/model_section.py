@@ -182,7 +182,7 @@ class ModelSection(Values):
 
     Attributes:
         family: The kind of model.
-        init_from: The model whose weights the run starts from. Null: weights are drawn.
+        init_from: The model whose weights the run starts from: its path, or a mapping. Null: weights are drawn.
         vocab_size: If not set, the tokenizer's.
         max_position_embeddings: If not set, `data.seq_len`.
         rope_theta: Of older configurations. It is taken into `rope_parameters`.

@@ -146,6 +146,44 @@ def test_a_run_from_an_export_trains_and_resumes_without_it(run_file: Path, trai
     assert status(tmp_path / "next")["status"] == "finished"
 
 
+@pytest.mark.slow
+def test_a_run_with_deviations_by_role_is_the_start_of_a_larger_one(
+    run_file: Path, corpus: Corpus, tmp_path: Path
+) -> None:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    deviations = {"embed": 1.0, "q": 0.05, "o": 0.002, "down": 0.004, "head": 0.1}
+    settings = {"out": str(tmp_path), "name": "small", "steps": 1, "optim.lr": 1e-12, "methods": []}
+    ended = run_ranks(arguments(run_file, {**settings, "init": {"std": deviations}}), tmp_path / "logs")
+    assert ended.code == 0, ended.stderr
+    checkpoint = resolve(tmp_path / "small/checkpoints/latest")
+    small = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), "deepspeed")
+    roles = {
+        "embed": "embed_tokens",
+        "q": "q_proj",
+        "o": "o_proj",
+        "down": "down_proj",
+        "head": "lm_head",
+        "up": "up_proj",
+    }
+    for role, part in roles.items():
+        for name in (name for name in small if part in name):
+            values, expected = small[name].detach().double(), deviations.get(role, 0.02)  # model.initializer_range
+            assert float(values.std()) == pytest.approx(expected, rel=5 / (2 * values.numel()) ** 0.5), name
+    case = {
+        "deepspeed": {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}},
+        "model": {"family": "llama", "init_from": {"path": str(checkpoint), "layers": [0, 1, 1, 0]}},
+        "tokenizer": str(corpus.tokenizer),
+    }
+    ended = run_ranks([], tmp_path / "logs", prepare=partial(examine_all, {"grown": case}, tmp_path / "out"))
+    assert ended.code == 0, ended.stderr[-3000:]
+    grown = results(tmp_path / "out")["grown"]["masters"]
+    for block, source in enumerate([0, 1, 1, 0]):
+        name = f"model.layers.{block}.mlp.up_proj.weight"
+        assert torch.equal(grown[name].flatten(), small[name.replace(f".{block}.", f".{source}.")].flatten())
+    assert torch.equal(grown["lm_head.weight"].flatten(), small["lm_head.weight"].flatten())
+
+
 def test_a_model_that_cannot_be_loaded_is_refused_by_all_ranks_at_once(
     run_file: Path, trained: Trained, tmp_path: Path
 ) -> None:
