@@ -31,7 +31,7 @@ from pretrain.data.prepare import merge, prepare
 from pretrain.data.text.omissions import in_words
 from pretrain.data.tokenizer import load_tokenizer_info
 from pretrain.data.tokens import TokenShards, open_shards
-from pretrain.data.tokens.formats import FORMATS
+from pretrain.data.tokens.formats import EXPORTED, FORMATS
 from pretrain.errors import UserError
 
 # Which options each of these modes needs, and which it takes besides. Without a mode, text is prepared.
@@ -168,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--merge", action="store_true", help="join all the parts in --out")
     parser.add_argument("--import", choices=tuple(FORMATS), help="make shards of the token files --source")
     parser.add_argument("--dtype", choices=("uint16", "uint32"), help="what the raw numbers of --import olmo are")
-    parser.add_argument("--export", choices=tuple(FORMATS), help="write the shards --source as token files in --out")
+    parser.add_argument("--export", choices=EXPORTED, help="write the shards --source as token files in --out")
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from pathlib import Path
 
@@ -42,3 +43,64 @@ def write_datatrove(path: Path, documents: list[np.ndarray], size: int, metadata
     Path(f"{path}.index").write_bytes(struct.pack(f"<{len(ends)}Q", *ends))
     if metadata:
         Path(f"{path}.metadata").write_text(f"gpt2|{size}\n{len(tokens)}\n{len(tokens)} T", encoding="utf-8")
+
+
+def write_llmc(path: Path, documents: list[np.ndarray], dtype: str) -> None:
+    """Write PATH (.bin) with the header of 256 int32."""
+    tokens = np.concatenate(documents).astype(dtype)
+    kind = {"uint16": (20240520, 1), "uint32": (20240801, 7)}[dtype]
+    path.write_bytes(struct.pack("<3i", *kind, len(tokens)) + bytes(1012) + tokens.tobytes())
+
+
+def write_mds(folder: Path, files: list[list[np.ndarray]], dtype: str, fixed: bool = False) -> None:
+    """Write index.json and a file of samples for each list, with a column of text before the tokens.
+
+    Args:
+        fixed: all samples have one length, which the index states instead of each sample.
+    """
+    folder.mkdir()
+    shards = []
+    for number, samples in enumerate(files):
+        encoded = []
+        for place, tokens in enumerate(samples):
+            text, body = b"text %d" % place, tokens.astype(dtype).tobytes()
+            if not fixed:
+                body = struct.pack("<BI", (1 << 2) | 2, len(tokens)) + body
+            sizes = [len(text)] if fixed else [len(text), len(body)]
+            encoded.append(struct.pack(f"<{len(sizes)}I", *sizes) + text + body)
+        config = b'{"a": "comment"}'
+        starts = 4 + 4 * (len(encoded) + 1) + len(config) + np.cumsum([0, *map(len, encoded)])
+        content = struct.pack(f"<{1 + len(starts)}I", len(encoded), *starts) + config + b"".join(encoded)
+        (folder / f"shard.{number:05d}.mds").write_bytes(content)
+        encoding = f"ndarray:{dtype}" + (f":{len(samples[0])}" if fixed else "")
+        shards.append(
+            {
+                "column_encodings": ["str", encoding],
+                "column_names": ["text", "tokens"],
+                "column_sizes": [None, samples[0].astype(dtype).nbytes if fixed else None],
+                "compression": None,
+                "format": "mds",
+                "hashes": [],
+                "raw_data": {"basename": f"shard.{number:05d}.mds", "bytes": len(content), "hashes": {}},
+                "samples": len(encoded),
+                "size_limit": 1 << 26,
+                "version": 2,
+                "zip_data": None,
+            }
+        )
+    (folder / "index.json").write_text(json.dumps({"version": 2, "shards": shards}), encoding="utf-8")
+
+
+def write_litdata(folder: Path, files: list[list[np.ndarray]], dtype: str, data_format: str) -> None:
+    """Write index.json and a file of samples for each list. data_format: litdata's name of `dtype`."""
+    folder.mkdir()
+    chunks = []
+    for number, samples in enumerate(files):
+        encoded = [tokens.astype(dtype).tobytes() for tokens in samples]
+        starts = 4 + 4 * (len(encoded) + 1) + np.cumsum([0, *map(len, encoded)])
+        content = struct.pack(f"<{1 + len(starts)}I", len(encoded), *starts) + b"".join(encoded)
+        (folder / f"chunk-0-{number}.bin").write_bytes(content)
+        sizes = {"chunk_bytes": len(content), "chunk_size": len(encoded), "dim": sum(map(len, samples))}
+        chunks.append({"filename": f"chunk-0-{number}.bin", **sizes})
+    config = {"compression": None, "data_format": [data_format], "encryption": None}
+    (folder / "index.json").write_text(json.dumps({"chunks": chunks, "config": config}), encoding="utf-8")

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.data.tokens.external_files import IndexedFile, ListedEnds, TokenFormat, check_boundaries
-from pretrain.data.tokens.writer import token_dtype
 from pretrain.errors import UserError
 
 KINDS: dict[int, np.dtype] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
@@ -53,9 +52,8 @@ DATATROVE = TokenFormat(
     name="datatrove",
     read=lambda location, _: token_files(location),
     writer=DatatroveWriter,
-    dtype_for=token_dtype,
-    one_file=False,
     find=token_files,
+    recognizes=lambda location: any(location.glob("*.ds")),
 )
 
 

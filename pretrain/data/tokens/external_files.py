@@ -6,12 +6,13 @@ A format is one module that defines a `TokenFormat`; `formats` lists them all.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from pretrain.data.tokens.writer import token_dtype
 from pretrain.errors import UserError
 
 INDEX_BLOCK = 1 << 20
@@ -43,11 +44,16 @@ class ListedEnds:
 
 @dataclass(frozen=True)
 class TokenFile:
-    """One file of raw tokens, whose documents only their separators show."""
+    """One file of raw tokens, whose documents only their separators show.
+
+    Attributes:
+        offset: the byte at which its tokens begin.
+    """
 
     path: Path
     dtype: np.dtype
     tokens: int
+    offset: int = field(default=0, kw_only=True)
 
     @property
     def bytes(self) -> int:
@@ -57,7 +63,7 @@ class TokenFile:
         """Return its tokens, (tokens,) `dtype`, a read-only memory map."""
         if not self.tokens:
             return np.empty(0, self.dtype)  # an empty file cannot be mapped
-        return np.asarray(np.memmap(self.path, self.dtype, mode="r", shape=(self.tokens,)))
+        return np.asarray(np.memmap(self.path, self.dtype, mode="r", offset=self.offset, shape=(self.tokens,)))
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,11 @@ class IndexedFile(TokenFile):
 
     boundaries: Boundaries
     index: Path
+
+
+@dataclass(frozen=True)
+class SampledFile(IndexedFile):
+    """One file of samples, whose index says where samples end. They are documents where no token is a separator."""
 
 
 class TokenWriter(Protocol):
@@ -89,19 +100,22 @@ class TokenFormat:
         name: The name on the command line and in manifests.
         read: `read(location, dtype)` returns the files for an import; raw numbers are taken for `dtype`. UserError
             for files that are damaged or that shards cannot hold without loss.
-        writer: The class that writes one file.
-        dtype_for: `dtype_for(vocab_size)` returns the kind of number that an export writes.
-        one_file: An export makes one file, not one for each shard.
+        recognizes: `recognizes(location)` returns whether what lies there looks like this format, from names and first
+            bytes. It is asked to name the format in an error.
         find: `find(location)` returns the files to train on as they are, [] if there are none; None for a format that
             has to be imported.
+        writer: The class that writes one file, None for a format that is not exported.
+        dtype_for: `dtype_for(vocab_size)` returns the kind of number that an export writes.
+        one_file: An export makes one file, not one for each shard.
     """
 
     name: str
     read: Callable[[Path, np.dtype], Sequence[TokenFile]]
-    writer: type[TokenWriter]
-    dtype_for: Callable[[int], np.dtype]
-    one_file: bool
+    recognizes: Callable[[Path], bool]
     find: Callable[[Path], list[IndexedFile]] | None = None
+    writer: type[TokenWriter] | None = None
+    dtype_for: Callable[[int], np.dtype] = token_dtype
+    one_file: bool = False
 
 
 def check_one_dtype(files: Sequence[TokenFile]) -> None:

@@ -7,7 +7,7 @@ manifest, and an export to the same format restores them.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +17,8 @@ import numpy as np
 from pretrain.data.progress import Progress
 from pretrain.data.tokens.atomic_folder import atomic_folder
 from pretrain.data.tokens.corpus import TokenShards
-from pretrain.data.tokens.external_files import INDEX_BLOCK, IndexedFile, TokenFile, check_one_dtype
-from pretrain.data.tokens.formats import FORMATS
+from pretrain.data.tokens.external_files import INDEX_BLOCK, IndexedFile, SampledFile, TokenFile, check_one_dtype
+from pretrain.data.tokens.formats import FORMATS, format_of
 from pretrain.data.tokens.verify import first_bad_id
 from pretrain.data.tokens.writer import ShardWriter, token_dtype
 from pretrain.errors import UserError
@@ -64,6 +64,9 @@ def import_tokens(
             keep; `out` is then not made.
     """
     raw_dtype = np.dtype(dtype or token_dtype(tokenizer.vocab_size)).newbyteorder("<")
+    seen = format_of(Path(location))
+    if seen and not FORMATS[format].recognizes(Path(location)):
+        raise UserError(f"'{location}' looks like files of the format {seen}: use --import {seen}.")
     files = FORMATS[format].read(Path(location), raw_dtype)
     if not any(file.tokens for file in files):
         raise UserError(f"'{location}' holds no {format} files with tokens.")
@@ -72,7 +75,8 @@ def import_tokens(
         writer = ShardWriter(temporary, token_dtype(tokenizer.vocab_size), shard_tokens)
         progress = Progress("imported", sum(file.bytes for file in files))
         beginnings = _Beginnings(None if tokenizer.bos_id == tokenizer.eos_id else tokenizer.bos_id)
-        parts = [_import_file(file, writer, tokenizer, progress, beginnings) for file in files]
+        listed = _lists_documents(files, tokenizer.eos_id)
+        parts = [_import_file(file, listed, writer, tokenizer, progress, beginnings) for file in files]
         progress.close()
         bos_id = beginnings.of_all()
         writer.finish(
@@ -102,10 +106,10 @@ def export_tokens(format: str, shards: TokenShards, out: str | Path) -> None:
     """Write `shards` to the new folder `out` in another trainer's format.
 
     Tokens that were imported from that format come out as they went in, file by file. Others make one file
-    (megatron, nanogpt: tokens.bin) or one for each shard (datatrove, olmo).
+    (megatron, nanogpt: tokens.bin) or one for each shard (datatrove, llmc, olmo).
 
     Args:
-        format: A name in `FORMATS`.
+        format: A name in `EXPORTED`.
         shards: The corpus.
         out: A new or empty folder.
 
@@ -113,6 +117,7 @@ def export_tokens(format: str, shards: TokenShards, out: str | Path) -> None:
         UserError: An id does not fit the format's kind of number; `out` is then not made.
     """
     token_format = FORMATS[format]
+    assert token_format.writer is not None
     imported = shards.manifest.get("imported") or {}
     if imported.get("format") == format:
         dtype = np.dtype(imported["dtype"]).newbyteorder("<")
@@ -163,15 +168,31 @@ class _Beginnings:
         return self._token if 0 < self._begun == self._documents else None
 
 
+def _lists_documents(files: Sequence[TokenFile], separator: int) -> bool:
+    """Return whether documents end where indexes say; if these list samples, say on stderr what ends documents."""
+    if not any(isinstance(file, SampledFile) for file in files):
+        return True
+    listed = not any((file.map() == separator).any() for file in files)
+    rule = "no token is the separator, so each sample is a document" if listed else "documents end at separators"
+    print(f"{rule} (id {separator})", file=sys.stderr, flush=True)
+    return listed
+
+
 def _import_file(
-    file: TokenFile, writer: ShardWriter, tokenizer: TokenizerInfo, progress: Progress, beginnings: _Beginnings
+    file: TokenFile,
+    listed: bool,
+    writer: ShardWriter,
+    tokenizer: TokenizerInfo,
+    progress: Progress,
+    beginnings: _Beginnings,
 ) -> FilePart:
-    """Append one file to the shards."""
+    """Append one file to the shards. `listed`: its index says where documents end."""
     tokens_before, documents_before = writer.tokens, writer.documents
-    for start, tokens, ends in _blocks(file, tokenizer.eos_id):
+    index = file if listed and isinstance(file, IndexedFile) else None
+    for start, tokens, ends in _blocks(file, index, tokenizer.eos_id):
         if (at := first_bad_id(tokens, tokenizer.vocab_size)) is not None:
             raise UserError(
-                f"{file.path} has the id {tokens[at]} at token {start + at} (byte {(start + at) * file.dtype.itemsize}), "
+                f"{file.path} has the id {tokens[at]} at token {start + at}{_byte_of(file, start + at)}, "
                 f"and the tokenizer has {tokenizer.vocab_size} ids. The file is corrupt, or was made with another "
                 "tokenizer."
             )
@@ -179,14 +200,25 @@ def _import_file(
         beginnings.see(tokens, ends)
         progress.update((writer.tokens * file.dtype.itemsize, writer.documents, writer.tokens))
     return FilePart(
-        file.path.stem, writer.tokens - tokens_before, writer.documents - documents_before, _empty_documents(file)
+        file.path.stem,
+        writer.tokens - tokens_before,
+        writer.documents - documents_before,
+        _empty_documents(index) if index else [],
     )
 
 
-def _blocks(file: TokenFile, separator: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Yield (first token, tokens, document ends counted from it) of a file from its beginning, block by block."""
+def _byte_of(file: TokenFile, token: int) -> str:
+    """Return the place of a token in words. Where tokens lie among other things, the token's number is all there is."""
+    return "" if isinstance(file, SampledFile) else f" (byte {file.offset + token * file.dtype.itemsize})"
+
+
+def _blocks(file: TokenFile, index: IndexedFile | None, separator: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield (first token, tokens, document ends counted from it) of a file from its beginning, block by block.
+
+    Documents end as `index` says, at separators where it is None.
+    """
     tokens = file.map()
-    if not isinstance(file, IndexedFile):
+    if index is None:
         for start in range(0, len(tokens), _BLOCK_TOKENS):
             block = tokens[start : start + _BLOCK_TOKENS]
             ends = np.flatnonzero(block == separator) + 1
@@ -195,7 +227,7 @@ def _blocks(file: TokenFile, separator: int) -> Iterator[tuple[int, np.ndarray, 
             yield start, block, ends
         return
     start = 0
-    for ends in _all_ends(file):
+    for ends in _all_ends(index):
         held = ends[np.diff(ends, prepend=start) > 0]
         if len(held):
             yield from _in_blocks(tokens, start, held)
@@ -216,10 +248,8 @@ def _all_ends(file: IndexedFile) -> Iterator[np.ndarray]:
         yield file.boundaries.ends(first, min(first + INDEX_BLOCK, file.boundaries.documents))
 
 
-def _empty_documents(file: TokenFile) -> list[int]:
+def _empty_documents(file: IndexedFile) -> list[int]:
     """Return the numbers of the empty documents that the index of a file lists."""
-    if not isinstance(file, IndexedFile):
-        return []
     empty: list[int] = []
     first, last = 0, 0
     for ends in _all_ends(file):

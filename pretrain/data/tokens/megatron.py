@@ -150,6 +150,7 @@ MEGATRON = TokenFormat(
     dtype_for=lambda vocab_size: np.dtype("<u2" if vocab_size < _UINT16_BELOW else "<i4"),
     one_file=True,
     find=token_files,
+    recognizes=lambda location: bool(_index_paths(location)),
 )
 
 

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from pretrain.data.tokens import llmc
 from pretrain.data.tokens.external_files import IndexedFile, ListedEnds, TokenFile, TokenFormat, check_boundaries
-from pretrain.data.tokens.writer import token_dtype
 from pretrain.errors import UserError
 
-LLM_C_MAGIC = 20240520
 _LOOKED_AT = 1 << 16
 
 
@@ -30,10 +29,14 @@ def nanogpt_files(path: Path) -> list[TokenFile]:
 
 def olmo_files(path: Path, dtype: np.dtype) -> list[TokenFile]:
     """Return the .npy file at `path`, or all in that folder by name, as tokens of `dtype`; UserError for none."""
-    paths = sorted(path.glob("*.npy")) if path.is_dir() else [path]
-    if not paths or not paths[0].is_file():
+    paths = [path] if path.is_file() else _npy_paths(path)
+    if not paths:
         raise UserError(f"there are no .npy files at '{path}'.")
     return [_token_file(path, dtype, _listed_documents(path)) for path in paths]
+
+
+def _npy_paths(location: Path) -> list[Path]:
+    return sorted(location.glob("*.npy")) if location.is_dir() else [location] * (location.suffix == ".npy")
 
 
 class RawWriter:
@@ -66,8 +69,11 @@ NANOGPT = TokenFormat(
     writer=NanoGPTWriter,
     dtype_for=lambda _: np.dtype("<u2"),
     one_file=True,
+    recognizes=lambda location: location.suffix == ".bin" and location.is_file() and not llmc.recognizes(location),
 )
-OLMO = TokenFormat(name="olmo", read=olmo_files, writer=OlmoWriter, dtype_for=token_dtype, one_file=False)
+OLMO = TokenFormat(
+    name="olmo", read=olmo_files, writer=OlmoWriter, recognizes=lambda location: bool(_npy_paths(location))
+)
 
 
 def _token_file(path: Path, dtype: np.dtype, documents: tuple[Path, np.ndarray] | None = None) -> TokenFile:
@@ -76,10 +82,6 @@ def _token_file(path: Path, dtype: np.dtype, documents: tuple[Path, np.ndarray] 
         head = file.read(_LOOKED_AT)
     if head.startswith(b"\x93NUMPY"):
         raise UserError(f"{path} has a NumPy header, and OLMo-core's .npy files are raw tokens: it is not one of them.")
-    if int.from_bytes(head[:4], "little") == LLM_C_MAGIC:
-        raise UserError(
-            f"{path} begins with llm.c's header of 1024 bytes. Take it off: `tail -c +1025 {path.name} > tokens.bin`."
-        )
     if size_bytes == 0 or size_bytes % dtype.itemsize:
         raise UserError(f"{path} has {size_bytes} bytes, which are not a whole number of {dtype.name} tokens, or none.")
     pairs = np.frombuffer(head[: len(head) // 4 * 4], "<u2").reshape(-1, 2)

@@ -10,7 +10,7 @@ from pretrain.data.tokens.corpus import ENDS_DTYPE, Shard, TokenShards
 from pretrain.data.tokens.corpus_files import LocalFiles
 from pretrain.data.tokens.external_files import check_one_dtype
 from pretrain.data.tokens.external_shards import ExternalShards
-from pretrain.data.tokens.formats import FORMATS
+from pretrain.data.tokens.formats import FORMATS, format_of
 from pretrain.data.tokens.manifest import MANIFEST, describe_shards, read_manifest
 from pretrain.data.tokens.verify import check_contents, check_ids, check_sizes
 from pretrain.errors import UserError
@@ -106,11 +106,11 @@ def _open_external(location: str) -> TokenShards:
 def _not_a_corpus(path: Path) -> UserError:
     if (path / "train" / MANIFEST).exists():
         return UserError(f"'{path}' holds train and val; name one of them: '{path / 'train'}'.")
-    if path.is_file() or any(path.glob("*.npy")):
-        raw = " or ".join(format.name for format in FORMATS.values() if not format.find)
+    if path.is_file() or format_of(path):
+        imported = " or ".join(format.name for format in FORMATS.values() if not format.find)
         return UserError(
-            f"'{path}' holds tokens without an index, which do not say where documents end. Import them: "
-            f"tools/prepare_data.py --import {raw}."
+            f"'{path}' holds tokens that are not read in place, because no index says where their documents end. Import "
+            f"them: tools/prepare_data.py --import {format_of(path) or imported}."
         )
     return UserError(
         f"'{path}' is not a folder of finished token shards: it has no {MANIFEST}. Make one with "

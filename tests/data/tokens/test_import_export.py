@@ -15,9 +15,10 @@ import pytest
 from pretrain.data.tokenizer import TokenizerInfo
 from pretrain.data.tokens import ShardWriter, external_files, external_shards, import_export, open_shards
 from pretrain.data.tokens.atomic_folder import atomic_folder
+from pretrain.data.tokens.formats import EXPORTED
 from pretrain.data.tokens.import_export import export_tokens, import_tokens
 from pretrain.errors import UserError
-from tests.support.token_formats import documents, write_datatrove, write_megatron
+from tests.support.token_formats import documents, write_datatrove, write_llmc, write_megatron
 
 LENGTHS = [0, 5, 0, 0, 300, 1, 44, 0, 1200, 2, 0, 0]
 
@@ -43,6 +44,8 @@ def write(format: str, folder: Path, vocab_size: int, dtype: str) -> list[np.nda
             write_megatron(folder / f"{number}_text_document", part, dtype)
         elif format == "datatrove":
             write_datatrove(folder / f"{number}.ds", part, np.dtype(dtype).itemsize)
+        elif format == "llmc":
+            write_llmc(folder / f"train_{number}.bin", part, dtype)
         elif format == "olmo":
             np.concatenate(part).astype(dtype).tofile(folder / f"part-{number}.npy")
         elif number == 0:
@@ -60,6 +63,8 @@ def write(format: str, folder: Path, vocab_size: int, dtype: str) -> list[np.nda
         ("datatrove", 100_000, "uint32"),
         ("nanogpt", 50_000, "uint16"),
         ("nanogpt", 100_000, "uint16"),  # its ids happen to be small
+        ("llmc", 50_000, "uint16"),
+        ("llmc", 100_000, "uint32"),
         ("olmo", 50_000, "uint16"),
         ("olmo", 100_000, "uint32"),
     ],
@@ -91,7 +96,7 @@ def test_any_format_becomes_any_other(tmp_path: Path, monkeypatch: pytest.Monkey
     write("datatrove", tmp_path / "datatrove", 1000, "uint32")
     import_tokens("megatron", tmp_path / "megatron", tmp_path / "ours", tokenizer_of(1000), shard_tokens=500)
     shards = open_shards(tmp_path / source)
-    for format in ("megatron", "datatrove", "nanogpt", "olmo"):
+    for format in EXPORTED:
         if (format, source) != ("megatron", "ours"):
             export_tokens(format, shards, tmp_path / f"as_{format}")
 
@@ -101,6 +106,10 @@ def test_any_format_becomes_any_other(tmp_path: Path, monkeypatch: pytest.Monkey
             assert (tmp_path / f"as_megatron/tokens.{suffix}").read_bytes() == (
                 tmp_path / f"expected.{suffix}"
             ).read_bytes()
+    headers = [np.fromfile(file, "<i4", 256) for file in sorted((tmp_path / "as_llmc").glob("*.bin"))]
+    kind = [20240520, 1] if source == "ours" else [20240801, 7]
+    assert [header[:2].tolist() for header in headers] == [kind] * len(headers)
+    assert sum(int(header[2]) for header in headers) == sum(map(len, written))
     raw = {name: [np.concatenate(written)] for name in ("olmo", "datatrove", "nanogpt")}
     for name, pattern, dtype in (("olmo", "*.npy", None), ("datatrove", "*.ds", None), ("nanogpt", "*.bin", "<u2")):
         dtype = dtype or ("<u2" if source == "ours" else "<u4")
@@ -154,7 +163,11 @@ def test_documents_that_olmo_lists_are_taken_as_listed(tmp_path: Path) -> None:
     [
         ("nanogpt", b"", "has 0 bytes"),
         ("nanogpt", b"\1\0\2", "has 3 bytes"),
-        ("nanogpt", (20240520).to_bytes(4, "little") + bytes(1020), "llm.c's header"),
+        (
+            "nanogpt",
+            (20240520).to_bytes(4, "little") + bytes(1020),
+            "looks like files of the format llmc: use --import llmc",
+        ),
         ("nanogpt", np.arange(1, 50, dtype="<u4").tobytes(), "are uint32, not uint16"),
         ("olmo", b"\x93NUMPY\1\0" + bytes(200), "has a NumPy header"),
         ("nanogpt", np.array([3, 999, 1000, 4], "<u2").tobytes(), r"has the id 1000 at token 2 \(byte 4\)"),
