@@ -106,11 +106,14 @@ def examine(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     for method in plan.config.methods:
         method.prepare(sharded)
     ids = torch.tensor(case["tokens"]) if "tokens" in case else tokens(1, 2)[:, :-1]
+    logits, loss = probe_logits(engine.module, ids), None
+    if config.parallel.sequence == 1:  # else each rank would have a slice of the sequences
+        loss = float(engine(ids[:, :-1], ids[:, 1:], divisor=None)[CROSS_ENTROPY])  # as training computes it
     return {
         "masters": whole_masters(engine),
         "working": whole_working_copies(engine),
-        "logits": probe_logits(engine.module, ids),
-        "loss": float(engine(ids[:, :-1], ids[:, 1:], divisor=None)[CROSS_ENTROPY]),  # as training computes it
+        "logits": logits,
+        "loss": loss,
     }
 
 
