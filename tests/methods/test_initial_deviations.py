@@ -226,6 +226,22 @@ def test_deviations_by_role_are_those_of_the_run_file_and_others_are_the_models(
         assert found[block(layer, "input_layernorm")].mean == 1.0
 
 
+def test_a_table_of_a_paper_can_be_written_down():
+    """WeSaR's Small initialization, whose embedding has deviation 1, by hand and by the method."""
+    small, output = sqrt(2 / (5 * 32)), sqrt(2 / (5 * 32)) / sqrt(2 * 8)
+    table = dict.fromkeys(("q", "k", "v", "gate", "up", "head"), small) | {"o": output, "down": output, "embed": 1.0}
+    by_hand, by_method = draws(config(init={"std": table})), draws(config({"name": "small_init"}))
+    assert by_hand.pop("model.embed_tokens.weight").std == 1.0
+    del by_method["model.embed_tokens.weight"]
+    assert {name: draw.std for name, draw in by_hand.items()} == pytest.approx(
+        {name: draw.std for name, draw in by_method.items()}
+    )
+    fused = draws(config(model=GPT2, init={"std": {"qkv": sqrt(1 / (2 * 32)), "embed": 1 / sqrt(32)}}))
+    expected = draws(config({"name": "xavier_init", "fused_qkv": True, "unit_embedding": True}, model=GPT2))
+    for name in ("transformer.wte.weight", "transformer.h.3.attn.c_attn.weight"):
+        assert fused[name].std == pytest.approx(expected[name].std)
+
+
 def test_deviations_by_role_go_with_every_distribution():
     kinds = {"truncated_normal": TruncatedNormal, "uniform": Uniform, "generalized_gaussian": GeneralizedGaussian}
     for kind, draw in kinds.items():

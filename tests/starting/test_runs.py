@@ -196,19 +196,24 @@ def test_a_model_that_cannot_be_loaded_is_refused_by_all_ranks_at_once(
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
 
-    def from_there(name: str, path: Path, methods: list[dict[str, Any]]) -> tuple[list[str], int]:
+    def from_there(name: str, path: Path, methods: list[dict[str, Any]], *flags: str) -> tuple[list[str], int]:
         settings = {"out": str(tmp_path / "runs"), "name": name, "steps": 1, "methods": methods}
-        return arguments(run_file, {**settings, "model.init_from": str(path)}), 2
+        return arguments(run_file, {**settings, "model.init_from": str(path)}, *flags), 1 if flags else 2
 
     ended = run_together(
         {
             "damaged": from_there("damaged", damaged, []),
+            "damaged, seen before": from_there("dry", damaged, [], "--dry-run"),
+            "sound, seen before": from_there("dry", trained.export, [], "--dry-run"),
             "changed": from_there("changed", checkpoint, [SIGMA]),
             "absent": from_there("absent", tmp_path / "nowhere", []),
         },
         tmp_path / "logs",
     )
     assert_refused(ended["damaged"], str(file), "it is not whole")
+    assert_refused(ended["damaged, seen before"], str(file), "it is not whole")
+    assert ended["sound, seen before"].code == 0, ended["sound, seen before"].stderr
+    assert f"weights of {trained.export}" in ended["sound, seen before"].stdout
     assert_refused(ended["changed"], shard.name, "does not match its checksum")
     assert_refused(ended["absent"], "nowhere does not exist")
     assert not list((tmp_path / "runs").glob("*/checkpoints/step_*"))
