@@ -157,8 +157,7 @@ class ShardedWeights:
             ValueError: for an unknown name, or where seed or distributions differ between ranks.
         """
         wanted = list(self.layout if names is None else names)
-        require_known(wanted, self.layout)
-        draws = {name: rule(self.layout[name]) for name in wanted}
+        draws = self._draws(rule, wanted)
         chosen = check_call(self.engine, self.layout, "fill_", wanted, extra=(seed, sorted(draws.items())))
         for piece in self.placement.edit(chosen):
             fill_slice_(piece.master, draws[piece.name], seed, piece.name, piece.slice, piece.start)
@@ -181,8 +180,7 @@ class ShardedWeights:
             ValueError: for an unknown name, or where the arguments differ between ranks.
         """
         wanted = list(names)
-        require_known(wanted, self.layout)
-        draws = {name: noise(self.layout[name]) for name in wanted}
+        draws = self._draws(noise, wanted)
         extra = (seed, shrink, sorted(draws.items()))
         chosen = check_call(self.engine, self.layout, "perturb_", wanted, extra=extra)
         for piece in self.placement.edit(chosen):
@@ -237,6 +235,10 @@ class ShardedWeights:
         wanted = set(self.layout if names is None else names)
         require_known(wanted, self.layout)
         return self.placement.pieces(wanted)
+
+    def _draws(self, rule: Callable[[Weight], Draw], names: Iterable[str]) -> dict[str, Draw]:
+        """Return the distribution of each named weight. Unknown names are left to `check_call`, which all ranks hear."""
+        return {name: rule(self.layout[name]) for name in names if name in self.layout}
 
     def _mean_rows(self, names: set[str]) -> dict[str, torch.Tensor]:
         """Return the mean over all rows of each named weight: (columns,) float64 on the engine's device. Collective."""

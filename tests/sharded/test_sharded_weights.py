@@ -204,6 +204,8 @@ def test_a_bad_call_raises_the_same_error_on_every_rank_and_changes_nothing(seen
     }
     if world_size > 1:
         expected["different lists"] = r"ValueError: rank 0 and rank \d .*model\.layers\.1\.mlp\.up_proj\.weight"
+        expected["different weights to fill"] = rf"ValueError: .*up_proj\.weightx'.*\(rank {world_size - 1}\)"
+        expected["different shrinking"] = "ValueError: rank 0 and rank .*perturb_ .*other values"
         expected["different factors"] = "ValueError: rank 0 and rank .*rescale_ .*other values"
         expected["different calls"] = r"ValueError: rank 0 called moments and rank \d called rescale_"
         expected["different seeds"] = r"ValueError: rank 0 and rank \d called fill_ .*other values"

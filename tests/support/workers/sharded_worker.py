@@ -20,6 +20,7 @@ from pretrain.distributed.ranks import initialize
 from pretrain.engine.build_model import bind_methods, build_model, hf_config
 from pretrain.engine.deepspeed_config import deepspeed_config
 from pretrain.engine.initialize import initialize_weights
+from pretrain.model.layout import Weight
 from pretrain.optim.param_groups import build_optimizer
 from pretrain.sharded import GatheredWeights, ShardedWeights, gathered
 from pretrain.sharded.draws import Constant
@@ -291,6 +292,10 @@ def misuse(config: Config) -> dict[str, str]:
     engine, weights = build(config)
     name, other = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"
     last = dist.get_rank() == dist.get_world_size() - 1
+
+    def constant(weight: Weight) -> Constant:
+        return Constant(0.0)
+
     calls = {
         "unknown weight": lambda: weights.moments([name.replace("up", "upp")]),
         "unknown weight on one rank": lambda: weights.moments([name + "x"] if last else [name]),
@@ -302,6 +307,8 @@ def misuse(config: Config) -> dict[str, str]:
         calls["different lists"] = lambda: weights.moments([name, other] if last else [name])
         calls["different calls"] = lambda: weights.rescale_({name: (0.5, 0.0)}) if last else weights.moments([name])
         calls["different seeds"] = lambda: weights.fill_(int(last), lambda weight: Constant(0.0))
+        calls["different weights to fill"] = lambda: weights.fill_(0, constant, [name + "x" if last else name])
+        calls["different shrinking"] = lambda: weights.perturb_(0, 0.5 if last else 0.25, constant, [name])
         calls["different factors"] = lambda: weights.rescale_({name: (0.5 if last else 0.25, 0.0)})
     before, raised = masters(engine), {}
     for name_of_call, call in calls.items():
