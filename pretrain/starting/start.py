@@ -39,7 +39,7 @@ def start_from(
         The moments of every weight.
 
     Raises:
-        UserError: on every rank. The files do not hold these weights, or hold NaN or infinity.
+        UserError: on every rank. The files do not hold these weights, or hold NaN, infinity or what fp16 does not hold.
     """
     if (checkpoint := point.source.checkpoint) is not None:
         on_every_rank(lambda: verify(checkpoint, ranks.rank, ranks.world_size))
@@ -48,7 +48,7 @@ def start_from(
     if added := weights.layout.keys() - stored.keys():
         weights.fill_(config.seed, rule, sorted(added))
     read_into(weights, stored)
-    on_every_rank(lambda: _refuse_unless_finite(weights.moments(stored), point))
+    on_every_rank(lambda: _refuse_unless_finite(weights, stored, point))
     if config.warm_start is not None:
         shrink_and_perturb(weights, config, stored.keys())
     if checkpoint is not None and point.same_methods:
@@ -92,6 +92,16 @@ def take_over(weights: ShardedWeights, methods: Sequence[Method]) -> None:
         on_every_rank(partial(method.take_over, weights))
 
 
-def _refuse_unless_finite(moments: Mapping[str, Moments], point: StartingPoint) -> None:
-    if bad := [name for name, each in moments.items() if not isfinite(each.squared_norm)]:
-        raise UserError(f"model.init_from: {point.source.name} holds NaN or infinity in {bad[0]}. Take another model.")
+def _refuse_unless_finite(weights: ShardedWeights, names: Iterable[str], point: StartingPoint) -> None:
+    """Raise UserError for weights with NaN or infinity, in the masters or in working copies of fp16. Collective."""
+    statistics, largest = weights.statistics(names), torch.finfo(torch.float16).max
+    for name, each in statistics.items():
+        if not isfinite(each.squared_norm):
+            raise UserError(
+                f"model.init_from: {point.source.name} holds NaN or infinity in {name}. Take another model."
+            )
+        if weights.engine.fp16_enabled() and each.absolute_maximum > largest:
+            raise UserError(
+                f"model.init_from: {point.source.name} holds values up to {each.absolute_maximum:.6g} in {name}, and fp16 ends "
+                f"at {largest:,.0f}. Train in bf16."
+            )

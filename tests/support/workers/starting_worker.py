@@ -29,6 +29,7 @@ from pretrain.sharded.draws import Constant
 from pretrain.sharded.engine_protocol import Engine
 from pretrain.starting import model_of, start_from, starting_point
 from pretrain.starting.start import read_into
+from tests.support.runs import allow_fp16_on_cpu
 from tests.support.tiny_engines import forget_garbage, leave, tiny_config, tiny_plan, tiny_tokenizer, tokens
 from tests.support.workers.elastic_worker import _of_all_slices
 
@@ -119,6 +120,7 @@ def examine(case: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
 
 def examine_all(cases: dict[str, dict[str, Any]], out: Path) -> None:
     """Be a rank that goes through all cases. Results go to the folder `out`, those of rank 0."""
+    allow_fp16_on_cpu()
     ranks = initialize()
     out.mkdir(parents=True, exist_ok=True)
     for number, case in enumerate(cases.values()):
