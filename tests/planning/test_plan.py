@@ -32,7 +32,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 
 def test_the_parts_of_the_memory_add_up(found: tuple[str, Path]) -> None:
     lines = found[0].splitlines()
-    parts = [float(line.split()[-2]) for line in lines if line.startswith("  ")]
+    gigabytes = {"GB": 1.0, "MB": 1e-3}
+    parts = [float(size) * gigabytes[unit] for size, unit in (line.split()[-2:] for line in lines if line[:2] == "  ")]
     (whole,) = [float(line.split()[1]) for line in lines if line.startswith("memory")]
     assert whole == pytest.approx(sum(parts), rel=0.01)
 
