@@ -6,6 +6,7 @@ Expected weights are read with the safetensors library, expected logits are thos
 from __future__ import annotations
 
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pretrain.methods import REGISTRY, Method
+from pretrain.methods import REGISTRY, Method, clashes_of
 from pretrain.model.families import FAMILIES, missing
 from tests.support.runs import run_ranks
 from tests.support.selection import slow_but
@@ -59,6 +60,7 @@ OTHER_FAMILIES = {
     for name in TAKING
     if family != "llama" and not missing(family, REGISTRY[name].needs) and (family, name) != ("gpt2", "embedding_scale")
 }
+PAIRS = [pair for pair in combinations(TAKING, 2) if not clashes_of([REGISTRY[name]() for name in pair])]
 ON_CUT = tuple(name for name in TAKING if REGISTRY[name].tensor_parallel)
 TIED = ("wesar", "embedding_scale")
 GROWN = {"doubled": [0, 0, 1, 1, 2, 2], "cut": [2], "turned": [2, 1, 0]}
@@ -72,7 +74,7 @@ FAST |= {
     "wesar frozen",
     "gpt2 with weight_norm",
     "qwen3 with sigma_reparam",
-    "two methods",
+    "embedding_scale + weight_norm",
     "shrunk, cut",
 }
 
@@ -113,7 +115,7 @@ def cases_of_two_ranks(models: dict[str, Path]) -> dict[str, dict[str, Any]]:
     cases |= {f"tied {name}": start(tied, methods=[{"name": name}]) for name in TIED}
     cases["tied wesar frozen"] = start(tied, methods=[OPTIONS["wesar frozen"]])
     cases["wesar in bf16"] = start(plain, **layout(3, bf16=True), methods=[{"name": "wesar"}])
-    cases["two methods"] = start(plain, methods=[{"name": "embedding_scale"}, {"name": "weight_norm"}])
+    cases |= {" + ".join(pair): start(plain, methods=[{"name": name} for name in pair]) for pair in PAIRS}
     cases["untied from tied"] = start(tied, keys={"tie_word_embeddings": False})
     cases |= {
         name: start(llama, keys={"init_from": {"path": str(llama), "layers": layers}}) for name, layers in GROWN.items()
@@ -241,8 +243,10 @@ def test_every_method_starts_from_an_equal_function_or_is_refused(found, models,
         assert_same_function(found[method], models["plain llama"])
 
 
-@pytest.mark.parametrize("name", slow_but(FAST, [*OPTIONS, "two methods", *(f"{name}, cut" for name in ON_CUT)]))
-def test_options_and_cut_matrices_start_from_an_equal_function_too(found, models, name):
+@pytest.mark.parametrize(
+    "name", slow_but(FAST, [*OPTIONS, *map(" + ".join, PAIRS), *(f"{name}, cut" for name in ON_CUT)])
+)
+def test_options_pairs_and_cut_matrices_start_from_an_equal_function_too(found, models, name):
     assert_same_function(found[name], models["plain llama"])
 
 
