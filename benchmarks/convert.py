@@ -23,7 +23,9 @@ PROGRAMS = {
     "imports alone": "import deepspeed.utils.zero_to_fp32, pretrain.export.convert",
     "evenkeel, weights only": (
         "from pretrain.config.schema import load_config; from pretrain.export.convert import write_model; import torch; "
-        "out.mkdir(); write_model(checkpoint, out, load_config(checkpoint / 'config.yaml'), torch.float32)"
+        "from pretrain.export.sources import source_of; "
+        "source = source_of(checkpoint, ema=False, others=()); config = load_config(checkpoint / 'config.yaml'); "
+        "out.mkdir(); write_model(checkpoint, source, out, config, torch.float32)"
     ),
     "evenkeel, verified and proved": "from pretrain.export.convert import convert; convert(checkpoint, out)",
     "zero_to_fp32, safetensors": (

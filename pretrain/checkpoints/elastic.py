@@ -25,6 +25,7 @@ from pretrain.sharded.stepped_tensors import (
     base_optimizer,
     fresh_whole_momentums,
     has_whole_momentums,
+    state_of,
     stepped_tensors,
 )
 
@@ -86,14 +87,15 @@ def _kind(weight: StoredWeight) -> tuple[list[str], dict[str, float]]:
 def _fill(weights: ShardedWeights, stored: Mapping[str, StoredWeight], progress: _Progress) -> None:
     """Read this rank's ranges of masters and moments. Local."""
     whole = {MOMENTUM} if has_whole_momentums(weights) else set()
-    flats = [(flat, _fresh_state(weights, flat, group, stored, whole)) for flat, group in stepped_tensors(weights)]
+    for flat, group in stepped_tensors(weights):
+        _fresh_state(weights, flat, group, stored, whole)
     for piece in weights.placement.edit(set(weights.layout)):
         if not piece.master.numel():
             continue
         weight = stored[piece.name]
         weight.master.read_into(piece.master, piece.slice, piece.start)
         progress.add(piece.master.numel())
-        state, place = _state_of(piece.master, flats)
+        state, place = state_of(weights, piece.master)
         if state.keys() != {*weight.moments, *weight.scalars} - whole:
             raise UserError(
                 f"the checkpoint holds {', '.join(weight.moments) or 'no moments'} of {piece.name}, and this run's optimizer "
@@ -117,8 +119,8 @@ def _fresh_state(
     group: dict[str, Any],
     stored: Mapping[str, StoredWeight],
     left_out: Set[str],
-) -> _State:
-    """Give a flat tensor the optimizer's state that its weights will have, with moments of zero, and return it.
+) -> None:
+    """Give a flat tensor the optimizer's state that its weights will have, with moments of zero.
 
     Padding keeps these zeros.
     """
@@ -135,17 +137,6 @@ def _fresh_state(
         else:
             state[key] = torch.zeros_like(flat, requires_grad=False)
     state.update({key: torch.tensor(value, dtype=torch.float32) for key, value in scalars.items()})
-    return state
-
-
-def _state_of(master: torch.Tensor, flats: list[tuple[torch.Tensor, _State]]) -> tuple[_State, int]:
-    """Return the optimizer's state of the flat tensor of which `master` is a view, and its first element there."""
-    for flat, state in flats:
-        place = int(master.storage_offset() - flat.storage_offset())
-        same = flat.untyped_storage().data_ptr() == master.untyped_storage().data_ptr()
-        if same and 0 <= place <= flat.numel() - master.numel():
-            return state, place
-    raise RuntimeError("a master is no part of what the optimizer steps")
 
 
 def _count_on(engine: Engine, counters: Counters) -> None:

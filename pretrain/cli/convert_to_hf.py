@@ -2,6 +2,7 @@
 
     python tools/convert_to_hf.py --checkpoint runs/1b_tvr/checkpoints/latest --out hf/1b_tvr
     python tools/convert_to_hf.py --checkpoint runs/1b_tvr/checkpoints/step_00000500 --out hf/step_500 --dtype float32
+    python tools/convert_to_hf.py --checkpoint runs/1b_tvr/checkpoints/latest --out hf/1b_ema --weights ema
 
 The folder loads with `transformers` as it is. Only models that no stock class can hold bring a modelling file and load
 with trust_remote_code=True. The folder appears once its logits are proved equal to the trainer's.
@@ -30,7 +31,13 @@ def main() -> None:
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     try:
-        made = convert(options.checkpoint, options.out, DTYPES[options.dtype])
+        made = convert(
+            options.checkpoint,
+            options.out,
+            DTYPES[options.dtype],
+            ema=options.weights == "ema",
+            average=options.average,
+        )
     except NotEqualError as error:
         sys.exit(f"error: {error}")
     print(_choice(made.model))
@@ -57,5 +64,20 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--out", type=path, required=True, help="folder to make")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="of the weights (default: what the trainer computes in)"
+    )
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument(
+        "--weights",
+        choices=("trained", "ema"),
+        default="trained",
+        help="those of the last step (default), or the average that a run with 'ema' keeps",
+    )
+    chosen.add_argument(
+        "--average",
+        type=path,
+        nargs="+",
+        default=[],
+        metavar="CHECKPOINT",
+        help="further checkpoints: the mean of the weights of all is exported",
     )
     return parser.parse_args()

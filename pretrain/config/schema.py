@@ -311,6 +311,18 @@ class CheckpointSection(Values):
         return given
 
 
+class EmaSection(Values):
+    """An exponential moving average of the weights, kept beside the optimizer's moments.
+
+    Attributes:
+        decay: The share of the old average that stays at each step.
+        evaluate: Whether each evaluation also takes the validation loss of the average.
+    """
+
+    decay: float = Field(0.9999, gt=0, lt=1)
+    evaluate: bool = True
+
+
 class EvalSection(Values):
     """Validation loss over the first global batches of `data.val`.
 
@@ -432,6 +444,7 @@ class Config(Values):
         parallel: Tensor and sequence parallelism.
         checkpoint: Checkpoints.
         eval: Validation.
+        ema: The average of the weights, if there shall be one.
         log: Logging.
         resilience: Faults.
     """
@@ -456,6 +469,7 @@ class Config(Values):
     parallel: ParallelSection = ParallelSection()
     checkpoint: CheckpointSection = CheckpointSection()
     eval: EvalSection = EvalSection()
+    ema: EmaSection | None = None
     log: LogSection = LogSection()
     resilience: ResilienceSection = ResilienceSection()
 

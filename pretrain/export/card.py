@@ -20,6 +20,7 @@ def model_card(
     hf_config: PreTrainedConfig,
     reasons: Mapping[str, str],
     step: int,
+    weights: str,
     parameters: int,
     dtype: torch.dtype,
     proof: Proof,
@@ -31,6 +32,7 @@ def model_card(
         hf_config: That of the exported class.
         reasons: As in `Written` of convert.py.
         step: The last step of the training.
+        weights: What the weights are, in words.
         parameters: How many the model has.
         dtype: The stored dtype.
         proof: The comparison of the logits.
@@ -47,6 +49,7 @@ def model_card(
         "architecture": f"{class_name(hf_config)}, {parameters:,} parameters, stored as {name_of(dtype)}",
         "run": f"`{config.name}`, seed {config.seed}",
         "trained": f"{step:,} of {config.total_steps:,} steps, {step * config.tokens_per_step:,} tokens",
+        "weights": weights,
         "batch": f"{config.data.global_batch_size} sequences of {config.data.seq_len} tokens",
         "optimizer": f"{config.optim.name}, peak learning rate {config.optim.lr:g}, {config.optim.schedule.name} schedule",
     }

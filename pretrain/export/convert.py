@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -15,7 +16,6 @@ from pretrain.checkpoints.folders import resolve
 from pretrain.checkpoints.logit_probe import load_probe
 from pretrain.checkpoints.manifest import verify
 from pretrain.checkpoints.method_state import read_method_state
-from pretrain.checkpoints.stored import master_weights
 from pretrain.config.schema import Config, load_config
 from pretrain.data.json_files import read_json
 from pretrain.data.tokenizer import load_tokenizer, separator_id
@@ -23,8 +23,9 @@ from pretrain.data.tokenizer_files import trained_files, write_files
 from pretrain.engine.build_model import bind_methods
 from pretrain.errors import UserError, first_line
 from pretrain.export.card import class_name, model_card
-from pretrain.export.proof import Proof, checked, prove
+from pretrain.export.proof import Proof, prove
 from pretrain.export.safetensors_files import Shapes, write_weights
+from pretrain.export.sources import Source, source_of, trainer_logits
 from pretrain.files import require_utf8, unfinished, write_text
 from pretrain.methods import Method
 from pretrain.model.config_json import save_config
@@ -43,12 +44,14 @@ class Written:
         reasons: By method, the change of the weights with which this class computes what the trainer did, or why no stock
             class does. Methods that leave plain weights are not in it.
         bos_id: The token before every document in training; None if only the separator of the document before stood there.
+        probe: The input ids of the proof, and the logits that the trainer's model has for these weights.
     """
 
     hf_config: PreTrainedConfig
     files: int
     reasons: dict[str, str]
     bos_id: int | None
+    probe: tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,14 @@ class Exported:
     proof: Proof
 
 
-def convert(checkpoint: Path, out: Path, dtype: torch.dtype | None = None) -> Exported:
+def convert(
+    checkpoint: Path,
+    out: Path,
+    dtype: torch.dtype | None = None,
+    *,
+    ema: bool = False,
+    average: Sequence[Path] = (),
+) -> Exported:
     """Turn a training checkpoint into a Hugging Face folder.
 
     Everything is made in a folder beside `out` that takes its name once the logits are proved equal.
@@ -70,6 +80,8 @@ def convert(checkpoint: Path, out: Path, dtype: torch.dtype | None = None) -> Ex
         checkpoint: The checkpoint's folder, or a link such as `latest`.
         out: The folder to make.
         dtype: The stored dtype; None for the precision that the trainer computed in.
+        ema: Export the average of the weights that the trainer has kept.
+        average: Further checkpoints. The mean of all is exported.
 
     Raises:
         UserError: If `out` holds anything, the checkpoint is damaged, or the disk is full.
@@ -79,13 +91,14 @@ def convert(checkpoint: Path, out: Path, dtype: torch.dtype | None = None) -> Ex
     require_utf8(out, "--out")
     require_utf8(checkpoint, "--checkpoint")
     checkpoint = verified(checkpoint)
+    source = source_of(checkpoint, ema=ema, others=[verified(other) for other in average])
     dtype = dtype or load_probe(checkpoint)[1].dtype
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with unfinished(out.with_name(f".{out.name}.{os.getpid()}.tmp")) as temporary:
             folder = temporary / "model"
             folder.mkdir(parents=True)
-            exported = _export(checkpoint, folder, dtype)
+            exported = _export(checkpoint, source, folder, dtype)
             os.replace(folder, out)
     except OSError as error:
         raise UserError(
@@ -106,13 +119,14 @@ def verified(path: Path) -> Path:
     return checkpoint
 
 
-def write_model(checkpoint: Path, folder: Path, config: Config, dtype: torch.dtype) -> Written:
+def write_model(checkpoint: Path, source: Source, folder: Path, config: Config, dtype: torch.dtype) -> Written:
     """Write the weights, folded into a stock architecture, and its configuration.
 
     If no stock architecture can hold the model, it is Evenkeel's own, and its modelling file is written as well.
 
     Args:
         checkpoint: A verified checkpoint.
+        source: Its weights, or an average of such.
         folder: An existing folder for the files.
         config: The configuration of the run.
         dtype: The stored dtype.
@@ -126,7 +140,7 @@ def write_model(checkpoint: Path, folder: Path, config: Config, dtype: torch.dty
     separator = separator_id(load_tokenizer(checkpoint / "hf"))
     hf_config.bos_token_id = separator if bos_id is None else bos_id
     config = bind_methods(config, hf_config)
-    tensors = checked(dict(master_weights(checkpoint / "deepspeed")), checkpoint)
+    tensors, probe = dict(source.tensors), source.probe or trainer_logits(checkpoint, config, hf_config, source.tensors)
     folding = [method for method in config.methods if type(method).fold is not Method.fold]
     if folding:
         as_forward_saw_them(tensors, load_probe(checkpoint)[1].dtype)
@@ -145,7 +159,7 @@ def write_model(checkpoint: Path, folder: Path, config: Config, dtype: torch.dty
     save_config(hf_config, folder)
     GenerationConfig(bos_token_id=hf_config.bos_token_id, eos_token_id=hf_config.eos_token_id).save_pretrained(folder)
     reasons = {method.name: note for method in config.methods if (note := method.fold_note())}
-    return Written(hf_config, files, reasons, bos_id)
+    return Written(hf_config, files, reasons, bos_id, probe)
 
 
 def as_forward_saw_them(tensors: LazyTensors, precision: torch.dtype) -> None:
@@ -163,15 +177,18 @@ def shapes_of(hf_config: PreTrainedConfig) -> Shapes:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def _export(checkpoint: Path, folder: Path, dtype: torch.dtype) -> Exported:
+def _export(checkpoint: Path, source: Source, folder: Path, dtype: torch.dtype) -> Exported:
     """Fill `folder` and prove its model."""
     config = load_config(checkpoint / "config.yaml")
-    model = write_model(checkpoint, folder, config, dtype)
+    model = write_model(checkpoint, source, folder, config, dtype)
     write_files(trained_files(load_tokenizer(checkpoint / "hf"), checkpoint / "hf", model.bos_id), folder)
-    proof = prove(folder, checkpoint, dtype)
+    proof = prove(folder, model.probe, dtype)
     parameters = sum(map(prod, shapes_of(model.hf_config).values()))
     step = read_json(checkpoint / "trainer.json")["step"]
-    write_text(folder / "README.md", model_card(config, model.hf_config, model.reasons, step, parameters, dtype, proof))
+    write_text(
+        folder / "README.md",
+        model_card(config, model.hf_config, model.reasons, step, source.words, parameters, dtype, proof),
+    )
     return Exported(model, parameters, dtype, proof)
 
 

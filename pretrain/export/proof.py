@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from pretrain.checkpoints.logit_probe import load_moments, load_probe, probe_logits
+from pretrain.checkpoints.logit_probe import load_moments, probe_logits
 from pretrain.data.json_files import read_json
 from pretrain.model.evenkeel_llama import MODELING_FILE, EvenkeelLlamaConfig, EvenkeelLlamaForCausalLM
 from pretrain.model.export_edits import LazyTensors
@@ -76,18 +76,18 @@ class Proof:
         )
 
 
-def prove(folder: Path, checkpoint: Path, exported: torch.dtype) -> Proof:
-    """Load `folder` as a user would and compare its logits with those in the checkpoint's probe.
+def prove(folder: Path, probe: tuple[torch.Tensor, torch.Tensor], exported: torch.dtype) -> Proof:
+    """Load `folder` as a user would and compare its logits with the trainer's.
 
     Args:
         folder: The exported model.
-        checkpoint: Its checkpoint.
+        probe: Input ids, and the logits that the trainer's model has for these weights.
         exported: The stored dtype. The model computes in it if it is coarser than the trainer's precision, else in that.
 
     Raises:
         NotEqualError: If the logits differ by more than rounding.
     """
-    input_ids, trained = load_probe(checkpoint)
+    input_ids, trained = probe
     precision = max(trained.dtype, exported, key=lambda dtype: torch.finfo(dtype).eps)
     model = model_class_of(folder).from_pretrained(
         folder, dtype=precision, local_files_only=True, trust_remote_code=False

@@ -279,6 +279,15 @@ class Method(Values):
             UserError: if the method cannot act on the engine.
         """
 
+    def follow(self, weights: ShardedWeights) -> None:
+        """Forget what forward has computed from weights that others have taken the place of. Collective.
+
+        Called where an average stands in for the weights in evaluation, and when they are back.
+
+        Args:
+            weights: the engine's weights. Both of their copies are up to date.
+        """
+
     def after_step(self, step: int, weights: ShardedWeights) -> dict[str, dict[str, float | bool]]:
         """Act on the weights after an optimizer step. Called on every rank after every step. Collective.
 

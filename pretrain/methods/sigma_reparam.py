@@ -93,6 +93,10 @@ class SpectralGate(Effective):
     def after_step(self) -> None:
         """Forget σ, because the weight has changed, and let the next forward pass of training advance the vectors."""
         self.is_due = True
+        self.forget_sigma()
+
+    def forget_sigma(self) -> None:
+        """Let the next forward pass compute σ, of the weight that it finds, with the same vectors."""
         self._sigma: torch.Tensor | None = None
 
     def advance(self, weight: torch.Tensor) -> None:
@@ -216,6 +220,11 @@ class SigmaReparam(TrainedFactors):
         if self.initial_scale == "spectral_norm":
             self._start_at_spectral_norms(weights)
         super().prepare(weights)
+
+    def follow(self, weights: ShardedWeights) -> None:
+        for _, gate in self._gates(weights.engine.module):
+            gate.forget_sigma()
+        super().follow(weights)
 
     def after_step(self, step: int, weights: ShardedWeights) -> dict[str, dict[str, float | bool]]:
         for _, gate in self._gates(weights.engine.module):

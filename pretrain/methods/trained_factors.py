@@ -43,6 +43,9 @@ class TrainedFactors(Method):
     def prepare(self, weights: ShardedWeights) -> None:
         follow_masters(weights)
 
+    def follow(self, weights: ShardedWeights) -> None:
+        follow_masters(weights)
+
     def after_step(self, step: int, weights: ShardedWeights) -> dict[str, dict[str, float | bool]]:
         follow_masters(weights)
         return {}

@@ -63,6 +63,9 @@ class EvalRow(Row):
     kind: Literal["eval"]
     loss: Annotated[Number, "nats per token; mean cross-entropy over the validation batches"]
     perplexity: Annotated[Number, "-; exp(loss), of a loss of at most 700"]
+    average_loss: NotRequired[
+        Annotated[Number, "nats per token; `loss` with the average of the weights, where `ema` keeps one"]
+    ]
 
 
 class WeightValues(TypedDict, total=False):

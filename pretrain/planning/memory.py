@@ -78,7 +78,9 @@ def states_of(shape: RunShape) -> Memory:
         gradients += 2 * elements  # those of autograd stay until the step
     whole = fp32 and stage == 0  # the weights are the masters
     optimizer = (8 if whole else 12) * elements / (ranks if stage >= 1 else 1)
-    name = "moments" if whole else "masters and moments"
+    if shape.config.ema:
+        optimizer += 4 * elements / (ranks if stage >= 1 else 1)
+    name = ("moments" if whole else "masters and moments") + (" and average" if shape.config.ema else "")
     if shape.optimizer_on_cpu:
         return Memory({"weights": weights}, {"gradients": gradients, name: optimizer})
     return Memory({"weights": weights, "gradients": gradients, name: optimizer}, {})

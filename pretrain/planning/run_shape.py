@@ -93,7 +93,9 @@ class RunShape:
     def checkpoint_bytes(self) -> int:
         """The size of one checkpoint on disk."""
         tensor = self.config.parallel.tensor  # each rank of a group stores the weights that are whole on all of them
-        return checkpoint_bytes(tensor * self.elements_per_rank, half=self.precision != "fp32")
+        return checkpoint_bytes(
+            tensor * self.elements_per_rank, half=self.precision != "fp32", averaged=self.config.ema is not None
+        )
 
 
 def shape_of(config: Config, world_size: int) -> RunShape:

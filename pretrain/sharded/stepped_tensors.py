@@ -16,6 +16,8 @@ from pretrain.sharded.stage0 import Stage0
 from pretrain.sharded.weights import ShardedWeights
 from pretrain.sharded.zero12 import BF16Optimizer, Zero12
 
+AVERAGE = "weight_average"  # the average of a flat tensor over steps, in the optimizer's state of it
+
 
 def base_optimizer(weights: ShardedWeights) -> torch.optim.Optimizer:
     """Return the optimizer that DeepSpeed wraps. Its state is kept by flat tensor."""
@@ -31,6 +33,17 @@ def stepped_tensors(weights: ShardedWeights) -> Iterator[tuple[torch.Tensor, dic
             yield tensor, groups[optimizer.sub_group_to_group_id[number]]
     else:
         yield from ((tensor, group) for group in groups for tensor in group["params"])
+
+
+def state_of(weights: ShardedWeights, master: torch.Tensor) -> tuple[dict[str, Any], int]:
+    """Return the optimizer's state of the flat tensor of which `master`, a piece's, is a view, and its first element there."""
+    state = base_optimizer(weights).state
+    for flat, _ in stepped_tensors(weights):
+        place = int(master.storage_offset() - flat.storage_offset())
+        same = flat.untyped_storage().data_ptr() == master.untyped_storage().data_ptr()
+        if same and 0 <= place <= flat.numel() - master.numel():
+            return state[flat], place
+    raise RuntimeError("a master is no part of what the optimizer steps")
 
 
 def has_whole_momentums(weights: ShardedWeights) -> bool:

@@ -113,11 +113,16 @@ class RunRecord:
         if measured:
             self._metrics.write(WeightsRow(kind="weights", step=step, weights=measured))
 
-    def evaluation(self, step: int, loss: float) -> None:
-        """Report a validation loss and its perplexity."""
+    def evaluation(self, step: int, loss: float, average_loss: float | None) -> None:
+        """Report a validation loss and its perplexity, and the loss with the average of the weights if there is one."""
         perplexity = exp(min(loss, 700.0))
-        self._metrics.write(EvalRow(kind="eval", step=step, loss=loss, perplexity=perplexity))
-        log.info(f"step {step:>7,}  validation loss {loss:.4f}  perplexity {perplexity:.2f}")
+        row = EvalRow(kind="eval", step=step, loss=loss, perplexity=perplexity)
+        text = f"step {step:>7,}  validation loss {loss:.4f}  perplexity {perplexity:.2f}"
+        if average_loss is not None:
+            row["average_loss"] = average_loss
+            text += f"  of the average {average_loss:.4f}"
+        self._metrics.write(row)
+        log.info(text)
 
     def activations(self, step: int, layers: list[LayerActivations]) -> None:
         """Write the activations of the layers that could be measured, if any could."""

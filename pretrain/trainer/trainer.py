@@ -29,6 +29,7 @@ from pretrain.engine.step import StepResult, train_step
 from pretrain.engine.step_gate import StepGate
 from pretrain.engine.tensor_parallel import zero_rank
 from pretrain.engine.validation import validation_loss
+from pretrain.engine.weight_average import WeightAverage
 from pretrain.errors import Diverged
 from pretrain.files import write_text
 from pretrain.model.class_logits import require_own_loss
@@ -47,6 +48,7 @@ from pretrain.resilience.consistency import check_start, check_step
 from pretrain.resilience.spike_guard import SpikeGuard
 from pretrain.resilience.stop_requests import StopRequest, StopRequests
 from pretrain.sharded import ShardedWeights
+from pretrain.sharded.stepped_tensors import AVERAGE
 from pretrain.starting import start_from
 from pretrain.trainer.corpora import read_again
 from pretrain.trainer.plan import Plan, fixed_probe, training_batches, validation_batches
@@ -94,6 +96,7 @@ class Trainer:
         self.weights = ShardedWeights(self.engine)
         self.recorder = Recorder(self.engine, self.weights, config.resilience.autopsy_steps)
         self.gate.watchers.append(self.recorder.gradients)
+        self.average = WeightAverage(self.weights, config.methods, config.ema.decay if config.ema else None)
         self.checkpoints = Checkpoints(
             folder.path / "checkpoints", config.checkpoint, ranks, log.info, refuse_unless_finite
         )
@@ -160,6 +163,8 @@ class Trainer:
         for method in config.methods:
             for name, values in method.after_step(step, self.weights).items():
                 measured.setdefault(name, {}).update(cast(WeightValues, values))
+        if not result.skipped:
+            self.average.update()
         self.record.weights(step, measured)
         if due(step, config.log.interval_steps, total):
             with optional("report", "a report could not be made"):
@@ -188,9 +193,15 @@ class Trainer:
         """Report validation loss and perplexity. The evaluation stays due if a stop cuts it short."""
         batches = validation_batches(self.plan, self.ranks.rank)
         loss = validation_loss(self.engine, batches, self.ranks, self.requests.now)
+        averaged = None
+        if loss is not None and self.plan.config.ema and self.plan.config.ema.evaluate and self.average.begun:
+            with self.average.in_place_of_weights():
+                batches = validation_batches(self.plan, self.ranks.rank)
+                averaged = validation_loss(self.engine, batches, self.ranks, self.requests.now)
+            loss = None if averaged is None else loss
         self.evaluation_due = loss is None
         if loss is not None:
-            self.record.evaluation(self.step, loss)
+            self.record.evaluation(self.step, loss, averaged)
 
     def measure_activations(self) -> None:
         """Record the extremes of the residual stream on the fixed probe, for the layers that can be measured."""
@@ -219,11 +230,19 @@ class Trainer:
             self.record.not_saved(self.step, fault)
             return
 
+        averaged = None
+        if self.average.begun:
+            with self.average.in_place_of_weights():
+                averaged = probe_logits(model, self.probe), self.weights.moments()
+
         def add_files(folder: Path) -> None:
             write_text(folder / "config.yaml", config.to_yaml())
             save_config(plan.model_config, folder / "hf")
             write_files(plan.tokenizer_files, folder / "hf")
             save_probe(folder, self.probe, logits, moments)
+            if averaged is not None:
+                (folder / AVERAGE).mkdir()
+                save_probe(folder / AVERAGE, self.probe, *averaged)
             save_method_state(folder, config.methods, model)
 
         state = plan.state_at(self.step, self.loader.position)
@@ -332,6 +351,7 @@ class Trainer:
     def _load(self, found: Path) -> TrainerState:
         """Load the checkpoint `found` into engine, methods and random generators. Returns its state."""
         state = self.checkpoints.load(found, self.engine, self.plan.state_at(0, 0))
+        self.average.loaded()
         on_every_rank(lambda: load_method_state(found, self.plan.config.methods, self.engine.module))
         return state
 
