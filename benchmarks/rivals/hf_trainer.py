@@ -20,7 +20,7 @@ class RandomSequences(Dataset):
     """Sequences of random tokens, as many as the steps read."""
 
     def __init__(self, task: SameTask) -> None:
-        self.count = task.steps * task.config.data.global_batch_size
+        self.count = task.steps * task.config.data.largest_batch
         self.length, self.vocab_size = task.config.data.seq_len, task.vocab_size
 
     def __len__(self) -> int:

@@ -33,7 +33,7 @@ class SameTask:
         self.config: Config = load_config(sys.argv[1], sys.argv[3:])
         self.steps, self.ranks, self._first = int(sys.argv[2]), ranks, rank == 0
         data = self.config.data
-        self.accumulation = data.global_batch_size // (data.micro_batch_size * ranks)
+        self.accumulation = data.largest_batch // (data.micro_batch_size * ranks)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.vocab_size = len(load_tokenizer(self.config.tokenizer))
         fields = {"vocab_size": self.vocab_size, "max_position_embeddings": data.seq_len, **self.config.model.hf_fields}

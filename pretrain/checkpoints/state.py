@@ -48,6 +48,7 @@ class TrainerState:
     seq_len: int
     global_batch_size: int
     tensor_parallel: int = 1
+    batch_ramp: dict[str, float] | None = None
     forward: str | None = None
     optimizer: str | None = None
     evaluation_due: bool = False
@@ -66,6 +67,7 @@ _WHY_EQUAL = {
     f"Give back these keys, {_OR_BEGIN}",
     "tokenizer_fingerprint": f"it was trained with another tokenizer. Give that one back, {_OR_BEGIN}",
     "seed": f"its sample order belongs to another seed. Give back seed, {_OR_BEGIN}",
+    "batch_ramp": f"the sizes of its steps follow another ramp. Give back data.global_batch_size, {_OR_BEGIN}",
     "global_batch_size": f"its sample order belongs to another batch size. Give back data.global_batch_size, {_OR_BEGIN}",
 }
 

@@ -99,18 +99,19 @@ def _samples(options: argparse.Namespace, config: Config) -> range:
     if not 1 <= options.step <= steps:
         raise UserError(f"--step {options.step}: the run has 1 to {steps}.")
     before = positions.before(options.step)
+    size = data.batch_sizes.at(before)
     if options.rank is None:
-        return range(before, before + data.global_batch_size)
+        return range(before, before + size)
     if not 0 <= options.rank < options.ranks:
         raise UserError(f"--rank {options.rank}: of {options.ranks} ranks there are 0 to {options.ranks - 1}.")
-    check_batch_sizes(data.global_batch_size, data.micro_batch_size, options.ranks)
-    taken = slice_of_rank(data.global_batch_size, options.rank, options.ranks)
+    check_batch_sizes(size, data.micro_batch_size, options.ranks)
+    taken = slice_of_rank(size, options.rank, options.ranks)
     return range(before + taken.start, before + taken.stop)
 
 
 def _positions(options: argparse.Namespace, config: Config) -> Positions:
     """Return the positions by the metrics beside the configuration, if it lies in a run folder."""
-    return Positions(Path(options.config).with_name("metrics.jsonl"), config.data.global_batch_size)
+    return Positions(Path(options.config).with_name("metrics.jsonl"), config.data.batch_sizes)
 
 
 def _verify(options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Tag
 from pydantic_core import ErrorDetails
 
 from pretrain.config.yaml_file import Origin, RunFile, is_text
@@ -76,7 +76,11 @@ def _follow(
     keys: list[str] = []
     section: type[BaseModel] | None = root
     members: list[type[BaseModel]] = [root]
+    forms: set[str] = set()  # names of the forms that the last field may have, a number or a mapping
     for part in location:
+        if part in forms:
+            forms = set()
+            continue
         tagged = [member for member in members if len(members) > 1 and _tag(member) == part]
         if tagged:
             members = tagged
@@ -86,6 +90,7 @@ def _follow(
             section = members[0] if len(members) == 1 else None
             field = section.model_fields.get(part) if section else None
             members = sections_in(field.annotation) if field else []
+            forms = set(_forms_in(field.annotation)) if field else set()
     return keys, section, members
 
 
@@ -94,6 +99,14 @@ def sections_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [section for part in typing.get_args(annotation) for section in sections_in(part)]
+
+
+def _forms_in(annotation: Any) -> Iterator[str]:
+    """Yield pydantic's tags of the forms that a field may have."""
+    for part in typing.get_args(annotation):
+        if isinstance(part, Tag):
+            yield part.tag
+        yield from _forms_in(part)
 
 
 def _tag_key(section: type[BaseModel]) -> str | None:

@@ -15,7 +15,16 @@ from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, Field, ValidationError, field_serializer, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from pretrain.config.distributions import AnyInit, NormalInit
@@ -23,6 +32,7 @@ from pretrain.config.explain import explain
 from pretrain.config.model_section import ModelSection, family_section
 from pretrain.config.yaml_file import RunFile, to_yaml
 from pretrain.credentials import credential_in
+from pretrain.data.batches.batch_sizes import BatchSizes
 from pretrain.errors import UserError
 from pretrain.methods import REGISTRY, Method, allowed_in, allowed_in_vain, decisions_that_clash
 from pretrain.methods.base import INITIAL_DEVIATIONS, INITIAL_DISTRIBUTION
@@ -92,6 +102,40 @@ class CacheSection(Values):
             raise UserError(f"data.cache.folder '{self.folder}': {error}.") from error
 
 
+class BatchRampSection(Values):
+    """A global batch that grows while the run reads its first tokens.
+
+    Attributes:
+        start: Sequences of the first step.
+        end: Sequences per step after the ramp.
+        ramp_tokens: The tokens after which the size is `end`.
+        steps_of: The sequences by which it grows at a time.
+    """
+
+    start: Count
+    end: Count
+    ramp_tokens: float = Field(gt=0)
+    steps_of: Count
+
+    @model_validator(mode="after")
+    def _whole_steps_up(self) -> BatchRampSection:
+        if self.end <= self.start:
+            raise at("end", f"{self.end} is not above start, {self.start}")
+        if rest := (self.end - self.start) % self.steps_of:
+            fitting = f"{self.end - rest} or {self.end - rest + self.steps_of}"
+            raise at("end", f"{self.end} is not reached from {self.start} in steps of {self.steps_of}: take {fitting}")
+        return self
+
+
+def _form_of_batch(given: object) -> str:
+    return "ramp" if isinstance(given, dict | BatchRampSection) else "number"
+
+
+BatchSize: TypeAlias = Annotated[
+    Annotated[Count, Tag("number")] | Annotated[BatchRampSection, Tag("ramp")], Discriminator(_form_of_batch)
+]
+
+
 class DataSection(Values):
     """The tokens and the batches that they form.
 
@@ -99,7 +143,7 @@ class DataSection(Values):
         train: A shard folder or URL, or a list of corpora with their weights.
         val: A shard folder or URL. Null: no evaluation.
         seq_len: Tokens per sequence.
-        global_batch_size: Sequences per optimizer step.
+        global_batch_size: Sequences per optimizer step: a number, or a ramp.
         micro_batch_size: Sequences per data-parallel rank and forward pass.
         shuffle: The order of samples.
         packing: `concatenate` joins documents and cuts every `seq_len` tokens. `best_fit` keeps documents whole.
@@ -111,13 +155,26 @@ class DataSection(Values):
     train: tuple[SourceSection, ...]
     val: Location | None = None
     seq_len: Count
-    global_batch_size: Count
+    global_batch_size: BatchSize
     micro_batch_size: Count
     shuffle: ShuffleSection = ShuffleSection()
     packing: Literal["concatenate", "best_fit"] = "concatenate"
     document_attention: bool = False
     verify: Literal["full", "size"] = "full"
     cache: CacheSection = CacheSection()
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """The sequences of each step."""
+        given = self.global_batch_size
+        if isinstance(given, int):
+            return BatchSizes.constant(given)
+        return BatchSizes(given.start, given.end, given.steps_of, given.ramp_tokens / self.seq_len)
+
+    @property
+    def largest_batch(self) -> int:
+        """The sequences of a step, after the ramp if there is one."""
+        return self.batch_sizes.end
 
     @field_validator("train", "val", mode="before")
     @classmethod
@@ -587,8 +644,12 @@ class Config(Values):
 
     @property
     def tokens_per_step(self) -> int:
-        """The number of tokens that one optimizer step trains on."""
-        return self.data.global_batch_size * self.data.seq_len
+        """The number of tokens that one optimizer step trains on, after the ramp if there is one."""
+        return self.data.largest_batch * self.data.seq_len
+
+    def tokens_after(self, step: int) -> int:
+        """Return the number of tokens that `step` steps train on."""
+        return self.data.batch_sizes.after(0, step) * self.data.seq_len
 
     @property
     def total_steps(self) -> int:
@@ -596,7 +657,7 @@ class Config(Values):
         if self.steps is not None:
             return self.steps
         assert self.tokens is not None  # one of the two is given
-        return ceil(self.tokens / self.tokens_per_step)
+        return self.data.batch_sizes.steps_between(0, ceil(self.tokens / self.data.seq_len))
 
     def to_yaml(self) -> str:
         """Return the resolved configuration. This text alone reproduces the run."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.config.schema import Config
-from pretrain.data.batches.loader import check_batch_sizes
+from pretrain.data.batches.loader import check_sizes
 from pretrain.engine.deepspeed_blocks import Kinds, block, check_finite, check_kind
 from pretrain.engine.muon_checks import zero_for_muon
 from pretrain.engine.precision import precision_blocks, precision_of
@@ -93,7 +93,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     source, given = read_deepspeed(config)
     _check_keys(given, source)
     computed = {
-        "train_batch_size": config.data.global_batch_size,
+        "train_batch_size": config.data.largest_batch,
         "train_micro_batch_size_per_gpu": config.data.micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps(config, world_size),
         "gradient_clipping": config.optim.grad_clip or 0.0,
@@ -138,11 +138,15 @@ def read_deepspeed(config: Config) -> tuple[str, dict[str, Any]]:
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:
-    """Return the micro-batches per rank and optimizer step. Raises UserError where the global batch does not divide."""
+    """Return the micro-batches per rank and optimizer step, after the ramp if there is one.
+
+    Raises:
+        UserError: the ranks cannot share the global batch of some step.
+    """
     data = config.data
     readers = data_ranks(config, world_size)
-    check_batch_sizes(data.global_batch_size, data.micro_batch_size, readers)
-    return data.global_batch_size // (data.micro_batch_size * readers)
+    check_sizes(data.batch_sizes, data.micro_batch_size, readers)
+    return data.largest_batch // (data.micro_batch_size * readers)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -76,6 +76,7 @@ def train_step(
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     engine.train()
+    _accumulate_over(engine, len(micro_batches))
     divisor = _targets_per_micro_batch(micro_batches, ranks) if masked else None
     sums = torch.zeros((), dtype=torch.float64, device=ranks.device)
     for number, batch in enumerate(on_device(micro_batches, ranks.device), start=1):
@@ -93,6 +94,13 @@ def train_step(
     decision = gate.passed()
     norm = decision.norm if decision.norm != inf else None
     return StepResult(means, loss_scale, decision.verdict, norm, decision.factor)
+
+
+def _accumulate_over(engine: Engine, micro_batches: int) -> None:
+    """Let DeepSpeed take so many micro-batches for a step. It counts them from the start of the run, so the count begins anew."""
+    if engine.gradient_accumulation_steps() != micro_batches:
+        engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
+        engine.micro_steps = 0
 
 
 def losses_of(engine: Engine, batch: MicroBatch, divisor: torch.Tensor | None = None) -> dict[str, torch.Tensor]:

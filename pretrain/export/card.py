@@ -48,9 +48,9 @@ def model_card(
     provenance = {
         "architecture": f"{class_name(hf_config)}, {parameters:,} parameters, stored as {name_of(dtype)}",
         "run": f"`{config.name}`, seed {config.seed}",
-        "trained": f"{step:,} of {config.total_steps:,} steps, {step * config.tokens_per_step:,} tokens",
+        "trained": f"{step:,} of {config.total_steps:,} steps, {config.tokens_after(step):,} tokens",
         "weights": weights,
-        "batch": f"{config.data.global_batch_size} sequences of {config.data.seq_len} tokens",
+        "batch": f"{_batch(config)} sequences of {config.data.seq_len} tokens",
         "optimizer": f"{config.optim.name}, peak learning rate {config.optim.lr:g}, {config.optim.schedule.name} schedule",
     }
     if config.model.init_from is not None:
@@ -85,6 +85,11 @@ print(generate("The", max_new_tokens=64)[0]["generated_text"])
 These files, loaded {loaded_by}, give the trainer's own logits on a fixed batch:
 {proof}.
 """
+
+
+def _batch(config: Config) -> str:
+    sizes = config.data.batch_sizes
+    return f"{sizes.end}" if sizes.start == sizes.end else f"{sizes.start} to {sizes.end}"
 
 
 def is_own(hf_config: PreTrainedConfig) -> bool:

@@ -147,7 +147,7 @@ def _measure(stage: Stage, case: Case) -> None:
         None,
         "",
         tokens_per_s=tokens_per_s,
-        ms_per_micro_batch=1e3 * step_s * config.data.micro_batch_size / config.data.global_batch_size,
+        ms_per_micro_batch=1e3 * step_s * config.data.micro_batch_size / config.data.largest_batch,
         mfu=tokens_per_s * trainer.plan.flops_per_token / peak if peak else None,
         peak_gb=torch.cuda.max_memory_allocated() / 1e9,
         methods_share=_seconds_of_methods(trainer) / step_s,

@@ -9,6 +9,7 @@ count.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -87,10 +88,18 @@ class Throughput:
     """Measures the pace between calls of `lap`. Evaluation and saving are left out with `pause` and `resume`."""
 
     def __init__(
-        self, tokens_per_step: int, flops_per_token: float, world_size: int, step: int, peak: float | None
+        self, tokens_after: Callable[[int], int], flops_per_token: float, world_size: int, step: int, peak: float | None
     ) -> None:
-        """Start the clock after `step` optimizer steps. `peak` is that of one rank, from `peak_flops`."""
-        self.tokens_per_step, self.flops_per_token, self.world_size = tokens_per_step, flops_per_token, world_size
+        """Start the clock after `step` optimizer steps.
+
+        Args:
+            tokens_after: returns the tokens that so many steps train on.
+            flops_per_token: of training, see `flops_per_token`.
+            world_size: the number of ranks.
+            step: the steps that are done.
+            peak: the peak of one rank, from `peak_flops`.
+        """
+        self.tokens_after, self.flops_per_token, self.world_size = tokens_after, flops_per_token, world_size
         self.peak = peak
         self._step, self._waited_s = step, 0.0
         self._started = time.perf_counter()
@@ -116,8 +125,8 @@ class Throughput:
         """
         now = time.perf_counter()
         elapsed, steps = now - self._started - self._paused_s, step - self._step
-        waited = waited_s - self._waited_s
+        waited, tokens = waited_s - self._waited_s, self.tokens_after(step) - self.tokens_after(self._step)
         self._started, self._paused_s, self._step, self._waited_s = now, 0.0, step, waited_s
-        tokens_per_s = steps * self.tokens_per_step / elapsed
+        tokens_per_s = tokens / elapsed
         mfu = tokens_per_s * self.flops_per_token / (self.peak * self.world_size) if self.peak else None
         return Pace(tokens_per_s, elapsed / steps, waited / elapsed, mfu, (total_steps - step) * elapsed / steps)

@@ -62,7 +62,7 @@ def fastest(given: RunShape, cluster: Cluster) -> list[Prediction]:
 def largest_micro_batch(given: RunShape, cluster: Cluster) -> int | None:
     """Return the largest micro-batch with which the layout of a run fits, None if none does."""
     config = given.config
-    sizes = _divisors(config.data.global_batch_size // given.data_ranks)
+    sizes = _divisors(config.data.largest_batch // given.data_ranks)
     fitting = [
         size for size in sizes if predict(with_changes(given, {"micro_batch_size": size}), cluster).fits(cluster)
     ]
@@ -112,11 +112,11 @@ def _predictions(given: RunShape, cluster: Cluster, *, offload: bool) -> Iterato
     for tensor in _divisors(cluster.gpus_per_node):
         for sequence in _divisors(cluster.gpus_per_node // tensor) if data.seq_len >= _LONG else (1,):
             ranks, rest = divmod(given.world_size, tensor * sequence)
-            if rest or data.global_batch_size % ranks or not _is_allowed(given.config, tensor, sequence):
+            if rest or data.largest_batch % ranks or not _is_allowed(given.config, tensor, sequence):
                 continue
             for stage in STAGES:
                 for recomputed in RECOMPUTED:
-                    for size in _divisors(data.global_batch_size // ranks):
+                    for size in _divisors(data.largest_batch // ranks):
                         changes = {
                             "stage": stage,
                             "offload": offload,

@@ -31,7 +31,7 @@ def describe_prediction(prediction: Prediction, cluster: Cluster, largest: int |
     room = cluster.gpu.memory_bytes
     verdict = "fits" if prediction.fits(cluster) else "DOES NOT FIT"
     lines = {
-        "run": f"{config.name}: {shape.parameters / 1e9:.3g}B parameters, {data.global_batch_size} sequences of "
+        "run": f"{config.name}: {shape.parameters / 1e9:.3g}B parameters, {data.largest_batch} sequences of "
         f"{data.seq_len:,} tokens a step",
         "cluster": f"{cluster.nodes} nodes x {cluster.gpus_per_node} {cluster.name.upper()}, {cluster.network:g} Gbit/s for "
         "each GPU between nodes",
@@ -105,7 +105,7 @@ def _aligned(rows: Iterable[tuple[str, ...]]) -> str:
 
 def _tokens(prediction: Prediction) -> float:
     config = prediction.shape.config
-    return config.total_steps * config.tokens_per_step
+    return config.tokens_after(config.total_steps)
 
 
 def _days(prediction: Prediction) -> float:

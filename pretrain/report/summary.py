@@ -66,10 +66,17 @@ def model_line(run: Run) -> str:
         (model.get("family"), "{}"),
         (model.get("num_hidden_layers"), "{} layers" if model.get("num_hidden_layers") != 1 else "{} layer"),
         (model.get("hidden_size"), "hidden {:,}"),
-        (data.get("global_batch_size"), "{:,} sequences a step"),
+        (_batch(data.get("global_batch_size")), "{} sequences a step"),
         (data.get("seq_len"), "{:,} tokens a sequence"),
     ]
     return ", ".join(form.format(value) for value, form in parts if value is not None)
+
+
+def _batch(given: Any) -> str | None:
+    """Return the sequences of a step in words, None where the configuration does not say them."""
+    if isinstance(given, dict):
+        return f"{given['start']:,} to {given['end']:,}"
+    return None if given is None else f"{given:,}"
 
 
 def method_lines(run: Run) -> list[str]:
@@ -85,7 +92,10 @@ def resumed_at(run: Run) -> list[int]:
 def _planned(config: dict[str, Any]) -> int | None:
     """Return the steps of the whole run, configured as steps or as tokens."""
     if config.get("tokens"):
-        return ceil(config["tokens"] / (config["data"]["global_batch_size"] * config["data"]["seq_len"]))
+        batch = config["data"]["global_batch_size"]
+        if isinstance(batch, dict):
+            return None  # a batch that grows: the number follows from the ramp, which this page does not compute
+        return ceil(config["tokens"] / (batch * config["data"]["seq_len"]))
     return config.get("steps")
 
 

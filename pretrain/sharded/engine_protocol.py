@@ -26,7 +26,7 @@ class Engine(Protocol):
         mpu: DeepSpeed's model-parallel groups, None without tensor parallelism.
         data_parallel_group: the ranks that read different batches and share out the weights.
         dp_world_size: the number of ranks in it.
-        micro_steps: micro-batches that were stepped since the engine was built.
+        micro_steps: micro-batches that were stepped, since the engine was built or their number in a step changed.
         global_steps: optimizer steps, skipped ones included.
         global_samples: sequences that all ranks have read.
         skipped_steps: optimizer steps that DeepSpeed left out at an overflow of fp16.
@@ -80,6 +80,12 @@ class Engine(Protocol):
 
     def gradient_accumulation_steps(self) -> int:
         """Return the number of micro-batches in an optimizer step."""
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Return the samples of a micro-batch."""
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Set the samples of an optimizer step, by the number of micro-batches in it."""
 
     def gradient_clipping(self) -> float:
         """Return the norm that gradients are clipped to, 0 for none."""

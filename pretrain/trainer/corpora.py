@@ -132,10 +132,10 @@ def open_corpora(
     bos_id = _bos_id([samples.shards for samples in (*sources, *([val] if val else []))], tokenizer)
     beginning = _beginning(bos_id, first_ids(tokenizer, config.tokenizer), tokenizer, data.document_attention)
     corpora = Corpora(data, config.seed, digest, bos_id, beginning, sources, val)
-    _check_cache(corpora, config.eval.batches * data.global_batch_size)
+    _check_cache(corpora, config.eval.batches * data.largest_batch)
     ranks = data_ranks if len(sources) == 1 else 1  # of a mixture a rank may have no sample of some source
     for samples, weight in zip(sources, corpora.mixture.weights, strict=True):
-        check_enough_samples(samples, ceil(weight * data.global_batch_size), ranks)
+        check_enough_samples(samples, ceil(weight * data.largest_batch), ranks)
     return corpora
 
 

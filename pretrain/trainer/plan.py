@@ -73,7 +73,8 @@ class Plan(RunShape):
             bos_id=self.corpora.bos_id,
             seed=self.config.seed,
             seq_len=self.config.data.seq_len,
-            global_batch_size=self.config.data.global_batch_size,
+            global_batch_size=self.config.data.largest_batch,
+            batch_ramp=_ramp_of(self.config),
         )
 
 
@@ -140,6 +141,12 @@ def _digest_of_forward(config: Config, weights: Sequence[Weight]) -> str:
     return blake2b("\n".join(lines).encode(), digest_size=8).hexdigest()
 
 
+def _ramp_of(config: Config) -> dict[str, float] | None:
+    """Return what decides the size of each step, None where all have one size."""
+    given = config.data.global_batch_size
+    return None if isinstance(given, int) else given.model_dump()
+
+
 def _check_touches(method: Method, weights: list[Weight]) -> None:
     """Raise UserError if the method has no rule for any weight: it would be listed and do nothing."""
     if not any(method.init_rule(weight) or method.training_rule(weight) for weight in weights):
@@ -177,7 +184,7 @@ def training_batches(plan: Plan, rank: int, samples: int) -> Loader:
     data = plan.config.data
     return Loader(
         plan.corpora.feed(),
-        global_batch_size=data.global_batch_size,
+        global_batch_size=data.batch_sizes,
         micro_batch_size=data.micro_batch_size,
         rank=data_rank(plan.config, rank),
         world_size=plan.data_ranks,
@@ -192,7 +199,7 @@ def validation_batches(plan: Plan, rank: int) -> Iterator[MicroBatch]:
     assert val is not None
     return eval_batches(
         val,
-        global_batch_size=data.global_batch_size,
+        global_batch_size=data.largest_batch,
         micro_batch_size=data.micro_batch_size,
         rank=data_rank(plan.config, rank),
         world_size=plan.data_ranks,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import ceil
+
 import torch
 from transformers import PreTrainedConfig
 
@@ -27,18 +29,18 @@ _RECOMPUTED = {
 def describe_plan(plan: Plan) -> str:
     """Describe the plan in lines for the person who queues the run."""
     config, data = plan.config, plan.config.data
-    tokens = config.total_steps * config.tokens_per_step
+    tokens = config.tokens_after(config.total_steps)
     tensor, sequence = config.parallel.tensor, config.parallel.sequence
     lines = {
         "model": f"{config.model.family}, {short(plan.parameters)} parameters, vocabulary "
         f"{plan.model_config.vocab_size:,}",
         **_describe_dropout(plan.model_config),
-        "data": plan.corpora.describe(config.total_steps * data.global_batch_size),
-        "length": f"{config.total_steps:,} steps x {config.tokens_per_step:,} tokens = {short(tokens)} tokens, "
+        "data": plan.corpora.describe(tokens // data.seq_len),
+        "length": f"{config.total_steps:,} steps {_describe_step(config)} = {short(tokens)} tokens, "
         f"{plan.flops_per_token * tokens:.2e} FLOPs",
         "rate": _describe_rate(config),
-        "batch": f"{data.global_batch_size} sequences of {data.seq_len} = {plan.data_ranks} data-parallel ranks x "
-        f"{plan.accumulation_steps} micro-batches of {data.micro_batch_size}",
+        "batch": f"{data.largest_batch} sequences of {data.seq_len} = {plan.data_ranks} data-parallel ranks x "
+        f"{plan.accumulation_steps} micro-batches of {data.micro_batch_size}" + _describe_ramp(config),
         "sharding": f"ZeRO-{plan.zero_stage}, {plan.precision}"
         + (f", {tensor} tensor-parallel ranks" if tensor > 1 else "")
         + (f", {sequence} ranks share a sequence" if sequence > 1 else ""),
@@ -51,6 +53,24 @@ def describe_plan(plan: Plan) -> str:
         **({"start": str(plan.start)} if plan.start else {}),
     }
     return "\n".join(f"{key:<9} {value}" for key, value in lines.items())
+
+
+def _describe_step(config: Config) -> str:
+    """Return the tokens of a step."""
+    first, last = (size * config.data.seq_len for size in (config.data.batch_sizes.start, config.data.largest_batch))
+    return f"x {last:,} tokens" if first == last else f"of {first:,} to {last:,} tokens"
+
+
+def _describe_ramp(config: Config) -> str:
+    """Return how the batch grows, nothing where it does not."""
+    given = config.data.global_batch_size
+    if isinstance(given, int):
+        return ""
+    steps = config.data.batch_sizes.steps_between(0, ceil(given.ramp_tokens / config.data.seq_len))
+    return (
+        f"; the first {steps:,} steps, {short(given.ramp_tokens)} tokens, take from {given.start} sequences on, {given.steps_of} "
+        "more at a time"
+    )
 
 
 def describe_whole_memory(plan: Plan) -> str:

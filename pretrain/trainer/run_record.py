@@ -88,7 +88,7 @@ class RunRecord:
         row = TrainRow(
             kind="train",
             step=step,
-            tokens=step * plan.config.tokens_per_step,
+            tokens=plan.config.tokens_after(step),
             **_ends_of(samples),
             epochs=plan.corpora.epochs(samples.stop),
             loss=loss,

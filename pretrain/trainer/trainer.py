@@ -81,6 +81,7 @@ class Trainer:
         step: optimizer steps done.
         saved: step of the newest checkpoint, None if that checkpoint does not hold the run's present place in the data.
         evaluation_due: a stop has cut short the evaluation of `step`.
+        samples: the samples of the run's order that the newest step has read.
     """
 
     def __init__(self, plan: Plan, folder: RunFolder, ranks: Ranks, requests: StopRequests) -> None:
@@ -116,16 +117,12 @@ class Trainer:
         mode = mode_of(config.log.wandb) if ranks.is_first else "disabled"
         self.tracker = Tracker(folder.path, mode, self.record.tracking_changed)
         self.loader = training_batches(plan, ranks.rank, state.samples)
+        self.samples = range(state.samples, state.samples)
         self.throughput = Throughput(
-            config.tokens_per_step, plan.flops_per_token, ranks.world_size, state.step, peak_flops(plan.precision)
+            config.tokens_after, plan.flops_per_token, ranks.world_size, state.step, peak_flops(plan.precision)
         )
         self.weight_monitor = WeightMonitor(self.weights, config.log.weights_interval_steps)
         self.autopsies = Autopsies(folder.path / "autopsies", config, self.recorder, ranks, lambda: read_again(config))
-
-    @property
-    def samples(self) -> range:
-        """The samples of the run's order that the newest step has read."""
-        return range(self.loader.position - self.plan.config.data.global_batch_size, self.loader.position)
 
     def train(self) -> None:
         """Take all steps that are left, or those before a request to stop, and end the run."""
@@ -155,7 +152,8 @@ class Trainer:
         self.folder.step = self.step = step = self.step + 1
         lr = learning_rate(config.optim, step, total)
         self.weight_monitor.before_step(step)
-        batches = self.loader.next_batch()
+        first, batches = self.loader.position, self.loader.next_batch()
+        self.samples = range(first, self.loader.position)
         result = train_step(self.gate, step, batches, lr, self.ranks, self.plan.corpora.masked)
         enter("methods")
         self.recorder.end_step(step, self.samples, result.losses, lr, result.clip_factor)

@@ -68,7 +68,7 @@ def test_a_run_is_held_against_the_peak_of_its_device_and_precision(
 
 def test_no_utilization_is_reported_without_a_peak() -> None:
     assert peak_flops("bf16") is None or torch.cuda.is_available()
-    throughput = Throughput(100, flops_per_token=10.0, world_size=2, step=0, peak=500.0)
+    throughput = Throughput(lambda step: 100 * step, flops_per_token=10.0, world_size=2, step=0, peak=500.0)
     pace = throughput.lap(step=3, total_steps=10, waited_s=0.0)
     assert pace.mfu == pytest.approx(pace.tokens_per_s * 10.0 / 1000.0)
-    assert Throughput(100, 10.0, 2, step=0, peak=None).lap(3, 10, 0.0).mfu is None
+    assert Throughput(lambda step: 100 * step, 10.0, 2, step=0, peak=None).lap(3, 10, 0.0).mfu is None

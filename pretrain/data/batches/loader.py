@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from pretrain.data.batches.batch import MicroBatch
+from pretrain.data.batches.batch_sizes import BatchSizes
 from pretrain.data.batches.feed import Feed, Slots
 from pretrain.data.batches.memory import Memory
 from pretrain.data.batches.order import FileOrder
@@ -45,7 +46,7 @@ class Loader:
         self,
         feed: Feed,
         *,
-        global_batch_size: int,
+        global_batch_size: int | BatchSizes,
         micro_batch_size: int,
         rank: int,
         world_size: int,
@@ -56,7 +57,7 @@ class Loader:
 
         Args:
             feed: The samples of the run; the loader closes it when it is closed.
-            global_batch_size: The samples of an optimizer step, over all ranks.
+            global_batch_size: The samples of an optimizer step, over all ranks: a number, or one for each place in the data.
             micro_batch_size: The samples of a forward pass on one rank.
             rank: The data-parallel rank.
             world_size: The number of data-parallel ranks.
@@ -66,14 +67,16 @@ class Loader:
         Raises:
             UserError: The sizes do not fit together.
         """
-        check_batch_sizes(global_batch_size, micro_batch_size, world_size)
+        given = global_batch_size
+        self._sizes = BatchSizes.constant(given) if isinstance(given, int) else given
+        check_sizes(self._sizes, micro_batch_size, world_size)
         self.feed = feed
         self.position = position
         self.wait_s = 0.0
-        self._global_batch_size = global_batch_size
-        self._slice = slice_of_rank(global_batch_size, rank, world_size)
-        self._steps = max(1, HANDED_TOKENS // (len(self._slice) * feed.seq_len))
-        self._batches = _Batches(feed, self._steps * len(self._slice), micro_batch_size, pin_memory)
+        self._rank, self._world_size = rank, world_size
+        largest = self._sizes.end // world_size
+        self._steps = max(1, HANDED_TOKENS // (largest * feed.seq_len))
+        self._batches = _Batches(feed, self._steps * largest, micro_batch_size, pin_memory)
         self._here: list[Step] = []  # handed over, the next step last
         self._handed: queue.Queue[list[Step] | Exception] = queue.Queue(HANDED_AHEAD)
         self._device = torch.cuda.current_device() if pin_memory else None
@@ -102,7 +105,7 @@ class Loader:
             pass
         if not self._here and self._failure is not None:
             raise self._failure
-        self.position += self._global_batch_size
+        self.position += self._sizes.at(self.position)
         return self._here.pop()
 
     def close(self) -> None:
@@ -136,32 +139,35 @@ class Loader:
     def _read_ahead(self, position: int) -> None:
         if self._device is not None:
             torch.cuda.set_device(self._device)  # else pinning would begin a context on the first device of the node
-        per_step = len(self._slice)
         located = handed = 1  # steps at a time: one, since it is waited for, then more and more
         try:
             while not self._closing.is_set():
-                firsts = position + np.arange(located)[:, None] * self._global_batch_size
-                slots = self.feed.at((firsts + np.array(self._slice)).ravel())
+                size, equal = self._sizes.stretch(position)
+                located = located if equal is None else min(located, equal)
+                mine = slice_of_rank(size, self._rank, self._world_size)
+                per_step = len(mine)
+                firsts = position + np.arange(located)[:, None] * size
+                slots = self.feed.at((firsts + np.array(mine)).ravel())
                 for start in range(0, located * per_step, handed * per_step):
-                    self._hand_over(slots.part(slice(start, start + handed * per_step)))
-                position += located * self._global_batch_size
+                    self._hand_over(slots.part(slice(start, start + handed * per_step)), per_step)
+                position += located * size
                 handed = min(2 * handed, self._steps)
                 located = max(handed, min(2 * located, LOCATED_SAMPLES // per_step))
         except Exception as error:
             self._handed.put(error)
 
-    def _hand_over(self, slots: Slots) -> None:
-        """Read the samples of whole steps and queue them."""
+    def _hand_over(self, slots: Slots, per_step: int) -> None:
+        """Read the samples of whole steps, `per_step` in each, and queue them."""
         if self._closing.is_set():
             return
-        per_step, steps = len(self._slice), len(slots.places) // len(self._slice)
+        steps = len(slots.places) // per_step
         try:
             batches = self._batches.read(slots)
         except Exception:
             if steps == 1:
                 raise
             for start in range(0, len(slots.places), per_step):  # the steps before the one that fails are good
-                self._hand_over(slots.part(slice(start, start + per_step)))
+                self._hand_over(slots.part(slice(start, start + per_step)), per_step)
             return
         each = len(batches) // steps
         self._handed.put([batches[start : start + each] for start in range(0, len(batches), each)])
@@ -249,6 +255,22 @@ def slice_of_rank(global_batch_size: int, rank: int, world_size: int) -> range:
     """Return the samples of each global batch that `rank` takes, counted from its first."""
     size = global_batch_size // world_size
     return range(rank * size, (rank + 1) * size)
+
+
+def check_sizes(sizes: BatchSizes, micro_batch_size: int, world_size: int) -> None:
+    """Raise UserError unless in every step each rank gets the same number of full micro-batches."""
+    if sizes.start == sizes.end:
+        check_batch_sizes(sizes.end, micro_batch_size, world_size)
+        return
+    for key, value in {"start": sizes.start, "steps_of": sizes.increment}.items():
+        unit = micro_batch_size * world_size
+        if value % unit:
+            below, above = value // unit * unit, (value // unit + 1) * unit
+            raise UserError(
+                f"data.global_batch_size.{key} {value} is not a multiple of data.micro_batch_size {micro_batch_size} x "
+                f"{world_size} data-parallel ranks = {unit}, so at some step the ranks could not share the batch. Set it to "
+                f"{f'{below} or ' if below else ''}{above}."
+            )
 
 
 def check_batch_sizes(global_batch_size: int, micro_batch_size: int, world_size: int) -> None:

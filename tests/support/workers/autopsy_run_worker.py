@@ -39,7 +39,7 @@ def examine(run_file: Path, settings: list[str], out: Path) -> None:
     """Be a rank: the autopsies are in the run's folder, and the figures to compare them with in `out`."""
     ranks = initialize()
     plan = make_plan(load_config(run_file, settings), ranks.world_size)
-    config, size = plan.config, plan.config.data.global_batch_size
+    config, size = plan.config, plan.config.data.largest_batch
     read = texts(plan, range(40 * size))
     poisoned = next(number for number, text in enumerate(read) if POISON[:20] in text and number >= STEPS_BEFORE * size)
     position = (poisoned // size - STEPS_BEFORE) * size

@@ -35,7 +35,7 @@ def waits(case: dict, ranks: Ranks) -> dict[str, int]:
     gate.watchers.append(recorder.gradients)
     spy = Waits()
     for step in range(1, WARM + 2):
-        batches = share(MicroBatch(tokens(step, config.data.global_batch_size)), plan.config, ranks)
+        batches = share(MicroBatch(tokens(step, config.data.largest_batch)), plan.config, ranks)
         with spy:
             result = train_step(gate, step, batches, 1e-3, ranks, masked=False)
             recorder.end_step(step, range(step), result.losses, 1e-3, result.clip_factor)
