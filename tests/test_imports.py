@@ -17,7 +17,7 @@ FLOORS = (
     {"distributed", "files", "processes", "values"},
     {"data", "model", "optional"},
     {"evaluation", "sharded"},
-    {"methods"},
+    {"methods", "optimizers"},
     {"config"},
     {"monitor", "optim"},
     {"autopsy", "checkpoints", "report", "resilience"},
@@ -35,9 +35,10 @@ ONLY = {
     "report": {"errors", "files", "model", "monitor"},
     "sharded": {"errors", "model"},
     "methods": {"errors", "model", "sharded", "values"},
+    "optimizers": {"model", "values"},
 }
-# `distributed` starts its process groups and `optim` takes its Muon; the others also reach into its private state.
-DEEPSPEED = {"checkpoints", "distributed", "engine", "optim", "sharded"}
+# `distributed` starts its process groups and `optimizers` takes its Muon; the others also reach into its private state.
+DEEPSPEED = {"checkpoints", "distributed", "engine", "optimizers", "sharded"}
 
 PACKAGE = REPOSITORY / "pretrain"
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}

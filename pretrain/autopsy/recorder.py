@@ -44,7 +44,7 @@ class Norms:
 
     Attributes:
         gradient: that of the gradient before clipping. None if it is not known: under ZeRO-1 and 2, for weights of Muon.
-        step: that of the step, before methods edit the weight. None if it is not known: for weights of Muon.
+        step: that of the step, before methods edit the weight. None if it is not known: the optimizer cannot tell.
         weight: that of the weight after the step.
     """
 

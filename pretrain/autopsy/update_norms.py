@@ -1,13 +1,15 @@
 """Norms of the gradient and of the last step of each weight, from the memory of this rank: no copies, no communication.
 
-The base optimizer steps flat tensors that hold this rank's masters. Adam's moments have the same layout. So have the
+The base optimizer steps flat tensors that hold this rank's masters. Its moments have the same layout. So have the
 gradients that DeepSpeed has averaged over ranks and micro-batches when its own step begins. They are neither clipped nor
 rejected then, and Muon has not turned them into updates (under ZeRO-1 it has, except in bf16: see `known`).
 
-AdamW's step follows from the state after it. Torch computes W <- (1 - h d) W - h U, where h is the learning rate, d
-the weight decay, and U = (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps). With the W after the step:
+A step is W <- (1 - h d) W - h U, where h is the learning rate and d the weight decay. The optimizer's file reads U back
+right after the step (`Algorithm.directions`). With the W after the step:
 
     dW = -h (d W + U) / (1 - h d)
+
+Of an optimizer that has no file in `pretrain/optimizers/`, and of one that cannot tell, steps are not known.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 
 from pretrain.model.layout import Weight
-from pretrain.optim import muon
+from pretrain.optimizers import Algorithm, algorithm_of
 from pretrain.sharded.stepped_tensors import averaged_gradients, base_optimizer, stepped_tensors
 from pretrain.sharded.weights import ShardedWeights
 from pretrain.sharded.zero12 import Zero12
@@ -83,14 +85,22 @@ class UpdateNorms:
 
     def __init__(self, weights: ShardedWeights) -> None:
         self._weights, self._base = weights, base_optimizer(weights)
+        self._algorithm = algorithm_of(self._base)
         self._flats = [_Flat(tensor, group) for tensor, group in stepped_tensors(weights)]
         self.names: list[str] = []
         self._find_pieces(weights)
+        self._of_tensor = {id(flat.tensor): flat for flat in self._flats}
+        self._steps = self._nothing(2)
+        self._unread: set[str] = set()
+        self._base.register_step_post_hook(self._read_back)
 
     def known(self, weight: Weight) -> tuple[bool, bool]:
         """Return whether the gradient of a weight, and whether its step, can be measured on this engine."""
-        by_muon = muon.steps(weight) and any(group.get("use_muon") for group in self._base.param_groups)
-        return not (by_muon and isinstance(self._weights.placement, Zero12)), not by_muon
+        if self._algorithm is None:
+            return True, False
+        algorithm = self._algorithm.of_weight(weight)
+        replaced = algorithm.replaces_gradients and isinstance(self._weights.placement, Zero12)
+        return not replaced, algorithm.name not in self._unread
 
     @torch.no_grad()
     def gradient_squares(self) -> torch.Tensor:
@@ -103,7 +113,7 @@ class UpdateNorms:
         """
         engine = self._weights.engine
         scale = float(engine.optimizer.loss_scale) if engine.fp16_enabled() else 1.0
-        squares = torch.zeros(len(self.names), dtype=torch.float64, device=self._device)
+        self._steps, squares = self._nothing(2), self._nothing(1)[0]
         for number, flat in enumerate(self._flats):
             if flat.pieces.numbers:
                 where, ranges = flat.whole
@@ -114,22 +124,36 @@ class UpdateNorms:
     def step_squares(self) -> torch.Tensor:
         """Return the squared norms of the last step of each piece, and of the piece after it.
 
-        Call it after the engine's step, before anything else changes the weights.
+        Call it after the engine's step.
 
         Returns:
-            (pieces, 2) float64 on the device of the optimizer. 0 for pieces that Adam does not step.
+            (pieces, 2) float64 on the device of the optimizer. 0 for pieces that were not stepped; steps that are not
+            known are 0 too.
         """
-        squares = torch.zeros(2, len(self.names), dtype=torch.float64, device=self._device)
-        for flat in self._flats:
-            state = self._base.state.get(flat.tensor, {})
-            if "exp_avg" in state:
-                rate, decay = flat.group["lr"], flat.group["weight_decay"]
-                scale = rate * (decay or 1.0) / (1 - rate * decay)
-                for where, ranges in flat.batches:
-                    steps, masters = _adam_steps(flat, state, ranges)
-                    _add_squares(squares[0], where, steps, scale)
-                    _add_squares(squares[1], where, masters)
-        return squares.T
+        return self._steps.T
+
+    @torch.no_grad()
+    def _read_back(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Measure what the optimizer has just stepped. DeepSpeed calls it for some of the tensors at a time."""
+        for group in optimizer.param_groups:
+            for tensor in group["params"]:
+                flat = self._of_tensor.get(id(tensor))
+                if flat is not None and tensor.grad is not None:
+                    self._measure(flat, group)
+
+    def _measure(self, flat: _Flat, group: dict[str, Any]) -> None:
+        algorithm = self._algorithm and self._algorithm.of_group(group)
+        for where, ranges in flat.batches:
+            masters = _parts(flat.tensor.data, ranges)
+            _add_squares(self._steps[1], where, masters)
+            directions = algorithm and _directions(algorithm, flat.tensor, self._base.state, group, ranges)
+            if directions:
+                rate, decay = group["lr"], group["weight_decay"]
+                if decay:
+                    torch._foreach_add_(directions, masters, alpha=decay)
+                _add_squares(self._steps[0], where, directions, rate / (1 - rate * decay))
+            elif algorithm:
+                self._unread.add(algorithm.name)
 
     def _find_pieces(self, weights: ShardedWeights) -> None:
         """Find the flat tensor of each piece, and the place in it, by the address of its master, which is a view of it."""
@@ -142,9 +166,8 @@ class UpdateNorms:
                 flat.pieces.add(len(self.names), first, first + piece.counted.numel())
                 self.names.append(piece.name)
 
-    @property
-    def _device(self) -> torch.device:
-        return self._flats[0].device
+    def _nothing(self, rows: int) -> torch.Tensor:
+        return torch.zeros(rows, len(self.names), dtype=torch.float64, device=self._flats[0].device)
 
 
 def _add_squares(squares: torch.Tensor, where: torch.Tensor, parts: Sequence[torch.Tensor], scale: float = 1.0) -> None:
@@ -153,22 +176,16 @@ def _add_squares(squares: torch.Tensor, where: torch.Tensor, parts: Sequence[tor
     squares.index_add_(0, where, norms.square_())
 
 
-def _adam_steps(
-    flat: _Flat, state: dict[str, Any], ranges: list[tuple[int, int]]
-) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-    """Return W + U / d of each range (U without decay), in new memory, and W, as views."""
-    masters, firsts, seconds = (
-        [tensor.view(-1)[first:last] for first, last in ranges]
-        for tensor in (flat.tensor.data, state["exp_avg"], state["exp_avg_sq"])
-    )
-    beta1, beta2 = flat.group["betas"]
-    unbiased1, root2 = 1 - beta1 ** state["step"], (1 - beta2 ** state["step"]).sqrt()  # on the device: t is not read
-    divisors = torch._foreach_sqrt(seconds)
-    torch._foreach_add_(divisors, flat.group["eps"] * root2)
-    torch._foreach_mul_(divisors, unbiased1 / root2)
-    if decay := flat.group["weight_decay"]:
-        return torch._foreach_addcdiv(masters, firsts, divisors, 1 / decay), masters
-    return torch._foreach_div(firsts, divisors), masters
+def _parts(tensor: torch.Tensor, ranges: list[tuple[int, int]]) -> list[torch.Tensor]:
+    """Return the ranges of a tensor as views."""
+    values = tensor.view(-1)
+    return [values[first:last] for first, last in ranges]
+
+
+def _directions(
+    algorithm: Algorithm, tensor: torch.Tensor, states: Any, group: dict[str, Any], ranges: list[tuple[int, int]]
+) -> list[torch.Tensor] | None:
+    return algorithm.directions(tensor, states.get(tensor, {}), group, lambda each: _parts(each, ranges))
 
 
 def _cut(tensors: Sequence[torch.Tensor], ranges: list[tuple[int, int]]) -> Iterator[torch.Tensor]:

@@ -83,7 +83,7 @@ def load_shards(engine: Engine, folder: Path, files: dict[str, Any]) -> None:
 
 
 def put_steps_beside_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Move Adam's step counters to the device of the moments where a fused kernel takes the step: it reads them there.
+    """Move step counters to the device of the moments where a fused kernel takes the step: it reads them there.
 
     Those of a checkpoint that a CPU has written stay on the host, because the options of that run, which was not fused,
     count while the state is loaded. Under ZeRO-3 the groups hold no parameters between steps, so all states are looked at.
@@ -91,8 +91,9 @@ def put_steps_beside_moments(optimizer: torch.optim.Optimizer) -> None:
     if not any(group.get("fused") for group in optimizer.param_groups):
         return
     for state in optimizer.state.values():
-        if isinstance(step := state.get("step"), torch.Tensor):
-            state["step"] = step.to(state["exp_avg"].device)
+        moment = next((each for each in state.values() if isinstance(each, torch.Tensor) and each.dim()), None)
+        if isinstance(step := state.get("step"), torch.Tensor) and moment is not None:
+            state["step"] = step.to(moment.device)
 
 
 @contextmanager

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+from pretrain.model.layout import describe_model
+from pretrain.optimizers import OPTIMIZERS, algorithm_of
 from pretrain.sharded.engine_protocol import Engine
 from pretrain.sharded.stepped_tensors import AVERAGE
 
 
-def checkpoint_bytes(elements: int, *, half: bool, averaged: bool = False) -> int:
-    """Return the bytes of a checkpoint: masters, two Adam moments and working copies, which are fp32 unless `half`.
+def checkpoint_bytes(elements: int, moments: int, *, half: bool) -> int:
+    """Return the bytes of a checkpoint.
 
     Args:
-        elements: of all weights.
-        half: the working copies are bf16 or fp16.
-        averaged: an average of the weights is kept.
+        elements: of all weights. Each has a master and a working copy.
+        moments: the bytes of the optimizer's moments, and of the average of the weights if one is kept.
+        half: whether the working copies are in half precision.
     """
-    return elements * ((14 if half else 16) + (4 if averaged else 0)) + (1 << 20)
+    return elements * (6 if half else 8) + moments + (1 << 20)
 
 
 def checkpoint_bytes_of(engine: Engine) -> int:
-    """Return the bytes of a checkpoint of `engine`, all ranks together."""
-    half = engine.bfloat16_enabled() or engine.fp16_enabled()
-    averaged = any(AVERAGE in state for state in engine.basic_optimizer.state.values())
-    return checkpoint_bytes(_elements(engine), half=half, averaged=averaged)
+    """Return the bytes of a checkpoint of `engine`, all ranks together.
 
-
-def _elements(engine: Engine) -> int:
-    """Count the elements in the files of one tensor-parallel group. Weights that are not cut count once for each rank."""
-    mine = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
-    return mine * max(1, engine.autotp_size())
+    Weights that tensor parallelism does not cut count once for each rank. An optimizer that has no file in
+    `pretrain/optimizers/` is taken to keep as much as AdamW.
+    """
+    optimizer = algorithm_of(engine.basic_optimizer) or OPTIMIZERS["adamw"]
+    weights = {weight.name: weight for weight in describe_model(engine.module)}
+    elements = moments = 0
+    for name, parameter in engine.module.named_parameters():
+        size = max(1, engine.autotp_size()) * getattr(parameter, "ds_numel", parameter.numel())
+        elements, moments = elements + size, moments + size * optimizer.bytes_of(weights[name])
+    if any(AVERAGE in state for state in engine.basic_optimizer.state.values()):
+        moments += 4 * elements
+    return checkpoint_bytes(elements, moments, half=engine.bfloat16_enabled() or engine.fp16_enabled())

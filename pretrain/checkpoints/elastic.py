@@ -19,9 +19,11 @@ from pretrain.checkpoints.stored.weights import MOMENTUM
 from pretrain.distributed.ranks import on_every_rank
 from pretrain.errors import UserError
 from pretrain.monitor.phase import current, enter
+from pretrain.optimizers import Algorithm, algorithm_of
 from pretrain.sharded import ShardedWeights
 from pretrain.sharded.engine_protocol import Engine
 from pretrain.sharded.stepped_tensors import (
+    AVERAGE,
     base_optimizer,
     fresh_whole_momentums,
     has_whole_momentums,
@@ -50,14 +52,24 @@ def load_stored(
             if a file cannot be read.
     """
     weights = ShardedWeights(engine)
-    on_every_rank(lambda: _check(weights, stored))
+    on_every_rank(lambda: _check(weights, stored, _algorithm(weights)))
     on_every_rank(lambda: _fill(weights, stored, _Progress(weights, stored, say)))
     weights.placement.refresh(set(weights.layout))
     put_steps_beside_moments(engine.basic_optimizer)
     _count_on(engine, counters)
 
 
-def _check(weights: ShardedWeights, stored: Mapping[str, StoredWeight]) -> None:
+def _algorithm(weights: ShardedWeights) -> Algorithm:
+    base = base_optimizer(weights)
+    if (found := algorithm_of(base)) is None:
+        raise UserError(
+            f"the state of the optimizer {type(base).__name__} cannot be loaded into another layout: pretrain/optimizers has "
+            "no file that says what it keeps. Resume on the same ranks with the same DeepSpeed file."
+        )
+    return found
+
+
+def _check(weights: ShardedWeights, stored: Mapping[str, StoredWeight], algorithm: Algorithm) -> None:
     """Raise UserError unless `stored` holds these weights, and the same kind of moments for all that one optimizer steps."""
     for name, weight in weights.layout.items():
         found = stored[name].master.shape if name in stored else None
@@ -68,9 +80,15 @@ def _check(weights: ShardedWeights, stored: Mapping[str, StoredWeight]) -> None:
             )
     if more := sorted(stored.keys() - weights.layout.keys()):
         raise UserError(f"the checkpoint holds the weight {more[0]}, which the model does not have.")
-    by_kind: dict[bool, list[str]] = {}
+    by_kind: dict[str, list[str]] = {}
     for name, held in stored.items():
-        by_kind.setdefault(MOMENTUM in held.moments, []).append(name)
+        kept = algorithm.of_weight(weights.layout[name])
+        if (moments := _of_optimizer(held)) and moments != kept.moments.keys():
+            raise UserError(
+                f"the checkpoint holds X of {name}, and this run's optimizer, {kept.name}, keeps "
+                f"{', '.join(kept.moments)}: it is another optimizer's."
+            )
+        by_kind.setdefault(kept.name, []).append(name)
     for first, *others in by_kind.values():
         for name in others:
             if _kind(stored[name]) != _kind(stored[first]):
@@ -78,6 +96,11 @@ def _check(weights: ShardedWeights, stored: Mapping[str, StoredWeight]) -> None:
                     f"the checkpoint's optimizer states of {first} and {name} are not of one run: "
                     f"{_kind(stored[first])} and {_kind(stored[name])}."
                 )
+
+
+def _of_optimizer(weight: StoredWeight) -> Set[str]:
+    """Return the names of the moments that an optimizer keeps, without the average that a run may keep beside them."""
+    return weight.moments.keys() - {AVERAGE}
 
 
 def _kind(weight: StoredWeight) -> tuple[list[str], dict[str, float]]:
@@ -96,11 +119,6 @@ def _fill(weights: ShardedWeights, stored: Mapping[str, StoredWeight], progress:
         weight.master.read_into(piece.master, piece.slice, piece.start)
         progress.add(piece.master.numel())
         state, place = state_of(weights, piece.master)
-        if state.keys() != {*weight.moments, *weight.scalars} - whole:
-            raise UserError(
-                f"the checkpoint holds {', '.join(weight.moments) or 'no moments'} of {piece.name}, and this run's optimizer "
-                f"keeps {', '.join(state) or 'none'}: it is another optimizer's."
-            )
         for key in weight.moments.keys() - whole:
             goal = state[key].view(-1)[place : place + piece.master.numel()]
             weight.moments[key].read_into(goal, piece.slice, piece.start)
@@ -125,8 +143,8 @@ def _fresh_state(
     Padding keeps these zeros.
     """
     state = base_optimizer(weights).state[flat]
-    by_muon = bool(group.get("use_muon"))
-    like = next((each for each in stored.values() if (MOMENTUM in each.moments) == by_muon), None)
+    kept = _algorithm(weights).of_group(group).moments.keys()
+    like = next((each for each in stored.values() if _of_optimizer(each) == kept), None)
     moments = like.moments.keys() - left_out if like else set()
     scalars = like.scalars if like else {}
     for key in state.keys() - moments - scalars.keys():

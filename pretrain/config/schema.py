@@ -21,6 +21,7 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    create_model,
     field_serializer,
     field_validator,
     model_validator,
@@ -38,6 +39,7 @@ from pretrain.methods import REGISTRY, Method, allowed_in, allowed_in_vain, deci
 from pretrain.methods.base import INITIAL_DEVIATIONS, INITIAL_DISTRIBUTION
 from pretrain.methods.pairs import Allowed
 from pretrain.model.families import FAMILIES, NEEDS, families_with, missing
+from pretrain.optimizers import OPTIMIZERS
 from pretrain.paths import check_name, expanded, local
 from pretrain.values import Count, LocalPath, Location, Positive, Share, Values, at, nearest_divisor
 
@@ -224,25 +226,6 @@ class ScheduleSection(Values):
     decay_ratio: float = Field(0.2, gt=0, le=1)
 
 
-class MuonSection(Values):
-    """Muon, which steps the matrices of the blocks if `optim.name` is muon. AdamW steps the rest.
-
-    Attributes:
-        lr: Peak learning rate. Null takes that of `optim`.
-        momentum: Decay of the average of gradients.
-        weight_decay: Null takes that of `optim`.
-        scale: `adam_rms` makes an update about as large as AdamW's, so one learning rate fits both. `spectral` gives it
-            singular values near 1, times sqrt(rows / columns) in tall matrices.
-        ns_method: The Newton-Schulz iteration that orthogonalizes.
-    """
-
-    lr: Rate | None = None
-    momentum: Share = 0.95
-    weight_decay: float | None = Field(None, ge=0)
-    scale: Literal["adam_rms", "spectral"] = "adam_rms"
-    ns_method: Literal["gram", "standard"] = "gram"
-
-
 class ZClipSection(Values):
     """Clipping that adapts to the run (ZClip, Kumar et al. 2025, arXiv 2504.02507, algorithm 1).
 
@@ -275,38 +258,57 @@ class WarmStartSection(Values):
         return self
 
 
-class OptimSection(Values):
-    """The optimizer.
+if TYPE_CHECKING:
+    OptimizerName: TypeAlias = str
+else:
+    OptimizerName = Literal[tuple(OPTIMIZERS)]
 
-    Attributes:
-        name: `muon` steps the matrices of the blocks with Muon and the rest with AdamW. It needs `grad_clip: null`.
-        lr: Peak learning rate of AdamW.
-        betas: AdamW's decay rates of the two moments.
-        eps: AdamW's term in the denominator.
-        weight_decay: AdamW's weight decay, of matrices only.
-        grad_clip: Largest global gradient norm. Null: off.
-        zclip: Clipping by the run's own gradient norms, after `grad_clip`. Null: off.
-        muon: Muon's options. Only with name `muon`.
-        schedule: The learning rate over the run.
-    """
 
-    name: Literal["adamw", "muon"] = "adamw"
+class _OptimKeys(Values):
+    """The keys of `optim` that come before the sections of the optimizers. See `OptimSection`."""
+
+    name: OptimizerName = "adamw"
     lr: Rate
     betas: tuple[Share, Share] = (0.9, 0.95)
     eps: Positive = 1e-8
     weight_decay: float = Field(0.1, ge=0)
     grad_clip: Positive | None = 1.0
     zclip: ZClipSection | None = None
-    muon: MuonSection = MuonSection()
+
+    @property
+    def own(self) -> Any:
+        """The options of the run's optimizer, None where it has none."""
+        return getattr(self, self.name, None)
+
+
+if TYPE_CHECKING:
+    _WithOwnSections: TypeAlias = _OptimKeys
+else:
+    _OWN = {each.name: each.options for each in OPTIMIZERS.values() if each.options}
+    _WithOwnSections = create_model(
+        "_WithOwnSections", __base__=_OptimKeys, **{name: (options, options()) for name, options in _OWN.items()}
+    )
+
+
+class OptimSection(_WithOwnSections):
+    """The optimizer. Each one that has options of its own has a section of its name here, which counts with that name only.
+
+    Attributes:
+        name: The optimizer: a file of `pretrain/optimizers/`.
+        lr: Peak learning rate.
+        betas: AdamW's decay rates of the two moments.
+        eps: AdamW's term in the denominator.
+        weight_decay: Weight decay per unit of learning rate, of matrices only.
+        grad_clip: Largest global gradient norm. Null: off.
+        zclip: Clipping by the run's own gradient norms, after `grad_clip`. Null: off.
+        schedule: The learning rate over the run.
+    """
+
     schedule: ScheduleSection = ScheduleSection()
 
     @model_validator(mode="after")
     def _decay_that_shrinks(self) -> OptimSection:
-        muon_lr, muon_decay = self.muon.lr or self.lr, self.muon.weight_decay
-        for key, lr, decay in (
-            ("weight_decay", self.lr, self.weight_decay),
-            ("muon.weight_decay", muon_lr, self.weight_decay if muon_decay is None else muon_decay),
-        ):
+        for key, lr, decay in OPTIMIZERS[self.name].decays(self):
             if lr * decay >= 1:
                 raise at(
                     key,
@@ -315,18 +317,18 @@ class OptimSection(Values):
         return self
 
     @model_validator(mode="after")
-    def _muon_as_it_works(self) -> OptimSection:
-        if self.name != "muon" and self.muon != MuonSection():
-            raise ValueError("the keys of 'muon' have no effect here: set 'name: muon', or remove them")
-        if self.name == "muon" and self.grad_clip is not None:
-            raise ValueError(
-                "with 'name: muon' grad_clip must be null: DeepSpeed clips after Muon has made its updates, by their "
-                "norm, which is the larger the more matrices the model has, so every step would be far too short"
-            )
-        if self.name == "muon" and self.zclip is not None:
-            raise ValueError(
-                "with 'name: muon' zclip must be null: an update of Muon's does not grow with the gradient"
-            )
+    def _only_what_has_an_effect(self) -> OptimSection:
+        fields = type(self).model_fields
+        for other in OPTIMIZERS.values():
+            if other.options and other.name != self.name and getattr(self, other.name) != other.options():
+                raise ValueError(
+                    f"the keys of '{other.name}' have no effect here: set 'name: {other.name}', or remove them"
+                )
+        for key in OPTIMIZERS[self.name].unused:
+            if getattr(self, key) != fields[key].default:
+                raise at(key, f"it has no effect with 'name: {self.name}': remove the key")
+        for fault in OPTIMIZERS[self.name].faults(self):
+            raise ValueError(fault)
         return self
 
 

@@ -17,12 +17,13 @@ import torch
 
 from pretrain.config.schema import Config
 from pretrain.errors import UserError
+from pretrain.optimizers import OPTIMIZERS
 
 
 def check_compiler(config: Config) -> None:
     """Raise UserError if the run compiles code and this node lacks what that takes. Needs no process group."""
-    if config.optim.name == "muon" and torch.cuda.is_available():
-        _require("optim.name: muon", missing_for_gpu(), "take optim.name: adamw")
+    if OPTIMIZERS[config.optim.name].compiles and torch.cuda.is_available():
+        _require(f"optim.name: {config.optim.name}", missing_for_gpu(), "take optim.name: adamw")
     if config.compile == "layers":
         missing = missing_for_gpu() if torch.cuda.is_available() else missing_for_cpu()
         _require("compile: layers", missing, "set compile: off")

@@ -14,11 +14,11 @@ from typing import Any
 from pretrain.config.schema import Config
 from pretrain.data.batches.loader import check_sizes
 from pretrain.engine.deepspeed_blocks import Kinds, block, check_finite, check_kind
-from pretrain.engine.muon_checks import zero_for_muon
 from pretrain.engine.precision import precision_blocks, precision_of
 from pretrain.engine.tensor_parallel import data_ranks, tensor_parallel_block
 from pretrain.engine.zero_checks import check_zero
 from pretrain.errors import UserError
+from pretrain.optimizers import OPTIMIZERS, Layout
 from pretrain.paths import REPOSITORY
 
 # Keys of DeepSpeed's JSON that may be given, and the kind of each: DeepSpeed checks few of them before it uses them.
@@ -108,8 +108,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     check_zero(zero, source)
     precision = precision_blocks(given, source, zero.get("stage", 0))
     _check_with_tensor_parallel(config.parallel.tensor, zero, precision, source)
-    if config.optim.name == "muon":
-        zero = zero_for_muon(config, zero, precision, source)
+    zero = _for_optimizer(config, zero, precision, source)
     resolved = {**_ALWAYS, **given, **computed, "zero_optimization": zero, **precision}
     if data_ranks(config, world_size) != world_size:
         # DeepSpeed checks this key against the number of all ranks, but the ranks of a group read the same batch.
@@ -172,6 +171,15 @@ def _check_keys(given: dict[str, Any], source: str) -> None:
     if str(tag).upper() not in ("WARN", "IGNORE", "FAIL"):
         raise UserError(f"{source}: checkpoint.tag_validation must be Warn, Ignore or Fail, not {tag!r}.")
     check_finite(given, source)
+
+
+def _for_optimizer(config: Config, zero: dict[str, Any], precision: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return the zero_optimization block with the keys that the optimizer needs. Raises UserError where it is refused."""
+    optimizer, accumulation = OPTIMIZERS[config.optim.name], precision["data_types"]["grad_accum_dtype"]
+    layout = Layout(zero.get("stage", 0), precision_of(precision), accumulation, config.parallel.tensor, zero)
+    for refusal in optimizer.refusals(layout):
+        raise UserError(f"{source}: {refusal}.")
+    return {**zero, **optimizer.zero_keys}
 
 
 def _check_with_tensor_parallel(tensor: int, zero: dict[str, Any], precision: dict[str, Any], source: str) -> None:

@@ -50,7 +50,7 @@ class RunContext:
             them also where it is tied.
         tokens_per_step: tokens of one optimizer step, over all ranks.
         total_steps: optimizer steps of the run.
-        optimizer: `adamw` or `muon`.
+        optimizer: the name of the run's optimizer, `optim.name`.
         learning_rate: maps an optimizer step, counted from 1, to the learning rate.
         peak_lr: maps a weight to the highest learning rate of the optimizer that steps it.
         initial_std: maps a weight to the standard deviation that it is drawn with.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from pretrain.model.layout import Weight, describe_model
-from pretrain.optim import muon
+from pretrain.optimizers import OPTIMIZERS
 
 if TYPE_CHECKING:
     from pretrain.config.schema import Config, OptimSection
@@ -30,7 +30,7 @@ def parameter_groups(model: torch.nn.Module, config: OptimSection, methods: Sequ
         methods: the run's methods.
 
     Returns:
-        torch's parameter groups. In a run with Muon each has `use_muon`, and those that Muon steps have `lr_scale`.
+        torch's parameter groups, with what the optimizer's `group_options` put into them.
     """
     parameters = dict(model.named_parameters())
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -42,25 +42,14 @@ def parameter_groups(model: torch.nn.Module, config: OptimSection, methods: Sequ
 
 
 def build_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
-    """Return the run's optimizer over `parameter_groups`. DeepSpeed then replaces the parameters by its shards.
-
-    AdamW is torch's own, fused on GPUs. DeepSpeed's CPU Adam needs a C++ compiler and is no faster here.
-    """
-    optim = config.optim
-    groups = parameter_groups(model, optim, config.methods)
-    adam: dict[str, Any] = {
-        "lr": optim.lr,
-        "betas": optim.betas,
-        "eps": optim.eps,
-        "fused": torch.cuda.is_available() or None,
-    }
-    return muon.optimizer(groups, adam) if optim.name == "muon" else torch.optim.AdamW(groups, **adam)
+    """Return the run's optimizer over `parameter_groups`. DeepSpeed then replaces the parameters by its shards."""
+    groups = parameter_groups(model, config.optim, config.methods)
+    return OPTIMIZERS[config.optim.name].build(groups, config.optim)
 
 
 def peak_lr(config: OptimSection, weight: Weight) -> float:
     """Return the highest learning rate of the optimizer that steps this weight."""
-    by_muon = config.name == "muon" and muon.steps(weight)
-    return config.muon.lr if by_muon and config.muon.lr else config.lr
+    return OPTIMIZERS[config.name].of_weight(weight).peak_lr(config)
 
 
 def _is_vector(weight: Weight) -> bool:
@@ -69,25 +58,16 @@ def _is_vector(weight: Weight) -> bool:
 
 def optimizer_rule(weight: Weight, config: Config) -> str:
     """Return the optimizer and the decay of this weight in words, for the table that is printed at start."""
-    by_muon = config.optim.name == "muon" and muon.steps(weight)
-    decay = weight_decay(weight, _decay_of_matrices(config.optim, by_muon), config.methods)
-    name = "muon" if by_muon else "adamw"
-    return f"{name}, decay {decay:g}" if decay else name
-
-
-def _decay_of_matrices(config: OptimSection, by_muon: bool) -> float:
-    own = config.muon.weight_decay if by_muon else None
-    return config.weight_decay if own is None else own
+    algorithm = OPTIMIZERS[config.optim.name].of_weight(weight)
+    decay = weight_decay(weight, algorithm.decay_of_matrices(config.optim), config.methods)
+    return f"{algorithm.name}, decay {decay:g}" if decay else algorithm.name
 
 
 def _options(weight: Weight, config: OptimSection, methods: Sequence[Method]) -> dict[str, Any]:
     """Return the options of this weight's group. A group holds the weights with equal options."""
-    if config.name == "adamw":
-        return {"weight_decay": weight_decay(weight, config.weight_decay, methods)}
-    if not muon.steps(weight):
-        return {"use_muon": False, "weight_decay": weight_decay(weight, config.weight_decay, methods)}
-    decay = weight_decay(weight, _decay_of_matrices(config, by_muon=True), methods)
-    return {"use_muon": True, **muon.group_options(weight, config, decay)}
+    optimizer = OPTIMIZERS[config.name]
+    decay = weight_decay(weight, optimizer.of_weight(weight).decay_of_matrices(config), methods)
+    return optimizer.group_options(weight, config, decay)
 
 
 def weight_decay(weight: Weight, of_matrices: float, methods: Sequence[Method]) -> float:

@@ -77,9 +77,8 @@ def states_of(shape: RunShape) -> Memory:
     if stage == 1 and not fp32 and accumulated_in_fp32:
         gradients += 2 * elements  # those of autograd stay until the step
     whole = fp32 and stage == 0  # the weights are the masters
-    optimizer = (8 if whole else 12) * elements / (ranks if stage >= 1 else 1)
-    if shape.config.ema:
-        optimizer += 4 * elements / (ranks if stage >= 1 else 1)
+    moments = shape.moment_bytes_per_rank + (4 * elements if shape.config.ema else 0)
+    optimizer = (moments + (0 if whole else 4 * elements)) / (ranks if stage >= 1 else 1)
     name = ("moments" if whole else "masters and moments") + (" and average" if shape.config.ema else "")
     if shape.optimizer_on_cpu:
         return Memory({"weights": weights}, {"gradients": gradients, name: optimizer})

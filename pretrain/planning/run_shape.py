@@ -20,6 +20,7 @@ from pretrain.engine.tensor_parallel import check_model, data_ranks, elements_pe
 from pretrain.errors import UserError
 from pretrain.model.layout import Weight
 from pretrain.monitor.throughput import flops_per_token
+from pretrain.optimizers import OPTIMIZERS
 from pretrain.starting import model_of
 
 
@@ -76,6 +77,12 @@ class RunShape:
         return elements_per_rank(self.weights, self.config.parallel.tensor)
 
     @property
+    def moment_bytes_per_rank(self) -> int:
+        """The bytes of the optimizer's moments of what one rank holds before ZeRO shards it."""
+        optimizer, tensor = OPTIMIZERS[self.config.optim.name], self.config.parallel.tensor
+        return sum(optimizer.bytes_of(weight) * elements_per_rank([weight], tensor) for weight in self.weights)
+
+    @property
     def accumulation_steps(self) -> int:
         """The micro-batches that each rank takes in one optimizer step."""
         return accumulation_steps(self.config, self.world_size)
@@ -93,9 +100,8 @@ class RunShape:
     def checkpoint_bytes(self) -> int:
         """The size of one checkpoint on disk."""
         tensor = self.config.parallel.tensor  # each rank of a group stores the weights that are whole on all of them
-        return checkpoint_bytes(
-            tensor * self.elements_per_rank, half=self.precision != "fp32", averaged=self.config.ema is not None
-        )
+        moments = tensor * (self.moment_bytes_per_rank + (4 * self.elements_per_rank if self.config.ema else 0))
+        return checkpoint_bytes(tensor * self.elements_per_rank, moments, half=self.precision != "fp32")
 
 
 def shape_of(config: Config, world_size: int) -> RunShape:

@@ -23,7 +23,7 @@ from pretrain.planning.run_shape import RunShape
 
 _TRAFFIC = {"eager": 14.5, "compiled": 3.0}
 _HOST_LINK = 20e9  # bytes per second between a GPU and its host, of PCIe 5 shared by two GPUs
-_STATE_TRAFFIC = 28  # bytes that AdamW moves for each element: gradient, master and moments, read and written
+_STATE_TRAFFIC = 12  # bytes of each element that a step moves besides moments: gradient, and master read and written
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,12 @@ def step_time(shape: RunShape, cluster: Cluster) -> StepTime:
         products / (PRODUCTS * peak) + attention / (ATTENTION * peak) + traffic / (STREAMING * gpu.bandwidth)
     ) / WHOLE_STEPS
     hidden, exposed, once = _communication(shape, cluster)
-    elements = shape.elements_per_rank / (shape.zero_ranks if shape.zero_stage else 1)
-    optimizer = _STATE_TRAFFIC * elements / (STREAMING * gpu.bandwidth)
+    sharers = shape.zero_ranks if shape.zero_stage else 1
+    elements = shape.elements_per_rank / sharers
+    traffic = _STATE_TRAFFIC * elements + 2 * shape.moment_bytes_per_rank / sharers
+    optimizer = traffic / (STREAMING * gpu.bandwidth)
     if shape.optimizer_on_cpu:
-        optimizer = 6 * elements / _HOST_LINK + _STATE_TRAFFIC * elements / _HOST_LINK
+        optimizer = 6 * elements / _HOST_LINK + traffic / _HOST_LINK
     parts = {
         "computation": micro_batches * compute,
         "communication": micro_batches * (exposed.seconds + max(0.0, hidden.seconds - compute)) + once.seconds,

@@ -13,6 +13,7 @@ from pretrain.engine.compiled_blocks import why_eager
 from pretrain.files import free_bytes
 from pretrain.methods import clashes_of
 from pretrain.optim.schedule import learning_rate
+from pretrain.optimizers import OPTIMIZERS
 from pretrain.planning.memory import memory_of, states_of
 from pretrain.planning.text import describe_memory, size_text
 from pretrain.trainer.plan import Plan, existing_folder
@@ -47,7 +48,7 @@ def describe_plan(plan: Plan) -> str:
         "blocks": _describe_blocks(config),
         "memory": f"{describe_memory(states_of(plan))} (activations come on top)",
         "disk": _describe_disk(plan),
-        "optimizer": config.optim.name if config.optim.name == "adamw" else "muon on block matrices, adamw on the rest",
+        "optimizer": OPTIMIZERS[config.optim.name].summary,
         "methods": ", ".join(method.name for method in config.methods) or "none",
         **_describe_allowed(config),
         **({"start": str(plan.start)} if plan.start else {}),

@@ -78,7 +78,7 @@ def test_unfinished_and_doomed_folders_are_no_checkpoints(tmp_path):
 
 
 def test_a_half_precision_checkpoint_takes_two_bytes_less_per_parameter():
-    assert checkpoint_bytes(10**6, half=False) - checkpoint_bytes(10**6, half=True) == 2 * 10**6
+    assert checkpoint_bytes(10**6, 10**6, half=False) - checkpoint_bytes(10**6, 10**6, half=True) == 2 * 10**6
 
 
 def flip(path: Path) -> None:

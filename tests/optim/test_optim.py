@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from pretrain.config.schema import OptimSection
 from pretrain.methods.base import Method
 from pretrain.model.layout import Weight, describe
-from pretrain.optim import muon
 from pretrain.optim.param_groups import build_optimizer, parameter_groups
 from pretrain.optim.schedule import learning_rate
+from pretrain.optimizers import OPTIMIZERS
 
 TOTAL, WARMUP, PEAK, FLOOR = 100, 10, 2e-3, 0.1
 
@@ -175,8 +175,9 @@ def test_muon_steps_the_matrices_of_the_blocks_and_adamw_the_rest(model: torch.n
 
 @pytest.mark.parametrize("name", ["model.embed_projection.weight", "model.head_projection.weight"])
 def test_muon_steps_the_square_matrices_around_the_blocks(name: str) -> None:
-    assert muon.steps(describe(name, (8, 8)))
-    assert not muon.steps(describe("lm_head.weight", (8, 8)))
+    muon = OPTIMIZERS["muon"]
+    assert muon.of_weight(describe(name, (8, 8))) is muon
+    assert muon.of_weight(describe("lm_head.weight", (8, 8))) is OPTIMIZERS["adamw"]
 
 
 def test_muon_in_the_scale_of_adamw_steps_and_decays_each_width_by_its_own_factor(model: torch.nn.Module) -> None:
