@@ -40,7 +40,7 @@ WAITS = {
 # operations on lists of tensors read a factor that is a tensor. On a GPU neither waits.
 _ONLY_ON_A_CPU = {
     "_local_scalar_dense: step_gate.py:_step",
-    "_local_scalar_dense: update_norms.py:_adam_steps",
+    "_local_scalar_dense: adamw.py:directions",
 }
 
 

@@ -147,6 +147,7 @@ def _parts() -> dict[str, Case]:
     cut = {"parallel.tensor": 2}
     return {
         "muon-zero3": Case(MUON, slow=()),
+        "lion-zero3": Case({"optim.name": "lion"}, slow=()),
         "muon-zero1": Case({**MUON, "deepspeed": zero(1)}),
         "muon-offload": Case({**MUON, "deepspeed": zero(3, **OFFLOAD)}),
         "documents": Case(packed, slow=()),

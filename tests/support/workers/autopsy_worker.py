@@ -1,8 +1,10 @@
 """A rank that trains a few steps for each case and writes the recorded figures beside those of one process."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from pretrain.autopsy.step_samples import sequence_losses
 from pretrain.config.schema import Config
 from pretrain.data.batches.batch import MicroBatch
 from pretrain.distributed.ranks import Ranks, initialize
+from pretrain.engine import build_engine
 from pretrain.engine.initialize import initialize_weights
 from pretrain.engine.step import train_step
 from pretrain.monitor.weight_monitor import WeightMonitor
@@ -37,15 +40,15 @@ SIZES: dict[str, Any] = {
 
 
 def run_config(case: dict) -> Config:
-    """Return the run of a case: {deepspeed, micro_batch_size, tensor, muon}."""
-    optim = {"lr": LR, "weight_decay": 0.1, "eps": 1e-8, "grad_clip": 0.5}
+    """Return the run of a case: {deepspeed, micro_batch_size, tensor, optim, unknown}."""
+    optim = {"lr": LR, "weight_decay": 0.1, "grad_clip": 0.5}
     return tiny_config(
         case,
         model={**SIZES, "num_key_value_heads": 2},
         sequences=SEQUENCES,
         micro_batch_size=case["micro_batch_size"],
         steps=STEPS,
-        optim={**optim, "name": "muon", "grad_clip": None} if case.get("muon") else optim,
+        optim={**optim, **case.get("optim", {})},
         activation_checkpointing=True,
     )
 
@@ -85,9 +88,16 @@ def break_backward(engine: Engine) -> None:
     handle = engine.module.model.layers[1].register_forward_hook(broken)
 
 
+def unknown_optimizer(model: torch.nn.Module, config: Config) -> torch.optim.Optimizer:
+    """Return an optimizer that `pretrain/optimizers` has no file of."""
+    return torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
+
+
 def examine(case: dict, ranks: Ranks) -> dict:
     plan = tiny_plan(run_config(case))
-    gate, config = gated(plan), plan.config
+    with patch.object(build_engine, "build_optimizer", unknown_optimizer) if case.get("unknown") else nullcontext():
+        gate = gated(plan)
+    config = plan.config
     engine, weights = gate.engine, ShardedWeights(gate.engine)
     initialize_weights(weights, config, 0.1)
     monitor = WeightMonitor(weights, 1)
@@ -99,7 +109,7 @@ def examine(case: dict, ranks: Ranks) -> dict:
         start, lr = masters(engine), LR / number
         micro_batches = share(MicroBatch(tokens(number, SEQUENCES)), config, ranks)
         monitor.before_step(number)
-        if number == BROKEN and not case.get("muon"):
+        if number == BROKEN and case.get("optim", {}).get("name") != "muon":
             break_backward(engine)
         done = train_step(gate, number, micro_batches, lr, ranks, masked=False)
         recorder.end_step(number, range(number, number + SEQUENCES), done.losses, lr, done.clip_factor)

@@ -107,7 +107,8 @@ def _of_this_slice(engine: Engine) -> Iterator[tuple[str, torch.nn.Parameter, li
             ]
         else:
             found = [("master", safe_get_full_fp32_param(parameter))]
-            keys = ("momentum_buffer",) if getattr(parameter, "use_muon", False) else _ADAM
+            held = [key for key in _ADAM if any(key in state for state in base.state.values())]
+            keys = ["momentum_buffer"] if getattr(parameter, "use_muon", False) else held
             if (
                 not hasattr(parameter, "use_muon") or engine.zero_optimization_stage() == 3
             ):  # below, DeepSpeed finds none

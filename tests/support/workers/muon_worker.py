@@ -37,14 +37,15 @@ OPTIM = {"name": "muon", "lr": 4e-3, "eps": 1e-4, "grad_clip": None, "muon": {"l
 
 
 def run_config(case: dict, ranks: int) -> Config:
-    """Return the run of a case: {deepspeed, optim, accumulation, methods, idle, resume}."""
+    """Return the run of a case: {deepspeed, optim, accumulation, methods, idle, resume}. An `optim` with a name is the whole."""
+    optim = case.get("optim", {})
     return tiny_config(
         case,
         model=SIZES,
         sequences=SEQUENCES,
         micro_batch_size=SEQUENCES // ranks // case.get("accumulation", 1),
         steps=STEPS,
-        optim={**OPTIM, **case.get("optim", {})},
+        optim=optim if "name" in optim else {**OPTIM, **optim},
         methods=case.get("methods", []),
     )
 
