@@ -301,6 +301,7 @@ class OptimSection(_WithOwnSections):
         weight_decay: Weight decay per unit of learning rate, of matrices only.
         grad_clip: Largest global gradient norm. Null: off.
         zclip: Clipping by the run's own gradient norms, after `grad_clip`. Null: off.
+        muon: Muon's options. Only with name `muon`.
         schedule: The learning rate over the run.
     """
 
