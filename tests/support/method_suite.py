@@ -236,27 +236,7 @@ class Run:
 
     def settings(self) -> RunSettings:
         """Return the settings that the reference repeats."""
-        model, optim = self.plan.model_config, self.plan.config.optim
-        assert optim.grad_clip is not None
-        return RunSettings(
-            hidden=model.hidden_size,
-            intermediate=model.intermediate_size,
-            layers=model.num_hidden_layers,
-            heads=model.num_attention_heads,
-            kv_heads=model.num_key_value_heads,
-            vocabulary=model.vocab_size,
-            tied=model.tie_word_embeddings,
-            eps=model.rms_norm_eps,
-            theta=10000.0,
-            std=0.02,
-            lrs=tuple(learning_rate(optim, step, STEPS) for step in range(1, STEPS + 1)),
-            peak_lr=optim.lr,
-            betas=optim.betas,
-            adam_eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            clip=optim.grad_clip,
-            head_size=getattr(model, "head_dim", None),
-        )
+        return settings_of(self.plan)
 
     def batches(self) -> list[torch.Tensor]:
         """Return the global batch of each step, (sequences, seq_len + 1)."""
@@ -265,6 +245,31 @@ class Run:
             return [torch.cat([batch.tokens for batch in loader.next_batch()]).long() for _ in range(STEPS)]
         finally:
             loader.close()
+
+
+def settings_of(plan: Plan) -> RunSettings:
+    """Return the settings of a run, for a reference that repeats it."""
+    model, optim, steps = plan.model_config, plan.config.optim, plan.config.total_steps
+    assert optim.grad_clip is not None
+    return RunSettings(
+        hidden=model.hidden_size,
+        intermediate=model.intermediate_size,
+        layers=model.num_hidden_layers,
+        heads=model.num_attention_heads,
+        kv_heads=model.num_key_value_heads,
+        vocabulary=model.vocab_size,
+        tied=model.tie_word_embeddings,
+        eps=model.rms_norm_eps,
+        theta=10000.0,
+        std=0.02,
+        lrs=tuple(learning_rate(optim, step, steps) for step in range(1, steps + 1)),
+        peak_lr=optim.lr,
+        betas=optim.betas,
+        adam_eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        clip=optim.grad_clip,
+        head_size=getattr(model, "head_dim", None),
+    )
 
 
 def masters(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -18,11 +18,10 @@ from pretrain.checkpoints.stored import master_weights
 from pretrain.config.schema import Config
 from pretrain.data.batches.feed import Feed
 from pretrain.data.batches.samples import SampleRows
-from pretrain.optim.schedule import learning_rate
 from pretrain.trainer.plan import make_plan
 from tests.support.corpus import Corpus
-from tests.support.dense import DenseLlama, RunSettings
-from tests.support.method_suite import LLAMA
+from tests.support.dense import DenseLlama
+from tests.support.method_suite import LLAMA, settings_of
 from tests.support.runs import REPOSITORY, arguments, assert_refused, last_rows, losses, run_ranks
 
 # Samples before each step: 0 4 8 16 28 44 60. After 8 samples one increment is due, after 16 two, after 24 all three.
@@ -79,27 +78,8 @@ def dense(corpus: Corpus, whole: Path, tmp_path_factory: pytest.TempPathFactory)
     )
     plan = make_plan(Config.model_validate(content(corpus, first.parent)), world_size=1)
     initial = {n: load() for n, load in master_weights(first / "checkpoints/step_00000001/deepspeed").items()}
-    model, optim = plan.model_config, plan.config.optim
-    settings = RunSettings(
-        hidden=model.hidden_size,
-        intermediate=model.intermediate_size,
-        layers=model.num_hidden_layers,
-        heads=model.num_attention_heads,
-        kv_heads=model.num_key_value_heads,
-        vocabulary=model.vocab_size,
-        tied=False,
-        eps=model.rms_norm_eps,
-        theta=10000.0,
-        std=0.02,
-        lrs=tuple(learning_rate(optim, step, STEPS) for step in range(1, STEPS + 1)),
-        peak_lr=optim.lr,
-        betas=optim.betas,
-        adam_eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        clip=optim.grad_clip or 0.0,
-    )
     feed = plan.corpora.feed()
-    reference, place, found = DenseLlama(settings, initial, {}), 0, []
+    reference, place, found = DenseLlama(settings_of(plan), initial, {}), 0, []
     for size in SIZES:
         found.append(reference.step(samples_of(feed, range(place, place + size)))["cross_entropy"])
         place += size
