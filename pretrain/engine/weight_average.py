@@ -32,7 +32,7 @@ class WeightAverage:
     def begun(self) -> bool:
         """Whether there is an average yet: the same on every rank."""
         state = base_optimizer(self.weights).state
-        return any(AVERAGE in state[flat] for flat, _ in stepped_tensors(self.weights))
+        return any(AVERAGE in state.get(flat, ()) for flat, _ in stepped_tensors(self.weights))
 
     def loaded(self) -> None:
         """Take note that a checkpoint has been loaded, with or without an average. Local."""
