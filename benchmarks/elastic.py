@@ -8,10 +8,11 @@ ways build the same DeepSpeed engine, and `engine alone` loads nothing.
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import ceil, prod
 from pathlib import Path
 from statistics import median
@@ -33,38 +34,47 @@ _CONVERTER = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
 def bench_elastic(layers: int, rounds: int, folder: Path | None) -> str:
     """Return a table of the ways to load the checkpoint of a model of `layers` blocks, interleaved `rounds` times: medians.
 
+    A way that fails, for want of memory perhaps, is named below the table.
+
     Args:
         layers: 16 make about 1B parameters.
         rounds: how often each way is measured.
         folder: where the files go, for a time. None for the system's temporary folder.
-
-    Raises:
-        RuntimeError: one of the ways fails.
     """
     with tempfile.TemporaryDirectory(dir=folder) as place:
         source, universal = Path(place) / "source", Path(place) / "universal"
         _write_checkpoint(source / "deepspeed", layers)
         rows: dict[str, list[tuple[float, float, float]]] = {}
+        failures: dict[str, str] = {}
 
-        def note(name: str, seconds: float, used: Usage, disk: Path | None = None) -> None:
+        def note(name: str, run: Callable[[], tuple[float, Usage]], disk: Path | None = None) -> None:
+            try:
+                seconds, used = run()
+            except RuntimeError as error:
+                signals = re.findall(r"Signal \d+ \(SIGKILL\)", str(error))
+                failures[name] = "was killed (SIGKILL), as where memory ends" if signals else str(error)
+                return
             rows.setdefault(name, []).append((seconds, used.peak_bytes / 2**30, _gigabytes(disk) if disk else 0.0))
 
         for _ in range(rounds):
-            note("engine alone", *_load("nothing", source, layers))
-            note("Evenkeel, from the files", *_load("evenkeel", source, layers))
-            began = time.perf_counter()
-            used = measure(
-                [*_CONVERTER, "--input_folder", str(source / "deepspeed"), "--output_folder", str(universal / "all")],
-                own_package(),
-            )
-            note("DeepSpeed, conversion", time.perf_counter() - began, used, universal)
-            note("DeepSpeed, load", *_load("deepspeed", universal, layers))
+            note("engine alone", lambda: _load("nothing", source, layers))
+            note("Evenkeel, from the files", lambda: _load("evenkeel", source, layers))
+            note("DeepSpeed, conversion", lambda: _convert(source, universal), universal)
+            note("DeepSpeed, load", lambda: _load("deepspeed", universal, layers))
             for path in sorted(universal.rglob("*"), reverse=True):
                 path.rmdir() if path.is_dir() else path.unlink()
         parameters = sum(map(prod, shapes_of(layers).values()))
         title = f"{parameters / 1e6:,.0f}M parameters, {_gigabytes(source):.1f} GB written by {WRITERS} ranks, read by {READERS}"
         table = [(name, *(median(values) for values in zip(*found, strict=True))) for name, found in rows.items()]
-    return f"{title}\n\n" + render(["way", "seconds", "peak GiB of all processes", "GB more on disk"], table)
+    failed = "".join(f"\n\n{name}: {why}" for name, why in failures.items())
+    return f"{title}\n\n" + render(["way", "seconds", "peak GiB of all processes", "GB more on disk"], table) + failed
+
+
+def _convert(source: Path, universal: Path) -> tuple[float, Usage]:
+    """Let DeepSpeed make a universal checkpoint. Returns the seconds, and what it uses."""
+    began, folders = time.perf_counter(), [str(source / "deepspeed"), str(universal / "all")]
+    used = measure([*_CONVERTER, "--input_folder", folders[0], "--output_folder", folders[1]], own_package())
+    return time.perf_counter() - began, used
 
 
 def _load(way: str, source: Path, layers: int) -> tuple[float, Usage]:
