@@ -61,9 +61,9 @@ class Lion(Algorithm):
 
         The moment before it is (m - (1 - b2) G) / b2, so an element whose sign rounding decides may have the other one.
         """
-        if tensor.grad is None or "exp_avg" not in state:
-            return None
         beta1, beta2 = group["betas"]
+        if tensor.grad is None or "exp_avg" not in state or beta2 == 0:  # with b2 = 0 the moment before is lost
+            return None
         gradients = [part.float() for part in cut(tensor.grad)]
         mixed = torch._foreach_mul(cut(state["exp_avg"]), beta1 / beta2)
         torch._foreach_add_(mixed, gradients, alpha=(1 - beta1) - beta1 * (1 - beta2) / beta2)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pretrain.config.schema import OptimSection
+from pretrain.optimizers import OPTIMIZERS
 from tests.support.runs import run_ranks
 from tests.support.tiny_engines import LENGTH, VOCABULARY, tokens
 from tests.support.workers.muon_worker import SEQUENCES, SIZES, STEPS, examine_all, learning_rate
@@ -93,6 +94,13 @@ def test_in_bf16_every_matrix_goes_about_as_in_fp32(seen: tuple[dict, dict], cas
 def test_keys_without_effect_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         OptimSection.model_validate({**LION, "betas": (0.9, 0.8), **changes})
+
+
+def test_a_step_that_cannot_be_read_back_is_not_known() -> None:
+    weight = torch.ones(3, requires_grad=True)
+    weight.grad = torch.ones(3)
+    read = OPTIMIZERS["lion"].directions
+    assert read(weight, {"exp_avg": torch.ones(3)}, {"betas": (0.9, 0.0)}, lambda tensor: [tensor]) is None
 
 
 def dense_training(start: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
