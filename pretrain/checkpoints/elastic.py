@@ -85,8 +85,8 @@ def _check(weights: ShardedWeights, stored: Mapping[str, StoredWeight], algorith
         kept = algorithm.of_weight(weights.layout[name])
         if (moments := _of_optimizer(held)) and moments != kept.moments.keys():
             raise UserError(
-                f"the checkpoint holds X of {name}, and this run's optimizer, {kept.name}, keeps "
-                f"{', '.join(kept.moments)}: it is another optimizer's."
+                f"the checkpoint holds {', '.join(sorted(moments))} of {name}, and this run's optimizer, {kept.name}, keeps "
+                f"{', '.join(sorted(kept.moments))}: it is another optimizer's."
             )
         by_kind.setdefault(kept.name, []).append(name)
     for first, *others in by_kind.values():
