@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from pretrain.checkpoints.stored.universal import LATEST, OPTIMIZER_STATE
 from pretrain.checkpoints.writer import save_synced
 from pretrain.errors import UserError
 from pretrain.files import free_bytes, sync_folder, unfinished, write_text
+from pretrain.sharded.stepped_tensors import AVERAGE
 
 # DeepSpeed's loaders look for either name, by the stage of the engine that loads.
 _MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
@@ -56,8 +58,7 @@ def export_universal(checkpoint: Path, out: Path, say: Callable[[str], None]) ->
     checkpoint = resolve(checkpoint)
     verify(checkpoint)
     source = checkpoint / "deepspeed"
-    weights = stored_weights(source)
-    _refuse_other_optimizers(checkpoint, weights)
+    weights = _with_moments_of_adam(checkpoint, stored_weights(source), say)
     model, optimizer = _common(source)
     total = 4 * sum(prod(weight.master.shape) * (1 + len(weight.moments)) for weight in weights.values())
     tag = f"global_step{model['global_steps']}"
@@ -89,14 +90,23 @@ def export_universal(checkpoint: Path, out: Path, say: Callable[[str], None]) ->
     return out / tag
 
 
-def _refuse_other_optimizers(checkpoint: Path, weights: dict[str, StoredWeight]) -> None:
+def _with_moments_of_adam(
+    checkpoint: Path, weights: dict[str, StoredWeight], say: Callable[[str], None]
+) -> dict[str, StoredWeight]:
+    """Return the weights with what a universal checkpoint has a place for. UserError unless Adam's moments are there."""
+    if any(AVERAGE in weight.moments for weight in weights.values()):
+        say("the average of the weights is left out: a universal checkpoint has no place for it")
+    found = {}
     for name, weight in weights.items():
-        if weight.moments.keys() != _MOMENTS:
+        moments = {key: tensor for key, tensor in weight.moments.items() if key != AVERAGE}
+        if moments.keys() != _MOMENTS:
             raise UserError(
-                f"{checkpoint} holds {', '.join(sorted(weight.moments)) or 'no moments'} of {name}. A universal checkpoint "
-                "has a place for the two moments of Adam only: a run with Muon, or one that has taken no step, cannot be "
-                "converted. tools/convert_to_hf.py converts its weights."
+                f"{checkpoint} holds {', '.join(sorted(moments)) or 'no moments'} of {name}. A universal checkpoint has a "
+                "place for the two moments of Adam only: a run with another optimizer, or one that has taken no step, cannot "
+                "be converted. tools/convert_to_hf.py converts its weights."
             )
+        found[name] = replace(weight, moments=moments)
+    return found
 
 
 def _common(source: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -28,12 +28,23 @@ STEPS = 4  # before the universal checkpoint
 
 @pytest.fixture(scope="module")
 def universal(run_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the universal checkpoint of a run on one rank."""
+    """Return the universal checkpoint of a run on one rank that keeps an average of its weights."""
     base = tmp_path_factory.mktemp("universal")
-    settings = {"out": str(base), "name": "whole", "steps": STEPS}
+    settings = {"out": str(base), "name": "whole", "steps": STEPS, "ema.decay": 0.9}
     assert run_ranks(arguments(run_file, settings), base / "logs", 1).code == 0
     lines: list[str] = []
-    return export_universal(base / "whole/checkpoints/latest", base / "universal", lines.append)
+    exported = export_universal(base / "whole/checkpoints/latest", base / "universal", lines.append)
+    assert lines == ["the average of the weights is left out: a universal checkpoint has no place for it"]
+    assert {file.stem for file in exported.glob("zero/*/*.pt")} == {"fp32", "exp_avg", "exp_avg_sq", "step"}
+    return exported
+
+
+def test_a_run_with_another_optimizer_is_not_exported(run_file: Path, tmp_path: Path) -> None:
+    settings = {"out": str(tmp_path), "name": "lion", "steps": 2, "optim.name": "lion", "ema.decay": 0.9}
+    assert run_ranks(arguments(run_file, settings), tmp_path / "logs", 1).code == 0
+    with pytest.raises(UserError, match=r"holds exp_avg of .*two moments of Adam only"):
+        export_universal(tmp_path / "lion/checkpoints/latest", tmp_path / "universal", print)
+    assert not (tmp_path / "universal").exists()
 
 
 def test_a_run_starts_from_a_universal_checkpoint_or_refuses_it(
