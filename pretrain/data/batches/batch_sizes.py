@@ -34,11 +34,6 @@ class BatchSizes:
         """Return the sizes of a run whose steps are all of one size."""
         return cls(size, size)
 
-    @property
-    def all(self) -> range:
-        """Every size that a step may have, from the smallest on."""
-        return range(self.start, self.end + 1, self.increment)
-
     def at(self, sample: int) -> int:
         """Return the size of the step that begins after `sample` samples."""
         return self.start + self.increment * self._increments(sample)
@@ -65,13 +60,6 @@ class BatchSizes:
                 return steps + needed
             steps += count
         raise AssertionError("the last stretch has no end")
-
-    def places(self, sample: int, steps: int) -> list[int]:
-        """Return where each of the next `steps` steps begins, and the last one ends: steps + 1 numbers of samples."""
-        found = [sample]
-        for _ in range(steps):
-            found.append(found[-1] + self.at(found[-1]))
-        return found
 
     def _increments(self, sample: int) -> int:
         most = (self.end - self.start) // self.increment
