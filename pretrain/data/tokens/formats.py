@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pretrain.data.tokens import datatrove, llmc, megatron, raw, samples
+from pretrain.data.tokens import datatrove, litdata, llmc, mds, megatron, raw
 
 FORMATS = {
     format.name: format
@@ -17,8 +17,8 @@ FORMATS = {
         raw.NANOGPT,
         llmc.LLMC,
         raw.OLMO,
-        samples.MDS,
-        samples.LITDATA,
+        mds.MDS,
+        litdata.LITDATA,
     )
 }
 EXPORTED = tuple(name for name, format in FORMATS.items() if format.writer)

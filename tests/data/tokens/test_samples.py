@@ -67,6 +67,13 @@ def test_a_stream_cut_into_samples_is_cut_at_separators(
     assert "documents end at separators (id 0)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("format", ["mds", "litdata"])
+def test_a_file_without_samples_has_no_documents(tmp_path: Path, format: str) -> None:
+    files = [documents(1, 1000, LENGTHS), []]
+    write(format, tmp_path / "theirs", files, "int32")
+    assert imported(format, tmp_path / "theirs", tmp_path / "ours") == [sample.tolist() for sample in files[0]]
+
+
 def change(index: Path, edit: Callable[[dict], None]) -> None:
     content = json.loads(index.read_text(encoding="utf-8"))
     edit(content)
@@ -116,6 +123,15 @@ FAULTS = {
         edit_shard(column_names=["a", "b"], column_encodings=["str", "int"]),
         r"has the columns a \(str\), b \(int\), of which none is called tokens or input_ids",
     ),
+    "no sizes": (
+        "mds",
+        edit_shard(column_sizes=None),
+        "column_names, column_encodings and column_sizes are not lists of",
+    ),
+    "fewer names": ("mds", edit_shard(column_names=["tokens"]), "column_sizes are not lists of one length"),
+    "sizes of text": ("mds", edit_shard(column_sizes=["4", None]), "the last one of whole numbers"),
+    "shape": ("mds", edit_shard(column_encodings=["str", "ndarray:int32:4,x"]), "tokens as 'ndarray:int32:4,x'"),
+    "raw data": ("mds", edit_shard(raw_data="x"), "a shard whose raw_data is 'x', and a mapping was due"),
     "outside": ("mds", edit_shard(raw_data={"basename": "../x", "bytes": 1}), "lies outside of its folder"),
     "missing": ("mds", edit_shard(raw_data={"basename": "x", "bytes": 1}), "x is missing, and .*index.json names it"),
     "zipped": (
@@ -125,6 +141,12 @@ FAULTS = {
     ),
     "compressed": ("litdata", edit_config(compression="zstd"), "compressed or encrypted"),
     "several": ("litdata", edit_config(data_format=["int", "str"]), r"samples of \['int', 'str'\]"),
+    "no data format": ("litdata", edit_config(data_format=3), "samples of 3, and only those"),
+    "config": (
+        "litdata",
+        lambda folder: change(folder / "index.json", lambda content: content.update(config=[])),
+        "no mapping 'config'",
+    ),
     "tensor of floats": ("litdata", edit_config(data_format=["no_header_tensor:1"]), "one tensor or array of integers"),
     "dim": (
         "litdata",
