@@ -97,7 +97,10 @@ def train_step(
 
 
 def _accumulate_over(engine: Engine, micro_batches: int) -> None:
-    """Let DeepSpeed take so many micro-batches for a step. It counts them from the start of the run, so the count begins anew."""
+    """Set the number of micro-batches that make a step.
+
+    DeepSpeed ends a step where the number of all micro-batches so far is a multiple of it. So that number restarts at 0.
+    """
     if engine.gradient_accumulation_steps() != micro_batches:
         engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
         engine.micro_steps = 0

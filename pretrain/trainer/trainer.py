@@ -379,7 +379,7 @@ def _compare(plan: Plan, found: Path) -> list[Change]:
         check_length(found, step, plan.config)
         log.info(
             f"continuing another trainer's run after {step:,} steps: weights, optimizer states and step are its own, the data "
-            "begins with this run's first sample, and methods and random numbers begin anew"
+            "begins with this run's first sample, and methods and random numbers are those of a new run"
         )
         return []
     step, mine = read_state(found).step, plan.state_at(0, 0)

@@ -147,7 +147,7 @@ def measure_reading(folder: Path, out: Path) -> None:
     engine = build_engine(plan.config, plan.model_config, plan.ds_config)
     weights, stored = ShardedWeights(engine), safetensors_weights(folder)
     weights.fill_(0, lambda weight: Constant(0.0))  # all memory of the engine is in use
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
     before = _memory("VmRSS")
     read_into(weights, stored)
     grown = _memory("VmHWM") - before
