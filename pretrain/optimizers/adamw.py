@@ -33,10 +33,8 @@ class AdamW(Algorithm):
         if not state.keys() >= {"exp_avg", "exp_avg_sq", "step"}:
             return None
         beta1, beta2 = group["betas"]
-        unbiased1, root2 = (
-            1 - beta1 ** state["step"],
-            (1 - beta2 ** state["step"]) ** 0.5,
-        )  # on the device: t is not read
+        step = state["step"]  # it stays on the device: reading it would wait
+        unbiased1, root2 = 1 - beta1**step, (1 - beta2**step) ** 0.5
         divisors = torch._foreach_sqrt(cut(state["exp_avg_sq"]))
         torch._foreach_add_(divisors, group["eps"] * root2)
         torch._foreach_mul_(divisors, unbiased1 / root2)

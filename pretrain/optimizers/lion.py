@@ -13,7 +13,7 @@ and 0.99, for language models 0.95 and 0.98.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -25,9 +25,8 @@ class LionOptimizer(torch.optim.Optimizer):
     """Lion for any tensors, as flat ones of DeepSpeed. The moments are called as Adam's first."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Take a step. A closure is refused: gradients come from DeepSpeed."""
-        assert closure is None
+    def step(self) -> None:  # type: ignore[override]  # without a closure: gradients come from DeepSpeed
+        """Take a step with the gradients that are in place."""
         for group in self.param_groups:
             rate, (beta1, beta2) = group["lr"], group["betas"]
             for weight in group["params"]:

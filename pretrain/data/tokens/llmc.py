@@ -23,8 +23,8 @@ KINDS: dict[tuple[int, int], np.dtype] = {(20240520, 1): np.dtype("<u2"), (20240
 
 def recognizes(location: Path) -> bool:
     """Return whether the file, or the first .bin file of the folder, begins with one of the magic numbers."""
-    paths = _paths(location)
-    return bool(paths) and paths[0].is_file() and int(_header(paths[0])[:1].sum()) in {magic for magic, _ in KINDS}
+    first = next(iter(_paths(location)), location)
+    return first.is_file() and any(magic in _header(first)[:1] for magic, _ in KINDS)
 
 
 def token_files(location: Path) -> list[TokenFile]:
