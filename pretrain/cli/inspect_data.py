@@ -159,7 +159,7 @@ def _cache(options: argparse.Namespace) -> CacheSettings | None:
     """Return the cache of a run with the default settings. A local corpus needs none."""
     if not is_remote(options.corpus):
         return None
-    from pretrain.config.schema import CacheSection
+    from pretrain.config.data_section import CacheSection
 
     usual = CacheSection()
     folder = options.cache_folder or usual.path

@@ -6,7 +6,6 @@ section's docstring gives the meaning of its keys. `docs/configuration.md` shows
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
 from functools import reduce
@@ -17,227 +16,26 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
     AfterValidator,
-    Discriminator,
     Field,
-    Tag,
     ValidationError,
-    create_model,
-    field_serializer,
     field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
+from pretrain.config.data_section import DataSection
 from pretrain.config.distributions import AnyInit, NormalInit
 from pretrain.config.explain import explain
 from pretrain.config.model_section import ModelSection, family_section
+from pretrain.config.optim_section import OptimSection
 from pretrain.config.yaml_file import RunFile, to_yaml
-from pretrain.credentials import credential_in
-from pretrain.data.batches.batch_sizes import BatchSizes
 from pretrain.errors import UserError
 from pretrain.methods import REGISTRY, Method, allowed_in, allowed_in_vain, decisions_that_clash
 from pretrain.methods.base import INITIAL_DEVIATIONS, INITIAL_DISTRIBUTION
 from pretrain.methods.pairs import Allowed
 from pretrain.model.families import FAMILIES, NEEDS, families_with, missing
-from pretrain.optimizers import OPTIMIZERS
 from pretrain.paths import check_name, expanded, local
-from pretrain.values import Count, LocalPath, Location, Positive, Share, Values, at, nearest_divisor
-
-Rate = Annotated[float, Field(gt=0, le=100)]
-
-
-class SourceSection(Values):
-    """One corpus of a mixture.
-
-    Attributes:
-        path: A shard folder or URL.
-        weight: The corpus's share of the samples, relative to the other weights.
-    """
-
-    path: Location
-    weight: Positive = 1.0
-
-
-class ShuffleSection(Values):
-    """The shuffling of samples in each epoch.
-
-    Attributes:
-        scope: `global` shuffles over the whole corpus. `windowed` takes shards in a shuffled order and shuffles samples
-            among `window_shards` of them at a time, so at most two windows of a remote corpus need to be on the node.
-        window_shards: Shards in a window. Only with scope `windowed`.
-    """
-
-    scope: Literal["global", "windowed"] = "global"
-    window_shards: Count = 8
-
-    @model_validator(mode="after")
-    def _windows_where_there_are_any(self) -> ShuffleSection:
-        if self.scope == "global" and self.window_shards != 8:
-            raise ValueError("window_shards has no effect here: set 'scope: windowed', or remove it")
-        return self
-
-
-class CacheSection(Values):
-    """A cache of shards of remote corpora on each node, shared by its ranks and by other runs.
-
-    Attributes:
-        folder: The folder. Each node expands `~` and variables by itself.
-        limit_gb: The folder never exceeds this many 10^9 bytes.
-        downloads: Files of a corpus that are fetched ahead at a time.
-    """
-
-    folder: str = "~/.cache/evenkeel"
-    limit_gb: Positive = 100.0
-    downloads: int = Field(4, gt=0, le=256)
-
-    @property
-    def path(self) -> Path:
-        """The folder as this node expands it. `folder` stays as it was written.
-
-        Raises:
-            UserError: where it cannot be expanded.
-        """
-        try:
-            # The home may last only as long as this process.
-            return Path(local(os.path.expanduser(self.folder)))
-        except ValueError as error:
-            raise UserError(f"data.cache.folder '{self.folder}': {error}.") from error
-
-
-class BatchRampSection(Values):
-    """A global batch that grows while the run reads its first tokens.
-
-    Attributes:
-        start: Sequences of the first step.
-        end: Sequences per step after the ramp.
-        ramp_tokens: The tokens after which the size is `end`.
-        steps_of: The sequences by which it grows at a time.
-    """
-
-    start: Count
-    end: Count
-    ramp_tokens: float = Field(gt=0)
-    steps_of: Count
-
-    @model_validator(mode="after")
-    def _whole_steps_up(self) -> BatchRampSection:
-        if self.end <= self.start:
-            raise at("end", f"{self.end} is not above start, {self.start}")
-        if rest := (self.end - self.start) % self.steps_of:
-            fitting = f"{self.end - rest} or {self.end - rest + self.steps_of}"
-            raise at("end", f"{self.end} is not reached from {self.start} in steps of {self.steps_of}: take {fitting}")
-        return self
-
-
-def _form_of_batch(given: object) -> str:
-    return "ramp" if isinstance(given, dict | BatchRampSection) else "number"
-
-
-BatchSize: TypeAlias = Annotated[
-    Annotated[Count, Tag("number")] | Annotated[BatchRampSection, Tag("ramp")], Discriminator(_form_of_batch)
-]
-
-
-class DataSection(Values):
-    """The tokens and the batches that they form.
-
-    Attributes:
-        train: A shard folder or URL, or a list of corpora with their weights.
-        val: A shard folder or URL. Null: no evaluation.
-        seq_len: Tokens per sequence.
-        global_batch_size: Sequences per optimizer step: a number, or a ramp.
-        micro_batch_size: Sequences per data-parallel rank and forward pass.
-        shuffle: The order of samples.
-        packing: `concatenate` joins documents and cuts every `seq_len` tokens. `best_fit` keeps documents whole.
-        document_attention: Attention and positions end with each document.
-        verify: `full` compares every shard's checksum at start, `size` only its length.
-        cache: Local copies of remote shards.
-    """
-
-    train: tuple[SourceSection, ...]
-    val: Location | None = None
-    seq_len: Count
-    global_batch_size: BatchSize
-    micro_batch_size: Count
-    shuffle: ShuffleSection = ShuffleSection()
-    packing: Literal["concatenate", "best_fit"] = "concatenate"
-    document_attention: bool = False
-    verify: Literal["full", "size"] = "full"
-    cache: CacheSection = CacheSection()
-
-    @property
-    def batch_sizes(self) -> BatchSizes:
-        """The sequences of each step."""
-        given = self.global_batch_size
-        if isinstance(given, int):
-            return BatchSizes.constant(given)
-        return BatchSizes(given.start, given.end, given.steps_of, given.ramp_tokens / self.seq_len)
-
-    @property
-    def largest_batch(self) -> int:
-        """The sequences of a step, after the ramp if there is one."""
-        return self.batch_sizes.end
-
-    @field_validator("train", "val", mode="before")
-    @classmethod
-    def _without_credentials(cls, given: Any) -> Any:
-        if fault := credential_in(str(given)):
-            raise ValueError(fault)
-        return given
-
-    @field_validator("train", mode="before")
-    @classmethod
-    def _one_folder_is_a_mixture_of_one(cls, given: Any) -> Any:
-        if isinstance(given, str):
-            return ({"path": expanded(given)},)
-        if not isinstance(given, list | tuple) or not given:
-            raise ValueError("give a shard folder, or a list of mappings of the keys path, weight")
-        return given
-
-    @field_validator("train")
-    @classmethod
-    def _each_source_once(cls, sources: tuple[SourceSection, ...]) -> tuple[SourceSection, ...]:
-        names: dict[str, list[str]] = {}
-        for source in sources:
-            path = source.path.removeprefix("file://")
-            names.setdefault(path.rstrip("/") if "://" in path else os.path.realpath(path), []).append(source.path)
-        if twice := [f"{first} more than once (as {', '.join(others)})" for first, *others in names.values() if others]:
-            raise ValueError(f"lists {', '.join(twice)}: give it one entry with the sum of the weights")
-        return sources
-
-    @field_serializer("train")
-    def _one_folder_as_it_was_given(self, sources: tuple[SourceSection, ...]) -> Any:
-        return sources[0].path if len(sources) == 1 else [source.model_dump() for source in sources]
-
-
-class ScheduleSection(Values):
-    """The learning rate over the run: see `pretrain.optim.schedule.learning_rate`.
-
-    Attributes:
-        name: The curve after warmup.
-        warmup_steps: Steps over which the rate rises linearly to `optim.lr`.
-        min_lr_ratio: The lowest rate, as a share of `optim.lr`.
-        decay_ratio: The share of the run that decays at the end. Only with name `wsd`.
-    """
-
-    name: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
-    min_lr_ratio: float = Field(0.1, ge=0, le=1)
-    decay_ratio: float = Field(0.2, gt=0, le=1)
-
-
-class ZClipSection(Values):
-    """Clipping that adapts to the run (ZClip, Kumar et al. 2025, arXiv 2504.02507, algorithm 1).
-
-    Attributes:
-        z_threshold: Standard deviations above the mean gradient norm from which the norm is clipped.
-        alpha: Decay of the running mean and variance.
-        warmup_steps: First steps, unclipped, from which mean and variance are computed.
-    """
-
-    z_threshold: Positive = 2.5
-    alpha: float = Field(0.97, gt=0, lt=1)
-    warmup_steps: int = Field(25, ge=2)
+from pretrain.values import Count, LocalPath, Positive, Values, at, nearest_divisor
 
 
 class WarmStartSection(Values):
@@ -255,81 +53,6 @@ class WarmStartSection(Values):
     def _does_something(self) -> WarmStartSection:
         if self.shrink == 1 and self.noise == 0:
             raise ValueError("changes nothing with shrink 1 and noise 0: give one of them, or remove the section")
-        return self
-
-
-if TYPE_CHECKING:
-    OptimizerName: TypeAlias = str
-else:
-    OptimizerName = Literal[tuple(OPTIMIZERS)]
-
-
-class _OptimKeys(Values):
-    """The keys of `optim` that come before the sections of the optimizers. See `OptimSection`."""
-
-    name: OptimizerName = "adamw"
-    lr: Rate
-    betas: tuple[Share, Share] = (0.9, 0.95)
-    eps: Positive = 1e-8
-    weight_decay: float = Field(0.1, ge=0)
-    grad_clip: Positive | None = 1.0
-    zclip: ZClipSection | None = None
-
-    @property
-    def own(self) -> Any:
-        """The options of the run's optimizer, None where it has none."""
-        return getattr(self, self.name, None)
-
-
-if TYPE_CHECKING:
-    _WithOwnSections: TypeAlias = _OptimKeys
-else:
-    _OWN = {each.name: each.options for each in OPTIMIZERS.values() if each.options}
-    _WithOwnSections = create_model(
-        "_WithOwnSections", __base__=_OptimKeys, **{name: (options, options()) for name, options in _OWN.items()}
-    )
-
-
-class OptimSection(_WithOwnSections):
-    """The optimizer. Each one that has options of its own has a section of its name here, which counts with that name only.
-
-    Attributes:
-        name: The optimizer: a file of `pretrain/optimizers/`.
-        lr: Peak learning rate.
-        betas: AdamW's decay rates of the two moments.
-        eps: AdamW's term in the denominator.
-        weight_decay: Weight decay per unit of learning rate, of matrices only.
-        grad_clip: Largest global gradient norm. Null: off.
-        zclip: Clipping by the run's own gradient norms, after `grad_clip`. Null: off.
-        muon: Muon's options. Only with name `muon`.
-        schedule: The learning rate over the run.
-    """
-
-    schedule: ScheduleSection = ScheduleSection()
-
-    @model_validator(mode="after")
-    def _decay_that_shrinks(self) -> OptimSection:
-        for key, lr, decay in OPTIMIZERS[self.name].decays(self):
-            if lr * decay >= 1:
-                raise at(
-                    key,
-                    f"{decay:g} times the learning rate {lr:g} must be below 1: a step takes that share of a weight",
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _only_what_has_an_effect(self) -> OptimSection:
-        fields = type(self).model_fields
-        for other in OPTIMIZERS.values():
-            if other.options and other.name != self.name and getattr(self, other.name) != other.options():
-                raise ValueError(
-                    f"the keys of '{other.name}' have no effect here: set 'name: {other.name}', or remove them"
-                )
-        for key in OPTIMIZERS[self.name].unused:
-            if getattr(self, key) != fields[key].default:
-                raise at(key, f"it has no effect with 'name: {self.name}': remove the key")
-        for fault in OPTIMIZERS[self.name].faults(self):
-            raise ValueError(fault)
         return self
 
 

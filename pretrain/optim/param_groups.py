@@ -12,7 +12,8 @@ from pretrain.model.layout import Weight, describe_model
 from pretrain.optimizers import OPTIMIZERS
 
 if TYPE_CHECKING:
-    from pretrain.config.schema import Config, OptimSection
+    from pretrain.config.optim_section import OptimSection
+    from pretrain.config.schema import Config
     from pretrain.methods.base import Method
 
 _Answer = TypeVar("_Answer", bool, float)

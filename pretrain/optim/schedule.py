@@ -6,7 +6,7 @@ from math import cos, pi
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pretrain.config.schema import OptimSection, ScheduleSection
+    from pretrain.config.optim_section import OptimSection, ScheduleSection
 
 
 def learning_rate(config: OptimSection, step: int, total_steps: int) -> float:

@@ -16,7 +16,7 @@ from math import fsum, sqrt
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pretrain.config.schema import ZClipSection
+    from pretrain.config.optim_section import ZClipSection
 
 _EPS = 1e-6  # added to s, as in the published code
 

@@ -9,7 +9,8 @@ from math import ceil
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from pretrain.config.schema import Config, DataSection
+from pretrain.config.data_section import DataSection
+from pretrain.config.schema import Config
 from pretrain.data import TokenShards, check_tokenizer, fingerprint, open_shards
 from pretrain.data.batches.feed import Feed
 from pretrain.data.batches.loader import check_enough_samples

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from pretrain.config.schema import OptimSection
+from pretrain.config.optim_section import OptimSection
 from pretrain.errors import UserError
 from pretrain.methods import RunContext
 from pretrain.methods.tvr import TVR

@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pretrain.config.schema import OptimSection
+from pretrain.config.optim_section import OptimSection
 from pretrain.optimizers import OPTIMIZERS
 from tests.support.runs import run_ranks
 from tests.support.tiny_engines import LENGTH, VOCABULARY, tokens

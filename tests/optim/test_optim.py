@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pretrain.config.schema import OptimSection
+from pretrain.config.optim_section import OptimSection
 from pretrain.methods.base import Method
 from pretrain.model.layout import Weight, describe
 from pretrain.optim.param_groups import build_optimizer, parameter_groups

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.config.schema import OptimSection, ZClipSection
+from pretrain.config.optim_section import OptimSection, ZClipSection
 from pretrain.optim.zclip import ZClip
 from tests.support.runs import arguments, events, rows, run_ranks
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from pretrain.config.schema import OptimSection
+    from pretrain.config.optim_section import OptimSection
 
 
 def at_phase(

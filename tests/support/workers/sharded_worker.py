@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from pretrain import quiet  # noqa: F401
-from pretrain.config.schema import Config, DataSection
+from pretrain.config.data_section import DataSection
+from pretrain.config.schema import Config
 from pretrain.distributed.ranks import initialize
 from pretrain.engine.build_model import bind_methods, build_model, hf_config
 from pretrain.engine.deepspeed_config import deepspeed_config
